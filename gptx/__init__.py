@@ -1,0 +1,1 @@
+"""GPT-2 written once against the Python array API."""

@@ -1,0 +1,1 @@
+"""Commands of the `gptx` command line, one file each."""

@@ -1,0 +1,213 @@
+"""What makes one GPT-2 differ from another: sizes and a few switches.
+
+`GPT2Config` reads any `config.json` of model type "gpt2". A setting that would change the numbers
+and that the model does not support is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from gptx.errors import ConfigError
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu")
+
+# name: (layers, heads, width), https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, table 2
+SIZES = {
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2, under the names that the Hub's config.json uses.
+
+    Attributes
+    ----------
+    vocab_size, n_positions, n_embd, n_layer, n_head
+        V, the longest context in tokens, C, L and H of the shape comments.
+    n_inner
+        Width of the MLP; None means 4 * n_embd.
+    activation_function
+        "gelu_new" (tanh form, the original), "gelu" (erf form) or "relu".
+    layer_norm_epsilon
+        Added to the variance before its square root is taken.
+    scale_attn_weights
+        Divide the attention scores by sqrt(D).
+    scale_attn_by_inverse_layer_idx
+        Divide them by the layer's number, counted from 1, too.
+    tie_word_embeddings
+        The head is the transposed token embedding; otherwise it is `lm_head.weight`.
+    bos_token_id, eos_token_id
+        The end of a text is `eos_token_id`; None where the model has none.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
+        for name in (
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "tie_word_embeddings",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not _is_int(value):
+                raise ConfigError(f"{name} is {value!r}, expected one token id or null")
+        epsilon = self.layer_norm_epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
+            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a number")
+        if not (math.isfinite(epsilon) and epsilon > 0):
+            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a positive number")
+        if self.activation_function not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation_function is {self.activation_function!r}, "
+                f"gptx supports {', '.join(ACTIVATIONS)}"
+            )
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
+                "the heads cannot share it evenly"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights; a tied head counts once."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def attention_scale(self, layer: int) -> float:
+        """What the scores q·k of layer `layer` (counted from 0) are multiplied by."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model: name (without `transformer.`) -> shape, layers in order."""
+        C, M = self.n_embd, self.mlp_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "wte.weight": (self.vocab_size, C),
+            "wpe.weight": (self.n_positions, C),
+        }
+        for layer in range(self.n_layer):
+            h = f"h.{layer}"
+            shapes |= {
+                f"{h}.ln_1.weight": (C,),
+                f"{h}.ln_1.bias": (C,),
+                f"{h}.attn.c_attn.weight": (C, 3 * C),
+                f"{h}.attn.c_attn.bias": (3 * C,),
+                f"{h}.attn.c_proj.weight": (C, C),
+                f"{h}.attn.c_proj.bias": (C,),
+                f"{h}.ln_2.weight": (C,),
+                f"{h}.ln_2.bias": (C,),
+                f"{h}.mlp.c_fc.weight": (C, M),
+                f"{h}.mlp.c_fc.bias": (M,),
+                f"{h}.mlp.c_proj.weight": (M, C),
+                f"{h}.mlp.c_proj.bias": (C,),
+            }
+        shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, C)
+        return shapes
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> GPT2Config:
+        """The config of one of OpenAI's four models: "124M", "355M", "774M" or "1558M"."""
+        if size not in SIZES:
+            raise ConfigError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+        n_layer, n_head, n_embd = SIZES[size]
+        return replace(cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd), **changes)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GPT2Config:
+        """Read the contents of a config.json; keys that do not change the numbers are ignored."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"a {type(data).__name__} was found, expected a JSON object")
+        _refuse_unsupported(data)
+        known = {f.name for f in fields(cls)}
+        given = {key: value for key, value in data.items() if key in known}
+        if "n_positions" not in given and "n_ctx" in data:
+            given["n_positions"] = data["n_ctx"]
+        return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> GPT2Config:
+        """Read a config.json.
+
+        Raises
+        ------
+        ConfigError
+            It is not JSON, or describes something that gptx does not support.
+        """
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except (ValueError, RecursionError) as error:  # also what is not UTF-8
+            raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json that this and other GPT-2 libraries read."""
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_ctx": self.n_positions,
+            **asdict(self),
+        }
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse_unsupported(data: dict[str, Any]) -> None:
+    """Raise for settings that would change the numbers and that the model does not have.
+
+    `reorder_and_upcast_attn` is not among them: it is a remedy for float16 that changes the order
+    of operations and not the result, and gptx takes every softmax in float32 anyway.
+    """
+    if data.get("model_type", "gpt2") != "gpt2":
+        raise ConfigError(f"model_type is {data['model_type']!r}, gptx runs 'gpt2' only")
+    for name in ("add_cross_attention", "is_encoder_decoder", "pruned_heads"):
+        if data.get(name):
+            raise ConfigError(f"{name} is {data[name]!r}, which gptx does not support")
+    for name in ("quantization", "quantization_config"):
+        if data.get(name):
+            raise ConfigError(f"{name} is set: gptx does not read quantized weights yet")
