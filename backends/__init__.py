@@ -1,1 +1,152 @@
-"""Backends: the array libraries that gptx runs on."""
+"""Backends: the array libraries that gptx runs on. To add one: a file here, and a row in `TABLE`.
+
+A backend is an object that is passed along. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from gptx.backends.base import Backend, Positions
+from gptx.errors import BackendError, ParameterError
+
+__all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_backend"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend: where its class is, the package it needs, and how to install that."""
+
+    module: str
+    cls: str
+    package: str
+    runs_on: str
+    install: str
+
+
+TABLE = {
+    "numpy": Row("gptx.backends.numpy_backend", "NumpyBackend", "numpy", "CPU", "pip install numpy"),
+    "cupy": Row(
+        "gptx.backends.cupy_backend",
+        "CupyBackend",
+        "cupy",
+        "NVIDIA GPU",
+        "pip install 'gptx[cuda13]' (CUDA 13) or 'gptx[cuda12]' (CUDA 12)",
+    ),
+    "mlx": Row(
+        "gptx.backends.mlx_backend",
+        "MlxBackend",
+        "mlx.core",
+        "Apple GPU, CPU on Linux",
+        "pip install 'gptx[mlx]'",
+    ),
+}
+
+# Namespaces that need array_api_compat's wrapper to conform to the standard.
+WRAPPED = ("cupy", "dask.array", "torch")
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here; `detail` is its version, or how to get it."""
+
+    name: str
+    available: bool
+    runs_on: str
+    detail: str
+
+
+def get_backend(
+    backend: str | Any = "numpy",
+    *,
+    dtype: str | None = None,
+    device: Any = None,
+    threads: int | None = None,
+    generic: bool = False,
+) -> Backend:
+    """Make a backend.
+
+    Parameters
+    ----------
+    backend
+        "numpy", "cupy" or "mlx"; an array-API namespace such as `array_api_strict`,
+        `array_api_compat.torch` or `jax.numpy`, which the generic ops run; or a `Backend`, which is
+        returned as it is.
+    dtype
+        "float32" (default), and "float64", "float16" or "bfloat16" where the backend computes in
+        them.
+    device
+        A device of that library; None is its default.
+    threads
+        BLAS threads of the CPU backends, at least 1; None leaves them alone.
+    generic
+        Turn all overrides off, to compare them with the generic ops.
+
+    Raises
+    ------
+    BackendError
+        The backend is unknown, not installed, or cannot do what is asked.
+    ParameterError
+        `threads` is not a positive whole number.
+    """
+    if isinstance(backend, Backend):
+        if dtype is not None or device is not None or threads is not None or generic:
+            raise ParameterError(
+                "dtype, device, threads and generic belong to get_backend(): "
+                "the backend that was given is made already"
+            )
+        return backend
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise ParameterError(f"threads is {threads!r}, expected a whole number of at least 1")
+    if threads is not None and threads < 1:
+        raise ParameterError(f"threads is {threads}, expected at least 1")
+    options: dict[str, Any] = {"device": device, "threads": threads, "generic": generic}
+    if dtype is not None:
+        options["dtype"] = str(dtype)
+    if not isinstance(backend, str):
+        return Backend(_conforming(backend), **options)
+    if backend not in TABLE:
+        raise BackendError(
+            f"backend is {backend!r}, expected {', '.join(map(repr, TABLE))} "
+            "or an array-API namespace"
+        )
+    made: Backend = getattr(_import(backend), TABLE[backend].cls)(**options)
+    return made
+
+
+def available() -> list[BackendStatus]:
+    """Try each backend of the table and say whether it can be used here, or why not."""
+    statuses = []
+    for name, row in TABLE.items():
+        try:
+            get_backend(name)
+            version = getattr(importlib.import_module(row.package), "__version__", "")
+            statuses.append(BackendStatus(name, True, row.runs_on, f"{row.package.split('.')[0]} {version}"))
+        except BackendError as error:
+            statuses.append(BackendStatus(name, False, row.runs_on, str(error)))
+    return statuses
+
+
+def _import(name: str) -> ModuleType:
+    row = TABLE[name]
+    try:
+        return importlib.import_module(row.module)
+    except ImportError as error:
+        root = row.package.partition(".")[0]
+        why = "is not installed" if error.name == root else f"cannot be imported ({error})"
+        raise BackendError(f"backend {name!r} needs {root}, which {why}: {row.install}") from error
+
+
+def _conforming(namespace: Any) -> Any:
+    name = getattr(namespace, "__name__", "")
+    if name in WRAPPED:
+        return importlib.import_module(f"array_api_compat.{name}")
+    if not all(hasattr(namespace, op) for op in ("matmul", "take", "permute_dims", "astype")):
+        raise BackendError(
+            f"backend is {namespace!r}, expected {', '.join(map(repr, TABLE))} "
+            "or an array-API namespace (one with matmul, take, permute_dims, astype, ...)"
+        )
+    return namespace

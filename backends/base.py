@@ -1,0 +1,289 @@
+"""The generic backend: every op of the model, defined in the Python array API alone.
+
+These definitions are the reference. A faster backend overrides an op under the same name, signature
+and meaning, and is tested against the one here. Nothing in this file is tuned.
+
+Shapes: B sequences, T new tokens, S positions in the cache, H heads, D head width, C = H·D, V
+vocabulary. Standard: https://data-apis.org/array-api/2024.12
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptx.errors import BackendError, DeviceOutOfMemory
+
+Array = Any  # an array of whichever namespace the backend runs on
+
+OPS = (
+    "embed",
+    "linear",
+    "unembed",
+    "layer_norm",
+    "gelu_new",
+    "gelu",
+    "relu",
+    "split_heads",
+    "write",
+    "attention",
+    "softmax",
+)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the new tokens of each sequence stand.
+
+    Attributes
+    ----------
+    index
+        Integers [B, T] on the device, rising by one along T. A sequence with fewer than T new
+        tokens repeats its last token at its last position: the same values are computed and
+        written again, so padding needs no mask, and column T-1 is every sequence's last token.
+    stop
+        S: how many positions the longest sequence fills, these tokens included.
+    aligned
+        True if all sequences are equally long, so that `index` is stop-T ... stop-1 in each row.
+        Known on the host: a backend may take a shorter way without reading from the device.
+    """
+
+    index: Array
+    stop: int
+    aligned: bool
+
+
+class Backend:
+    """Every op in the array API alone, and the runtime around them.
+
+    Parameters
+    ----------
+    xp
+        An array-API namespace.
+    dtype
+        What the weights and activations are held in; norms, softmax and logits are float32 (or
+        float64 if `dtype` is).
+    device
+        A device of the namespace; None is its default.
+    threads
+        How many threads BLAS may use; None leaves that alone.
+    generic
+        Turn every override of a subclass off.
+    """
+
+    name = "generic"
+    dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
+    has_threads = True
+
+    def __init__(
+        self,
+        xp: Any,
+        *,
+        dtype: str = "float32",
+        device: Any = None,
+        threads: int | None = None,
+        generic: bool = False,
+    ) -> None:
+        if dtype not in self.dtypes or not hasattr(xp, dtype):
+            raise BackendError(
+                f"dtype is {dtype!r}, the {self.name} backend computes in "
+                f"{', '.join(d for d in self.dtypes if hasattr(xp, d))} "
+                "(weights stored in another type are converted)"
+            )
+        if threads is not None and not self.has_threads:
+            raise BackendError(
+                f"threads is {threads}, but the {self.name} backend has no setting for threads: "
+                "leave it out"
+            )
+        self.xp = xp
+        self.dtype = dtype
+        self.device = device
+        self.threads = threads
+        self.float = getattr(xp, dtype)
+        # Sums over a row lose too much in 16 bits.
+        self.wide = xp.float64 if dtype == "float64" else xp.float32
+        self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
+        self._blas: Any = None
+        if generic:
+            for op in OPS:
+                setattr(self, op, getattr(Backend, op).__get__(self))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.dtype}>"
+
+    # Ops
+
+    def embed(self, ids: Array, table: Array) -> Array:
+        """Rows of `table` [N, C] for `ids` [B, T] -> [B, T, C]."""
+        xp = self.xp
+        rows = xp.take(table, xp.reshape(ids, (-1,)), axis=0)
+        return xp.reshape(rows, (*ids.shape, table.shape[1]))
+
+    def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+        """x [B, T, I] @ weight [I, O] + bias [O] -> [B, T, O]."""
+        xp = self.xp
+        # Two dimensions: one product over all rows, where more would be a loop over B.
+        y = xp.matmul(xp.reshape(x, (-1, weight.shape[0])), weight) + bias
+        return xp.reshape(y, (*x.shape[:-1], weight.shape[1]))
+
+    def unembed(self, x: Array, table: Array) -> Array:
+        """Logits: x [B, T, C] times the rows of `table` [V, C] -> [B, T, V], wide."""
+        xp = self.xp
+        y = xp.matmul(xp.reshape(x, (-1, table.shape[1])), xp.matrix_transpose(table))
+        return xp.astype(xp.reshape(y, (*x.shape[:-1], table.shape[0])), self.wide)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of [B, T, C]."""
+        xp = self.xp
+        y = xp.astype(x, self.wide)
+        y = y - xp.mean(y, axis=-1, keepdims=True)
+        y = y / xp.sqrt(xp.mean(y * y, axis=-1, keepdims=True) + eps)
+        return xp.astype(y, self.float) * weight + bias
+
+    def gelu_new(self, x: Array) -> Array:
+        """GELU in its tanh form (https://arxiv.org/abs/1606.08415, section 2)."""
+        xp = self.xp
+        y = xp.astype(x, self.wide)
+        y = 0.5 * y * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
+        return xp.astype(y, self.float)
+
+    def gelu(self, x: Array) -> Array:
+        """GELU in its exact form, x · Φ(x).
+
+        The array API has no erf. This one is formula 7.1.26 of Abramowitz and Stegun, whose error
+        is below 1.5e-7 everywhere.
+        """
+        xp = self.xp
+        y = xp.astype(x, self.wide)
+        z = xp.abs(y) * math.sqrt(0.5)
+        t = 1.0 / (1.0 + 0.3275911 * z)
+        p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        half_tail = 0.5 * p * xp.exp(-z * z)  # 1 - Φ(|x|)
+        return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float)
+
+    def relu(self, x: Array) -> Array:
+        """max(x, 0)."""
+        return self.xp.where(x > 0, x, self.xp.zeros_like(x))
+
+    def split_heads(self, qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
+        """[B, T, 3C] -> queries, keys and values, each [B, H, T, D]."""
+        xp = self.xp
+        B, T, C3 = qkv.shape
+        x = xp.reshape(qkv, (B, T, 3, n_head, C3 // 3 // n_head))
+        x = xp.permute_dims(x, (2, 0, 3, 1, 4))  # [3, B, H, T, D]
+        return x[0, ...], x[1, ...], x[2, ...]
+
+    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+        """Put `new` [B, H, T, D] into `buffer` [B, H, S, D] at `positions`; return the buffer.
+
+        The result may be `buffer` itself, changed, or a new array: use what is returned.
+        """
+        xp = self.xp
+        S, T = buffer.shape[2], new.shape[2]
+        slot = self.arange(S)[None, :]  # [1, S]
+        first, last = positions.index[:, :1], positions.index[:, -1:]  # [B, 1]
+        source = xp.clip(slot - first, 0, T - 1)[:, None, :, None]  # [B, 1, S, 1]
+        source = xp.broadcast_to(source, buffer.shape)
+        here = ((slot >= first) & (slot <= last))[:, None, :, None]
+        return xp.where(here, xp.take_along_axis(new, source, axis=2), buffer)
+
+    def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
+        """softmax(scale · q·kᵀ) · v, each token seeing its own position and those before it.
+
+        q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H·D].
+        """
+        xp = self.xp
+        B, H, T, D = q.shape
+        scores = xp.matmul(q * scale, xp.matrix_transpose(k))  # [B, H, T, S]
+        visible = self.arange(k.shape[2]) <= positions.index[:, None, :, None]  # [B, 1, T, S]
+        scores = xp.where(visible, xp.astype(scores, self.wide), -math.inf)
+        heads = xp.matmul(xp.astype(self.softmax(scores), self.float), v)  # [B, H, T, D]
+        return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (B, T, H * D))
+
+    def softmax(self, x: Array) -> Array:
+        """exp(x) / sum(exp(x)) over the last axis."""
+        xp = self.xp
+        e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+        return e / xp.sum(e, axis=-1, keepdims=True)
+
+    # Runtime
+
+    def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
+        """Bring a NumPy array to the device: floats as `dtype` (default: the backend's), integers
+        as int32. Nothing is copied that need not be."""
+        if host.dtype.kind == "f":
+            wanted = getattr(self.xp, dtype or self.dtype)
+            host = self._host_float(host, dtype)
+            return self.xp.asarray(host, dtype=wanted, **self._on_device)
+        return self.xp.asarray(host.astype(np.int32), **self._on_device)
+
+    def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
+        wanted = dtype or self.dtype
+        return host if wanted == "bfloat16" else host.astype(wanted, copy=False)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Bring an array to the host; bfloat16 becomes float32."""
+        if self.dtype == "bfloat16" and x.dtype == self.float:
+            x = self.xp.astype(x, self.xp.float32)
+        return np.from_dlpack(x)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """A new array of zeros in the backend's dtype."""
+        return self.xp.zeros(shape, dtype=self.float, **self._on_device)
+
+    def arange(self, n: int) -> Array:
+        """0, 1, ... n-1 as int32 [n]."""
+        return self.xp.arange(n, dtype=self.xp.int32, **self._on_device)
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for has been computed."""
+
+    def peak_memory(self) -> int:
+        """The most memory that this process has held so far, in bytes."""
+        return peak_resident_memory()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """The surroundings in which ops run: the number of BLAS threads, the device.
+
+        Raises
+        ------
+        DeviceOutOfMemory
+            In place of whatever the library raises when memory runs out.
+        """
+        try:
+            if self.threads is None:
+                yield
+            else:
+                with self._blas_threads():
+                    yield
+        except MemoryError as error:
+            if isinstance(error, DeviceOutOfMemory):
+                raise
+            raise DeviceOutOfMemory(
+                f"memory ran out on the {self.name} backend ({error}): "
+                "use a smaller model, batch or context"
+            ) from error
+
+    def _blas_threads(self) -> Any:
+        import threadpoolctl
+
+        if self._blas is None:  # finding the loaded libraries takes milliseconds, setting them not
+            self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+        return self._blas.limit(limits=self.threads)
+
+
+def peak_resident_memory() -> int:
+    """The largest resident size of this process so far, in bytes (0 where it is not told)."""
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,96 @@
+"""MLX: Apple silicon's GPU, and the CPU elsewhere.
+
+MLX (>= 0.32.3) has the standard's names and lacks some keywords (`device=`, `copy=`); it computes
+lazily, and `to_numpy` is where it is made to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gptx.backends.base import Array, Backend, Positions
+from gptx.errors import BackendError, DeviceOutOfMemory
+
+
+class MlxBackend(Backend):
+    """MLX arrays; `device` is "cpu" or "gpu" (default: MLX's own)."""
+
+    name = "mlx"
+    dtypes = ("float32", "float16", "bfloat16")
+    has_threads = False
+
+    def __init__(self, *, device: str | None = None, **options: Any) -> None:
+        if device not in (None, "cpu", "gpu"):
+            raise BackendError(f"device is {device!r}, the mlx backend expects 'cpu' or 'gpu'")
+        if device == "gpu" and not mx.is_available(mx.gpu):
+            raise BackendError("device is 'gpu', but MLX finds none here: use 'cpu'")
+        self._stream = mx.default_device() if device is None else mx.Device(getattr(mx, device))
+        super().__init__(mx, **options)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return mx.fast.layer_norm(x, weight, bias, eps)
+
+    def gelu(self, x: Array) -> Array:
+        y = mx.astype(x, mx.float32)
+        return mx.astype(y * 0.5 * (1.0 + mx.erf(y * math.sqrt(0.5))), self.float)
+
+    def relu(self, x: Array) -> Array:
+        return mx.maximum(x, 0.0)
+
+    def softmax(self, x: Array) -> Array:
+        return mx.softmax(x, axis=-1, precise=True)
+
+    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+        if positions.aligned:
+            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+        else:
+            rows = mx.arange(buffer.shape[0])[:, None]
+            buffer[rows, :, positions.index] = mx.permute_dims(new, (0, 2, 1, 3))
+        return buffer
+
+    def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
+        B, H, T, D = q.shape
+        mask: Any
+        if positions.aligned:
+            mask = "causal" if T > 1 else None
+        else:
+            mask = mx.arange(k.shape[2]) <= positions.index[:, None, :, None]
+        heads = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return mx.permute_dims(heads, (0, 2, 1, 3)).reshape(B, T, H * D)
+
+    def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
+        if host.dtype.kind == "f":
+            return mx.array(self._host_float(host, dtype)).astype(getattr(mx, dtype or self.dtype))
+        return mx.array(host.astype(np.int32))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return mx.zeros(shape, dtype=self.float)
+
+    def synchronize(self) -> None:
+        mx.synchronize(mx.default_stream(self._stream))
+
+    def peak_memory(self) -> int:
+        return int(mx.get_peak_memory())
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        try:
+            with mx.stream(self._stream):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            text = str(error)
+            if isinstance(error, DeviceOutOfMemory) or "alloc" not in text:
+                raise
+            raise DeviceOutOfMemory(
+                f"memory ran out on the mlx backend ({text.splitlines()[0]}): "
+                "use a smaller model, batch or context"
+            ) from error

@@ -1,0 +1,83 @@
+"""NumPy: the CPU, with BLAS threads.
+
+At one token a step the products wait for memory and everything else is call overhead, so these ops
+work in place and in few calls.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gptx.backends.base import Backend, Positions
+
+Array = np.ndarray
+
+
+class NumpyBackend(Backend):
+    """NumPy's own arrays. Memory-mapped float32 weights are used where they lie."""
+
+    name = "numpy"
+    dtypes = ("float32", "float64")  # NumPy's float16 is emulated one number at a time
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(np, **options)
+
+    def asarray(self, host: Array, dtype: str | None = None) -> Array:
+        return np.asarray(host, dtype=(dtype or self.dtype) if host.dtype.kind == "f" else np.int32)
+
+    def to_numpy(self, x: Array) -> Array:
+        return x
+
+    def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+        y = x.reshape(-1, weight.shape[0]) @ weight
+        y += bias
+        return y.reshape(*x.shape[:-1], -1)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        n = x.shape[-1]
+        y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
+        variance = np.vecdot(y, y)[..., None] / n
+        y /= np.sqrt(variance + eps)
+        y *= weight
+        y += bias
+        return y
+
+    def gelu_new(self, x: Array) -> Array:
+        y = x * x
+        y *= 0.044715 * math.sqrt(2 / math.pi)
+        y += math.sqrt(2 / math.pi)
+        y *= x
+        np.tanh(y, out=y)
+        y += 1.0
+        y *= x
+        y *= 0.5
+        return y
+
+    def relu(self, x: Array) -> Array:
+        return np.maximum(x, 0.0)
+
+    def softmax(self, x: Array) -> Array:
+        y = x - np.maximum.reduce(x, axis=-1, keepdims=True)
+        np.exp(y, out=y)
+        y /= np.add.reduce(y, axis=-1, keepdims=True)
+        return y
+
+    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+        if positions.aligned:
+            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+        else:
+            rows = np.arange(len(buffer))[:, None]
+            buffer[rows, :, positions.index] = new.transpose(0, 2, 1, 3)
+        return buffer
+
+    def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
+        B, H, T, D = q.shape
+        scores = (q * scale) @ k.swapaxes(-1, -2)
+        if T > 1 or not positions.aligned:  # a single aligned token sees all there is
+            hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]
+            np.copyto(scores, -math.inf, where=hidden)
+        heads = self.softmax(scores) @ v
+        return heads.swapaxes(1, 2).reshape(B, T, H * D)

@@ -1,0 +1,113 @@
+"""Files: safetensors mapped into memory, and writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptx.errors import StorageError, WeightsError
+
+# safetensors' names of the types; bfloat16 is read as the upper half of a float32.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Map a safetensors file into memory.
+
+    Nothing is read before it is used, and nothing is copied but bfloat16, which NumPy does not have
+    (it becomes float32, which loses nothing), and data that does not lie at a multiple of its size.
+
+    Returns
+    -------
+    tensors, metadata
+        Read-only arrays by name, and the strings of the file's `__metadata__`.
+
+    Raises
+    ------
+    WeightsError
+        The file is truncated or its header is damaged.
+    StorageError
+        The file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The safetensors library checks the header: its length, offsets, overlaps, and the size of
+        # the file. What it accepts can be mapped as it says.
+        with safe_open(path, framework="np"):
+            pass
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(header_size))
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}): fetch it again"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+    metadata = header.pop("__metadata__", {})
+    start = 8 + header_size
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = _view(data[start + begin : start + end], entry, f"{path}: {name}")
+    return tensors, metadata
+
+
+def _view(raw: np.ndarray, entry: dict[str, Any], what: str) -> np.ndarray:
+    if entry["dtype"] not in DTYPES:
+        raise WeightsError(
+            f"{what} is of type {entry['dtype']}, gptx reads {', '.join(DTYPES)}"
+        )
+    dtype = np.dtype(DTYPES[entry["dtype"]])
+    if raw.ctypes.data % dtype.itemsize:
+        raw = raw.copy()
+    array = raw.view(dtype).reshape(entry["shape"])
+    if entry["dtype"] == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`: beside it first, then in its place in one step.
+
+    Raises
+    ------
+    StorageError
+        It cannot be written (disk full, no such folder, read-only); `path` is as it was.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
+        raise
