@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gptx.backends.base import Backend, Positions
+
 from gptx.errors import BackendError, ParameterError
 
 __all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_backend"]
@@ -28,7 +29,9 @@ class Row:
 
 
 TABLE = {
-    "numpy": Row("gptx.backends.numpy_backend", "NumpyBackend", "numpy", "CPU", "pip install numpy"),
+    "numpy": Row(
+        "gptx.backends.numpy_backend", "NumpyBackend", "numpy", "CPU", "pip install numpy"
+    ),
     "cupy": Row(
         "gptx.backends.cupy_backend",
         "CupyBackend",
@@ -124,7 +127,9 @@ def available() -> list[BackendStatus]:
         try:
             get_backend(name)
             version = getattr(importlib.import_module(row.package), "__version__", "")
-            statuses.append(BackendStatus(name, True, row.runs_on, f"{row.package.split('.')[0]} {version}"))
+            statuses.append(
+                BackendStatus(name, True, row.runs_on, f"{row.package.split('.')[0]} {version}")
+            )
         except BackendError as error:
             statuses.append(BackendStatus(name, False, row.runs_on, str(error)))
     return statuses

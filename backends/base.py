@@ -162,7 +162,10 @@ class Backend:
         y = xp.astype(x, self.wide)
         z = xp.abs(y) * math.sqrt(0.5)
         t = 1.0 / (1.0 + 0.3275911 * z)
-        p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        p = t * (
+            0.254829592
+            + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+        )
         half_tail = 0.5 * p * xp.exp(-z * z)  # 1 - Φ(|x|)
         return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float)
 

@@ -14,8 +14,8 @@ from typing import Any
 import array_api_compat.cupy as xp
 import cupy
 import numpy as np
-
 from gptx.backends.base import Array, Backend, Positions
+
 from gptx.errors import BackendError, DeviceOutOfMemory
 
 
@@ -26,7 +26,9 @@ class CupyBackend(Backend):
     dtypes = ("float32", "float64", "float16", "bfloat16")
     has_threads = False
 
-    def __init__(self, *, device: int | None = None, dtype: str = "float32", **options: Any) -> None:
+    def __init__(
+        self, *, device: int | None = None, dtype: str = "float32", **options: Any
+    ) -> None:
         n_devices = _device_count()
         if device is None:
             device = cupy.cuda.Device().id

@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-
 from gptx.backends.base import Array, Backend, Positions
+
 from gptx.errors import BackendError, DeviceOutOfMemory
 
 

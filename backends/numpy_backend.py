@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import numpy as np
-
 from gptx.backends.base import Backend, Positions
 
 Array = np.ndarray

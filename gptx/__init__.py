@@ -1,1 +1,72 @@
-"""GPT-2 written once against the Python array API."""
+"""GPT-2 written once against the Python array API, run by NumPy, CuPy or MLX.
+
+    >>> import gptx
+    >>> print(gptx.generate("ROMEO:", model="shakespeare", max_tokens=40))
+
+Names are imported when they are first used, so that `import gptx` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gptx._version import __version__
+
+if TYPE_CHECKING:
+    from gptx.backends import Backend, available, get_backend
+    from gptx.cache import KVCache
+    from gptx.config import GPT2Config
+    from gptx.errors import GptxError, Interrupted
+    from gptx.generation import Model, generate, load, stream
+    from gptx.results import Chunk, Result, Score
+    from gptx.sampling import SamplingParams
+
+_HOME = {
+    "Backend": "gptx.backends",
+    "available": "gptx.backends",
+    "get_backend": "gptx.backends",
+    "KVCache": "gptx.cache",
+    "GPT2Config": "gptx.config",
+    "GptxError": "gptx.errors",
+    "Interrupted": "gptx.errors",
+    "Chunk": "gptx.results",
+    "Model": "gptx.generation",
+    "Result": "gptx.results",
+    "Score": "gptx.results",
+    "generate": "gptx.generation",
+    "load": "gptx.generation",
+    "stream": "gptx.generation",
+    "SamplingParams": "gptx.sampling",
+}
+
+__all__ = [
+    "Backend",
+    "Chunk",
+    "GPT2Config",
+    "GptxError",
+    "Interrupted",
+    "KVCache",
+    "Model",
+    "Result",
+    "SamplingParams",
+    "Score",
+    "__version__",
+    "available",
+    "generate",
+    "get_backend",
+    "load",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gptx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -75,9 +75,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
 
 def _view(raw: np.ndarray, entry: dict[str, Any], what: str) -> np.ndarray:
     if entry["dtype"] not in DTYPES:
-        raise WeightsError(
-            f"{what} is of type {entry['dtype']}, gptx reads {', '.join(DTYPES)}"
-        )
+        raise WeightsError(f"{what} is of type {entry['dtype']}, gptx reads {', '.join(DTYPES)}")
     dtype = np.dtype(DTYPES[entry["dtype"]])
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()

@@ -81,7 +81,9 @@ class SamplingParams:
         if not _is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**64):
-            raise ParameterError(f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1")
+            raise ParameterError(
+                f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
+            )
         # None is what a caller writes for "no bias".
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():

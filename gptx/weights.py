@@ -62,7 +62,13 @@ def check_weights(found: dict[str, np.ndarray], config: GPT2Config) -> None:
 
 
 def _names(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more are" if len(names) > 3 else " is" if len(names) == 1 else " are"
+    more = (
+        f" and {len(names) - 3} more are"
+        if len(names) > 3
+        else " is"
+        if len(names) == 1
+        else " are"
+    )
     return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 

@@ -1,0 +1,24 @@
+"""`gptx backends`: which are there, which are not, and how to install them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from gptx.backends import available
+from gptx.cli import options
+
+
+@click.command()
+@options.as_json
+def backends(as_json: bool) -> None:
+    """Show which backends can be used here, and how to install the others."""
+    statuses = available()
+    if as_json:
+        click.echo(json.dumps([asdict(status) for status in statuses]))
+        return
+    for status in statuses:
+        mark = "yes" if status.available else "no"
+        click.echo(f"{status.name:<6} {mark:<4} {status.runs_on:<24} {status.detail}")

@@ -1,0 +1,54 @@
+"""Options and formatting that several commands share."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from gptx.backends import TABLE
+
+revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
+offline = click.option("--offline", is_flag=True, help="Make no connection.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+class _Backend(click.ParamType[str]):
+    """A backend's name; the library itself says what is wrong with an unknown one."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return [click.shell_completion.CompletionItem(n) for n in TABLE if n.startswith(incomplete)]
+
+
+backend = click.option(
+    "-b",
+    "--backend",
+    type=_Backend(),
+    default="numpy",
+    show_default=True,
+    help=", ".join(TABLE) + ".",
+)
+dtype = click.option(
+    "--dtype", metavar="NAME", help="float32 (default), float16 or bfloat16, if the backend can."
+)
+threads = click.option("-t", "--threads", type=int, help="BLAS threads of the numpy backend.")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: 497.8 MB."""
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} bytes"
+    for unit in ("kB", "MB"):
+        n_bytes /= 1000
+        if n_bytes < 1000:
+            return f"{n_bytes:.1f} {unit}"
+    return f"{n_bytes / 1000:.1f} GB"
+
+
+def model_path(model: str) -> str | os.PathLike[str]:
+    """A model as typed: `~` is the home folder even where the shell has not replaced it."""
+    return os.path.expanduser(model)

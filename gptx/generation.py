@@ -1,0 +1,373 @@
+"""Text in, text out: load a model, generate, stream, score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack, cast, overload
+
+import numpy as np
+
+from gptx.backends import Backend, get_backend
+from gptx.cache import KVCache
+from gptx.config import GPT2Config
+from gptx.engine import Generation, check_ids, prefill, streams_of
+from gptx.errors import Interrupted, ParameterError, PromptError, TokenizerError
+from gptx.hub import ModelFiles, locate
+from gptx.model import GPT2, forward
+from gptx.options import AllOptions, LoadOptions, Options, Prompt
+from gptx.output import Output
+from gptx.results import Chunk, Result, Score
+from gptx.sampling import SamplingParams, log_softmax
+from gptx.tokenizer import BytePairTokenizer, Tokenizer
+from gptx.weights import read_weights, to_backend
+
+
+class Model:
+    """A GPT-2 with its tokenizer, on one backend; made by `load`.
+
+    Attributes
+    ----------
+    gpt2
+        Config, weights and backend, for `gptx.model.forward`.
+    files
+        Where it was read from.
+    """
+
+    def __init__(self, gpt2: GPT2, files: ModelFiles) -> None:
+        self.gpt2 = gpt2
+        self.files = files
+
+    def __repr__(self) -> str:
+        return f"<gptx.Model {self.name} on {self.backend!r}>"
+
+    @property
+    def name(self) -> str:
+        """Embedded name, folder or Hub id."""
+        return self.files.name
+
+    @property
+    def config(self) -> GPT2Config:
+        """The model's shape."""
+        return self.gpt2.config
+
+    @property
+    def backend(self) -> Backend:
+        """The library that computes."""
+        return self.gpt2.backend
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text <-> token ids.
+
+        Raises
+        ------
+        TokenizerError
+            The model came without one.
+        """
+        if not self.files.tokenizer:
+            raise TokenizerError(
+                f"{self.name} has no tokenizer: give token ids instead of text, or put "
+                f"tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
+            )
+        return BytePairTokenizer(self.files.tokenizer)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of a text; `<|endoftext|>` in it is ordinary text unless allowed."""
+        return self.tokenizer.encode(text, allow_special=allow_special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids)
+
+    @overload
+    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Result: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[Options]
+    ) -> list[Result]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]
+    ) -> Result | list[Result]:
+        """Continue a prompt, or each of several.
+
+        Parameters
+        ----------
+        prompt
+            A text or a list of token ids; or a list of those.
+        **options
+            See `Options`.
+
+        Returns
+        -------
+        Result or list of Result
+            One for a single prompt, a list for a list of prompts.
+
+        Raises
+        ------
+        Interrupted
+            Ctrl-C; `results` holds what was there by then.
+        PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
+        """
+        single = isinstance(prompt, str) or _is_ids(prompt)
+        prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
+        results: dict[int, Result] = {}
+        for sequence, chunk in self._run(prompts, options):
+            if chunk.result is not None:
+                results[sequence] = chunk.result
+        return results[0] if single else [results[i] for i in range(len(prompts))]
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
+        """Continue one prompt, a `Chunk` a token; the last has the `result`.
+
+        Raises what `generate` raises, when it is iterated over.
+        """
+        for _, chunk in self._run([prompt], options):
+            yield chunk
+
+    def _run(self, prompts: list[Prompt], options: Options) -> Iterator[tuple[int, Chunk]]:
+        """The chunks of all prompts, batch by batch, as they come."""
+        rest = dict(options)
+        stop = _stop_strings(rest.pop("stop", None))
+        allow_special = rest.pop("allow_special", False)
+        batch_size = rest.pop("batch_size", 8)
+        eos_id = None if rest.pop("ignore_eos", False) else self.config.eos_token_id
+        names = [f.name for f in fields(SamplingParams)]
+        params = SamplingParams(**{name: rest.pop(name) for name in names if name in rest})  # type: ignore[arg-type]
+        engine = {"max_tokens", "overflow", "logprobs", "cache"}
+        if unknown := set(rest) - engine:
+            known = sorted(Options.__annotations__)
+            raise ParameterError(
+                f"unknown option {', '.join(sorted(unknown))}, expected {', '.join(known)}"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ParameterError(f"batch_size is {batch_size!r}, expected at least 1")
+        if not prompts:
+            raise PromptError("there is no prompt: give at least one")
+        if stop:
+            _ = self.tokenizer  # a stop string means nothing without text: say so now
+        ids = [self._ids(prompt, allow_special) for prompt in prompts]
+        streams = streams_of(ids)
+        sequences: list[Output] = []
+        try:
+            for first in range(0, len(ids), batch_size):
+                batch = slice(first, first + batch_size)
+                run = Generation(
+                    self.gpt2,
+                    ids[batch],
+                    params,
+                    streams=streams[batch],
+                    eos_id=eos_id,
+                    **rest,  # type: ignore[arg-type]
+                )
+                params = run.params  # with the seed that was taken for the first batch
+                decoders = self.files.tokenizer and self.tokenizer
+                sequences += [
+                    Output(prompt, len(used), decoders or None, stop, run)
+                    for prompt, used in zip(prompts[batch], run.prompts, strict=True)
+                ]
+                for step in run:
+                    for token in step:
+                        chunk = sequences[first + token.sequence].add(token)
+                        if chunk.finish_reason is not None:
+                            run.finish(token.sequence)
+                        yield first + token.sequence, chunk
+        except KeyboardInterrupt:
+            raise Interrupted([sequence.result("interrupted") for sequence in sequences]) from None
+
+    def _ids(self, prompt: Prompt, allow_special: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return check_ids(cast("list[int]", prompt), self.gpt2)
+        if not prompt:
+            raise PromptError(
+                "the prompt is empty: give at least one character (to start a new text, "
+                "'<|endoftext|>' with allow_special=True)"
+            )
+        return check_ids(self.encode(prompt, allow_special=allow_special), self.gpt2)
+
+    def prefill(self, prompt: Prompt, *, allow_special: bool = False) -> KVCache:
+        """Read a prompt, to be continued later: `generate(prompt + more, cache=...)`.
+
+        The cache can be saved (`cache.save(path)`) and loaded on any backend (`load_cache`).
+        """
+        ids = self._ids(prompt, allow_special)
+        self._check_context(ids)
+        cache = KVCache(self.config, self.backend, 1, len(ids))
+        with self.backend.scope():
+            prefill(self.gpt2, [ids], cache)
+            self.backend.synchronize()
+        cache.tokens = [ids]
+        return cache
+
+    def load_cache(self, path: str | Path) -> KVCache:
+        """A cache that `KVCache.save` wrote, from this model on any backend."""
+        with self.backend.scope():
+            return KVCache.load(path, self.config, self.backend)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits of the token after each of `ids`: n token ids -> NumPy float32 [n, V]."""
+        checked = check_ids(cast("list[int]", ids), self.gpt2)
+        self._check_context(checked)
+        with self.backend.scope():
+            logits = self._all_logits(checked)
+            return self.backend.to_numpy(logits).astype(np.float32, copy=False)
+
+    def score(
+        self, text: Prompt, *, stride: int | None = None, allow_special: bool = False
+    ) -> Score:
+        """The log-probability of each token of a text (or of token ids).
+
+        A text longer than the context is read in windows of one context that move on by `stride`
+        tokens (default: a whole context, so that windows do not overlap). Every token but the first
+        is scored once: in the first window that holds all of what comes before it, or as much of
+        that as a context holds.
+        """
+        ids = self._ids(text, allow_special)
+        n_context = self.config.n_positions
+        stride = n_context if stride is None else stride
+        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= n_context:
+            raise ParameterError(f"stride is {stride!r}, expected 1 to {n_context} (the context)")
+        if len(ids) < 2:
+            raise PromptError("the text is a single token, which has none before it: give more")
+        logprobs: list[float | None] = [None]
+        for first in range(0, len(ids), stride):
+            window = ids[first : first + n_context + 1]
+            logprobs += self._score_window(window, len(logprobs) - first)
+            if len(logprobs) == len(ids):
+                break
+        return Score(ids, logprobs)
+
+    def _score_window(self, window: list[int], start: int) -> list[float]:
+        """Log-probabilities of `window[start:]`, given all before each."""
+        xp, backend = self.backend.xp, self.backend
+        with backend.scope():
+            logits = self._all_logits(window[:-1])[start - 1 :, :]
+            targets = backend.asarray(np.asarray(window[start:]))[:, None]
+            picked = xp.take_along_axis(log_softmax(backend, logits), targets, axis=-1)
+            return [float(x) for x in backend.to_numpy(picked)[:, 0]]
+
+    def _all_logits(self, ids: list[int]) -> Any:
+        """Logits [T, V] of each token of one sequence."""
+        cache = KVCache(self.config, self.backend, 1, len(ids))
+        batch = self.backend.asarray(np.asarray([ids]))
+        return forward(self.gpt2, batch, cache.extend([len(ids)]), cache)[0, :, :]
+
+    def _check_context(self, ids: list[int]) -> None:
+        if len(ids) > self.config.n_positions:
+            raise PromptError(
+                f"{len(ids)} tokens were given, the context holds {self.config.n_positions}"
+            )
+
+
+def load(
+    model: str | os.PathLike[str] = "gpt2",
+    *,
+    backend: str | Any = "numpy",
+    dtype: str | None = None,
+    device: Any = None,
+    threads: int | None = None,
+    generic: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    model
+        An embedded name ("shakespeare"), a folder, or a Hub id ("openai-community/gpt2", and the
+        short names gpt2, gpt2-medium, gpt2-large and gpt2-xl).
+    backend, dtype, device, threads, generic
+        See `gptx.get_backend`.
+    revision
+        Branch, tag or commit on the Hub.
+    offline
+        Make no connection: use what was downloaded before.
+    token
+        For gated models on the Hub; the default is the one that `hf auth login` stored.
+
+    Raises
+    ------
+    NotFoundError, HubUnavailableError, AuthorizationError, IntegrityError, StorageError
+        The files cannot be had.
+    ConfigError, WeightsError
+        They do not describe a GPT-2 that gptx can run.
+    BackendError
+        The backend is not there, or does not compute in `dtype`.
+    """
+    made = get_backend(backend, dtype=dtype, device=device, threads=threads, generic=generic)
+    files = locate(model, revision=revision, offline=offline, token=token)
+    config = GPT2Config.from_file(files.config)
+    found = read_weights(files.weights, config)
+    with made.scope():
+        return Model(GPT2(config, to_backend(found, made), made), files)
+
+
+@overload
+def generate(
+    prompt: str | list[int],
+    *,
+    model: str | os.PathLike[str] | Model = "gpt2",
+    **options: Unpack[AllOptions],
+) -> Result: ...
+@overload
+def generate(
+    prompt: list[str] | list[list[int]],
+    *,
+    model: str | os.PathLike[str] | Model = "gpt2",
+    **options: Unpack[AllOptions],
+) -> list[Result]: ...
+def generate(
+    prompt: Any,
+    *,
+    model: str | os.PathLike[str] | Model = "gpt2",
+    **options: Unpack[AllOptions],
+) -> Result | list[Result]:
+    """Load a model and continue a prompt, or each of several.
+
+    Takes the options of `load` and of `Model.generate`, and returns what the latter returns. To
+    continue more than once, `load` once.
+    """
+    loaded, rest = _loaded(model, options)
+    return loaded.generate(prompt, **rest)
+
+
+def stream(
+    prompt: Prompt,
+    *,
+    model: str | os.PathLike[str] | Model = "gpt2",
+    **options: Unpack[AllOptions],
+) -> Iterator[Chunk]:
+    """Load a model and continue a prompt, a `Chunk` a token; as `generate` otherwise."""
+    loaded, rest = _loaded(model, options)
+    return loaded.stream(prompt, **rest)
+
+
+def _loaded(model: Any, options: AllOptions) -> tuple[Model, Options]:
+    given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
+    rest = {k: v for k, v in options.items() if k not in given}
+    if isinstance(model, Model):
+        if given:
+            raise ParameterError(
+                f"{', '.join(given)} belong to gptx.load(): the model that was given is loaded"
+            )
+        return model, cast("Options", rest)
+    return load(model, **cast("LoadOptions", given)), cast("Options", rest)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, np.ndarray) or (
+        len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
+    )
+
+
+def _stop_strings(stop: Any) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop or [])
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ParameterError(f"stop has {string!r}, expected strings of at least one character")
+    return strings

@@ -1,0 +1,142 @@
+"""Text <-> token ids: the Tokenizer protocol, byte-level BPE, the incremental text decoder."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from gptx.errors import PromptError, TokenizerError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What gptx asks of a tokenizer."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of a text; special tokens in it are ordinary text unless allowed."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for; none for an id that is not in the vocabulary."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+
+
+class BytePairTokenizer:
+    """GPT-2's byte-level BPE, run by the `tokenizers` library.
+
+    Parameters
+    ----------
+    files
+        "tokenizer.json", or "vocab.json" and "merges.txt", each with its path.
+
+    Raises
+    ------
+    TokenizerError
+        The files are damaged, or not enough of them are there.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
+        self._ordinary = self._read()
+        # Ordinary text is where this library finds special tokens unless it is told otherwise.
+        self._ordinary.encode_special_tokens = True
+
+    def _read(self) -> Any:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        try:
+            if path := self._files.get("tokenizer.json"):
+                tokenizer = Tokenizer.from_file(str(path))
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
+                return tokenizer
+            vocab, merges = self._files["vocab.json"], self._files["merges.txt"]
+            tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            if tokenizer.token_to_id(END_OF_TEXT) is not None:
+                tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+            return tokenizer
+        except KeyError as error:
+            raise TokenizerError(
+                f"{error} is missing: a tokenizer is tokenizer.json, or vocab.json and merges.txt"
+            ) from None
+        except Exception as error:  # the library raises bare Exceptions
+            names = " and ".join(str(path) for path in self._files.values())
+            raise TokenizerError(f"{names} cannot be read as a tokenizer ({error})") from None
+
+    @cached_property
+    def _special(self) -> Any:
+        """The same tokenizer, minding special tokens."""
+        return self._read()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._ordinary.get_vocab_size())
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        try:
+            text.encode()  # the library's own error for a lone surrogate is not clear
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text is not valid Unicode: lone surrogate {text[error.start]!r} at character "
+                f"{error.start}"
+            ) from None
+        tokenizer = self._special if allow_special else self._ordinary
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self._ordinary.id_to_token(id)
+        if token is None:  # a vocabulary padded beyond the tokenizer's
+            return b""
+        if id in self._added:
+            return token.encode()
+        try:
+            return bytes(byte_of_letter()[letter] for letter in token)
+        except KeyError:
+            raise TokenizerError(f"token {id} is {token!r}, which is not byte-level BPE") from None
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._ordinary.get_added_tokens_decoder())
+
+
+@lru_cache(maxsize=1)
+def byte_of_letter() -> dict[str, int]:
+    """GPT-2 writes each byte as a printable letter in its vocabulary: this reads them back.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others for U+0100 and on, in order
+    (https://github.com/openai/gpt-2, encoder.py).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+class TextDecoder:
+    """Tokens -> text as they come; a character is held back until all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, id: int) -> str:
+        """The text that a token completes, possibly none."""
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that never got all its bytes, or nothing."""
+        return self._utf8.decode(b"", final=True)

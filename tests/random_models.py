@@ -1,0 +1,195 @@
+"""Small random GPT-2s, the same bit for bit everywhere, and a writer for them.
+
+Needs NumPy and `gptx.config` alone, so that an environment without gptx's other dependencies (the
+reference implementation's, see `golden/make_golden.py`) can make the very same models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gptx.config import GPT2Config
+
+LOGIT_STD = 3.0  # what the logits come out at, roughly; GPT-2's own have 2 to 5
+EMBEDDING_STD = 0.4
+
+
+def _small(n_head: int, n_embd: int, n_layer: int, vocab_size: int) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=64,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        bos_token_id=vocab_size - 1,  # the last token, as in GPT-2
+        eos_token_id=vocab_size - 1,
+    )
+
+
+_BASE = _small(n_head=4, n_embd=32, n_layer=3, vocab_size=97)
+
+CASES: dict[str, GPT2Config] = {
+    # The four sizes, shrunk: as many heads, hence widths that are no power of two.
+    "124M": _small(n_head=12, n_embd=96, n_layer=4, vocab_size=211),
+    "355M": _small(n_head=16, n_embd=64, n_layer=5, vocab_size=128),
+    "774M": _small(n_head=20, n_embd=80, n_layer=4, vocab_size=157),
+    "1558M": _small(n_head=25, n_embd=200, n_layer=3, vocab_size=181),
+    # One setting each.
+    "gelu-erf": replace(_BASE, activation_function="gelu"),
+    "relu": replace(_BASE, activation_function="relu"),
+    "unscaled": replace(_BASE, scale_attn_weights=False),
+    "layer-scaled": replace(_BASE, scale_attn_by_inverse_layer_idx=True),
+    "n-inner": replace(_BASE, n_inner=72),
+    "untied": replace(_BASE, tie_word_embeddings=False),
+    "epsilon": replace(_BASE, layer_norm_epsilon=1e-3),
+    "tiny": replace(
+        _small(n_head=1, n_embd=8, n_layer=1, vocab_size=101), bos_token_id=None, eos_token_id=None
+    ),
+}
+
+
+def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw every tensor of a model, named as in `config.tensor_shapes()`, in float32.
+
+    Uniform numbers and not normal ones: they are bits, a subtraction and a multiplication, so no
+    version of NumPy and no platform's math library can change them, and the golden logits hold.
+
+    Activations stay lively at any width and depth: what is added to the residual stream is scaled
+    by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the embeddings. The
+    last layer norm gives the logits a standard deviation of about `LOGIT_STD`; half of its weights
+    are negative, since otherwise the tied head would favor the token just read, and a greedy
+    continuation would repeat one token forever.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    weights = {}
+    for name, shape in config.tensor_shapes().items():
+        mean, std = _mean_std(name, shape, config)
+        draw = rng.random(shape)
+        draw -= 0.5
+        draw *= std * math.sqrt(12.0)
+        draw += mean
+        weights[name] = draw.astype(np.float32)
+    return weights
+
+
+def _mean_std(
+    name: str, shape: tuple[int, ...], config: GPT2Config
+) -> tuple[float | np.ndarray, float]:
+    if name in ("wte.weight", "wpe.weight", "lm_head.weight"):
+        return 0.0, EMBEDDING_STD
+    if name == "ln_f.weight":
+        size = LOGIT_STD / (EMBEDDING_STD * math.sqrt(config.n_embd))
+        return np.where(np.arange(config.n_embd) % 2, size, -size), 0.1 * size
+    if name.endswith((".ln_1.weight", ".ln_2.weight")):
+        return 1.0, 0.1
+    if name.endswith(".bias"):
+        return 0.0, 0.1
+    # 1.5: attention scores sharp enough not to average all positions, calm enough that the
+    # rounding of float32 does not grow from layer to layer
+    gain = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.5
+    return 0.0, gain / math.sqrt(shape[0])
+
+
+def random_ids(config: GPT2Config, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """Draw token ids [batch, length], int64, each id from the whole vocabulary."""
+    raw = np.random.Generator(np.random.Philox(seed)).random((batch, length))
+    return (raw * config.vocab_size).astype(np.int64)
+
+
+def checksum(weights: dict[str, np.ndarray]) -> int:
+    """CRC-32 over all tensors in order: tells other weights from another model."""
+    crc = 0
+    for tensor in weights.values():
+        crc = zlib.crc32(tensor.tobytes(), crc)
+    return crc
+
+
+def write_model(
+    folder: str | Path,
+    config: GPT2Config,
+    weights: dict[str, np.ndarray],
+    *,
+    dtype: str = "float32",
+    prefix: str = "",
+    shards: int = 1,
+) -> Path:
+    """Write a model as the Hub keeps it: config.json and model.safetensors.
+
+    Parameters
+    ----------
+    folder
+        Made if it does not exist.
+    dtype
+        "float32", "float16" or "bfloat16"; config.json's `torch_dtype` says it too.
+    prefix
+        Put before every name but the head's, "transformer." for example.
+    shards
+        Into how many files the tensors go, in order; more than one come with an index.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {**config.to_dict(), "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    names = {name if name.startswith("lm_head") else prefix + name: name for name in weights}
+    if shards == 1:
+        _write_safetensors(folder / "model.safetensors", names, weights, dtype)
+        return folder
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(np.array_split(list(names), shards), start=1):
+        file = f"model-{i:05d}-of-{shards:05d}.safetensors"
+        chosen = {str(stored): names[str(stored)] for stored in part}
+        _write_safetensors(folder / file, chosen, weights, dtype)
+        weight_map |= dict.fromkeys(chosen, file)
+    size = sum(w.size for w in weights.values()) * _ITEMSIZE[dtype]
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _write_safetensors(
+    path: Path, names: dict[str, str], weights: dict[str, np.ndarray], dtype: str
+) -> None:
+    """Write a safetensors file, tensor by tensor: stored name -> name in `weights`.
+
+    The safetensors package has no public way to write bfloat16 from NumPy, and would hold a
+    second copy of a large model; the format is a length, a JSON header and the bytes.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for stored, name in names.items():
+        start, end = end, end + weights[name].size * _ITEMSIZE[dtype]
+        shape = list(weights[name].shape)
+        header[stored] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.writelines(_as_bytes(weights[name], dtype) for name in names.values())
+
+
+def _as_bytes(tensor: np.ndarray, dtype: str) -> bytes:
+    if dtype == "bfloat16":
+        return to_bfloat16(tensor).astype("<u2").tobytes()
+    return tensor.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round finite float32 numbers to bfloat16, ties to even; the bits as uint16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
