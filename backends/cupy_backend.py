@@ -78,7 +78,7 @@ class CupyBackend(Backend):
         self.device.synchronize()
 
     def peak_memory(self) -> int:
-        """What CuPy's pool has taken from the device so far, in bytes; it does not shrink by itself."""
+        """Bytes that CuPy's pool has taken from the device; it does not shrink by itself."""
         with self.device:
             return int(cupy.get_default_memory_pool().total_bytes())
 

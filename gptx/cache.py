@@ -112,7 +112,9 @@ class KVCache:
     def load(
         cls, path: str | Path, config: GPT2Config, backend: Backend, capacity: int | None = None
     ) -> KVCache:
-        """Read what `save` wrote, for a model of the same shape; `capacity` defaults to its context.
+        """Read what `save` wrote, for a model of the same shape.
+
+        `capacity` defaults to the context.
 
         Raises
         ------
@@ -159,7 +161,7 @@ def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[li
     try:
         tokens = json.loads(metadata.get("tokens", "null"))
         if tokens is None or [len(ids) for ids in tokens] == lengths.tolist():
-            return tokens  # type: ignore[no-any-return]
+            return tokens
     except (ValueError, TypeError):
         pass
     raise DataError(f"{path}: its token ids do not match its {lengths.tolist()} positions")

@@ -16,7 +16,7 @@ from gptx.errors import ConfigError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
-# name: (layers, heads, width), https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, table 2
+# Radford et al. 2019, table 2: layers, heads, width. (The paper names them by a first, wrong count.)
 SIZES = {
     "124M": (12, 12, 768),
     "355M": (24, 16, 1024),

@@ -7,6 +7,8 @@ code that knows nothing of gptx can still catch it.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GptxError(Exception):
     """Base of all gptx errors."""
@@ -97,6 +99,6 @@ class Interrupted(KeyboardInterrupt):
 
     exit_code = 130
 
-    def __init__(self, results: list | None = None) -> None:
+    def __init__(self, results: list[Any] | None = None) -> None:
         super().__init__("interrupted")
         self.results = results or []

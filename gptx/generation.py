@@ -130,13 +130,13 @@ class Model:
 
     def _run(self, prompts: list[Prompt], options: Options) -> Iterator[tuple[int, Chunk]]:
         """The chunks of all prompts, batch by batch, as they come."""
-        rest = dict(options)
+        rest: dict[str, Any] = dict(options)
         stop = _stop_strings(rest.pop("stop", None))
         allow_special = rest.pop("allow_special", False)
         batch_size = rest.pop("batch_size", 8)
         eos_id = None if rest.pop("ignore_eos", False) else self.config.eos_token_id
         names = [f.name for f in fields(SamplingParams)]
-        params = SamplingParams(**{name: rest.pop(name) for name in names if name in rest})  # type: ignore[arg-type]
+        params = SamplingParams(**{name: rest.pop(name) for name in names if name in rest})
         engine = {"max_tokens", "overflow", "logprobs", "cache"}
         if unknown := set(rest) - engine:
             known = sorted(Options.__annotations__)
@@ -161,7 +161,7 @@ class Model:
                     params,
                     streams=streams[batch],
                     eos_id=eos_id,
-                    **rest,  # type: ignore[arg-type]
+                    **rest,
                 )
                 params = run.params  # with the seed that was taken for the first batch
                 decoders = self.files.tokenizer and self.tokenizer

@@ -67,7 +67,7 @@ class SamplingParams:
             value = getattr(self, f.name)
             if f.name in ("seed", "top_k", "logit_bias"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            if not _is_real(value) or not math.isfinite(value):
                 raise ParameterError(f"{f.name} is {value!r}, expected a finite number")
         if self.temperature < 0:
             raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
@@ -87,7 +87,7 @@ class SamplingParams:
         # None is what a caller writes for "no bias".
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
-            if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, Real):
+            if not _is_int(token) or not _is_real(bias):
                 raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
             if math.isnan(bias) or bias == math.inf:
                 raise ParameterError(f"logit_bias of token {token} is {bias}, expected a number")
@@ -100,6 +100,10 @@ class SamplingParams:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

@@ -29,7 +29,7 @@ def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, np.ndar
     Raises
     ------
     WeightsError
-        A file is damaged, or a tensor is missing, unknown, there twice, or of another shape or type.
+        A file is damaged, or a tensor is missing, unknown, there twice or misshapen.
     """
     found: dict[str, np.ndarray] = {}
     for path in paths:
@@ -84,7 +84,7 @@ def to_backend(found: dict[str, np.ndarray], backend: Backend) -> SimpleNamespac
         node[leaf] = backend.asarray(array)
     blocks = tree.pop("h")
     tree["h"] = [blocks[str(layer)] for layer in range(len(blocks))]
-    return _attributes(tree)  # type: ignore[no-any-return]
+    return _attributes(tree)
 
 
 def _attributes(node: Any) -> Any:

@@ -8,11 +8,11 @@ from dataclasses import asdict
 import click
 
 from gptx.backends import available
-from gptx.cli import options
+from gptx.cli.options import json_option
 
 
 @click.command()
-@options.as_json
+@json_option
 def backends(as_json: bool) -> None:
     """Show which backends can be used here, and how to install the others."""
     statuses = available()

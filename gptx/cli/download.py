@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from gptx.cli import options
+from gptx.cli.options import model_path, revision_option
 from gptx.hub import locate
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@options.revision
+@revision_option
 def download(models: tuple[str, ...], revision: str | None) -> None:
     """Fetch each MODEL from the Hub and print the folder it lies in.
 
     What is in the cache already is checked against its SHA-256, and fetched again if it is wrong.
     """
     for model in models:
-        files = locate(options.model_path(model), revision=revision, verify_cached=True)
+        files = locate(model_path(model), revision=revision, verify_cached=True)
         click.echo(str(files.folder))

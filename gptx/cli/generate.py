@@ -9,7 +9,16 @@ from typing import Any, get_args
 
 import click
 
-from gptx.cli import options
+from gptx.cli.options import (
+    backend_option,
+    dtype_option,
+    format_size,
+    json_option,
+    model_path,
+    offline_option,
+    revision_option,
+    threads_option,
+)
 from gptx.engine import Overflow
 from gptx.errors import Interrupted, PromptError
 from gptx.generation import Model, load
@@ -23,9 +32,9 @@ DEFAULT = SamplingParams()
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", metavar="TEXT", help="The prompt, as an option.")
 @click.option("-m", "--model", default="gpt2", show_default=True, help="Name, folder or Hub id.")
-@options.backend
-@options.dtype
-@options.threads
+@backend_option
+@dtype_option
+@threads_option
 @click.option(
     "-n", "--max-tokens", type=int, default=100, show_default=True, help="New tokens at most."
 )
@@ -52,9 +61,9 @@ DEFAULT = SamplingParams()
     show_default=True,
     help="What to do past the context.",
 )
-@options.revision
-@options.offline
-@options.as_json
+@revision_option
+@offline_option
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No statistics on standard error.")
 def generate(
     prompt: str | None,
@@ -84,7 +93,7 @@ def generate(
         text = _standard_input()
     SamplingParams(**{k: v for k, v in choices.items() if hasattr(DEFAULT, k)})  # before loading
     loaded = load(
-        options.model_path(model),
+        model_path(model),
         backend=backend,
         dtype=dtype,
         threads=threads,
@@ -113,7 +122,7 @@ def _standard_input() -> str:
 
 def _stream(loaded: Model, text: str, choices: dict[str, Any], show: bool) -> Result:
     result = None
-    for chunk in loaded.stream(text, **choices):  # type: ignore[misc]
+    for chunk in loaded.stream(text, **choices):
         if show and chunk.text:
             click.echo(chunk.text, nl=False)
             sys.stdout.flush()
@@ -137,7 +146,7 @@ def _finish(loaded: Model, result: Result, as_json: bool, quiet: bool) -> None:
             f"[prompt: {result.prompt_tokens} tokens, {result.prompt_tps:,.0f} tokens per second | "
             f"output: {len(result.tokens)} tokens, {result.generation_tps:,.0f} tokens per second, "
             f"first after {result.time_to_first_token:.3f} s | "
-            f"peak memory: {options.size(result.peak_memory)} | seed: {result.seed} | "
+            f"peak memory: {format_size(result.peak_memory)} | seed: {result.seed} | "
             f"finish: {result.finish_reason}]",
             err=True,
         )

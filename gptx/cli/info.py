@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gptx.cli import options
+from gptx.cli.options import format_size, json_option, model_path, offline_option, revision_option
 from gptx.config import GPT2Config
 from gptx.hub import locate
 from gptx.weights import read_weights
@@ -19,16 +19,16 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @click.command()
 @click.argument("model")
-@options.revision
-@options.offline
-@options.as_json
+@revision_option
+@offline_option
+@json_option
 def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
     """Show the sizes and tensors of MODEL, and its memory for each dtype.
 
     MODEL is a name, a folder or a Hub id. The weights of an embedded model or a folder are checked
     against its config; of a Hub model only the config is fetched.
     """
-    path = options.model_path(model)
+    path = model_path(model)
     files = locate(path, revision=revision, offline=offline, weights=False)
     config = GPT2Config.from_file(files.config)
     stored = None
@@ -74,8 +74,8 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
     for dtype, n in BYTES.items():
         token = n * _cache_per_token(config)
         lines.append(
-            f"{dtype:<9} {options.size(n * config.n_parameters):>10} {options.size(token):>15} "
-            f"{options.size(token * config.n_positions):>12}"
+            f"{dtype:<9} {format_size(n * config.n_parameters):>10} {format_size(token):>15} "
+            f"{format_size(token * config.n_positions):>12}"
         )
     return "\n".join(lines)
 

@@ -8,9 +8,9 @@ import click
 
 from gptx.backends import TABLE
 
-revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
-offline = click.option("--offline", is_flag=True, help="Make no connection.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+revision_option = click.option("--revision", help="Branch, tag or commit on the Hub.")
+offline_option = click.option("--offline", is_flag=True, help="Make no connection.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 class _Backend(click.ParamType[str]):
@@ -24,7 +24,7 @@ class _Backend(click.ParamType[str]):
         return [click.shell_completion.CompletionItem(n) for n in TABLE if n.startswith(incomplete)]
 
 
-backend = click.option(
+backend_option = click.option(
     "-b",
     "--backend",
     type=_Backend(),
@@ -32,13 +32,15 @@ backend = click.option(
     show_default=True,
     help=", ".join(TABLE) + ".",
 )
-dtype = click.option(
+dtype_option = click.option(
     "--dtype", metavar="NAME", help="float32 (default), float16 or bfloat16, if the backend can."
 )
-threads = click.option("-t", "--threads", type=int, help="BLAS threads of the numpy backend.")
+threads_option = click.option(
+    "-t", "--threads", type=int, help="BLAS threads of the numpy backend."
+)
 
 
-def size(n_bytes: float) -> str:
+def format_size(n_bytes: float) -> str:
     """Bytes for people: 497.8 MB."""
     if n_bytes < 1000:
         return f"{n_bytes:.0f} bytes"

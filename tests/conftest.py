@@ -1,0 +1,99 @@
+"""Fixtures: every backend that is here, small random models, the shared files if they are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptx.backends import Backend, get_backend
+from random_models import CASES, random_weights, write_model
+
+import gptx
+from gptx.config import GPT2Config
+from gptx.errors import BackendError
+from gptx.generation import Model
+from gptx.hub import ModelFiles
+from gptx.model import GPT2
+from gptx.weights import to_backend
+
+# Each way to run the one model: name -> arguments of get_backend.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "numpy": {"backend": "numpy"},
+    "numpy-generic": {"backend": "numpy", "generic": True},
+    "mlx": {"backend": "mlx"},
+    "mlx-generic": {"backend": "mlx", "generic": True},
+    "cupy": {"backend": "cupy"},
+    "strict": {"backend": "array_api_strict"},
+}
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def make_backend(name: str, **options: Any) -> Backend:
+    """A backend by its name above, or a visible skip with the reason that it gives."""
+    arguments = BACKENDS[name] | options
+    if arguments["backend"] == "array_api_strict":
+        arguments["backend"] = pytest.importorskip("array_api_strict")
+    try:
+        return get_backend(**arguments)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in turn; one that is absent is skipped with its reason."""
+    return make_backend(request.param)
+
+
+def make_model(config: GPT2Config, backend: Backend, weights: Any = None) -> Model:
+    """A model of random weights (or the given ones), without files and without a tokenizer."""
+    found = random_weights(config) if weights is None else weights
+    nowhere = Path("random")
+    files = ModelFiles("random", nowhere, nowhere, (), {}, None)
+    with backend.scope():
+        return Model(GPT2(config, to_backend(found, backend), backend), files)
+
+
+@pytest.fixture
+def small(backend: Backend) -> Model:
+    """A shrunk 124M on each backend."""
+    return make_model(CASES["124M"], backend)
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Model:
+    """The embedded model on NumPy."""
+    return gptx.load("shakespeare")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write a model folder: `folder(case="124M", **options of write_model)`."""
+
+    def write(case: str = "tiny", name: str = "model", **options: Any) -> Path:
+        config = CASES[case]
+        weights = options.pop("weights", None) or random_weights(config)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return write_model(tmp_path / name, config, weights, **options)
+
+    return write
+
+
+def shared(path: str) -> Path:
+    """A file of the shared folder; in CI it has to be there, elsewhere its absence is a skip."""
+    found = SHARED / path
+    if not found.exists() and not os.environ.get("CI"):
+        pytest.skip(f"{found.name} is not there (it is not part of the repository)")
+    assert found.exists(), f"CI has no {found}"
+    return found
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """The same random numbers in every run."""
+    return np.random.default_rng(0)

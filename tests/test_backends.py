@@ -1,0 +1,340 @@
+"""Every override against the generic op, and what the table of backends promises."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import gptx.backends
+import numpy as np
+import pytest
+from conftest import make_backend
+from gptx.backends import TABLE, Backend, Positions, available, get_backend
+from gptx.backends.base import OPS
+
+from gptx.errors import BackendError, DeviceOutOfMemory, ParameterError
+
+# In float64 and with NumPy alone: what every backend is measured by.
+REFERENCE = get_backend("numpy", dtype="float64", generic=True)
+
+OVERRIDING = ["numpy", "mlx", "cupy"]
+
+
+def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for each op: plain shapes, odd ones, a batch, a single row."""
+
+    def x(*shape: int) -> np.ndarray:
+        return random.normal(size=shape) * 2
+
+    def positions(first: list[int], counts: list[int]) -> SimpleNamespace:
+        T, last = max(counts), np.array(first) + counts - 1
+        index = np.minimum(np.array(first)[:, None] + np.arange(T), last[:, None])
+        stop = int(last.max()) + 1
+        aligned = bool((last == stop - 1).all() and len(set(counts)) == 1)
+        return SimpleNamespace(index=index, stop=stop, aligned=aligned)
+
+    places = [
+        ([0], [7], 7),
+        ([5], [1], 6),
+        ([3, 3], [1, 1], 4),
+        ([0, 0, 0], [5, 1, 3], 5),
+        ([4, 0, 9], [1, 1, 1], 10),
+        ([2, 5], [3, 3], 8),
+        ([9, 0], [1, 4], 10),
+    ]
+    return {
+        "embed": [(np.array([[3, 0], [10, 3]]), x(11, 5)), (np.array([[0]]), x(1, 3))],
+        "linear": [(x(2, 3, 7), x(7, 5), x(5)), (x(1, 1, 1), x(1, 9), x(9))],
+        "unembed": [(x(2, 3, 7), x(13, 7)), (x(1, 1, 4), x(1, 4))],
+        "layer_norm": [
+            (x(2, 3, 7), x(7), x(7), 1e-5),
+            (x(1, 1, 96) + 5, x(96), x(96), 1e-3),
+            (np.ones((1, 2, 4)), x(4), x(4), 1e-5),
+        ],
+        "gelu_new": [(x(2, 3, 7) * 3,), (np.array([[[-30.0, 0, 30]]]),)],
+        "gelu": [(x(2, 3, 7) * 3,), (np.array([[[-30.0, -3, 0, 3, 30]]]),)],
+        "relu": [(x(2, 3, 7),)],
+        "split_heads": [(x(2, 3, 30), 5), (x(1, 1, 3), 1)],
+        "softmax": [(x(2, 3, 7) * 10,), (np.array([[1e4, 0.0, -np.inf]]),)],
+        "write": [
+            (x(len(f), 2, S + 2, 3), x(len(f), 2, max(c), 3), positions(f, c)) for f, c, S in places
+        ],
+        "attention": [
+            (x(len(f), 2, max(c), 3), x(len(f), 2, S, 3), x(len(f), 2, S, 3), positions(f, c), 0.3)
+            for f, c, S in places
+        ],
+    }
+
+
+def to_device(backend: Backend, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return backend.asarray(value)
+    if isinstance(value, SimpleNamespace):
+        return Positions(backend.asarray(value.index), value.stop, value.aligned)
+    return value
+
+
+def run(backend: Backend, op: str, arguments: tuple[Any, ...]) -> list[np.ndarray]:
+    with backend.scope():
+        out = getattr(backend, op)(*(to_device(backend, a) for a in arguments))
+        outs = out if isinstance(out, tuple) else (out,)
+        return [backend.to_numpy(o) for o in outs]
+
+
+def consistent(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Repeat in `new` of a ragged write what repeated tokens would give there."""
+    if op != "write":
+        return arguments
+    buffer, new, positions = arguments
+    first = positions.index[:, :1]
+    return (
+        buffer,
+        np.take_along_axis(new, (positions.index - first)[:, None, :, None], 2),
+        positions,
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_agrees_with_float64(op: str, backend: Backend, random: np.random.Generator) -> None:
+    for arguments in cases(random)[op]:
+        arguments = consistent(op, arguments)
+        got = run(backend, op, arguments)
+        expected = run(REFERENCE, op, arguments)
+        assert len(got) == len(expected)
+        for g, e in zip(got, expected, strict=True):
+            assert g.shape == e.shape
+            np.testing.assert_allclose(g, e, rtol=3e-6, atol=3e-6)
+
+
+def test_every_op_is_tested(random: np.random.Generator) -> None:
+    assert set(cases(random)) == set(OPS)
+
+
+def test_exact_gelu_against_the_error_function(random: np.random.Generator) -> None:
+    from math import erf
+
+    x = np.linspace(-8, 8, 1001)[None, None, :]
+    exact = np.array([0.5 * t * (1 + erf(t / 2**0.5)) for t in x.ravel()]).reshape(x.shape)
+    np.testing.assert_allclose(run(REFERENCE, "gelu", (x,))[0], exact, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_op_in_16_bits(op: str, dtype: str, random: np.random.Generator) -> None:
+    backend = make_backend("mlx", dtype=dtype)
+    eps = {"float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    for arguments in cases(random)[op]:
+        arguments = consistent(op, arguments)
+        for g, e in zip(run(backend, op, arguments), run(REFERENCE, op, arguments), strict=True):
+            scale = np.abs(e).max() + 1
+            np.testing.assert_allclose(g, e, atol=8 * eps * scale)
+
+
+@pytest.mark.parametrize("name", OVERRIDING)
+def test_generic_turns_every_override_off(name: str) -> None:
+    backend = make_backend(name, generic=True)
+    for op in OPS:
+        assert getattr(backend, op).__func__ is getattr(Backend, op)
+
+
+@pytest.mark.parametrize("name", OVERRIDING)
+def test_an_override_has_the_same_signature(name: str) -> None:
+    import inspect
+
+    cls = type(make_backend(name))
+    for op in OPS:
+        ours, generic = (inspect.signature(getattr(c, op)) for c in (cls, Backend))
+        assert list(ours.parameters) == list(generic.parameters)
+
+
+def test_round_trip_of_arrays(backend: Backend, random: np.random.Generator) -> None:
+    floats = random.normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(backend.to_numpy(backend.asarray(floats)), floats)
+    ints = np.array([[1, 2], [-3, 4]])
+    back = backend.to_numpy(backend.asarray(ints))
+    assert back.dtype == np.int32
+    np.testing.assert_array_equal(back, ints)
+
+
+def test_numpy_does_not_copy_float32() -> None:
+    x = np.ones(5, np.float32)
+    assert get_backend("numpy").asarray(x) is x
+
+
+def test_two_backends_side_by_side(random: np.random.Generator) -> None:
+    one, other = get_backend("numpy"), get_backend("numpy", dtype="float64")
+    x = random.normal(size=(1, 2, 4))
+    assert one.softmax(one.asarray(x)).dtype == np.float32
+    assert other.softmax(other.asarray(x)).dtype == np.float64
+
+
+def test_threads_govern_blas_and_are_put_back() -> None:
+    from threadpoolctl import threadpool_info
+
+    def blas() -> list[int]:
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    before = blas()
+    with get_backend("numpy", threads=1).scope():
+        assert blas() == [1] * len(before)
+    assert blas() == before
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_bad_threads(threads: Any) -> None:
+    with pytest.raises(ParameterError, match="threads is"):
+        get_backend("numpy", threads=threads)
+
+
+def test_unknown_backend_names_those_there_are() -> None:
+    with pytest.raises(BackendError, match=r"'tpu'.*'numpy', 'cupy', 'mlx'"):
+        get_backend("tpu")
+
+
+def test_what_is_no_namespace() -> None:
+    with pytest.raises(BackendError, match="array-API namespace"):
+        get_backend(builtins)
+
+
+def test_numpy_refuses_float16() -> None:
+    with pytest.raises(BackendError, match=r"'float16'.*float32, float64"):
+        get_backend("numpy", dtype="float16")
+
+
+def test_a_made_backend_is_taken_as_it_is() -> None:
+    backend = get_backend("numpy")
+    assert get_backend(backend) is backend
+    with pytest.raises(ParameterError, match="made already"):
+        get_backend(backend, threads=1)
+
+
+@pytest.mark.parametrize("name", ["cupy", "mlx"])
+def test_a_missing_library_is_named_with_its_installation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = TABLE[name].package.partition(".")[0]
+    for module in [m for m in sys.modules if m.partition(".")[0] == root]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, TABLE[name].module, raising=False)
+    real = builtins.__import__
+
+    def absent(module: str, *args: Any, **kwargs: Any) -> Any:
+        if module.partition(".")[0] == root:
+            raise ModuleNotFoundError(f"No module named {root!r}", name=root)
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(BackendError, match=r"pip install 'gptx\["):
+        get_backend(name)
+    status = {s.name: s for s in available()}[name]
+    assert not status.available
+    assert "pip install" in status.detail
+
+
+def test_available_lists_the_table() -> None:
+    statuses = {status.name: status for status in available()}
+    assert list(statuses) == list(TABLE)
+    assert statuses["numpy"].available
+    assert np.__version__ in statuses["numpy"].detail
+
+
+def test_memory_running_out_is_told() -> None:
+    backend = get_backend("numpy")
+    with pytest.raises(DeviceOutOfMemory, match="memory ran out"), backend.scope():
+        backend.zeros((2**50,))
+
+
+def test_peak_memory_counts_what_was_used(backend: Backend) -> None:
+    with backend.scope():
+        x = backend.zeros((4, 1024, 1024)) + 1  # 16 MB
+        backend.to_numpy(backend.xp.sum(x))
+        assert backend.peak_memory() > 8e6
+
+
+def compat_double() -> Callable[[str], Any]:
+    """A stand-in for CuPy made of NumPy: it runs the CuPy backend's code where there is no GPU."""
+
+    class Device:
+        def __init__(self, id: int = 0) -> None:
+            self.id = id
+
+        def __enter__(self) -> Device:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    class Module(SimpleNamespace):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+    class Runtime(SimpleNamespace):
+        CUDARuntimeError = RuntimeError
+
+    runtime = Runtime(getDeviceCount=lambda: 2, memGetInfo=lambda: (1, 2))
+    memory = SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {}))
+    pool = SimpleNamespace(total_bytes=lambda: 42, free_all_blocks=lambda: None)
+    cupy = Module(
+        __version__="0",
+        asnumpy=np.asarray,
+        get_default_memory_pool=lambda: pool,
+        cuda=SimpleNamespace(Device=Device, runtime=runtime, memory=memory),
+    )
+
+    class Compat(SimpleNamespace):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+    def take_device(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, device=None, **kwargs: f(*args, **kwargs)
+
+    compat = Compat(arange=take_device(np.arange), asarray=take_device(np.asarray))
+    erf = np.vectorize(__import__("math").erf)
+    modules = {
+        "cupy": cupy,
+        "array_api_compat.cupy": compat,
+        "cupyx": SimpleNamespace(),
+        "cupyx.scipy": SimpleNamespace(),
+        "cupyx.scipy.special": SimpleNamespace(erf=erf),
+    }
+    return modules.__getitem__
+
+
+@pytest.fixture
+def cupy_double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    import array_api_compat
+
+    module = compat_double()
+    for name in ("cupy", "array_api_compat.cupy", "cupyx", "cupyx.scipy", "cupyx.scipy.special"):
+        monkeypatch.setitem(sys.modules, name, module(name))
+    monkeypatch.setattr(array_api_compat, "cupy", module("array_api_compat.cupy"), raising=False)
+    monkeypatch.delitem(sys.modules, TABLE["cupy"].module, raising=False)
+    monkeypatch.delattr(gptx.backends, "cupy_backend", raising=False)
+    yield module("cupy")
+    sys.modules.pop(TABLE["cupy"].module, None)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cupy_code_on_its_double(op: str, cupy_double: Any, random: np.random.Generator) -> None:
+    backend = get_backend("cupy", device=1)
+    for arguments in cases(random)[op]:
+        arguments = consistent(op, arguments)
+        for g, e in zip(run(backend, op, arguments), run(REFERENCE, op, arguments), strict=True):
+            np.testing.assert_allclose(g, e, rtol=3e-6, atol=3e-6)
+
+
+def test_cupy_runtime_on_its_double(cupy_double: Any) -> None:
+    with pytest.raises(BackendError, match="from 0 to 1"):
+        get_backend("cupy", device=2)
+    with pytest.raises(BackendError, match="no setting for threads"):
+        get_backend("cupy", threads=2)
+    backend = get_backend("cupy")
+    assert backend.peak_memory() == 42
+    backend.synchronize()
+    with pytest.raises(DeviceOutOfMemory, match="1 of 2 bytes free"), backend.scope():
+        raise cupy_double.cuda.memory.OutOfMemoryError("out")
+    assert backend.zeros((2,)).dtype == np.float32
