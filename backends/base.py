@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,11 +261,9 @@ class Backend:
             In place of whatever the library raises when memory runs out.
         """
         try:
-            if self.threads is None:
+            # NumPy need not warn of a NaN or an infinity: the sampler looks for them.
+            with np.errstate(all="ignore"), self._blas_threads():
                 yield
-            else:
-                with self._blas_threads():
-                    yield
         except MemoryError as error:
             if isinstance(error, DeviceOutOfMemory):
                 raise
@@ -275,6 +273,8 @@ class Backend:
             ) from error
 
     def _blas_threads(self) -> Any:
+        if self.threads is None:
+            return nullcontext()
         import threadpoolctl
 
         if self._blas is None:  # finding the loaded libraries takes milliseconds, setting them not

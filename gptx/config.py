@@ -16,7 +16,7 @@ from gptx.errors import ConfigError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
-# Radford et al. 2019, table 2: layers, heads, width. (The paper names them by a first, wrong count.)
+# Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
 SIZES = {
     "124M": (12, 12, 768),
     "355M": (24, 16, 1024),

@@ -86,7 +86,7 @@ def test_stop_strings_end_the_text(shakespeare: Model, stop: Any) -> None:
 
 
 def test_a_stop_string_ends_only_its_sequence(shakespeare: Model) -> None:
-    one, two = shakespeare.generate(["ROMEO:", "O"], max_tokens=30, stop="banish")
+    one, two = shakespeare.generate(["ROMEO:", "O"], max_tokens=30, stop="my body")
     assert one.finish_reason == "stop"
     assert two.finish_reason == "length"
     assert len(two.tokens) == 30
