@@ -106,6 +106,7 @@ class Backend:
         self.device = device
         self.threads = threads
         self.float = getattr(xp, dtype)
+        self.int = xp.asarray(0).dtype  # its default: some libraries index with nothing else
         # Sums over a row lose too much in 16 bits.
         self.wide = xp.float64 if dtype == "float64" else xp.float32
         self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
@@ -219,12 +220,12 @@ class Backend:
 
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
         """Bring a NumPy array to the device: floats as `dtype` (default: the backend's), integers
-        as int32. Nothing is copied that need not be."""
+        as its default integers. Nothing is copied that need not be."""
         if host.dtype.kind == "f":
             wanted = getattr(self.xp, dtype or self.dtype)
             host = self._host_float(host, dtype)
             return self.xp.asarray(host, dtype=wanted, **self._on_device)
-        return self.xp.asarray(host.astype(np.int32), **self._on_device)
+        return self.xp.asarray(host, dtype=self.int, **self._on_device)
 
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype
@@ -241,8 +242,8 @@ class Backend:
         return self.xp.zeros(shape, dtype=self.float, **self._on_device)
 
     def arange(self, n: int) -> Array:
-        """0, 1, ... n-1 as int32 [n]."""
-        return self.xp.arange(n, dtype=self.xp.int32, **self._on_device)
+        """0, 1, ... n-1 as default integers [n]."""
+        return self.xp.arange(n, dtype=self.int, **self._on_device)
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for has been computed."""

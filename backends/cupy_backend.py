@@ -64,7 +64,7 @@ class CupyBackend(Backend):
         if host.dtype.kind == "f":
             wanted = getattr(self.xp, dtype or self.dtype)
             return cupy.asarray(self._host_float(host, dtype)).astype(wanted, copy=False)
-        return cupy.asarray(host.astype(np.int32))
+        return cupy.asarray(host, dtype=self.int)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         if x.dtype.kind not in "fiub":  # bfloat16 is a type of ml_dtypes to NumPy

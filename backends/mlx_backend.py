@@ -67,7 +67,7 @@ class MlxBackend(Backend):
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
         if host.dtype.kind == "f":
             return mx.array(self._host_float(host, dtype)).astype(getattr(mx, dtype or self.dtype))
-        return mx.array(host.astype(np.int32))
+        return mx.array(host.astype(np.int32))  # its default
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)

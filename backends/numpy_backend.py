@@ -25,7 +25,7 @@ class NumpyBackend(Backend):
         super().__init__(np, **options)
 
     def asarray(self, host: Array, dtype: str | None = None) -> Array:
-        return np.asarray(host, dtype=(dtype or self.dtype) if host.dtype.kind == "f" else np.int32)
+        return np.asarray(host, dtype=(dtype or self.dtype) if host.dtype.kind == "f" else self.int)
 
     def to_numpy(self, x: Array) -> Array:
         return x
@@ -59,10 +59,7 @@ class NumpyBackend(Backend):
         return np.maximum(x, 0.0)
 
     def softmax(self, x: Array) -> Array:
-        y = x - np.maximum.reduce(x, axis=-1, keepdims=True)
-        np.exp(y, out=y)
-        y /= np.add.reduce(y, axis=-1, keepdims=True)
-        return y
+        return _softmax(x.copy())
 
     def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
@@ -78,5 +75,13 @@ class NumpyBackend(Backend):
         if T > 1 or not positions.aligned:  # a single aligned token sees all there is
             hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]
             np.copyto(scores, -math.inf, where=hidden)
-        heads = self.softmax(scores) @ v
+        heads = _softmax(scores) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D)
+
+
+def _softmax(x: Array) -> Array:
+    """Softmax over the last axis, in place."""
+    x -= np.maximum.reduce(x, axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= np.add.reduce(x, axis=-1, keepdims=True)
+    return x

@@ -74,7 +74,8 @@ def main() -> None:
             print(f"| {name:<22} | {middle / 1e6:.0f} MB | {low / 1e6:.0f}–{high / 1e6:.0f} | |")
         else:
             of = f"{middle / np.median(weights):.2f}" if name.startswith("decode") else ""
-            print(f"| {name:<22} | {middle * 1e3:.2f} ms | {low * 1e3:.2f}–{high * 1e3:.2f} | {of} |")
+            spread = f"{low * 1e3:.2f}–{high * 1e3:.2f}"
+            print(f"| {name:<22} | {middle * 1e3:.2f} ms | {spread} | {of} |")
     about = {
         "size": args.size,
         "threads": args.threads,
@@ -134,7 +135,8 @@ def reader(model: gptx.Model) -> Callable[[], float]:
 def decoder(model: gptx.Model, context: int) -> Callable[[], float]:
     """Time of one greedy decode step with about `context` tokens in the cache."""
     backend, gpt2 = model.backend, model.gpt2
-    prompt = [int(i) for i in np.random.default_rng(0).integers(0, model.config.vocab_size, context)]
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, model.config.vocab_size, context).tolist()
     start_at = min(context, model.config.n_positions - STEPS)
     with backend.scope():
         filled = KVCache(model.config, backend, 1, start_at + STEPS)

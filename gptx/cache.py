@@ -154,7 +154,7 @@ class KVCache:
 def pad(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """Token ids of different lengths -> [B, T], each repeating its last token up to T."""
     T = max(map(len, prompts))
-    return np.array([[*ids, *[ids[-1]] * (T - len(ids))] for ids in prompts], dtype=np.int32)
+    return np.array([[*ids, *[ids[-1]] * (T - len(ids))] for ids in prompts])
 
 
 def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[list[int]] | None:

@@ -167,7 +167,7 @@ class Sampler:
             self._output = self.backend.xp.take(self._output, index, axis=0)
 
     def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] -> token ids, int32 [B], on the device; -1 where a logit is not finite."""
+        """Logits [B, V] -> token ids, integers [B], on the device; -1 where a logit is not finite."""
         xp, params = self.backend.xp, self.params
         finite = xp.isfinite(xp.sum(logits, axis=-1))  # a NaN or an infinity survives the sum
         x = self._penalize(logits)
@@ -183,7 +183,7 @@ class Sampler:
             x = keep_top_p(self.backend, x, params.top_p)
             x = keep_min_p(self.backend, x, params.min_p)
             tokens = draw(self.backend, x, self.backend.asarray(np.array(u), "float32"))
-        tokens = xp.astype(tokens, xp.int32)
+        tokens = xp.astype(tokens, self.backend.int)
         self.steps = [step + 1 for step in self.steps]
         self._remember(tokens, logits.shape[-1])
         return xp.where(finite, tokens, -xp.ones_like(tokens))
@@ -246,7 +246,7 @@ def draw(backend: Backend, x: Array, u: Array) -> Array:
     xp = backend.xp
     cdf = xp.cumulative_sum(backend.softmax(x), axis=-1)
     passed = cdf <= u[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
-    return xp.sum(xp.astype(passed, xp.int32), axis=-1)
+    return xp.sum(xp.astype(passed, backend.int), axis=-1)
 
 
 def log_softmax(backend: Backend, logits: Array) -> Array:

@@ -1,0 +1,348 @@
+"""GPT2Config: the sizes, the files that are out there, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import CASES
+
+from gptx.config import ACTIVATIONS, SIZES, GPT2Config
+from gptx.errors import ConfigError, DataError
+
+# Config files as they are on the Hub.
+
+GPT2 = """{
+  "activation_function": "gelu_new",
+  "architectures": ["GPT2LMHeadModel"],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": 768,
+  "n_head": 12,
+  "n_layer": 12,
+  "n_positions": 1024,
+  "resid_pdrop": 0.1,
+  "summary_activation": null,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
+  "vocab_size": 50257
+}"""
+
+DISTILGPT2 = """{
+  "_num_labels": 1,
+  "activation_function": "gelu_new",
+  "architectures": ["GPT2LMHeadModel"],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "id2label": {"0": "LABEL_0"},
+  "initializer_range": 0.02,
+  "label2id": {"LABEL_0": 0},
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": 768,
+  "n_head": 12,
+  "n_layer": 6,
+  "n_positions": 1024,
+  "resid_pdrop": 0.1,
+  "summary_activation": null,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
+  "vocab_size": 50257
+}"""
+
+DIALOGPT_SMALL = """{
+  "activation_function": "gelu_new",
+  "architectures": ["GPT2LMHeadModel"],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": 768,
+  "n_head": 12,
+  "n_layer": 12,
+  "n_positions": 1024,
+  "resid_pdrop": 0.1,
+  "summary_activation": null,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {"conversational": {"max_length": 1000}},
+  "vocab_size": 50257
+}"""
+
+MISTRAL_GPT2 = """{
+  "_name_or_path": "gpt2",
+  "activation_function": "gelu_new",
+  "architectures": ["GPT2LMHeadModel"],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "gradient_checkpointing": false,
+  "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": 768,
+  "n_head": 12,
+  "n_inner": null,
+  "n_layer": 12,
+  "n_positions": 1024,
+  "reorder_and_upcast_attn": true,
+  "resid_pdrop": 0.1,
+  "scale_attn_by_inverse_layer_idx": true,
+  "scale_attn_weights": true,
+  "summary_activation": null,
+  "summary_first_dropout": 0.2,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 1024}},
+  "torch_dtype": "float32",
+  "transformers_version": "4.12.0.dev0",
+  "use_cache": false,
+  "vocab_size": 50257
+}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GPT2, GPT2Config()),
+        (DISTILGPT2, GPT2Config(n_layer=6)),
+        (DIALOGPT_SMALL, GPT2Config()),
+        (MISTRAL_GPT2, GPT2Config(scale_attn_by_inverse_layer_idx=True)),
+        ("{}", GPT2Config()),
+        ('{"n_ctx": 512}', GPT2Config(n_positions=512)),
+        ('{"n_ctx": 512, "n_positions": 256}', GPT2Config(n_positions=256)),
+        ('{"pruned_heads": {}, "add_cross_attention": false}', GPT2Config()),
+        ('{"eos_token_id": null}', GPT2Config(eos_token_id=None)),
+    ],
+)
+def test_config_files_of_the_hub(tmp_path: Path, text: str, expected: GPT2Config) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert GPT2Config.from_file(path) == expected
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "n_parameters"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_the_four_sizes(size: str, n_parameters: int) -> None:
+    config = GPT2Config.of_size(size)
+    assert config.n_parameters == n_parameters
+    assert f"{round(n_parameters / 1e6)}M" == size
+    assert config.head_dim == 64
+    assert (config.vocab_size, config.n_positions) == (50257, 1024)
+
+
+def test_there_are_four_sizes_and_the_default_is_the_first() -> None:
+    assert list(SIZES) == ["124M", "355M", "774M", "1558M"]
+    assert GPT2Config() == GPT2Config.of_size("124M")
+
+
+def test_a_size_with_changes() -> None:
+    config = GPT2Config.of_size("355M", n_positions=64)
+    assert (config.n_positions, config.n_embd) == (64, 1024)
+
+
+@pytest.mark.parametrize("size", ["125M", "", "gpt2", None])
+def test_an_unknown_size(size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"size is {size!r}, expected one of 124M, 355M"):
+        GPT2Config.of_size(size)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensor_shapes(case: str) -> None:
+    config = CASES[case]
+    shapes = config.tensor_shapes()
+    L, C, M = config.n_layer, config.n_embd, config.n_inner or 4 * config.n_embd
+    untied = not config.tie_word_embeddings
+    assert len(shapes) == 4 + 12 * L + untied
+    assert shapes["wte.weight"] == (config.vocab_size, C)
+    assert shapes[f"h.{L - 1}.mlp.c_fc.weight"] == (C, M)
+    assert ("lm_head.weight" in shapes) == untied
+    block = 4 * C * C + 2 * C * M + 9 * C + M
+    embeddings = (config.vocab_size * (1 + untied) + config.n_positions) * C
+    assert config.n_parameters == embeddings + L * block + 2 * C
+    assert config.n_parameters == sum(map(math.prod, shapes.values()))
+
+
+@pytest.mark.parametrize(
+    ("switches", "scales"),
+    [
+        ({}, [0.125, 0.125, 0.125]),
+        ({"scale_attn_weights": False}, [1, 1, 1]),
+        ({"scale_attn_by_inverse_layer_idx": True}, [0.125, 0.125 / 2, 0.125 / 3]),
+        (
+            {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+            [1, 1 / 2, 1 / 3],
+        ),
+    ],
+)
+def test_attention_scale(switches: dict[str, bool], scales: list[float]) -> None:
+    config = GPT2Config(**switches)  # type: ignore[arg-type]
+    assert [config.attention_scale(layer) for layer in range(3)] == pytest.approx(scales)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_type", "gpt_neo"),
+        ("model_type", "llama"),
+        ("model_type", None),
+        ("add_cross_attention", True),
+        ("is_encoder_decoder", True),
+        ("pruned_heads", {"0": [1, 2]}),
+        ("quantization", {"group_size": 64, "bits": 4}),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("activation_function", "silu"),
+        ("activation_function", "gelu_fast"),
+        ("activation_function", None),
+        ("activation_function", ["gelu_new"]),
+    ],
+    ids=str,
+)
+def test_an_unsupported_setting_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} is "):
+        GPT2Config.from_dict({**json.loads(GPT2), name: value})
+
+
+COUNTS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in COUNTS for value in (0, -12, "12", True, 12.0, math.inf, [12])],
+        *[(name, None) for name in COUNTS if name != "n_inner"],
+        *[(name, value) for name in SWITCHES for value in (0, 1, "true", None)],
+        *[("layer_norm_epsilon", value) for value in (0, -1e-5, math.nan, math.inf, "1e-5", True)],
+        ("layer_norm_epsilon", None),
+        *[(name, value) for name in ("bos_token_id", "eos_token_id") for value in ("0", 1.0, [0])],
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        GPT2Config.from_dict({name: value})
+    assert str(error.value).startswith(f"{name} is {value!r}, expected ")
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    with pytest.raises(ConfigError, match="n_embd 768 is not a multiple of n_head 7"):
+        GPT2Config(n_head=7)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"config",
+        b'{"n_layer": 12,}',
+        GPT2.encode()[:-1],
+        b'{"model_type": "gpt2\xff"}',
+        b'{"n_layer": 12\x00}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"n_layer": ' + b"1" * 5000 + b"}",
+    ],
+    ids=lambda content: str(content[:24]),
+)
+def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not valid JSON") as error:
+        GPT2Config.from_file(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"gpt2"', '[{"model_type": "gpt2"}]'])
+def test_a_file_that_is_not_an_object(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        GPT2Config.from_file(path)
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"n_layer": NaN}')
+    with pytest.raises(ConfigError) as error:
+        GPT2Config.from_file(path)
+    assert str(error.value).startswith(f"{path}: n_layer is nan, expected ")
+
+
+def test_what_a_config_error_is() -> None:
+    assert issubclass(ConfigError, DataError)
+    assert ConfigError.exit_code == 65
+
+
+# Writing
+
+CONFIGS = st.builds(
+    lambda heads, width, **rest: GPT2Config(n_head=heads, n_embd=heads * width, **rest),
+    st.integers(1, 32),
+    st.integers(1, 128),
+    vocab_size=st.integers(1, 10**6),
+    n_positions=st.integers(1, 10**5),
+    n_layer=st.integers(1, 100),
+    n_inner=st.none() | st.integers(1, 10**5),
+    activation_function=st.sampled_from(ACTIVATIONS),
+    layer_norm_epsilon=st.floats(1e-30, 1),
+    scale_attn_weights=st.booleans(),
+    scale_attn_by_inverse_layer_idx=st.booleans(),
+    tie_word_embeddings=st.booleans(),
+    bos_token_id=st.none() | st.integers(0, 10**6),
+    eos_token_id=st.none() | st.integers(0, 10**6),
+)
+
+
+@given(config=CONFIGS)
+@settings(max_examples=100, deadline=None)
+def test_what_is_written_reads_the_same(config: GPT2Config) -> None:
+    assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_others_can_read_what_is_written() -> None:
+    written = GPT2Config(n_positions=77).to_dict()
+    assert written["model_type"] == "gpt2"
+    assert written["architectures"] == ["GPT2LMHeadModel"]
+    assert written["n_ctx"] == written["n_positions"] == 77
