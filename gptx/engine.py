@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -267,7 +267,7 @@ def common_prefix(cache: KVCache, ids: list[int]) -> int:
     return n
 
 
-def check_ids(ids: list[int], model: GPT2) -> list[int]:
+def check_ids(ids: Sequence[int], model: GPT2) -> list[int]:
     """Token ids as a list of ints, each in the vocabulary, at least one.
 
     Raises
@@ -276,9 +276,12 @@ def check_ids(ids: list[int], model: GPT2) -> list[int]:
         There is none, one is not an integer, or one is outside the vocabulary.
     """
     vocab_size = model.config.vocab_size
-    if len(ids) == 0:
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError, OverflowError):  # lists of different lengths, say
+        array = np.asarray(None)
+    if array.shape == (0,):
         raise PromptError("the prompt is empty: give at least one token")
-    array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise PromptError(f"token ids are {str(ids)[:60]}, expected one list of whole numbers")
     if array.min() < 0 or array.max() >= vocab_size:

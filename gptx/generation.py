@@ -112,6 +112,10 @@ class Model:
             Ctrl-C; `results` holds what was there by then.
         PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
         """
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise PromptError(
+                f"the prompt is {prompt!r}, expected a text, a list of token ids, or a list of those"
+            )
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
         results: dict[int, Result] = {}
@@ -180,7 +184,7 @@ class Model:
 
     def _ids(self, prompt: Prompt, allow_special: bool) -> list[int]:
         if not isinstance(prompt, str):
-            return check_ids(cast("list[int]", prompt), self.gpt2)
+            return check_ids(prompt, self.gpt2)
         if not prompt:
             raise PromptError(
                 "the prompt is empty: give at least one character (to start a new text, "
@@ -209,7 +213,7 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """The logits of the token after each of `ids`: n token ids -> NumPy float32 [n, V]."""
-        checked = check_ids(cast("list[int]", ids), self.gpt2)
+        checked = check_ids(ids, self.gpt2)
         self._check_context(checked)
         with self.backend.scope():
             logits = self._all_logits(checked)
