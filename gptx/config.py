@@ -16,6 +16,8 @@ from gptx.errors import ConfigError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
+MAX_LAYERS = 10_000  # a damaged file must not make a list of a billion names
+
 # Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
 SIZES = {
     "124M": (12, 12, 768),
@@ -70,6 +72,8 @@ class GPT2Config:
                 continue
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if self.n_layer > MAX_LAYERS:
+            raise ConfigError(f"n_layer is {self.n_layer}, expected at most {MAX_LAYERS}")
         for name in (
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",

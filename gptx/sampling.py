@@ -22,6 +22,7 @@ from gptx.backends import Backend
 from gptx.errors import ParameterError
 
 Array = Any
+LARGEST = 1e6  # of any parameter: with more, a float32 logit may overflow
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,19 @@ class SamplingParams:
             value = getattr(self, f.name)
             if f.name in ("seed", "top_k", "logit_bias"):
                 continue
-            if not _is_real(value) or not math.isfinite(value):
-                raise ParameterError(f"{f.name} is {value!r}, expected a finite number")
+            if not _is_real(value) or not abs(value) <= LARGEST:
+                raise ParameterError(
+                    f"{f.name} is {value!r}, expected a finite number, {LARGEST:.0e} at most"
+                )
         if self.temperature < 0:
             raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty < 1 / LARGEST:
             raise ParameterError(
-                f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 is off)"
+                f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 is off), "
+                f"{1 / LARGEST:.0e} at least"
             )
         if not _is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
@@ -89,8 +93,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or not _is_real(bias):
                 raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
-            if math.isnan(bias) or bias == math.inf:
-                raise ParameterError(f"logit_bias of token {token} is {bias}, expected a number")
+            if not (abs(bias) <= LARGEST or bias == -math.inf):
+                raise ParameterError(
+                    f"logit_bias of token {token} is {bias}, expected -inf, or a number of size "
+                    f"{LARGEST:.0e} at most"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -111,7 +118,8 @@ def uniform(seed: int, stream: int, step: int) -> float:
 
     Philox 4x64 (Salmon et al., SC 2011): any number of the sequence, without those before it.
     """
-    random = np.random.Philox(key=[seed, stream], counter=[step, 0, 0, 0])
+    key = np.array([seed, stream], np.uint64)
+    random = np.random.Philox(key=key, counter=[step, 0, 0, 0])
     return float(int(random.random_raw()) >> 40) / 2**24
 
 
@@ -146,6 +154,8 @@ class Sampler:
         if params.logit_bias:
             bias = np.zeros(vocab_size, np.float32)
             bias[list(params.logit_bias)] = list(params.logit_bias.values())
+            if np.isneginf(bias).all():
+                raise ParameterError("logit_bias bans every token: leave at least one")
             self._bias = backend.asarray(bias, "float32")
         if params.repetition_penalty != 1:
             seen = np.zeros((len(prompts), vocab_size), np.float32)
@@ -167,9 +177,9 @@ class Sampler:
             self._output = self.backend.xp.take(self._output, index, axis=0)
 
     def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] -> token ids, integers [B], on the device; -1 where a logit is not finite."""
+        """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite."""
         xp, params = self.backend.xp, self.params
-        finite = xp.isfinite(xp.sum(logits, axis=-1))  # a NaN or an infinity survives the sum
+        finite = xp.all(xp.isfinite(logits), axis=-1)
         x = self._penalize(logits)
         if params.greedy:
             tokens = xp.argmax(x, axis=-1)
@@ -178,7 +188,7 @@ class Sampler:
                 uniform(params.seed or 0, stream, step)
                 for stream, step in zip(self.streams, self.steps, strict=True)
             ]
-            x = x / params.temperature
+            x = x / max(params.temperature, 1e-30)  # below that, float32 has no room
             x = keep_top_k(self.backend, x, params.top_k)
             x = keep_top_p(self.backend, x, params.top_p)
             x = keep_min_p(self.backend, x, params.min_p)

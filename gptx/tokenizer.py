@@ -98,8 +98,8 @@ class BytePairTokenizer:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        token = self._ordinary.id_to_token(id)
-        if token is None:  # a vocabulary padded beyond the tokenizer's
+        token = self._ordinary.id_to_token(id) if 0 <= id < 2**32 else None
+        if token is None:  # not an id, or one of a vocabulary padded beyond the tokenizer's
             return b""
         if id in self._added:
             return token.encode()

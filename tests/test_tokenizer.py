@@ -90,19 +90,20 @@ TEXTS = random_texts(10_000)
         (
             "Alan Turing theorized that computers would one day become very powerful, but even he "
             "could not imagine",
-            [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716, 845, 3665, 11, 475, 772]
-            + [339, 714, 407, 5967],
+            "36235 39141 18765 1143 326 9061 561 530 "
+            "1110 1716 845 3665 11 475 772 339 714 407 5967",
         ),
         (
             "Ondřej Čertík was born in",
-            [46, 358, 129, 247, 68, 73, 34754, 234, 861, 8836, 74, 373, 4642, 287],
+            "46 358 129 247 68 73 34754 234 861 8836 74 373 4642 287",
         ),
-        ("", []),
+        ("", ""),
     ],
 )
-def test_ids_of_gpt2(gpt2: BytePairTokenizer, text: str, ids: list[int]) -> None:
-    assert gpt2.encode(text) == ids
-    assert gpt2.decode(ids) == text
+def test_ids_of_gpt2(gpt2: BytePairTokenizer, text: str, ids: str) -> None:
+    expected = [int(id) for id in ids.split()]
+    assert gpt2.encode(text) == expected
+    assert gpt2.decode(expected) == text
 
 
 def test_end_of_text_of_gpt2(gpt2: BytePairTokenizer) -> None:
@@ -133,7 +134,7 @@ def test_both_forms_of_the_files_agree(tokenizer: BytePairTokenizer, kind: str) 
 
 
 def test_the_other_form_is_not_opened_beside_tokenizer_json(tmp_path: Path) -> None:
-    files = {name: tmp_path / "absent" for name in TWO_FILES}
+    files = dict.fromkeys(TWO_FILES, tmp_path / "absent")
     files["tokenizer.json"] = path_of("shakespeare", "tokenizer.json")
     assert BytePairTokenizer(files).vocab_size == 1024
 
@@ -213,6 +214,17 @@ def test_byte_of_letter_is_a_bijection() -> None:
     assert all(len(letter) == 1 and letter.isprintable() for letter in table)
     # From GPT-2's vocabulary: a space, a line feed, a letter, the first byte of ř.
     assert [table[letter] for letter in "ĠĊaÅ"] == [0x20, 0x0A, 0x61, 0xC5]
+
+
+def test_added_tokens_stand_for_themselves(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(path_of("shakespeare", "tokenizer.json")))
+    library.add_special_tokens(["<| señor |>"])  # its letters do not stand for bytes
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    found = BytePairTokenizer({"tokenizer.json": path})
+    ids = found.encode("a<| señor |>b", allow_special=True)
+    assert ids[1:-1] == [1024]
+    assert found.decode(ids) == library.decode(ids, skip_special_tokens=False) == "a<| señor |>b"
 
 
 # The incremental decoder
