@@ -114,12 +114,12 @@ class Model:
         """
         if not isinstance(prompt, Sequence | np.ndarray):
             raise PromptError(
-                f"the prompt is {prompt!r}, expected a text, a list of token ids, or a list of those"
+                f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
             )
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
         results: dict[int, Result] = {}
-        for sequence, chunk in self._run(prompts, options):
+        for sequence, chunk in self._steps(*self._plan(prompts, options)):
             if chunk.result is not None:
                 results[sequence] = chunk.result
         return results[0] if single else [results[i] for i in range(len(prompts))]
@@ -127,13 +127,15 @@ class Model:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
         """Continue one prompt, a `Chunk` a token; the last has the `result`.
 
-        Raises what `generate` raises, when it is iterated over.
+        Raises what `generate` raises: what is wrong with the call at once, the rest on the way.
         """
-        for _, chunk in self._run([prompt], options):
-            yield chunk
+        steps = self._steps(*self._plan([prompt], options))
+        return (chunk for _, chunk in steps)
 
-    def _run(self, prompts: list[Prompt], options: Options) -> Iterator[tuple[int, Chunk]]:
-        """The chunks of all prompts, batch by batch, as they come."""
+    def _plan(
+        self, prompts: list[Prompt], options: Options
+    ) -> tuple[list[Generation], list[Output]]:
+        """Check everything; one `Generation` a batch, one `Output` a prompt."""
         rest: dict[str, Any] = dict(options)
         stop = _stop_strings(rest.pop("stop", None))
         allow_special = rest.pop("allow_special", False)
@@ -141,46 +143,46 @@ class Model:
         eos_id = None if rest.pop("ignore_eos", False) else self.config.eos_token_id
         names = [f.name for f in fields(SamplingParams)]
         params = SamplingParams(**{name: rest.pop(name) for name in names if name in rest})
-        engine = {"max_tokens", "overflow", "logprobs", "cache"}
-        if unknown := set(rest) - engine:
-            known = sorted(Options.__annotations__)
-            raise ParameterError(
-                f"unknown option {', '.join(sorted(unknown))}, expected {', '.join(known)}"
-            )
+        if unknown := set(rest) - {"max_tokens", "overflow", "logprobs", "cache"}:
+            known = ", ".join(sorted(Options.__annotations__))
+            raise ParameterError(f"unknown option {', '.join(sorted(unknown))}, expected {known}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError(f"batch_size is {batch_size!r}, expected at least 1")
         if not prompts:
             raise PromptError("there is no prompt: give at least one")
-        if stop:
-            _ = self.tokenizer  # a stop string means nothing without text: say so now
+        # Stop strings mean nothing without text: `self.tokenizer` says what is missing.
+        tokenizer = self.tokenizer if self.files.tokenizer or stop else None
         ids = [self._ids(prompt, allow_special) for prompt in prompts]
         streams = streams_of(ids)
-        sequences: list[Output] = []
+        runs: list[Generation] = []
+        outputs: list[Output] = []
+        for first in range(0, len(ids), batch_size):
+            batch = slice(first, first + batch_size)
+            run = Generation(
+                self.gpt2, ids[batch], params, streams=streams[batch], eos_id=eos_id, **rest
+            )
+            params = run.params  # with the seed that was taken for the first batch
+            runs.append(run)
+            outputs += [
+                Output(prompt, len(used), tokenizer, stop, run)
+                for prompt, used in zip(prompts[batch], run.prompts, strict=True)
+            ]
+        return runs, outputs
+
+    def _steps(self, runs: list[Generation], outputs: list[Output]) -> Iterator[tuple[int, Chunk]]:
+        """The chunks of all prompts as they come, batch by batch, each with its prompt's number."""
+        first = 0
         try:
-            for first in range(0, len(ids), batch_size):
-                batch = slice(first, first + batch_size)
-                run = Generation(
-                    self.gpt2,
-                    ids[batch],
-                    params,
-                    streams=streams[batch],
-                    eos_id=eos_id,
-                    **rest,
-                )
-                params = run.params  # with the seed that was taken for the first batch
-                decoders = self.files.tokenizer and self.tokenizer
-                sequences += [
-                    Output(prompt, len(used), decoders or None, stop, run)
-                    for prompt, used in zip(prompts[batch], run.prompts, strict=True)
-                ]
+            for run in runs:
                 for step in run:
                     for token in step:
-                        chunk = sequences[first + token.sequence].add(token)
+                        chunk = outputs[first + token.sequence].add(token)
                         if chunk.finish_reason is not None:
                             run.finish(token.sequence)
                         yield first + token.sequence, chunk
+                first += len(run.prompts)
         except KeyboardInterrupt:
-            raise Interrupted([sequence.result("interrupted") for sequence in sequences]) from None
+            raise Interrupted([output.result("interrupted") for output in outputs]) from None
 
     def _ids(self, prompt: Prompt, allow_special: bool) -> list[int]:
         if not isinstance(prompt, str):

@@ -32,6 +32,7 @@ class Output:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._first = self._last = 0.0
+        self._done: Result | None = None
 
     def add(self, token: Token) -> Chunk:
         self._last = time.perf_counter()
@@ -49,10 +50,13 @@ class Output:
         if self._stop.found:
             reason = "stop"
         self._text.append(text)
-        result = self.result(reason) if reason else None
-        return Chunk(text, token.id, token.logprob, reason, result)
+        if reason:
+            self._done = self.result(reason)
+        return Chunk(text, token.id, token.logprob, reason, self._done)
 
     def result(self, reason: FinishReason) -> Result:
+        if self._done is not None:
+            return self._done
         if reason == "interrupted" and self._decoder:
             self._text.append(self._stop.finish())
         n, seconds = len(self._tokens), self._last - self._first

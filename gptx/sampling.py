@@ -79,8 +79,8 @@ class SamplingParams:
                 raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.repetition_penalty < 1 / LARGEST:
             raise ParameterError(
-                f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 is off), "
-                f"{1 / LARGEST:.0e} at least"
+                f"repetition_penalty is {self.repetition_penalty}, expected more than 0, "
+                f"{1 / LARGEST:.0e} at least (1 is off)"
             )
         if not _is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")

@@ -225,12 +225,6 @@ def test_what_is_no_prompt(shakespeare: Model, prompt: Any, says: str) -> None:
         shakespeare.generate(prompt, max_tokens=1)
 
 
-@pytest.mark.parametrize("ids", [[-1], [2**40], [1.5]], ids=short)
-def test_what_is_no_token_to_decode(shakespeare: Model, ids: Any) -> None:
-    with refused(PromptError, str(ids[0])):
-        shakespeare.decode(ids)
-
-
 # Parameters
 
 
@@ -255,7 +249,10 @@ def test_what_is_no_token_to_decode(shakespeare: Model, ids: Any) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty": -1.5}, "repetition_penalty is -1.5"),
         ({"repetition_penalty": NAN}, "repetition_penalty is nan"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e+300"),
         ({"presence_penalty": INF}, "presence_penalty is inf"),
+        ({"presence_penalty": 1e300}, "presence_penalty is 1e+300"),
+        ({"frequency_penalty": -1e300}, "frequency_penalty is -1e+300"),
         ({"frequency_penalty": "no"}, "frequency_penalty is 'no'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
@@ -284,6 +281,7 @@ def test_what_is_no_token_to_decode(shakespeare: Model, ids: Any) -> None:
         ({"logit_bias": {1: None}}, "logit_bias has 1: None"),
         ({"logit_bias": {1: NAN}}, "logit_bias of token 1 is nan"),
         ({"logit_bias": {1: INF}}, "logit_bias of token 1 is inf"),
+        ({"logit_bias": {1: 1e300}}, "logit_bias of token 1 is 1e+300"),
         ({"logit_bias": [1]}, "[1]"),
         ({"logit_bias": 5}, "5"),
         ({"cache": 5}, "5"),
@@ -352,19 +350,6 @@ def test_a_temperature_close_to_zero_is_greedy(shakespeare: Model, temperature: 
     best = shakespeare.generate("ROMEO:", max_tokens=8).tokens
     result = shakespeare.generate("ROMEO:", max_tokens=8, temperature=temperature, seed=1)
     assert result.tokens == best
-
-
-@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
-def test_a_penalty_that_float32_does_not_hold(shakespeare: Model, name: str) -> None:
-    """It may be refused, and it may be as good as infinite; it may not be a NaN."""
-    best = shakespeare.generate([78], max_tokens=1).tokens
-    options: Any = {name: 1e300}
-    try:
-        tokens = shakespeare.generate([78], max_tokens=1, **options).tokens
-    except ParameterError as error:
-        refusal = str(error)
-        tokens = best if name in refusal else []
-    assert tokens == best
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

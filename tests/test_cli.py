@@ -326,7 +326,7 @@ def test_ctrl_c_while_writing_still_gives_the_figures(
     pieces = [str(chunk) for chunk in shakespeare.stream("ROMEO:", max_tokens=3)]
     assert all(pieces)
     module = sys.modules["gptx.cli.generate"]
-    real = module.click.echo  # type: ignore[attr-defined]
+    real = module.click.echo
     written: list[str] = []
 
     def echo(message: str = "", **options: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -225,6 +226,30 @@ def test_ctrl_c_keeps_what_was_generated(
         assert part.text
         assert str(result).startswith(part.text)
     assert isinstance(caught.value, KeyboardInterrupt)
+
+
+def test_ctrl_c_keeps_what_was_finished(
+    shakespeare: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_after(2, monkeypatch)
+    with pytest.raises(Interrupted) as caught:
+        shakespeare.generate(["ROMEO:", "O", "KING"], max_tokens=9, batch_size=1, stop=["\n"])
+    results = caught.value.results
+    assert [r.finish_reason for r in results] == ["stop", "interrupted", "interrupted"]
+    assert [len(r.tokens) for r in results] == [1, 2, 0]
+
+
+def test_a_bad_prompt_is_found_before_anything_is_computed(shakespeare: Model) -> None:
+    with (
+        mock.patch.object(Generation, "__iter__", side_effect=AssertionError("computed")),
+        pytest.raises(PromptError, match="300 tokens"),
+    ):
+        shakespeare.generate([[1], [2] * 300], batch_size=1)
+
+
+def test_stream_finds_a_bad_call_before_it_is_iterated_over(shakespeare: Model) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        shakespeare.stream("")
 
 
 def test_options_of_load_are_refused_for_a_loaded_model(shakespeare: Model) -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -546,12 +547,15 @@ def test_an_interrupted_write_changes_nothing(
 def test_the_data_is_on_the_disk_before_it_is_in_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args)
-        )
+    calls: list[str] = []
+    real = {"fsync": os.fsync, "replace": os.replace}
+
+    def called(name: str, *args: Any) -> None:
+        calls.append(name)
+        real[name](*args)
+
+    for name in real:
+        monkeypatch.setattr(os, name, partial(called, name))
     atomic_write(tmp_path / "file", b"data")
     assert calls == ["fsync", "replace"]
 
