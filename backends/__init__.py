@@ -6,6 +6,7 @@ A backend is an object that is passed along. Nothing is imported before it is as
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -37,14 +38,16 @@ TABLE = {
         "CupyBackend",
         "cupy",
         "NVIDIA GPU",
-        "pip install 'gptx[cuda13]' (CUDA 13) or 'gptx[cuda12]' (CUDA 12)",
+        "pip install 'cupy-cuda13x>=14' ml_dtypes (for CUDA 13; cupy-cuda12x for CUDA 12)",
     ),
     "mlx": Row(
         "gptx.backends.mlx_backend",
         "MlxBackend",
         "mlx.core",
         "Apple GPU, CPU on Linux",
-        "pip install 'gptx[mlx]'",
+        "pip install 'mlx>=0.32.3'"
+        if sys.platform == "darwin"
+        else "pip install 'mlx[cpu]>=0.32.3'",
     ),
 }
 

@@ -17,6 +17,8 @@ from gptx.backends.base import Array, Backend, Positions
 
 from gptx.errors import BackendError, DeviceOutOfMemory
 
+MINIMUM = (0, 32, 3)
+
 
 class MlxBackend(Backend):
     """MLX arrays; `device` is "cpu" or "gpu" (default: MLX's own)."""
@@ -26,6 +28,12 @@ class MlxBackend(Backend):
     has_threads = False
 
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
+        version = tuple(int(part) for part in mx.__version__.split(".")[:3] if part.isdigit())
+        if version < MINIMUM:  # whose matrix_transpose reverses all axes, and says nothing
+            raise BackendError(
+                f"MLX {mx.__version__} is too old, expected {'.'.join(map(str, MINIMUM))}: "
+                "pip install --upgrade mlx"
+            )
         if device not in (None, "cpu", "gpu"):
             raise BackendError(f"device is {device!r}, the mlx backend expects 'cpu' or 'gpu'")
         if device == "gpu" and not mx.is_available(mx.gpu):

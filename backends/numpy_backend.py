@@ -31,29 +31,34 @@ class NumpyBackend(Backend):
         return x
 
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
-        y = x.reshape(-1, weight.shape[0]) @ weight
+        if len(x) > 1:  # one product over all rows, where NumPy would loop over B
+            y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ weight
         y += bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         n = x.shape[-1]
-        y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
-        variance = np.vecdot(y, y)[..., None] / n
-        y /= np.sqrt(variance + eps)
+        if x.size == n:  # one token: its mean and variance are Python floats, in half the calls
+            y = x - float(np.add.reduce(x, axis=None)) / n
+            y *= 1.0 / math.sqrt(float(np.vdot(y, y)) / n + eps)
+        else:
+            y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
+            y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
         y *= weight
         y += bias
         return y
 
     def gelu_new(self, x: Array) -> Array:
+        # (1 + tanh(z)) / 2 is 1 / (1 + exp(-2z)), which takes fewer passes.
         y = x * x
-        y *= 0.044715 * math.sqrt(2 / math.pi)
-        y += math.sqrt(2 / math.pi)
+        y *= -0.044715 * 2 * math.sqrt(2 / math.pi)
+        y -= 2 * math.sqrt(2 / math.pi)
         y *= x
-        np.tanh(y, out=y)
+        np.exp(y, out=y)
         y += 1.0
-        y *= x
-        y *= 0.5
-        return y
+        return np.divide(x, y, out=y)
 
     def relu(self, x: Array) -> Array:
         return np.maximum(x, 0.0)

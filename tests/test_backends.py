@@ -227,11 +227,18 @@ def test_a_missing_library_is_named_with_its_installation(
         return real(module, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(BackendError, match=r"pip install 'gptx\["):
+    with pytest.raises(BackendError, match=rf"pip install '{name}"):
         get_backend(name)
     status = {s.name: s for s in available()}[name]
     assert not status.available
     assert "pip install" in status.detail
+
+
+def test_an_old_mlx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = pytest.importorskip("mlx.core")
+    monkeypatch.setattr(mx, "__version__", "0.32.2")
+    with pytest.raises(BackendError, match=r"0\.32\.2 is too old, expected 0\.32\.3"):
+        get_backend("mlx")
 
 
 def test_available_lists_the_table() -> None:

@@ -548,7 +548,7 @@ def test_the_data_is_on_the_disk_before_it_is_in_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    real = {"fsync": os.fsync, "replace": os.replace}
+    real: dict[str, Any] = {"fsync": os.fsync, "replace": os.replace}
 
     def called(name: str, *args: Any) -> None:
         calls.append(name)
