@@ -107,8 +107,8 @@ def get_backend(
         return backend
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise ParameterError(f"threads is {threads!r}, expected a whole number of at least 1")
-    if threads is not None and threads < 1:
-        raise ParameterError(f"threads is {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads < 2**31:
+        raise ParameterError(f"threads is {threads}, expected 1 to 2^31 - 1")
     options: dict[str, Any] = {"device": device, "threads": threads, "generic": generic}
     if dtype is not None:
         options["dtype"] = str(dtype)

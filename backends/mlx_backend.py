@@ -28,10 +28,11 @@ class MlxBackend(Backend):
     has_threads = False
 
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
-        version = tuple(int(part) for part in mx.__version__.split(".")[:3] if part.isdigit())
-        if version < MINIMUM:  # whose matrix_transpose reverses all axes, and says nothing
+        version: str = vars(mx)["__version__"]
+        numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+        if numbers < MINIMUM:  # whose matrix_transpose reverses all axes, and says nothing
             raise BackendError(
-                f"MLX {mx.__version__} is too old, expected {'.'.join(map(str, MINIMUM))}: "
+                f"MLX {version} is too old, expected {'.'.join(map(str, MINIMUM))}: "
                 "pip install --upgrade mlx"
             )
         if device not in (None, "cpu", "gpu"):

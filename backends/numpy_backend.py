@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from gptx.backends.base import Backend, Positions
 
+from gptx.errors import BackendError
+
 Array = np.ndarray
 
 
@@ -22,6 +24,10 @@ class NumpyBackend(Backend):
     dtypes = ("float32", "float64")  # NumPy's float16 is emulated one number at a time
 
     def __init__(self, **options: Any) -> None:
+        if options.get("device") not in (None, "cpu"):
+            raise BackendError(
+                f"device is {options['device']!r}, the numpy backend has 'cpu' alone"
+            )
         super().__init__(np, **options)
 
     def asarray(self, host: Array, dtype: str | None = None) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gptx.errors import ConfigError
+from gptx.errors import ConfigError, StorageError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
@@ -180,6 +180,8 @@ class GPT2Config:
         """
         try:
             data = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
         except (ValueError, RecursionError) as error:  # also what is not UTF-8
             raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
         try:

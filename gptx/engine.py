@@ -104,7 +104,11 @@ class Generation:
         if max_tokens is not None and (
             isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
         ):
-            raise ParameterError(f"max_tokens is {max_tokens!r}, expected at least 1")
+            raise ParameterError(
+                f"max_tokens is {max_tokens!r}, expected a whole number of at least 1"
+            )
+        if cache is not None and not isinstance(cache, KVCache):
+            raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
         if cache is not None and (cache.config, cache.backend) != (model.config, model.backend):
             raise ParameterError(
                 "the cache belongs to another model or backend: load it for this one"
@@ -283,7 +287,8 @@ def check_ids(ids: Sequence[int], model: GPT2) -> list[int]:
     if array.shape == (0,):
         raise PromptError("the prompt is empty: give at least one token")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise PromptError(f"token ids are {str(ids)[:60]}, expected one list of whole numbers")
+        given = " ".join(str(ids)[:60].split())
+        raise PromptError(f"token ids are {given}, expected one list of whole numbers")
     if array.min() < 0 or array.max() >= vocab_size:
         bad = int(array[(array < 0) | (array >= vocab_size)][0])
         raise PromptError(f"token id is {bad}, expected 0 to {vocab_size - 1}")

@@ -56,7 +56,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
             pass
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(header_size))
+            header: dict[str, Any] = json.loads(
+                file.read(header_size), object_pairs_hook=_without_doubles
+            )
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (SafetensorError, ValueError) as error:
         raise WeightsError(
@@ -64,13 +66,22 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         ) from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     start = 8 + header_size
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        tensors[name] = _view(data[start + begin : start + end], entry, f"{path}: {name}")
+        raw = data[start + begin : start + end]
+        tensors[name] = _view(raw, entry, f"{path}: {' '.join(name.split())}")
+        tensors[name].flags.writeable = False
     return tensors, metadata
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is in its header twice")
+    return found
 
 
 def _view(raw: np.ndarray, entry: dict[str, Any], what: str) -> np.ndarray:
@@ -79,7 +90,10 @@ def _view(raw: np.ndarray, entry: dict[str, Any], what: str) -> np.ndarray:
     dtype = np.dtype(DTYPES[entry["dtype"]])
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
-    array = raw.view(dtype).reshape(entry["shape"])
+    try:
+        array = raw.view(dtype).reshape(entry["shape"])
+    except ValueError as error:  # no numbers in a shape that overflows, or over 64 dimensions
+        raise WeightsError(f"{what} has a shape that NumPy does not take ({error})") from None
     if entry["dtype"] == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
@@ -101,6 +115,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, _usual_mode())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -109,3 +124,10 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
+
+
+def _usual_mode() -> int:
+    """The permissions that open() gives a new file (mkstemp's are the owner's alone)."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from gptx.results import Chunk, Result, Score
 from gptx.sampling import SamplingParams, log_softmax
 from gptx.tokenizer import BytePairTokenizer, Tokenizer
 from gptx.weights import read_weights, to_backend
+
+Chunks = Generator[Chunk, None, None]
 
 
 class Model:
@@ -119,18 +121,19 @@ class Model:
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
         results: dict[int, Result] = {}
-        for sequence, chunk in self._steps(*self._plan(prompts, options)):
+        for chunk in self._steps(*self._plan(prompts, options)):
             if chunk.result is not None:
-                results[sequence] = chunk.result
+                results[chunk.sequence] = chunk.result
         return results[0] if single else [results[i] for i in range(len(prompts))]
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Chunks:
         """Continue one prompt, a `Chunk` a token; the last has the `result`.
 
-        Raises what `generate` raises: what is wrong with the call at once, the rest on the way.
+        Raises what `generate` raises: what is wrong with the call at once, the rest on the way. A
+        KeyboardInterrupt that reaches the caller between two chunks can be thrown in (`throw`), and
+        comes back as an `Interrupted` with what there was.
         """
-        steps = self._steps(*self._plan([prompt], options))
-        return (chunk for _, chunk in steps)
+        return self._steps(*self._plan([prompt], options))
 
     def _plan(
         self, prompts: list[Prompt], options: Options
@@ -164,13 +167,13 @@ class Model:
             params = run.params  # with the seed that was taken for the first batch
             runs.append(run)
             outputs += [
-                Output(prompt, len(used), tokenizer, stop, run)
-                for prompt, used in zip(prompts[batch], run.prompts, strict=True)
+                Output(first + i, prompt, len(used), tokenizer, stop, run)
+                for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
             ]
         return runs, outputs
 
-    def _steps(self, runs: list[Generation], outputs: list[Output]) -> Iterator[tuple[int, Chunk]]:
-        """The chunks of all prompts as they come, batch by batch, each with its prompt's number."""
+    def _steps(self, runs: list[Generation], outputs: list[Output]) -> Chunks:
+        """The chunks of all prompts as they come, batch by batch."""
         first = 0
         try:
             for run in runs:
@@ -179,7 +182,7 @@ class Model:
                         chunk = outputs[first + token.sequence].add(token)
                         if chunk.finish_reason is not None:
                             run.finish(token.sequence)
-                        yield first + token.sequence, chunk
+                        yield chunk
                 first += len(run.prompts)
         except KeyboardInterrupt:
             raise Interrupted([output.result("interrupted") for output in outputs]) from None
@@ -347,13 +350,16 @@ def stream(
     *,
     model: str | os.PathLike[str] | Model = "gpt2",
     **options: Unpack[AllOptions],
-) -> Iterator[Chunk]:
+) -> Chunks:
     """Load a model and continue a prompt, a `Chunk` a token; as `generate` otherwise."""
     loaded, rest = _loaded(model, options)
     return loaded.stream(prompt, **rest)
 
 
 def _loaded(model: Any, options: AllOptions) -> tuple[Model, Options]:
+    if unknown := set(options) - set(AllOptions.__annotations__):
+        known = ", ".join(sorted(AllOptions.__annotations__))
+        raise ParameterError(f"unknown option {', '.join(sorted(unknown))}, expected {known}")
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
     rest = {k: v for k, v in options.items() if k not in given}
     if isinstance(model, Model):
@@ -372,6 +378,8 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _stop_strings(stop: Any) -> list[str]:
+    if not isinstance(stop, str | Sequence | None):
+        raise ParameterError(f"stop is {stop!r}, expected a string or several")
     strings = [stop] if isinstance(stop, str) else list(stop or [])
     for string in strings:
         if not isinstance(string, str) or not string:

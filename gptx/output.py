@@ -17,12 +17,14 @@ class Output:
 
     def __init__(
         self,
+        sequence: int,
         prompt: Prompt,
         prompt_tokens: int,
         tokenizer: Tokenizer | None,
         stop: list[str],
         run: Generation,
     ) -> None:
+        self._sequence = sequence
         self._prompt = prompt
         self._prompt_tokens = prompt_tokens
         self._decoder = tokenizer and TextDecoder(tokenizer)
@@ -52,7 +54,7 @@ class Output:
         self._text.append(text)
         if reason:
             self._done = self.result(reason)
-        return Chunk(text, token.id, token.logprob, reason, self._done)
+        return Chunk(text, token.id, token.logprob, self._sequence, reason, self._done)
 
     def result(self, reason: FinishReason) -> Result:
         if self._done is not None:

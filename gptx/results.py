@@ -59,12 +59,14 @@ class Result:
 class Chunk:
     """A piece of a stream: one token, and the text that it completes (possibly none).
 
-    The last one has a `finish_reason`, and the `result` of the whole.
+    The last one of a `sequence` (which prompt, counted from 0) has a `finish_reason`, and the
+    `result` of the whole.
     """
 
     text: str
     token: int | None
     logprob: float | None
+    sequence: int = 0
     finish_reason: FinishReason | None = None
     result: Result | None = None
 

@@ -12,6 +12,7 @@ same tokens on every backend, in any batch, after any restart.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -89,6 +90,8 @@ class SamplingParams:
                 f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
             )
         # None is what a caller writes for "no bias".
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or not _is_real(bias):

@@ -71,7 +71,8 @@ class BytePairTokenizer:
                 f"{error} is missing: a tokenizer is tokenizer.json, or vocab.json and merges.txt"
             ) from None
         except Exception as error:  # the library raises bare Exceptions
-            names = " and ".join(str(path) for path in self._files.values())
+            read = ["tokenizer.json"] if "tokenizer.json" in self._files else self._files
+            names = " and ".join(str(self._files[name]) for name in read)
             raise TokenizerError(f"{names} cannot be read as a tokenizer ({error})") from None
 
     @cached_property

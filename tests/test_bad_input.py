@@ -407,7 +407,7 @@ class Absent:
 
 @pytest.mark.parametrize(
     ("backend", "install"),
-    [("mlx", "pip install 'gptx[mlx]'"), ("cupy", "pip install 'gptx[cuda13]'")],
+    [("mlx", "pip install 'mlx"), ("cupy", "pip install 'cupy-cuda13x")],
 )
 def test_a_backend_that_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, backend: str, install: str

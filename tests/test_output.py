@@ -133,7 +133,7 @@ def make_output(*words: bytes, stop: Sequence[str] = (), logprobs: bool = False)
         params=SimpleNamespace(seed=7),
         model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
     )
-    return Output("prompt", 10, Words(*words) if words else None, list(stop), run)
+    return Output(0, "prompt", 10, Words(*words) if words else None, list(stop), run)
 
 
 def add_all(

@@ -26,6 +26,13 @@ BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 
 class _Group(click.Group):
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:  # --help and --version are written here
+            return super().make_context(*args, **extra)
+        except BrokenPipeError as error:
+            _drop_output(error)
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -51,6 +58,9 @@ for command in (generate, info, backends, download):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "r" if fd == 0 else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no error
@@ -69,7 +79,8 @@ def _run(args: Sequence[str] | None) -> int:
             what = error.filename or "standard output"
             raise StorageError(f"{what}: {error.strerror or error}") from error
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         return error.exit_code
     except GptxError as error:
         _say(f"Error: {error}")

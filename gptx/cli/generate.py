@@ -122,11 +122,17 @@ def _standard_input() -> str:
 
 def _stream(loaded: Model, text: str, choices: dict[str, Any], show: bool) -> Result:
     result = None
-    for chunk in loaded.stream(text, **choices):
-        if show and chunk.text:
-            click.echo(chunk.text, nl=False)
-            sys.stdout.flush()
-        result = chunk.result
+    chunks = loaded.stream(text, **choices)
+    try:
+        for chunk in chunks:
+            if show and chunk.text:
+                click.echo(chunk.text, nl=False)
+                sys.stdout.flush()
+            result = chunk.result
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interrupt:  # between two chunks: what is there, it knows
+        chunks.throw(interrupt)
     assert result is not None
     return result
 
