@@ -46,25 +46,22 @@ class NumpyBackend(Backend):
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         n = x.shape[-1]
-        if x.size == n:  # one token: its mean and variance are Python floats, in half the calls
-            y = x - float(np.add.reduce(x, axis=None)) / n
-            y *= 1.0 / math.sqrt(float(np.vdot(y, y)) / n + eps)
-        else:
-            y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
-            y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
+        y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
+        y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
         y *= weight
         y += bias
         return y
 
     def gelu_new(self, x: Array) -> Array:
-        # (1 + tanh(z)) / 2 is 1 / (1 + exp(-2z)), which takes fewer passes.
         y = x * x
-        y *= -0.044715 * 2 * math.sqrt(2 / math.pi)
-        y -= 2 * math.sqrt(2 / math.pi)
+        y *= 0.044715 * math.sqrt(2 / math.pi)
+        y += math.sqrt(2 / math.pi)
         y *= x
-        np.exp(y, out=y)
+        np.tanh(y, out=y)
         y += 1.0
-        return np.divide(x, y, out=y)
+        y *= x
+        y *= 0.5
+        return y
 
     def relu(self, x: Array) -> Array:
         return np.maximum(x, 0.0)
