@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
 from gptx.backends.base import Backend, Positions
-
 from gptx.errors import BackendError, ParameterError
 
 __all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_backend"]
@@ -87,7 +87,7 @@ def get_backend(
     device
         A device of that library; None is its default.
     threads
-        BLAS threads of the CPU backends, at least 1; None leaves them alone.
+        BLAS threads of the NumPy backend, at least 1; None leaves them alone.
     generic
         Turn all overrides off, to compare them with the generic ops.
 
@@ -105,10 +105,8 @@ def get_backend(
                 "the backend that was given is made already"
             )
         return backend
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+    if threads is not None and not _is_count(threads):
         raise ParameterError(f"threads is {threads!r}, expected a whole number of at least 1")
-    if threads is not None and not 1 <= threads < 2**31:
-        raise ParameterError(f"threads is {threads}, expected 1 to 2^31 - 1")
     options: dict[str, Any] = {"device": device, "threads": threads, "generic": generic}
     if dtype is not None:
         options["dtype"] = str(dtype)
@@ -136,6 +134,11 @@ def available() -> list[BackendStatus]:
         except BackendError as error:
             statuses.append(BackendStatus(name, False, row.runs_on, str(error)))
     return statuses
+
+
+def _is_count(value: object) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and 1 <= int(value) < 2**31  # type: ignore[call-overload]
 
 
 def _import(name: str) -> ModuleType:

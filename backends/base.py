@@ -10,8 +10,9 @@ vocabulary. Standard: https://data-apis.org/array-api/2024.12
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import numpy as np
 from gptx.errors import BackendError, DeviceOutOfMemory
 
 Array = Any  # an array of whichever namespace the backend runs on
+
+# The number of BLAS threads belongs to the process: who sets it keeps others from it meanwhile.
+BLAS_LOCK = threading.RLock()
 
 OPS = (
     "embed",
@@ -67,7 +71,7 @@ class Backend:
     xp
         An array-API namespace.
     dtype
-        What the weights and activations are held in; norms, softmax and logits are float32 (or
+        What the weights and activations are held in; norms and softmax are computed in float32 (or
         float64 if `dtype` is).
     device
         A device of the namespace; None is its default.
@@ -79,7 +83,7 @@ class Backend:
 
     name = "generic"
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
-    has_threads = True
+    has_threads = False
 
     def __init__(
         self,
@@ -106,10 +110,14 @@ class Backend:
         self.device = device
         self.threads = threads
         self.float = getattr(xp, dtype)
-        self.int = xp.asarray(0).dtype  # its default: some libraries index with nothing else
+        self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
+        try:
+            # The default integers: some libraries index with nothing else.
+            self.int = xp.asarray(0, **self._on_device).dtype
+        except Exception as error:  # each library has its own
+            raise BackendError(f"device is {device!r}, which is not there ({error})") from error
         # Sums over a row lose too much in 16 bits.
         self.wide = xp.float64 if dtype == "float64" else xp.float32
-        self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
         self._blas: Any = None
         if generic:
             for op in OPS:
@@ -134,7 +142,11 @@ class Backend:
         return xp.reshape(y, (*x.shape[:-1], weight.shape[1]))
 
     def unembed(self, x: Array, table: Array) -> Array:
-        """Logits: x [B, T, C] times the rows of `table` [V, C] -> [B, T, V], wide."""
+        """Logits: x [B, T, C] times the rows of `table` [V, C] -> [B, T, V].
+
+        They are float32 (or float64), but no more exact than the backend's dtype: in bfloat16 the
+        best ones may be equal.
+        """
         xp = self.xp
         y = xp.matmul(xp.reshape(x, (-1, table.shape[1])), xp.matrix_transpose(table))
         return xp.astype(xp.reshape(y, (*x.shape[:-1], table.shape[0])), self.wide)
@@ -273,14 +285,18 @@ class Backend:
                 "use a smaller model, batch or context"
             ) from error
 
-    def _blas_threads(self) -> Any:
+    @contextmanager
+    def _blas_threads(self) -> Iterator[None]:
         if self.threads is None:
-            return nullcontext()
+            yield
+            return
         import threadpoolctl
 
-        if self._blas is None:  # finding the loaded libraries takes milliseconds, setting them not
-            self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-        return self._blas.limit(limits=self.threads)
+        with BLAS_LOCK:
+            if self._blas is None:  # finding the loaded libraries takes milliseconds, once
+                self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            with self._blas.limit(limits=self.threads):
+                yield
 
 
 def peak_resident_memory() -> int:

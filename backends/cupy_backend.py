@@ -14,8 +14,8 @@ from typing import Any
 import array_api_compat.cupy as xp
 import cupy
 import numpy as np
-from gptx.backends.base import Array, Backend, Positions
 
+from gptx.backends.base import Array, Backend, Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 
 
@@ -24,7 +24,6 @@ class CupyBackend(Backend):
 
     name = "cupy"
     dtypes = ("float32", "float64", "float16", "bfloat16")
-    has_threads = False
 
     def __init__(
         self, *, device: int | None = None, dtype: str = "float32", **options: Any

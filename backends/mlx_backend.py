@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gptx.backends.base import Array, Backend, Positions
 
+from gptx.backends.base import Array, Backend, Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 
 MINIMUM = (0, 32, 3)
@@ -25,7 +25,6 @@ class MlxBackend(Backend):
 
     name = "mlx"
     dtypes = ("float32", "float16", "bfloat16")
-    has_threads = False
 
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
         version: str = vars(mx)["__version__"]

@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 import numpy as np
-from gptx.backends.base import Backend, Positions
 
+from gptx.backends.base import Backend, Positions
 from gptx.errors import BackendError
 
 Array = np.ndarray
@@ -21,6 +21,7 @@ class NumpyBackend(Backend):
     """NumPy's own arrays. Memory-mapped float32 weights are used where they lie."""
 
     name = "numpy"
+    has_threads = True
     dtypes = ("float32", "float64")  # NumPy's float16 is emulated one number at a time
 
     def __init__(self, **options: Any) -> None:

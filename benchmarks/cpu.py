@@ -3,10 +3,11 @@
     python benchmarks/cpu.py --size 124M --threads 2
 
 The floor of a decode step is the time to read the weights once. It is measured in the same run, on
-the same memory-mapped arrays, alternating with decode steps at each context; then, each in a fresh
-process, the import, the load and its peak memory. Prints medians with quartiles as a table, and one
-JSON line. The weights are random, or those of a folder (`--model`); the file is read once before
-anything is timed, so that it lies in the page cache.
+the same memory-mapped arrays, alternating with decode steps at each context: by gptx (its whole
+engine, from one token to the next) and by the NumPy loop that one writes first (`plain_numpy.py`).
+Then, each in a fresh process: the import, the load and its peak memory. Prints medians with
+quartiles as a table, and one JSON line. The weights are random, or those of a folder (`--model`,
+float32); the file is read once before anything is timed, so that it lies in the page cache.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import threadpoolctl
 
 # tests/ and not the repository: from there, gptx/ would hide the installed package
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from plain_numpy import PlainGPT2
 from random_models import random_weights, write_model
 
 import gptx
-from gptx.cache import KVCache
 from gptx.config import GPT2Config
-from gptx.engine import prefill
+from gptx.engine import Generation
 from gptx.files import read_safetensors
-from gptx.model import forward
+from gptx.sampling import SamplingParams
 
 STEPS = 16  # tokens per measurement of a decode step
 
@@ -67,15 +69,15 @@ def main() -> None:
         rows = decoding(folder, args.threads, args.contexts, args.rounds)
         rows |= loading(folder, min(args.rounds, 7))
     weights = rows["read weights"]
-    print(f"| {'':<22} | median | quartiles | of reading |\n|---|---:|---:|---:|")
+    print(f"| {'':<27} | median | quartiles | of reading |\n|---|---:|---:|---:|")
     for name, values in rows.items():
         low, middle, high = np.percentile(values, [25, 50, 75])
         if name.endswith("memory"):
-            print(f"| {name:<22} | {middle / 1e6:.0f} MB | {low / 1e6:.0f}–{high / 1e6:.0f} | |")
+            print(f"| {name:<27} | {middle / 1e6:.0f} MB | {low / 1e6:.0f}–{high / 1e6:.0f} | |")
         else:
             of = f"{middle / np.median(weights):.2f}" if name.startswith("decode") else ""
             spread = f"{low * 1e3:.2f}–{high * 1e3:.2f}"
-            print(f"| {name:<22} | {middle * 1e3:.2f} ms | {spread} | {of} |")
+            print(f"| {name:<27} | {middle * 1e3:.2f} ms | {spread} | {of} |")
     about = {
         "size": args.size,
         "threads": args.threads,
@@ -96,6 +98,7 @@ def decoding(
     measures: dict[str, Callable[[], float]] = {"read weights": reader(model)}
     for context in contexts:
         measures[f"decode at {context}"] = decoder(model, context)
+        measures[f"decode at {context}, plain loop"] = plain(model, context, threads)
     seconds: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(rounds + 1):
         for name, measure in measures.items():
@@ -115,6 +118,8 @@ def reader(model: gptx.Model) -> Callable[[], float]:
     matrices = []
     for path in model.files.weights:
         tensors = sorted(read_safetensors(path)[0].values(), key=lambda x: x.ctypes.data)
+        if any(x.dtype != np.float32 for x in tensors):
+            sys.exit(f"{path} is not all float32, which is what this benchmark reads")
         n = sum(x.size for x in tensors) // width  # they lie side by side
         matrices.append(np.lib.stride_tricks.as_strided(tensors[0], (n, width), (4 * width, 4)))
     vector = np.ones(width, np.float32)
@@ -133,25 +138,43 @@ def reader(model: gptx.Model) -> Callable[[], float]:
 
 
 def decoder(model: gptx.Model, context: int) -> Callable[[], float]:
-    """Time of one greedy decode step with about `context` tokens in the cache."""
-    backend, gpt2 = model.backend, model.gpt2
-    random = np.random.default_rng(0)
-    prompt = random.integers(0, model.config.vocab_size, context).tolist()
+    """Time from one greedy token to the next with about `context` tokens in the cache."""
     start_at = min(context, model.config.n_positions - STEPS)
-    with backend.scope():
-        filled = KVCache(model.config, backend, 1, start_at + STEPS)
-        prefill(gpt2, [prompt[:start_at]], filled)
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, model.config.vocab_size, start_at).tolist()
+    cache = model.prefill(prompt)
 
     def measure() -> float:
-        filled.lengths[:] = start_at  # write over the tokens of the last measurement
-        ids = backend.asarray(np.array([[prompt[0]]]))
         times = []
-        for _ in range(STEPS):
+        steps = iter(
+            Generation(model.gpt2, [prompt], SamplingParams(), max_tokens=STEPS, cache=cache)
+        )
+        next(steps)
+        for _ in range(STEPS - 1):
             start = time.perf_counter()
-            with backend.scope():
-                logits = forward(gpt2, ids, filled.extend([1]), filled)
-                ids = backend.xp.argmax(logits, axis=-1)
+            next(steps)
             times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    return measure
+
+
+def plain(model: gptx.Model, context: int, threads: int) -> Callable[[], float]:
+    """The same for the NumPy loop that one writes first."""
+    n_context = model.config.n_positions
+    start_at = min(context, n_context - STEPS)
+    peer = PlainGPT2(model.gpt2.weights, model.config.n_head, n_context)
+    for position in range(start_at):
+        peer.step(0, position)
+
+    def measure() -> float:
+        times = []
+        token = 0
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            for position in range(start_at, start_at + STEPS):
+                start = time.perf_counter()
+                token = peer.step(token, position)
+                times.append(time.perf_counter() - start)
         return float(np.median(times))
 
     return measure

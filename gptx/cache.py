@@ -1,7 +1,7 @@
 """The KV cache: keys and values of the tokens that the model has seen.
 
 One preallocated buffer [B, H, S, D] a layer for keys and one for values, a length a sequence. The
-engine and the model know only `extend`, `update` and `keep`.
+model knows `update` alone; the engine makes room with `extend`, and drops or copies sequences.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class KVCache:
     ----------
     lengths
         Tokens that each sequence holds, NumPy integers [B].
-    tokens
-        The token ids that they stand for, where whoever filled the cache has noted them.
+    tokens, fingerprint
+        The token ids that they stand for and the checksum of the weights that computed them, where
+        whoever filled the cache has noted them.
     """
 
     def __init__(self, config: GPT2Config, backend: Backend, batch: int, capacity: int) -> None:
@@ -43,6 +44,7 @@ class KVCache:
         self.capacity = capacity
         self.lengths = np.zeros(batch, dtype=np.int64)
         self.tokens: list[list[int]] | None = None
+        self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
         self._k = [backend.zeros(shape) for _ in range(config.n_layer)]
         self._v = [backend.zeros(shape) for _ in range(config.n_layer)]
@@ -105,7 +107,11 @@ class KVCache:
             for name, x in (("k", k), ("v", v)):
                 host = self.backend.to_numpy(x[:, :, :stop, :])
                 tensors[f"h.{layer}.{name}"] = np.ascontiguousarray(host)
-        metadata = {"format": FORMAT, "tokens": json.dumps(self.tokens)}
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "tokens": json.dumps(self.tokens),
+        }
         atomic_write(path, save(tensors, metadata))
 
     @classmethod
@@ -114,7 +120,7 @@ class KVCache:
     ) -> KVCache:
         """Read what `save` wrote, for a model of the same shape.
 
-        `capacity` defaults to the context.
+        `capacity` is room for so many tokens; the default is the context.
 
         Raises
         ------
@@ -130,7 +136,9 @@ class KVCache:
         stop = int(lengths.max(initial=0))
         shape = (lengths.size, config.n_head, stop, config.head_dim)
         names = [f"h.{layer}.{name}" for layer in range(config.n_layer) for name in ("k", "v")]
-        if set(tensors) != {"lengths", *names} or any(tensors[n].shape != shape for n in names):
+        if set(tensors) != {"lengths", *names} or any(
+            tensors[n].shape != shape or tensors[n].dtype.kind != "f" for n in names
+        ):
             raise DataError(
                 f"{path} belongs to another model: expected {config.n_layer} layers of keys and "
                 f"values {list(shape)}"
@@ -140,7 +148,10 @@ class KVCache:
                 f"{path} holds sequences of {lengths.tolist()} tokens, expected 1 to "
                 f"{config.n_positions}"
             )
+        if capacity is not None and capacity < stop:
+            raise ParameterError(f"cache capacity is {capacity}, but {path} holds {stop} tokens")
         cache = cls(config, backend, lengths.size, capacity or config.n_positions)
+        cache.fingerprint = metadata.get("fingerprint", "")
         cache.lengths = lengths.astype(np.int64)
         cache.tokens = _tokens(metadata, cache.lengths, path)
         room = cache._k[0][:, :, stop:, :]

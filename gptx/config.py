@@ -16,6 +16,15 @@ from gptx.errors import ConfigError, StorageError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
+# What transformers takes for the same, too.
+OTHER_NAMES = {
+    "n_ctx": "n_positions",
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
 MAX_LAYERS = 10_000  # a damaged file must not make a list of a billion names
 
 # Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
@@ -88,8 +97,8 @@ class GPT2Config:
         epsilon = self.layer_norm_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a number")
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a positive number")
+        if not 0 < epsilon <= 1:
+            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected more than 0, at most 1")
         if self.activation_function not in ACTIVATIONS:
             raise ConfigError(
                 f"activation_function is {self.activation_function!r}, "
@@ -152,7 +161,7 @@ class GPT2Config:
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> GPT2Config:
         """The config of one of OpenAI's four models: "124M", "355M", "774M" or "1558M"."""
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ConfigError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
         n_layer, n_head, n_embd = SIZES[size]
         return replace(cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd), **changes)
@@ -165,8 +174,9 @@ class GPT2Config:
         _refuse_unsupported(data)
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}
-        if "n_positions" not in given and "n_ctx" in data:
-            given["n_positions"] = data["n_ctx"]
+        for other, name in OTHER_NAMES.items():
+            if other in data:
+                given.setdefault(name, data[other])
         return cls(**given)
 
     @classmethod

@@ -18,7 +18,7 @@ import numpy as np
 from gptx.cache import KVCache, pad
 from gptx.errors import NonFiniteError, ParameterError, PromptError
 from gptx.model import GPT2, forward
-from gptx.sampling import Sampler, SamplingParams, log_softmax
+from gptx.sampling import Sampler, SamplingParams, is_int, log_softmax
 
 Array = Any
 Overflow = Literal["error", "truncate", "slide"]
@@ -49,7 +49,7 @@ class Token:
 
 
 class Generation:
-    """The continuation of B prompts; iterate over it for one list of `Token` a step.
+    """The continuation of B prompts; iterate over it, once, for one list of `Token` a step.
 
     Parameters
     ----------
@@ -95,18 +95,7 @@ class Generation:
         logprobs: bool = False,
         cache: KVCache | None = None,
     ) -> None:
-        if overflow not in get_args(Overflow):
-            raise ParameterError(
-                f"overflow is {overflow!r}, expected one of {', '.join(get_args(Overflow))}"
-            )
-        if max_tokens is None and overflow == "slide":
-            raise ParameterError("max_tokens is None, but with overflow='slide' there is no end")
-        if max_tokens is not None and (
-            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
-        ):
-            raise ParameterError(
-                f"max_tokens is {max_tokens!r}, expected a whole number of at least 1"
-            )
+        check_limits(max_tokens, overflow)
         if cache is not None and not isinstance(cache, KVCache):
             raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
         if cache is not None and (cache.config, cache.backend) != (model.config, model.backend):
@@ -239,6 +228,18 @@ class Generation:
         index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
         picked = xp.take_along_axis(log_softmax(backend, logits), index, axis=-1)
         return [float(x) for x in backend.to_numpy(picked)[:, 0]]
+
+
+def check_limits(max_tokens: int | None, overflow: str) -> None:
+    """Raise ParameterError unless these are what `Generation` takes."""
+    if overflow not in get_args(Overflow):
+        raise ParameterError(
+            f"overflow is {overflow!r}, expected one of {', '.join(get_args(Overflow))}"
+        )
+    if max_tokens is None and overflow == "slide":
+        raise ParameterError("max_tokens is None, but with overflow='slide' there is no end")
+    if max_tokens is not None and (not is_int(max_tokens) or max_tokens < 1):
+        raise ParameterError(f"max_tokens is {max_tokens!r}, expected a whole number of at least 1")
 
 
 def streams_of(prompts: list[list[int]]) -> list[int]:

@@ -14,16 +14,22 @@ import numpy as np
 
 from gptx.errors import StorageError, WeightsError
 
-# safetensors' names of the types; bfloat16 is read as the upper half of a float32.
-DTYPES = {
+# NumPy has no bfloat16: this marks its bits, so that they can stay where they are in the file.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+
+# safetensors' names of the types.
+DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
-    "BF16": np.uint16,
+    "BF16": BFLOAT16,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
@@ -32,8 +38,8 @@ DTYPES = {
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Map a safetensors file into memory.
 
-    Nothing is read before it is used, and nothing is copied but bfloat16, which NumPy does not have
-    (it becomes float32, which loses nothing), and data that does not lie at a multiple of its size.
+    Nothing is read before it is used, and nothing is copied but data that does not lie at a
+    multiple of its size. bfloat16 comes as `BFLOAT16`, see `widened`.
 
     Returns
     -------
@@ -94,9 +100,14 @@ def _view(raw: np.ndarray, entry: dict[str, Any], what: str) -> np.ndarray:
         array = raw.view(dtype).reshape(entry["shape"])
     except ValueError as error:  # no numbers in a shape that overflows, or over 64 dimensions
         raise WeightsError(f"{what} has a shape that NumPy does not take ({error})") from None
-    if entry["dtype"] == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
     return array
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, which loses nothing; any other type as it is."""
+    if array.dtype != BFLOAT16:
+        return array
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:

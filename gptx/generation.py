@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
@@ -15,15 +14,30 @@ from gptx.backends import Backend, get_backend
 from gptx.cache import KVCache
 from gptx.config import GPT2Config
 from gptx.engine import Generation, check_ids, prefill, streams_of
-from gptx.errors import Interrupted, ParameterError, PromptError, TokenizerError
+from gptx.errors import (
+    DataError,
+    Interrupted,
+    ParameterError,
+    PromptError,
+    TokenizerError,
+)
 from gptx.hub import ModelFiles, locate
-from gptx.model import GPT2, forward
-from gptx.options import AllOptions, LoadOptions, Options, Prompt
+from gptx.model import GPT2
+from gptx.options import (
+    BATCH_SIZE,
+    ENGINE_OPTIONS,
+    AllOptions,
+    LoadOptions,
+    Options,
+    Prompt,
+    check_options,
+)
 from gptx.output import Output
 from gptx.results import Chunk, Result, Score
-from gptx.sampling import SamplingParams, log_softmax
+from gptx.sampling import is_int
+from gptx.scoring import all_logits, score
 from gptx.tokenizer import BytePairTokenizer, Tokenizer
-from gptx.weights import read_weights, to_backend
+from gptx.weights import fingerprint, read_weights, to_backend
 
 Chunks = Generator[Chunk, None, None]
 
@@ -37,11 +51,14 @@ class Model:
         Config, weights and backend, for `gptx.model.forward`.
     files
         Where it was read from.
+    fingerprint
+        A checksum of the weights, by which a saved cache knows its model.
     """
 
-    def __init__(self, gpt2: GPT2, files: ModelFiles) -> None:
+    def __init__(self, gpt2: GPT2, files: ModelFiles, fingerprint: str) -> None:
         self.gpt2 = gpt2
         self.files = files
+        self.fingerprint = fingerprint
 
     def __repr__(self) -> str:
         return f"<gptx.Model {self.name} on {self.backend!r}>"
@@ -79,11 +96,15 @@ class Model:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text; `<|endoftext|>` in it is ordinary text unless allowed."""
+        if not isinstance(text, str):
+            raise PromptError(f"the text is {text!r}, expected a string")
         return self.tokenizer.encode(text, allow_special=allow_special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(ids)
+        """The text of token ids; one that is not in the vocabulary has none."""
+        if not isinstance(ids, Sequence | np.ndarray) or not all(map(is_int, ids)):
+            raise PromptError(f"token ids are {ids!r}, expected a list of whole numbers")
+        return self.tokenizer.decode([int(i) for i in ids])
 
     @overload
     def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Result: ...
@@ -121,9 +142,15 @@ class Model:
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
         results: dict[int, Result] = {}
-        for chunk in self._steps(*self._plan(prompts, options)):
-            if chunk.result is not None:
-                results[chunk.sequence] = chunk.result
+        steps = self._steps(*self._plan(prompts, options))
+        try:
+            for chunk in steps:
+                if chunk.result is not None:
+                    results[chunk.sequence] = chunk.result
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # it came here, between two chunks
+            steps.throw(interrupt)
         return results[0] if single else [results[i] for i in range(len(prompts))]
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Chunks:
@@ -139,20 +166,15 @@ class Model:
         self, prompts: list[Prompt], options: Options
     ) -> tuple[list[Generation], list[Output]]:
         """Check everything; one `Generation` a batch, one `Output` a prompt."""
-        rest: dict[str, Any] = dict(options)
-        stop = _stop_strings(rest.pop("stop", None))
-        allow_special = rest.pop("allow_special", False)
-        batch_size = rest.pop("batch_size", 8)
-        eos_id = None if rest.pop("ignore_eos", False) else self.config.eos_token_id
-        names = [f.name for f in fields(SamplingParams)]
-        params = SamplingParams(**{name: rest.pop(name) for name in names if name in rest})
-        if unknown := set(rest) - {"max_tokens", "overflow", "logprobs", "cache"}:
-            known = ", ".join(sorted(Options.__annotations__))
-            raise ParameterError(f"unknown option {', '.join(sorted(unknown))}, expected {known}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ParameterError(f"batch_size is {batch_size!r}, expected at least 1")
+        params, stop = check_options(options)
+        allow_special = options.get("allow_special", False)
+        batch_size = options.get("batch_size", BATCH_SIZE)
+        eos_id = None if options.get("ignore_eos", False) else self.config.eos_token_id
+        rest: dict[str, Any] = {k: v for k, v in options.items() if k in ENGINE_OPTIONS}
         if not prompts:
             raise PromptError("there is no prompt: give at least one")
+        if (cache := options.get("cache")) is not None:
+            self._check_cache(cache, prompts)
         # Stop strings mean nothing without text: `self.tokenizer` says what is missing.
         tokenizer = self.tokenizer if self.files.tokenizer or stop else None
         ids = [self._ids(prompt, allow_special) for prompt in prompts]
@@ -209,25 +231,49 @@ class Model:
             prefill(self.gpt2, [ids], cache)
             self.backend.synchronize()
         cache.tokens = [ids]
+        cache.fingerprint = self.fingerprint
         return cache
 
     def load_cache(self, path: str | Path) -> KVCache:
-        """A cache that `KVCache.save` wrote, from this model on any backend."""
+        """A cache that `KVCache.save` wrote, from this model on any backend.
+
+        Raises
+        ------
+        NotFoundError, DataError
+            It is not there, is damaged, or comes from another model.
+        """
         with self.backend.scope():
-            return KVCache.load(path, self.config, self.backend)
+            cache = KVCache.load(path, self.config, self.backend)
+        if cache.fingerprint != self.fingerprint:
+            raise DataError(f"{path} was computed with other weights than those of {self.name}")
+        return cache
+
+    def _check_cache(self, cache: Any, prompts: list[Prompt]) -> None:
+        if not isinstance(cache, KVCache):
+            raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
+        if len(prompts) > 1 or len(cache.lengths) > 1:
+            raise ParameterError("a cache goes with one prompt, and holds one sequence")
+        ours = (self.config, self.backend, self.fingerprint)
+        if (cache.config, cache.backend, cache.fingerprint) != ours:
+            raise ParameterError(
+                "the cache belongs to another model or backend: save it, and load it for this one"
+            )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """The logits of the token after each of `ids`: n token ids -> NumPy float32 [n, V]."""
+        """The logits of the token after each of `ids`: n token ids -> NumPy float32 [n, V].
+
+        They are what the model computed, a NaN of damaged weights included.
+        """
         checked = check_ids(ids, self.gpt2)
         self._check_context(checked)
         with self.backend.scope():
-            logits = self._all_logits(checked)
+            logits = all_logits(self.gpt2, checked)
             return self.backend.to_numpy(logits).astype(np.float32, copy=False)
 
     def score(
         self, text: Prompt, *, stride: int | None = None, allow_special: bool = False
     ) -> Score:
-        """The log-probability of each token of a text (or of token ids).
+        """The log-probability of each token of a text, or of token ids.
 
         A text longer than the context is read in windows of one context that move on by `stride`
         tokens (default: a whole context, so that windows do not overlap). Every token but the first
@@ -237,32 +283,12 @@ class Model:
         ids = self._ids(text, allow_special)
         n_context = self.config.n_positions
         stride = n_context if stride is None else stride
-        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= n_context:
+        if not is_int(stride) or not 1 <= stride <= n_context:
             raise ParameterError(f"stride is {stride!r}, expected 1 to {n_context} (the context)")
         if len(ids) < 2:
             raise PromptError("the text is a single token, which has none before it: give more")
-        logprobs: list[float | None] = [None]
-        for first in range(0, len(ids), stride):
-            window = ids[first : first + n_context + 1]
-            logprobs += self._score_window(window, len(logprobs) - first)
-            if len(logprobs) == len(ids):
-                break
-        return Score(ids, logprobs)
-
-    def _score_window(self, window: list[int], start: int) -> list[float]:
-        """Log-probabilities of `window[start:]`, given all before each."""
-        xp, backend = self.backend.xp, self.backend
-        with backend.scope():
-            logits = self._all_logits(window[:-1])[start - 1 :, :]
-            targets = backend.asarray(np.asarray(window[start:]))[:, None]
-            picked = xp.take_along_axis(log_softmax(backend, logits), targets, axis=-1)
-            return [float(x) for x in backend.to_numpy(picked)[:, 0]]
-
-    def _all_logits(self, ids: list[int]) -> Any:
-        """Logits [T, V] of each token of one sequence."""
-        cache = KVCache(self.config, self.backend, 1, len(ids))
-        batch = self.backend.asarray(np.asarray([ids]))
-        return forward(self.gpt2, batch, cache.extend([len(ids)]), cache)[0, :, :]
+        with self.backend.scope():
+            return score(self.gpt2, ids, stride)
 
     def _check_context(self, ids: list[int]) -> None:
         if len(ids) > self.config.n_positions:
@@ -311,9 +337,10 @@ def load(
     made = get_backend(backend, dtype=dtype, device=device, threads=threads, generic=generic)
     files = locate(model, revision=revision, offline=offline, token=token)
     config = GPT2Config.from_file(files.config)
-    found = read_weights(files.weights, config)
     with made.scope():
-        return Model(GPT2(config, to_backend(found, made), made), files)
+        found = read_weights(files.weights, config)
+        gpt2 = GPT2(config, to_backend(found, made), made)
+    return Model(gpt2, files, fingerprint(found))
 
 
 @overload
@@ -357,11 +384,9 @@ def stream(
 
 
 def _loaded(model: Any, options: AllOptions) -> tuple[Model, Options]:
-    if unknown := set(options) - set(AllOptions.__annotations__):
-        known = ", ".join(sorted(AllOptions.__annotations__))
-        raise ParameterError(f"unknown option {', '.join(sorted(unknown))}, expected {known}")
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
     rest = {k: v for k, v in options.items() if k not in given}
+    check_options(cast("Options", rest))  # before something large is downloaded
     if isinstance(model, Model):
         if given:
             raise ParameterError(
@@ -375,13 +400,3 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, np.ndarray) or (
         len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
     )
-
-
-def _stop_strings(stop: Any) -> list[str]:
-    if not isinstance(stop, str | Sequence | None):
-        raise ParameterError(f"stop is {stop!r}, expected a string or several")
-    strings = [stop] if isinstance(stop, str) else list(stop or [])
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ParameterError(f"stop has {string!r}, expected strings of at least one character")
-    return strings

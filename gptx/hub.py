@@ -120,14 +120,16 @@ def locate(
         return _collect(_Folder(name, EMBEDDED[name], revision), weights)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        return _collect(_Folder(name, Path(path), revision), weights)
+        return _collect(_Folder(name, Path(path).absolute(), revision), weights)
     if os.path.exists(path) and name not in ALIASES:
         raise NotFoundError(f"{name!r} is a file, expected {_expected()}")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_like_path or not isinstance(model, str):
         raise NotFoundError(f"folder {name!r} does not exist, expected {_expected()}")
-    if revision is not None and not _REVISION.fullmatch(revision):
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
         raise ParameterError(f"revision is {revision!r}, expected a branch, a tag or a commit hash")
+    if token is not None and not isinstance(token, str):
+        raise ParameterError(f"token is a {type(token).__name__}, expected a string")
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise ParameterError(
             "token holds a space, a line end or a non-ASCII character: copy it again"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypedDict
 
 from gptx.cache import KVCache
-from gptx.engine import Overflow
+from gptx.engine import Overflow, check_limits
+from gptx.errors import ParameterError
+from gptx.sampling import SamplingParams, is_int
 
 Prompt = str | Sequence[int]
+BATCH_SIZE = 8
+ENGINE_OPTIONS = ("max_tokens", "overflow", "logprobs", "cache")
 
 
 class Options(TypedDict, total=False):
@@ -33,8 +38,8 @@ class Options(TypedDict, total=False):
     batch_size
         How many prompts are computed at once, default 8.
     cache
-        What `Model.prefill` returned: the part of a single prompt that it shares is not computed
-        again.
+        What `Model.prefill` returned, with a single prompt: the part of the prompt that it shares
+        is not computed again.
     """
 
     temperature: float
@@ -71,3 +76,33 @@ class LoadOptions(TypedDict, total=False):
 
 class AllOptions(Options, LoadOptions, total=False):
     """The options of `load` and of `Model.generate` together."""
+
+
+def check_options(options: Options) -> tuple[SamplingParams, list[str]]:
+    """Check what can be checked without a model; the sampling parameters and the stop strings.
+
+    Raises
+    ------
+    ParameterError
+        An option is unknown or outside its range.
+    """
+    if unknown := set(options) - set(Options.__annotations__):
+        raise ParameterError(
+            f"unknown option {', '.join(sorted(unknown))}: see gptx.options for those there are"
+        )
+    check_limits(options.get("max_tokens", 1), options.get("overflow", "error"))
+    batch_size = options.get("batch_size", BATCH_SIZE)
+    if not is_int(batch_size) or batch_size < 1:
+        raise ParameterError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+    given = {f.name: options[f.name] for f in fields(SamplingParams) if f.name in options}  # type: ignore[literal-required]
+    return SamplingParams(**given), _stop_strings(options.get("stop"))
+
+
+def _stop_strings(stop: Any) -> list[str]:
+    if not isinstance(stop, str | Sequence | None):
+        raise ParameterError(f"stop is {stop!r}, expected a string or several")
+    strings = [stop] if isinstance(stop, str) else list(stop or [])
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ParameterError(f"stop has {string!r}, expected strings of at least one character")
+    return strings

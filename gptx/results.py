@@ -31,8 +31,9 @@ class Result:
     prompt_tokens
         How many tokens of the prompt were used.
     prompt_tps, generation_tps
-        Prompt tokens per second until the first new token, and new tokens per second after it (0
-        where there were none). In a batch, of this sequence.
+        Prompt tokens per second until the first new token, those that a cache held included, and
+        new tokens per second after it, what the caller did between two of them included (0 where
+        there were none). In a batch, of this sequence.
     time_to_first_token
         Seconds from the start of its batch.
     peak_memory
@@ -101,5 +102,5 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss); infinite where that is too large for a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf

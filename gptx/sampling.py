@@ -73,6 +73,8 @@ class SamplingParams:
                 raise ParameterError(
                     f"{f.name} is {value!r}, expected a finite number, {LARGEST:.0e} at most"
                 )
+            # A NumPy scalar would turn float32 arrays into float64.
+            object.__setattr__(self, f.name, float(value))
         if self.temperature < 0:
             raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
         for name in ("top_p", "min_p"):
@@ -83,9 +85,9 @@ class SamplingParams:
                 f"repetition_penalty is {self.repetition_penalty}, expected more than 0, "
                 f"{1 / LARGEST:.0e} at least (1 is off)"
             )
-        if not _is_int(self.top_k) or self.top_k < 0:
+        if not is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**64):
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise ParameterError(
                 f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
             )
@@ -94,7 +96,7 @@ class SamplingParams:
             raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
-            if not _is_int(token) or not _is_real(bias):
+            if not is_int(token) or not _is_real(bias):
                 raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
             if not (abs(bias) <= LARGEST or bias == -math.inf):
                 raise ParameterError(
@@ -108,7 +110,8 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether this is a whole number, NumPy's among them; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -58,6 +58,9 @@ class BytePairTokenizer:
                 tokenizer = Tokenizer.from_file(str(path))
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
+                added = tokenizer.get_added_tokens_decoder().values()
+                # Some files do not say so; only special ones can be kept from ordinary text.
+                tokenizer.add_special_tokens([AddedToken(a.content, special=True) for a in added])
                 return tokenizer
             vocab, merges = self._files["vocab.json"], self._files["merges.txt"]
             tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))

@@ -7,6 +7,7 @@ Hub's Conv1D `[in, out]`, and a tied head is not stored twice.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import numpy as np
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import WeightsError
-from gptx.files import read_safetensors
+from gptx.files import BFLOAT16, read_safetensors, widened
 
 # The causal mask, which some files store as if it were a weight.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -57,8 +58,20 @@ def check_weights(found: dict[str, np.ndarray], config: GPT2Config) -> None:
             raise WeightsError(
                 f"tensor {name} has shape {list(array.shape)}, the config asks for {list(shape)}"
             )
-        if array.dtype.kind != "f":
+        if array.dtype.kind != "f" and array.dtype != BFLOAT16:
             raise WeightsError(f"tensor {name} is of type {array.dtype}, expected a float type")
+
+
+def fingerprint(found: dict[str, np.ndarray]) -> str:
+    """A checksum that tells models of one shape apart: of all biases and norms, in float32.
+
+    Not of everything, since that would read the whole file.
+    """
+    crc = 0
+    for name in sorted(found):
+        if found[name].ndim == 1:
+            crc = zlib.crc32(widened(found[name]).astype(np.float32).tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _names(names: list[str]) -> str:
@@ -81,7 +94,7 @@ def to_backend(found: dict[str, np.ndarray], backend: Backend) -> SimpleNamespac
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
-        node[leaf] = backend.asarray(array)
+        node[leaf] = backend.asarray(widened(array))
     blocks = tree.pop("h")
     tree["h"] = [blocks[str(layer)] for layer in range(len(blocks))]
     return _attributes(tree)

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gptx.backends import Backend, get_backend
 from random_models import CASES, random_weights, write_model
 
 import gptx
+from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import BackendError
 from gptx.generation import Model
 from gptx.hub import ModelFiles
 from gptx.model import GPT2
-from gptx.weights import to_backend
+from gptx.weights import fingerprint, to_backend
 
 # Each way to run the one model: name -> arguments of get_backend.
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,8 @@ def make_model(config: GPT2Config, backend: Backend, weights: Any = None) -> Mod
     nowhere = Path("random")
     files = ModelFiles("random", nowhere, nowhere, (), {}, None)
     with backend.scope():
-        return Model(GPT2(config, to_backend(found, backend), backend), files)
+        gpt2 = GPT2(config, to_backend(found, backend), backend)
+        return Model(gpt2, files, fingerprint(found))
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import gptx.backends
 import numpy as np
 import pytest
 from conftest import make_backend
+
+import gptx.backends
 from gptx.backends import TABLE, Backend, Positions, available, get_backend
 from gptx.backends.base import OPS
-
 from gptx.errors import BackendError, DeviceOutOfMemory, ParameterError
 
 # In float64 and with NumPy alone: what every backend is measured by.

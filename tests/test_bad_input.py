@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_model
-from gptx.backends import get_backend
 from random_models import CASES, random_ids
 from test_cli import run, start
 
 import gptx
+from gptx.backends import get_backend
 from gptx.errors import (
     BackendError,
     GptxError,

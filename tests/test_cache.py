@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BACKENDS, make_backend, make_model
-from gptx.backends import get_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CASES, random_ids
 
+from gptx.backends import get_backend
 from gptx.cache import KVCache, pad
 from gptx.engine import prefill
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError, StorageError

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-from gptx.backends import TABLE
 
 from gptx import __version__
+from gptx.backends import TABLE
 from gptx.cli import gptx as group
 from gptx.cli import main
 from gptx.generation import Model

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BACKENDS, make_backend, make_model
-from gptx.backends import get_backend
 from random_models import CASES, random_ids
 
 import gptx.engine
+from gptx.backends import get_backend
 from gptx.engine import Generation, Token, streams_of
 from gptx.errors import NonFiniteError, ParameterError, PromptError
 from gptx.generation import Model

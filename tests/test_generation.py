@@ -12,10 +12,10 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import make_model, shared
-from gptx.backends import get_backend
 from random_models import CASES
 
 import gptx
+from gptx.backends import get_backend
 from gptx.engine import Generation
 from gptx.errors import Interrupted, ParameterError, PromptError, TokenizerError
 from gptx.generation import Model

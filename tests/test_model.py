@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BACKENDS, make_backend, make_model
-from gptx.backends import Backend, get_backend
 from random_models import CASES, checksum, random_ids, random_weights
 
 import gptx
+from gptx.backends import Backend, get_backend
 from gptx.cache import KVCache, pad
 from gptx.generation import Model
 from gptx.model import forward

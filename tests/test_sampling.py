@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_backend
-from gptx.backends import Backend, get_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from gptx.backends import Backend, get_backend
 from gptx.errors import ParameterError
 from gptx.sampling import (
     Sampler,

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 from conftest import make_backend
-from gptx.backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CASES, random_weights, to_bfloat16, write_model
 
+from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, StorageError, WeightsError
 from gptx.files import DTYPES, atomic_write, read_safetensors

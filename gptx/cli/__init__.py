@@ -20,7 +20,7 @@ from gptx.cli.backends import backends
 from gptx.cli.download import download
 from gptx.cli.generate import generate
 from gptx.cli.info import info
-from gptx.errors import GptxError, Interrupted, StorageError
+from gptx.errors import DeviceOutOfMemory, GptxError, Interrupted, StorageError
 
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -79,9 +79,12 @@ def _run(args: Sequence[str] | None) -> int:
             what = error.filename or "standard output"
             raise StorageError(f"{what}: {error.strerror or error}") from error
     except click.ClickException as error:
-        with contextlib.suppress(OSError):
-            error.show()
+        command = getattr(getattr(error, "ctx", None), "command_path", "gptx")
+        _say(f"Error: {error.format_message()} (see {command} --help)")
         return error.exit_code
+    except MemoryError as error:
+        _say(f"Error: memory ran out ({error}): use a smaller model")
+        return DeviceOutOfMemory.exit_code
     except GptxError as error:
         _say(f"Error: {error}")
         _drop_output(error)

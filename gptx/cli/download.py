@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gptx.cli.options import model_path, revision_option
+from gptx.cli.options import revision_option
 from gptx.hub import locate
 
 
@@ -17,5 +17,5 @@ def download(models: tuple[str, ...], revision: str | None) -> None:
     What is in the cache already is checked against its SHA-256, and fetched again if it is wrong.
     """
     for model in models:
-        files = locate(model_path(model), revision=revision, verify_cached=True)
+        files = locate(model, revision=revision, verify_cached=True)
         click.echo(str(files.folder))

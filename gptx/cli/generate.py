@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 
@@ -14,7 +14,6 @@ from gptx.cli.options import (
     dtype_option,
     format_size,
     json_option,
-    model_path,
     offline_option,
     revision_option,
     threads_option,
@@ -22,6 +21,7 @@ from gptx.cli.options import (
 from gptx.engine import Overflow
 from gptx.errors import Interrupted, PromptError
 from gptx.generation import Model, load
+from gptx.options import Options, check_options
 from gptx.results import Result
 from gptx.sampling import SamplingParams
 
@@ -91,19 +91,23 @@ def generate(
     assert text is not None
     if prompt == "-":
         text = _standard_input()
-    SamplingParams(**{k: v for k, v in choices.items() if hasattr(DEFAULT, k)})  # before loading
+    check_options(cast("Options", choices))  # before something large is downloaded
     loaded = load(
-        model_path(model),
+        model,
         backend=backend,
         dtype=dtype,
         threads=threads,
         revision=revision,
         offline=offline,
     )
+    shown: list[str] = []
     try:
-        result = _stream(loaded, text, choices, show=not as_json)
+        result = _stream(loaded, text, choices, shown, show=not as_json)
     except Interrupted as interrupt:
         if interrupt.results:
+            rest = str(interrupt.results[0])[len("".join(shown)) :]  # what was held back
+            if not as_json:
+                click.echo(rest, nl=False)
             _finish(loaded, interrupt.results[0], as_json, quiet)
         raise
     _finish(loaded, result, as_json, quiet)
@@ -120,12 +124,15 @@ def _standard_input() -> str:
     return text.removesuffix("\n")  # which `echo` and editors put at the end
 
 
-def _stream(loaded: Model, text: str, choices: dict[str, Any], show: bool) -> Result:
+def _stream(
+    loaded: Model, text: str, choices: dict[str, Any], shown: list[str], show: bool
+) -> Result:
     result = None
     chunks = loaded.stream(text, **choices)
     try:
         for chunk in chunks:
             if show and chunk.text:
+                shown.append(chunk.text)
                 click.echo(chunk.text, nl=False)
                 sys.stdout.flush()
             result = chunk.result

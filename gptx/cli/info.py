@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from gptx.cli.options import format_size, json_option, model_path, offline_option, revision_option
+from gptx.cli.options import format_size, json_option, offline_option, revision_option
 from gptx.config import GPT2Config
+from gptx.files import BFLOAT16
 from gptx.hub import locate
 from gptx.weights import read_weights
 
@@ -28,13 +29,14 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     MODEL is a name, a folder or a Hub id. The weights of an embedded model or a folder are checked
     against its config; of a Hub model only the config is fetched.
     """
-    path = model_path(model)
-    files = locate(path, revision=revision, offline=offline, weights=False)
+    files = locate(model, revision=revision, offline=offline, weights=False)
     config = GPT2Config.from_file(files.config)
     stored = None
     if files.revision is None:
-        found = read_weights(locate(path).weights, config)
-        stored = sorted({str(array.dtype) for array in found.values()})
+        found = read_weights(locate(model).weights, config)
+        stored = sorted(
+            {"bfloat16" if x.dtype == BFLOAT16 else str(x.dtype) for x in found.values()}
+        )
     about = {
         "model": files.name,
         "revision": files.revision,
@@ -65,7 +67,7 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
     if about["revision"]:
         lines.append(f"  revision {about['revision']}")
     if about["stored"]:
-        lines.append(f"  weights read as {', '.join(about['stored'])}, all there")
+        lines.append(f"  weights stored as {', '.join(about['stored'])}, all there")
     lines += ["", f"{'tensor':<26} {'shape':<14} {'count':>5} {'parameters':>14}"]
     for name, (shape, count) in _groups(config).items():
         n = count * math.prod(shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from gptx.backends import TABLE
@@ -49,8 +47,3 @@ def format_size(n_bytes: float) -> str:
         if n_bytes < 1000:
             return f"{n_bytes:.1f} {unit}"
     return f"{n_bytes / 1000:.1f} GB"
-
-
-def model_path(model: str) -> str | os.PathLike[str]:
-    """A model as typed: `~` is the home folder even where the shell has not replaced it."""
-    return os.path.expanduser(model)
