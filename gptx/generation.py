@@ -157,8 +157,7 @@ class Model:
         """Continue one prompt, a `Chunk` a token; the last has the `result`.
 
         Raises what `generate` raises: what is wrong with the call at once, the rest on the way. A
-        KeyboardInterrupt that reaches the caller between two chunks can be thrown in (`throw`), and
-        comes back as an `Interrupted` with what there was.
+        KeyboardInterrupt between two chunks can be thrown in (`throw`), to get an `Interrupted`.
         """
         return self._steps(*self._plan([prompt], options))
 
@@ -280,8 +279,7 @@ class Model:
         is scored once: in the first window that holds all of what comes before it, or as much of
         that as a context holds.
         """
-        ids = self._ids(text, allow_special)
-        n_context = self.config.n_positions
+        ids, n_context = self._ids(text, allow_special), self.config.n_positions
         stride = n_context if stride is None else stride
         if not is_int(stride) or not 1 <= stride <= n_context:
             raise ParameterError(f"stride is {stride!r}, expected 1 to {n_context} (the context)")

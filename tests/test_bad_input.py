@@ -285,7 +285,7 @@ def test_what_is_no_prompt(shakespeare: Model, prompt: Any, says: str) -> None:
         ({"logit_bias": [1]}, "[1]"),
         ({"logit_bias": 5}, "5"),
         ({"cache": 5}, "5"),
-        ({"tempurature": 1}, "unknown option tempurature, expected"),
+        ({"tempurature": 1}, "unknown option tempurature"),
         ({"model": "gpt2"}, "unknown option model"),
     ],
     ids=short,

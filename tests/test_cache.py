@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import BACKENDS, make_backend, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CASES, random_ids
+from random_models import CASES, random_ids, random_weights
 
 from gptx.backends import get_backend
 from gptx.cache import KVCache, pad
@@ -145,6 +146,37 @@ def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
         models[1].load_cache(tmp_path / "cache")
     with pytest.raises(ParameterError, match="another model or backend"):
         models[1].generate([1, 2], cache=models[0].prefill([1, 2]))
+
+
+def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    backend = get_backend("numpy")
+    one = make_model(CONFIG, backend, weights)
+    other = make_model(CONFIG, backend, {**weights, "ln_f.bias": weights["ln_f.bias"] + 1})
+    cache = one.prefill([1, 2, 3])
+    with pytest.raises(ParameterError, match="another model"):
+        other.generate([1, 2, 3], cache=cache, max_tokens=1)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(DataError, match="other weights"):
+        other.load_cache(tmp_path / "cache")
+    assert one.load_cache(tmp_path / "cache").tokens == [[1, 2, 3]]
+
+
+def test_a_cache_goes_with_one_prompt() -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    cache = model.prefill([1, 2, 3])
+    with pytest.raises(ParameterError, match="one prompt"):
+        model.generate([[1, 2], [1, 2, 3]], cache=cache, max_tokens=1)
+
+
+def test_capacity_of_a_loaded_cache(tmp_path: Path) -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    model.prefill([1, 2, 3]).save(tmp_path / "cache")
+    load = partial(KVCache.load, tmp_path / "cache", CONFIG, model.backend)
+    assert (load().capacity, load(capacity=3).capacity) == (64, 3)
+    for capacity in (2, 0, 65):
+        with pytest.raises(ParameterError, match=f"capacity is {capacity}"):
+            load(capacity=capacity)
 
 
 def test_damaged_and_missing_caches(tmp_path: Path) -> None:

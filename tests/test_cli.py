@@ -445,7 +445,7 @@ def test_info_of_the_embedded_model() -> None:
     assert "shakespeare: 2,915,328 parameters" in done.out
     assert re.search(r"^float32 +11\.7 MB +9\.2 kB +2\.4 MB$", done.out, re.MULTILINE)
     assert re.search(r"^h\.\*\.attn\.c_attn\.weight +\[192, 576\] +6 +663,552$", done.out, re.M)
-    assert "read as float16, all there" in done.out
+    assert "stored as float16, all there" in done.out
 
 
 def test_info_as_json(shakespeare: Model) -> None:
@@ -539,8 +539,14 @@ def test_offline_and_not_in_the_cache(command: tuple[str, ...], tmp_path: Path) 
 def test_usage_errors(args: tuple[str, ...]) -> None:
     done = run(*args)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("Usage: gptx")
-    assert done.err.splitlines()[-1].startswith("Error: ")
+    [line] = done.err.splitlines()
+    assert line.startswith("Error: ")
+    assert re.search(r"\(see gptx( \w+)? --help\)$", line)
+
+
+@pytest.mark.parametrize("bad", [("-n", "0"), ("--stop", ""), ("--temperature", "-1")])
+def test_options_are_checked_before_a_model_is_looked_for(bad: tuple[str, ...]) -> None:
+    assert run("generate", "-m", "./nowhere", "O", *bad).code == 2
 
 
 def test_version() -> None:

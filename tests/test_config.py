@@ -346,3 +346,16 @@ def test_others_can_read_what_is_written() -> None:
     assert written["model_type"] == "gpt2"
     assert written["architectures"] == ["GPT2LMHeadModel"]
     assert written["n_ctx"] == written["n_positions"] == 77
+
+
+def test_names_that_transformers_takes_for_the_same() -> None:
+    names = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    config = GPT2Config.from_dict({**names, "max_position_embeddings": 7})
+    assert (config.n_embd, config.n_head, config.n_layer, config.n_positions) == (64, 2, 3, 7)
+    assert GPT2Config.from_dict({"n_embd": 48, "hidden_size": 64}).n_embd == 48
+
+
+@pytest.mark.parametrize("epsilon", [10**400, 2, float("inf")])
+def test_an_epsilon_that_is_too_large(epsilon: float) -> None:
+    with pytest.raises(ConfigError, match="layer_norm_epsilon is"):
+        GPT2Config(layer_norm_epsilon=epsilon)

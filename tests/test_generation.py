@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +15,20 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import make_model, shared
-from random_models import CASES
+from random_models import CASES, random_weights
+from threadpoolctl import threadpool_info
 
 import gptx
 from gptx.backends import get_backend
 from gptx.engine import Generation
-from gptx.errors import Interrupted, ParameterError, PromptError, TokenizerError
+from gptx.errors import (
+    DeviceOutOfMemory,
+    Interrupted,
+    NonFiniteError,
+    ParameterError,
+    PromptError,
+    TokenizerError,
+)
 from gptx.generation import Model
 
 WARM: Any = {"temperature": 0.9, "top_p": 0.95, "seed": 4}
@@ -274,6 +285,76 @@ def test_any_namespace_is_a_backend(shakespeare: Model) -> None:
 def test_threads_change_nothing(shakespeare: Model) -> None:
     one = gptx.load("shakespeare", threads=1)
     assert one.generate("O", max_tokens=8).tokens == shakespeare.generate("O", max_tokens=8).tokens
+
+
+def test_options_are_checked_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ParameterError, match="temperature is -1"):
+        gptx.generate("O", model="./nowhere", temperature=-1)
+
+
+@pytest.mark.parametrize("scalar", [np.float64, np.float32, Fraction])
+def test_any_number_will_do(shakespeare: Model, scalar: Any) -> None:
+    options: Any = {"temperature": scalar(1), "repetition_penalty": scalar(2), "seed": np.uint8(3)}
+    plain = shakespeare.generate("O", temperature=1.0, repetition_penalty=2.0, seed=3)
+    assert shakespeare.generate("O", max_tokens=np.int64(100), **options).tokens == plain.tokens
+
+
+def test_damaged_weights_have_no_score() -> None:
+    weights = random_weights(CASES["tiny"])
+    weights["ln_f.bias"][0] = np.nan
+    model = make_model(CASES["tiny"], get_backend("numpy"), weights)
+    with pytest.raises(NonFiniteError):
+        model.score([1, 2, 3])
+    assert np.isnan(model.logits([1, 2])).all()
+
+
+def test_a_hopeless_perplexity_is_infinite() -> None:
+    weights = random_weights(CASES["tiny"])
+    weights["ln_f.weight"] *= 1e4
+    score = make_model(CASES["tiny"], get_backend("numpy"), weights).score([1, 2, 3])
+    assert (score.loss > 700, score.perplexity) == (True, math.inf)
+
+
+def test_a_relative_folder_is_found_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = gptx.load("shakespeare").files.folder
+    shutil.copytree(embedded, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = gptx.load("model")
+    monkeypatch.chdir("/")
+    assert model.generate("O", max_tokens=1).text
+
+
+def test_memory_running_out_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptx.generation.read_weights", mock.Mock(side_effect=MemoryError("no")))
+    with pytest.raises(DeviceOutOfMemory, match="memory ran out"):
+        gptx.load("shakespeare")
+
+
+@pytest.mark.parametrize("ids", [5, "abc", [1.5], [None]])
+def test_what_cannot_be_decoded(shakespeare: Model, ids: Any) -> None:
+    with pytest.raises(PromptError, match="whole numbers"):
+        shakespeare.decode(ids)
+
+
+@pytest.mark.parametrize("text", [5, b"", None])
+def test_what_cannot_be_encoded(shakespeare: Model, text: Any) -> None:
+    with pytest.raises(PromptError, match="expected a string"):
+        shakespeare.encode(text)
+
+
+def test_models_in_threads_leave_blas_as_it_was() -> None:
+    def blas() -> list[int]:
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    models = [gptx.load("shakespeare", threads=n) for n in (1, 2, 1)]
+    expected = models[0].generate("O", max_tokens=20).tokens
+    before = blas()
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda m: m.generate("O", max_tokens=20).tokens, models * 3))
+    assert blas() == before
+    assert runs == [expected] * 9
 
 
 @pytest.mark.hub

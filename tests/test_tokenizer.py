@@ -371,3 +371,14 @@ def test_padding_and_truncation_of_the_file_are_not_applied(tmp_path: Path) -> N
     plain = BytePairTokenizer({"tokenizer.json": path_of("shakespeare", "tokenizer.json")})
     assert found.encode(text) == plain.encode(text)
     assert found.encode("O", allow_special=True) == plain.encode("O")
+
+
+def test_a_token_that_is_not_called_special_is_text_too(tmp_path: Path) -> None:
+    source = locate("shakespeare").tokenizer["tokenizer.json"]
+    data = json.loads(source.read_text())
+    data["added_tokens"][0]["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    tokenizer = BytePairTokenizer({"tokenizer.json": path})
+    assert 0 not in tokenizer.encode("a<|endoftext|>b")
+    assert 0 in tokenizer.encode("a<|endoftext|>b", allow_special=True)

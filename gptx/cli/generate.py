@@ -52,7 +52,12 @@ DEFAULT = SamplingParams()
     help="1 is off.",
 )
 @click.option("-s", "--seed", type=int, help="The same seed gives the same text.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (repeatable).")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text (repeatable; a line end is $'\\n').",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end of a text.")
 @click.option(
     "--overflow",
