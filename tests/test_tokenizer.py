@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.errors import PromptError, TokenizerError
-from gptx.hub import EMBEDDED
+from gptx.hub import EMBEDDED, locate
 from gptx.tokenizer import END_OF_TEXT, BytePairTokenizer, TextDecoder, byte_of_letter
 
 ONE_FILE, TWO_FILES = ("tokenizer.json",), ("vocab.json", "merges.txt")
