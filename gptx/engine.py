@@ -6,7 +6,7 @@ sequence gets exactly what it would get alone. Sequences that are done leave the
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -103,9 +103,7 @@ class Generation:
                 "the cache belongs to another model or backend: load it for this one"
             )
         self.model = model
-        self.params = (
-            params if params.seed is not None else replace(params, seed=secrets.randbits(64))
-        )
+        self.params = params if params.seed is not None else replace(params, seed=fresh_seed())
         self.eos_id = eos_id
         self.logprobs = logprobs
         self.overflow = overflow
@@ -240,6 +238,11 @@ def check_limits(max_tokens: int | None, overflow: str) -> None:
         raise ParameterError("max_tokens is None, but with overflow='slide' there is no end")
     if max_tokens is not None and (not is_int(max_tokens) or max_tokens < 1):
         raise ParameterError(f"max_tokens is {max_tokens!r}, expected a whole number of at least 1")
+
+
+def fresh_seed() -> int:
+    """64 random bits."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def streams_of(prompts: list[list[int]]) -> list[int]:

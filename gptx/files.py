@@ -6,7 +6,7 @@ import contextlib
 import json
 import mmap
 import os
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -119,26 +119,17 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         It cannot be written (disk full, no such folder, read-only); `path` is as it was.
     """
     path = Path(path)
-    temporary = None
+    # A name of its own, so that two writers are not in each other's way.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _usual_mode())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
-
-
-def _usual_mode() -> int:
-    """The permissions that open() gives a new file (mkstemp's are the owner's alone)."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return 0o666 & ~mask
