@@ -105,7 +105,8 @@ class KVCache:
         tensors = {"lengths": self.lengths}
         for layer, (k, v) in enumerate(zip(self._k, self._v, strict=True)):
             for name, x in (("k", k), ("v", v)):
-                host = self.backend.to_numpy(x[:, :, :stop, :])
+                with self.backend.scope():
+                    host = self.backend.to_numpy(x[:, :, :stop, :])
                 tensors[f"h.{layer}.{name}"] = np.ascontiguousarray(host)
         metadata = {
             "format": FORMAT,

@@ -60,7 +60,8 @@ class Generation:
     streams
         Which stream of random numbers each prompt draws from; the default is `streams_of(prompts)`.
     max_tokens
-        New tokens for each prompt; None goes on to the end of the context.
+        New tokens for each prompt; None goes on to the end of the context, of which a truncated
+        prompt leaves half.
     eos_id
         The token that ends a sequence; None if nothing does.
     overflow
@@ -96,8 +97,7 @@ class Generation:
         cache: KVCache | None = None,
     ) -> None:
         check_limits(max_tokens, overflow)
-        if cache is not None and not isinstance(cache, KVCache):
-            raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
+        params.check_bias(model.config.vocab_size)
         if cache is not None and (cache.config, cache.backend) != (model.config, model.backend):
             raise ParameterError(
                 "the cache belongs to another model or backend: load it for this one"

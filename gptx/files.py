@@ -6,7 +6,6 @@ import contextlib
 import json
 import mmap
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +118,12 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         It cannot be written (disk full, no such folder, read-only); `path` is as it was.
     """
     path = Path(path)
-    # A name of its own, so that two writers are not in each other's way.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    if not path.name:
+        raise StorageError(f"{path} cannot be written (it is a folder)")
+    # A name that nobody can foresee: two writers, or a link laid there, are not in the way.
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -52,7 +52,7 @@ class Model:
     files
         Where it was read from.
     fingerprint
-        A checksum of the weights, by which a saved cache knows its model.
+        A checksum of a sample of the weights, by which a saved cache knows its model.
     """
 
     def __init__(self, gpt2: GPT2, files: ModelFiles, fingerprint: str) -> None:
@@ -157,7 +157,7 @@ class Model:
         """Continue one prompt, a `Chunk` a token; the last has the `result`.
 
         Raises what `generate` raises: what is wrong with the call at once, the rest on the way. A
-        KeyboardInterrupt between two chunks can be thrown in (`throw`), to get an `Interrupted`.
+        KeyboardInterrupt after the first chunk can be thrown in (`throw`) for an `Interrupted`.
         """
         return self._steps(*self._plan([prompt], options))
 
@@ -227,8 +227,8 @@ class Model:
         self._check_context(ids)
         cache = KVCache(self.config, self.backend, 1, len(ids))
         with self.backend.scope():
-            prefill(self.gpt2, [ids], cache)
-            self.backend.synchronize()
+            # Lazy libraries compute when a number is asked for; a logit needs all keys and values.
+            self.backend.to_numpy(prefill(self.gpt2, [ids], cache)[:, :1])
         cache.tokens = [ids]
         cache.fingerprint = self.fingerprint
         return cache
@@ -247,9 +247,7 @@ class Model:
             raise DataError(f"{path} was computed with other weights than those of {self.name}")
         return cache
 
-    def _check_cache(self, cache: Any, prompts: list[Prompt]) -> None:
-        if not isinstance(cache, KVCache):
-            raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
+    def _check_cache(self, cache: KVCache, prompts: list[Prompt]) -> None:
         if len(prompts) > 1 or len(cache.lengths) > 1:
             raise ParameterError("a cache goes with one prompt, and holds one sequence")
         ours = (self.config, self.backend, self.fingerprint)

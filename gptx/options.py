@@ -91,6 +91,9 @@ def check_options(options: Options) -> tuple[SamplingParams, list[str]]:
             f"unknown option {', '.join(sorted(unknown))}: see gptx.options for those there are"
         )
     check_limits(options.get("max_tokens", 1), options.get("overflow", "error"))
+    cache = options.get("cache")
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
     batch_size = options.get("batch_size", BATCH_SIZE)
     if not is_int(batch_size) or batch_size < 1:
         raise ParameterError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")

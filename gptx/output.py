@@ -30,9 +30,7 @@ class Output:
         self._decoder = tokenizer and TextDecoder(tokenizer)
         self._stop = StopFinder(stop)
         self._run = run
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._pieces: list[tuple[int | None, float | None, str]] = []  # token, its logprob, text
         self._first = self._last = 0.0
         self._done: Result | None = None
 
@@ -41,17 +39,13 @@ class Output:
         self._first = self._first or self._last
         reason = token.finish_reason
         text = ""
-        if token.id is not None:
-            self._tokens.append(token.id)
-            if token.logprob is not None:
-                self._logprobs.append(token.logprob)
-            if self._decoder:
-                text = self._stop.feed(self._decoder.feed(token.id))
+        if token.id is not None and self._decoder:
+            text = self._stop.feed(self._decoder.feed(token.id))
         if reason and self._decoder:
             text += self._stop.feed(self._decoder.finish()) + self._stop.finish()
         if self._stop.found:
             reason = "stop"
-        self._text.append(text)
+        self._pieces.append((token.id, token.logprob, text))  # all at once, or Ctrl-C parts them
         if reason:
             self._done = self.result(reason)
         return Chunk(text, token.id, token.logprob, self._sequence, reason, self._done)
@@ -59,15 +53,16 @@ class Output:
     def result(self, reason: FinishReason) -> Result:
         if self._done is not None:
             return self._done
-        if reason == "interrupted" and self._decoder:
-            self._text.append(self._stop.finish())
-        n, seconds = len(self._tokens), self._last - self._first
+        rest = self._stop.finish() if reason == "interrupted" else ""
+        tokens = [id for id, _, _ in self._pieces if id is not None]
+        logprobs = [logprob for _, logprob, _ in self._pieces if logprob is not None]
+        n, seconds = len(tokens), self._last - self._first
         first = self._run.prefill_seconds
         return Result(
             prompt=self._prompt,
-            text="".join(self._text) if self._decoder else None,
-            tokens=self._tokens,
-            logprobs=self._logprobs if self._run.logprobs else None,
+            text="".join(text for _, _, text in self._pieces) + rest if self._decoder else None,
+            tokens=tokens,
+            logprobs=logprobs if self._run.logprobs else None,
             finish_reason=reason,
             seed=cast("int", self._run.params.seed),
             prompt_tokens=self._prompt_tokens,

@@ -91,6 +91,8 @@ class SamplingParams:
             raise ParameterError(
                 f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
             )
+        object.__setattr__(self, "top_k", int(self.top_k))
+        object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
         # None is what a caller writes for "no bias".
         if not isinstance(self.logit_bias, Mapping | None):
             raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
@@ -103,6 +105,13 @@ class SamplingParams:
                     f"logit_bias of token {token} is {bias}, expected -inf, or a number of size "
                     f"{LARGEST:.0e} at most"
                 )
+
+    def check_bias(self, vocab_size: int) -> None:
+        """Raise ParameterError if `logit_bias` does not fit a vocabulary of V tokens."""
+        if bad := [token for token in self.logit_bias if not 0 <= token < vocab_size]:
+            raise ParameterError(f"logit_bias has token {bad[0]}, expected 0 to {vocab_size - 1}")
+        if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab_size:
+            raise ParameterError("logit_bias bans every token: leave at least one")
 
     @property
     def greedy(self) -> bool:
@@ -155,13 +164,10 @@ class Sampler:
         self.streams = list(streams)
         self.steps = [0] * len(prompts)
         self._bias = self._seen = self._output = None
-        if bad := [token for token in params.logit_bias if not 0 <= token < vocab_size]:
-            raise ParameterError(f"logit_bias has token {bad[0]}, expected 0 to {vocab_size - 1}")
+        params.check_bias(vocab_size)
         if params.logit_bias:
             bias = np.zeros(vocab_size, np.float32)
             bias[list(params.logit_bias)] = list(params.logit_bias.values())
-            if np.isneginf(bias).all():
-                raise ParameterError("logit_bias bans every token: leave at least one")
             self._bias = backend.asarray(bias, "float32")
         if params.repetition_penalty != 1:
             seen = np.zeros((len(prompts), vocab_size), np.float32)

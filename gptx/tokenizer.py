@@ -51,24 +51,19 @@ class BytePairTokenizer:
         self._ordinary.encode_special_tokens = True
 
     def _read(self) -> Any:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         try:
             if path := self._files.get("tokenizer.json"):
                 tokenizer = Tokenizer.from_file(str(path))
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
-                added = tokenizer.get_added_tokens_decoder().values()
-                # Some files do not say so; only special ones can be kept from ordinary text.
-                tokenizer.add_special_tokens([AddedToken(a.content, special=True) for a in added])
-                return tokenizer
+                return _with_special_end(tokenizer)
             vocab, merges = self._files["vocab.json"], self._files["merges.txt"]
             tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
-            if tokenizer.token_to_id(END_OF_TEXT) is not None:
-                tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
-            return tokenizer
+            return _with_special_end(tokenizer)
         except KeyError as error:
             raise TokenizerError(
                 f"{error} is missing: a tokenizer is tokenizer.json, or vocab.json and merges.txt"
@@ -115,6 +110,17 @@ class BytePairTokenizer:
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._ordinary.get_added_tokens_decoder())
+
+
+def _with_special_end(tokenizer: Any) -> Any:
+    """Some files do not call the end of text special, and then it would be found in any text."""
+    from tokenizers import AddedToken
+
+    id = tokenizer.token_to_id(END_OF_TEXT)
+    added = tokenizer.get_added_tokens_decoder().get(id)
+    if id is not None and (added is None or not added.special):
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return tokenizer
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from gptx import __version__
 from gptx.backends import TABLE
 from gptx.cli import gptx as group
 from gptx.cli import main
+from gptx.errors import DeviceOutOfMemory
 from gptx.generation import Model
 from gptx.results import Result
 
@@ -571,3 +572,18 @@ def test_help_of_a_command(name: str) -> None:
         for option in parameter.opts:
             if option.startswith("-"):
                 assert option in done.out
+
+
+def test_without_a_command_there_is_the_help() -> None:
+    done = run()
+    text = done.out + done.err  # click 8.1 writes it to standard output, and ends with 0
+    assert done.code in (0, 2)
+    assert text.startswith("Usage: gptx")
+    assert len(text.splitlines()) > 10
+
+
+def test_memory_running_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = DeviceOutOfMemory("memory ran out on the numpy backend")
+    module = sys.modules["gptx.cli.generate"]  # the package's attribute is the command
+    monkeypatch.setattr(module, "load", mock.Mock(side_effect=error))
+    assert run("generate", "-m", "shakespeare", "O") == (71, "", f"Error: {error}\n")

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def test_without_a_seed_each_run_differs_and_says_its_seed(shakespeare: Model) -
     assert one.tokens != two.tokens
     again = shakespeare.generate("O", temperature=1.5, max_tokens=20, seed=one.seed)
     assert again.tokens == one.tokens
+
+
+def test_a_result_is_json(shakespeare: Model) -> None:
+    result = shakespeare.generate("O", max_tokens=2, seed=np.int64(3), temperature=1, logprobs=True)
+    assert json.loads(json.dumps(asdict(result)))["seed"] == 3
 
 
 def test_result_has_its_figures(shakespeare: Model) -> None:
@@ -261,6 +267,8 @@ def test_a_bad_prompt_is_found_before_anything_is_computed(shakespeare: Model) -
 def test_stream_finds_a_bad_call_before_it_is_iterated_over(shakespeare: Model) -> None:
     with pytest.raises(PromptError, match="empty"):
         shakespeare.stream("")
+    with pytest.raises(ParameterError, match="token 99999"):
+        shakespeare.stream("O", logit_bias={99999: 1.0})
 
 
 def test_options_of_load_are_refused_for_a_loaded_model(shakespeare: Model) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.errors import PromptError, TokenizerError
-from gptx.hub import EMBEDDED, locate
+from gptx.hub import EMBEDDED
 from gptx.tokenizer import END_OF_TEXT, BytePairTokenizer, TextDecoder, byte_of_letter
 
 ONE_FILE, TWO_FILES = ("tokenizer.json",), ("vocab.json", "merges.txt")
@@ -374,7 +374,7 @@ def test_padding_and_truncation_of_the_file_are_not_applied(tmp_path: Path) -> N
 
 
 def test_a_token_that_is_not_called_special_is_text_too(tmp_path: Path) -> None:
-    source = locate("shakespeare").tokenizer["tokenizer.json"]
+    source = EMBEDDED["shakespeare"] / "tokenizer.json"
     data = json.loads(source.read_text())
     data["added_tokens"][0]["special"] = False
     path = tmp_path / "tokenizer.json"
@@ -382,3 +382,18 @@ def test_a_token_that_is_not_called_special_is_text_too(tmp_path: Path) -> None:
     tokenizer = BytePairTokenizer({"tokenizer.json": path})
     assert 0 not in tokenizer.encode("a<|endoftext|>b")
     assert 0 in tokenizer.encode("a<|endoftext|>b", allow_special=True)
+
+
+def test_other_added_tokens_are_those_of_the_library(tmp_path: Path) -> None:
+    data = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())
+    plain = {**data["added_tokens"][0], "id": 1024, "content": "covid", "special": False}
+    mask = {**plain, "id": 1025, "content": "<mask>", "special": True, "lstrip": True}
+    data["added_tokens"] += [plain, mask]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    text = "hello covid <mask> x"
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    ours = BytePairTokenizer({"tokenizer.json": path})
+    assert ours.encode(text, allow_special=True) == expected
+    assert 1024 in ours.encode(text)
+    assert 1025 not in ours.encode(text)

@@ -567,6 +567,9 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "file", tmp_path / "file" / "file", tmp_path):
         with pytest.raises(StorageError, match="cannot be written"):
             atomic_write(path, b"data")
+    for name in ("", ".", "/"):
+        with pytest.raises(StorageError, match="it is a folder"):
+            atomic_write(name, b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -79,16 +79,19 @@ def _run(args: Sequence[str] | None) -> int:
             what = error.filename or "standard output"
             raise StorageError(f"{what}: {error.strerror or error}") from error
     except click.ClickException as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()  # the help: there was nothing wrong to speak of
+            return error.exit_code
         command = getattr(getattr(error, "ctx", None), "command_path", "gptx")
         _say(f"Error: {error.format_message()} (see {command} --help)")
         return error.exit_code
-    except MemoryError as error:
-        _say(f"Error: memory ran out ({error}): use a smaller model")
-        return DeviceOutOfMemory.exit_code
     except GptxError as error:
         _say(f"Error: {error}")
         _drop_output(error)
         return error.exit_code
+    except MemoryError as error:
+        _say(f"Error: memory ran out ({error}): use a smaller model")
+        return DeviceOutOfMemory.exit_code
     except (KeyboardInterrupt, click.Abort):
         _say("Interrupted")
         return Interrupted.exit_code
