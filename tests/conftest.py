@@ -20,6 +20,9 @@ from gptx.hub import ModelFiles
 from gptx.model import GPT2
 from gptx.weights import fingerprint, to_backend
 
+# pytest explains the assertions of test files alone, unless it is told of others.
+pytest.register_assert_rewrite("bad_input_helpers", "cli_helpers", "hub_helpers")
+
 # Each way to run the one model: name -> arguments of get_backend.
 BACKENDS: dict[str, dict[str, Any]] = {
     "numpy": {"backend": "numpy"},

@@ -121,10 +121,11 @@ def test_exact_gelu_against_the_error_function(random: np.random.Generator) -> N
     np.testing.assert_allclose(run(REFERENCE, "gelu", (x,))[0], exact, atol=5e-7)
 
 
+@pytest.mark.parametrize("name", ["mlx", "cupy"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", OPS)
-def test_op_in_16_bits(op: str, dtype: str, random: np.random.Generator) -> None:
-    backend = make_backend("mlx", dtype=dtype)
+def test_op_in_16_bits(op: str, dtype: str, name: str, random: np.random.Generator) -> None:
+    backend = make_backend(name, dtype=dtype)
     eps = {"float16": 2**-10, "bfloat16": 2**-7}[dtype]
     for arguments in cases(random)[op]:
         arguments = consistent(op, arguments)

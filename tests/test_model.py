@@ -98,12 +98,13 @@ def test_last_only_is_the_last_row(small: Model) -> None:
     np.testing.assert_allclose(last[:, 0], whole[:, -1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mlx", "cupy"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_come_close(dtype: str) -> None:
+def test_16_bits_come_close(dtype: str, name: str) -> None:
     config = CASES["124M"]
     ids = random_ids(config, 1, 40, 3)[0].tolist()
     exact = make_model(config, get_backend("numpy", dtype="float64")).logits(ids)
-    ours = make_model(config, make_backend("mlx", dtype=dtype)).logits(ids)
+    ours = make_model(config, make_backend(name, dtype=dtype)).logits(ids)
     assert ours.dtype == np.float32
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     assert error < {"float16": 0.01, "bfloat16": 0.08}[dtype]

@@ -118,6 +118,12 @@ def test_files_are_short_and_importable(name: str) -> None:
         assert module.__doc__
 
 
+def test_tests_and_benchmarks_are_short_too() -> None:
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert len(files) > 20
+    assert [f.name for f in files if len(f.read_text().splitlines()) > 400] == []
+
+
 def test_the_embedded_model_is_small() -> None:
     folder = ROOT / "gptx" / "models" / "shakespeare"
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
