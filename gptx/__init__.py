@@ -9,6 +9,7 @@ Names are imported when they are first used, so that `import gptx` costs next to
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from gptx._version import __version__
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from gptx.generation import Model, generate, load, stream
     from gptx.results import Chunk, Result, Score
     from gptx.sampling import SamplingParams
+
+# In a checkout, backends/ and conversions/ lie beside this folder and not in it: `python` started
+# there finds them, too.
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "backends")):
+    __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 _HOME = {
     "Backend": "gptx.backends",

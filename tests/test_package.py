@@ -41,6 +41,18 @@ def test_import_is_lazy() -> None:
     assert out.stdout.strip() == "[]"
 
 
+def test_a_checkout_is_importable_where_it_lies() -> None:
+    """As for someone who installed without -e and starts Python in the folder of the clone."""
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+        "import gptx, gptx.conversions; print(gptx.__file__, gptx.get_backend().name)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert out.stdout.split() == [str(ROOT / "gptx" / "__init__.py"), "numpy"]
+
+
 def test_loading_imports_no_other_backend() -> None:
     code = (
         "import sys, gptx; gptx.load('shakespeare');"
