@@ -258,7 +258,7 @@ class Backend:
         return self.xp.arange(n, dtype=self.int, **self._on_device)
 
     def synchronize(self) -> None:
-        """Wait until everything that was asked for has been computed."""
+        """Wait until the device has done what it was given (a lazy library may hold some back)."""
 
     def peak_memory(self) -> int:
         """The most memory that this process has held so far, in bytes."""

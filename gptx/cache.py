@@ -84,11 +84,10 @@ class KVCache:
 
     def prefix(self, length: int, capacity: int) -> KVCache:
         """A new cache with the first `length` tokens of this one's first sequence."""
-        xp, new = self.backend.xp, KVCache(self.config, self.backend, 1, capacity)
-        room = new._k[0][:, :, length:, :]
-        new._k = [xp.concat([k[:1, :, :length, :], room], axis=2) for k in self._k]
-        new._v = [xp.concat([v[:1, :, :length, :], room], axis=2) for v in self._v]
-        new.lengths[0] = length
+        new = KVCache(self.config, self.backend, 1, capacity)
+        positions = new.extend([length])
+        for layer, (k, v) in enumerate(zip(self._k, self._v, strict=True)):
+            new.update(layer, k[:1, :, :length, :], v[:1, :, :length, :], positions)
         return new
 
     def save(self, path: str | Path) -> None:
@@ -153,13 +152,12 @@ class KVCache:
             raise ParameterError(f"cache capacity is {capacity}, but {path} holds {stop} tokens")
         cache = cls(config, backend, lengths.size, capacity or config.n_positions)
         cache.fingerprint = metadata.get("fingerprint", "")
-        cache.lengths = lengths.astype(np.int64)
-        cache.tokens = _tokens(metadata, cache.lengths, path)
-        room = cache._k[0][:, :, stop:, :]
+        cache.tokens = _tokens(metadata, lengths, path)
+        positions = cache.extend([stop] * lengths.size)  # what lies past a length is never read
         for layer in range(config.n_layer):
             k, v = (backend.asarray(tensors[f"h.{layer}.{name}"]) for name in ("k", "v"))
-            cache._k[layer] = backend.xp.concat([k, room], axis=2)
-            cache._v[layer] = backend.xp.concat([v, room], axis=2)
+            cache.update(layer, k, v, positions)
+        cache.lengths = lengths.astype(np.int64)
         return cache
 
 

@@ -100,7 +100,7 @@ class Generation:
         params.check_bias(model.config.vocab_size)
         if cache is not None and (cache.config, cache.backend) != (model.config, model.backend):
             raise ParameterError(
-                "the cache belongs to another model or backend: load it for this one"
+                "the cache belongs to another model or backend: save it, and load it for this one"
             )
         self.model = model
         self.params = params if params.seed is not None else replace(params, seed=fresh_seed())

@@ -250,11 +250,8 @@ class Model:
     def _check_cache(self, cache: KVCache, prompts: list[Prompt]) -> None:
         if len(prompts) > 1 or len(cache.lengths) > 1:
             raise ParameterError("a cache goes with one prompt, and holds one sequence")
-        ours = (self.config, self.backend, self.fingerprint)
-        if (cache.config, cache.backend, cache.fingerprint) != ours:
-            raise ParameterError(
-                "the cache belongs to another model or backend: save it, and load it for this one"
-            )
+        if cache.fingerprint != self.fingerprint:
+            raise ParameterError("the cache belongs to another model: prefill one with this model")
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """The logits of the token after each of `ids`: n token ids -> NumPy float32 [n, V].

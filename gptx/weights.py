@@ -75,14 +75,10 @@ def fingerprint(found: dict[str, np.ndarray]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    more = (
-        f" and {len(names) - 3} more are"
-        if len(names) > 3
-        else " is"
-        if len(names) == 1
-        else " are"
-    )
-    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+    if len(names) == 1:
+        return f"tensor {names[0]} is"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensors {', '.join(names[:3])}{more} are"
 
 
 def to_backend(found: dict[str, np.ndarray], backend: Backend) -> SimpleNamespace:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CASES, random_ids, random_weights
 
+import gptx.engine
 from gptx.backends import get_backend
 from gptx.cache import KVCache, pad
 from gptx.engine import prefill
@@ -115,20 +116,32 @@ def test_saved_on_one_backend_continues_on_another(
 
 def test_what_is_shared_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(CASES["124M"], get_backend("numpy"))
-    counts = []
-    real = KVCache.extend
+    computed = []
+    real = gptx.engine.forward
 
-    def extend(self: KVCache, new: Any) -> Any:
-        counts.append(list(new))
-        return real(self, new)
+    def forward(gpt2: Any, ids: Any, *args: Any, **options: Any) -> Any:
+        computed.append(ids.shape[1])
+        return real(gpt2, ids, *args, **options)
 
     cache = model.prefill([5, 6, 7, 8])
-    monkeypatch.setattr(KVCache, "extend", extend)
-    for prompt, computed in ([5, 6, 7, 8, 9, 10], 2), ([5, 6, 7, 8], 1), ([5, 6, 1], 1), ([4], 1):
-        counts.clear()
+    monkeypatch.setattr(gptx.engine, "forward", forward)
+    for prompt, new in ([5, 6, 7, 8, 9, 10], 2), ([5, 6, 7, 8], 1), ([5, 6, 1], 1), ([4], 1):
+        computed.clear()
         result = model.generate(prompt, cache=cache, max_tokens=3, ignore_eos=True)
-        assert counts == [[computed], [1], [1]]
+        assert computed == [new, 1, 1]
         assert result.tokens == model.generate(prompt, max_tokens=3, ignore_eos=True).tokens
+
+
+def test_a_ragged_cache_travels(small: Model, tmp_path: Path) -> None:
+    prompts = [random_ids(small.config, 1, n, n)[0].tolist() for n in (4, 9, 1)]
+    cache = filled(small, prompts, 12)
+    cache.save(tmp_path / "cache")
+    with small.backend.scope():
+        loaded = KVCache.load(tmp_path / "cache", small.config, small.backend)
+    assert loaded.lengths.tolist() == [4, 9, 1]
+    more = [[3], [5, 6], [7]]
+    expected = next_logits(small, cache, more)
+    np.testing.assert_allclose(next_logits(small, loaded, more), expected, rtol=0, atol=2e-5)
 
 
 def test_16_bit_cache_travels(tmp_path: Path) -> None:
@@ -144,8 +157,14 @@ def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
     models[0].prefill([1, 2]).save(tmp_path / "cache")
     with pytest.raises(DataError, match=r"another model: expected 1 layers"):
         models[1].load_cache(tmp_path / "cache")
-    with pytest.raises(ParameterError, match="another model or backend"):
+    with pytest.raises(ParameterError, match="another model"):
         models[1].generate([1, 2], cache=models[0].prefill([1, 2]))
+
+
+def test_a_cache_of_another_backend_is_refused() -> None:
+    one, other = (make_model(CONFIG, get_backend("numpy", generic=g)) for g in (False, True))
+    with pytest.raises(ParameterError, match="another model or backend: save it"):
+        other.generate([1, 2], cache=one.prefill([1, 2]), max_tokens=1)
 
 
 def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Words:
         self.vocab_size = len(words)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        raise NotImplementedError
+        raise AssertionError("an output only decodes")
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.words[id] for id in ids).decode(errors="replace")
