@@ -72,6 +72,7 @@ def get_backend(
     device: Any = None,
     threads: int | None = None,
     generic: bool = False,
+    compile: bool = True,
 ) -> Backend:
     """Make a backend.
 
@@ -87,9 +88,13 @@ def get_backend(
     device
         A device of that library; None is its default.
     threads
-        BLAS threads of the NumPy backend, at least 1; None leaves them alone.
+        Threads of the NumPy backend, BLAS's and the kernels', at least 1; None leaves BLAS alone,
+        and gives the kernels every core.
     generic
         Turn all overrides off, to compare them with the generic ops.
+    compile
+        Make one compiled call of the forward pass where the backend can: NumPy's does with Numba,
+        which takes half a second to begin. Without, the model runs op by op.
 
     Raises
     ------
@@ -99,15 +104,20 @@ def get_backend(
         `threads` is not a positive whole number.
     """
     if isinstance(backend, Backend):
-        if dtype is not None or device is not None or threads is not None or generic:
+        if any(x is not None for x in (dtype, device, threads)) or generic or not compile:
             raise ParameterError(
-                "dtype, device, threads and generic belong to get_backend(): "
+                "dtype, device, threads, generic and compile belong to get_backend(): "
                 "the backend that was given is made already"
             )
         return backend
     if threads is not None and not _is_count(threads):
         raise ParameterError(f"threads is {threads!r}, expected a whole number of at least 1")
-    options: dict[str, Any] = {"device": device, "threads": threads, "generic": generic}
+    options: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "generic": generic,
+        "compile": compile,
+    }
     if dtype is not None:
         options["dtype"] = str(dtype)
     if not isinstance(backend, str):

@@ -9,9 +9,10 @@ vocabulary. Standard: https://data-apis.org/array-api/2024.12
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from gptx.errors import BackendError, DeviceOutOfMemory
+from gptx.quantization import Quantized, dequantize
 
 Array = Any  # an array of whichever namespace the backend runs on
 
@@ -39,6 +41,7 @@ OPS = (
     "attention",
     "softmax",
 )
+OVERRIDABLE = (*OPS, "quantized", "compile")  # what `generic` puts back
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ class Backend:
     device
         A device of the namespace; None is its default.
     threads
-        How many threads BLAS may use; None leaves that alone.
+        How many threads BLAS and the backend's own kernels may use; None leaves that to them.
     generic
         Turn every override of a subclass off.
+    compile
+        Whether `compile` may do what its name says.
     """
 
     name = "generic"
@@ -93,6 +98,7 @@ class Backend:
         device: Any = None,
         threads: int | None = None,
         generic: bool = False,
+        compile: bool = True,
     ) -> None:
         if dtype not in self.dtypes or not hasattr(xp, dtype):
             raise BackendError(
@@ -109,6 +115,7 @@ class Backend:
         self.dtype = dtype
         self.device = device
         self.threads = threads
+        self.compiles = compile
         self.float = getattr(xp, dtype)
         self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
         try:
@@ -120,8 +127,8 @@ class Backend:
         self.wide = xp.float64 if dtype == "float64" else xp.float32
         self._blas: Any = None
         if generic:
-            for op in OPS:
-                setattr(self, op, getattr(Backend, op).__get__(self))
+            for name in OVERRIDABLE:
+                setattr(self, name, getattr(Backend, name).__get__(self))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.dtype}>"
@@ -238,6 +245,23 @@ class Backend:
             host = self._host_float(host, dtype)
             return self.xp.asarray(host, dtype=wanted, **self._on_device)
         return self.xp.asarray(host, dtype=self.int, **self._on_device)
+
+    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+        """What this backend's ops take in place of the floats of a quantized matrix [O, I].
+
+        Here these are the floats themselves, [I, O] for a linear layer and [O, I] for a `table`,
+        which `embed` and `unembed` take. A backend whose ops compute with the codes overrides this,
+        and those ops.
+        """
+        w = dequantize(q)
+        return self.asarray(w if table else w.T)
+
+    def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
+        """Make of `gptx.model.forward` what computes the same for this `model`, without naming it.
+
+        Here nothing is compiled. A backend that overrides this makes it by recording `forward`.
+        """
+        return functools.partial(forward, model)
 
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype

@@ -9,15 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from gptx.backends.base import Array, Backend, Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
+from gptx.quantization import Quantized
 
 MINIMUM = (0, 32, 3)
+
+
+class Matrix(NamedTuple):
+    """A quantized matrix [O, I]: what `Quantized` holds, as MLX's arrays."""
+
+    weight: Array
+    scales: Array
+    biases: Array
+    group_size: int
+    bits: int
+
+    def times(self, x: Array) -> Array:
+        """x [..., I] times the rows -> [..., O]."""
+        parts = self.weight, self.scales, self.biases
+        return mx.quantized_matmul(x, *parts, group_size=self.group_size, bits=self.bits)
+
+    def rows(self, ids: Array) -> Array:
+        """The rows `ids` [B, T] as floats -> [B, T, I]."""
+        weight, scales, biases = (
+            mx.take(part, ids, axis=0) for part in (self.weight, self.scales, self.biases)
+        )
+        return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=self.bits)
 
 
 class MlxBackend(Backend):
@@ -40,6 +63,19 @@ class MlxBackend(Backend):
             raise BackendError("device is 'gpu', but MLX finds none here: use 'cpu'")
         self._stream = mx.default_device() if device is None else mx.Device(getattr(mx, device))
         super().__init__(mx, **options)
+
+    def embed(self, ids: Array, table: Array) -> Array:
+        return table.rows(ids) if isinstance(table, Matrix) else super().embed(ids, table)
+
+    def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+        if isinstance(weight, Matrix):
+            return weight.times(x) + bias
+        return super().linear(x, weight, bias)
+
+    def unembed(self, x: Array, table: Array) -> Array:
+        if isinstance(table, Matrix):
+            return mx.astype(table.times(x), self.wide)
+        return super().unembed(x, table)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         return mx.fast.layer_norm(x, weight, bias, eps)
@@ -76,6 +112,10 @@ class MlxBackend(Backend):
         if host.dtype.kind == "f":
             return mx.array(self._host_float(host, dtype)).astype(getattr(mx, dtype or self.dtype))
         return mx.array(host.astype(np.int32))  # its default
+
+    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+        scales, biases = self.asarray(q.scales), self.asarray(q.biases)
+        return Matrix(mx.array(q.weight), scales, biases, q.group_size, q.bits)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)

@@ -1,18 +1,24 @@
-"""NumPy: the CPU, with BLAS threads.
+"""NumPy: the CPU, with BLAS threads, and with compiled kernels where Numba is installed.
 
 At one token a step the products wait for memory and everything else is call overhead, so these ops
-work in place and in few calls.
+work in place and in few calls. With Numba the whole forward pass is one call (`numpy_step.py`), and
+quantized weights stay as they are.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from gptx.backends.base import Backend, Positions
+from gptx.backends.tape import Unknown
 from gptx.errors import BackendError
+from gptx.quantization import Quantized
 
 Array = np.ndarray
 
@@ -30,6 +36,37 @@ class NumpyBackend(Backend):
                 f"device is {options['device']!r}, the numpy backend has 'cpu' alone"
             )
         super().__init__(np, **options)
+        self._has_codes = False
+
+    def _kernels(self) -> ModuleType | None:
+        """The compiled forward pass; None without Numba."""
+        try:
+            return importlib.import_module("gptx.backends.numpy_step")
+        except ImportError:
+            return None
+
+    def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
+        wanted = self.dtype == "float32" and (self.compiles or self._has_codes)
+        if wanted and (kernels := self._kernels()):
+            try:
+                return kernels.Step(forward, model, self.threads)
+            except Unknown:  # a forward pass of someone's own
+                pass
+        return super().compile(forward, model)
+
+    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+        if self.dtype == "float32" and (kernels := self._kernels()):
+            self._has_codes = True  # and Numba is there, which is what makes compiling slow
+            return kernels.Tiles(q)
+        return super().quantized(q, table=table)
+
+    def embed(self, ids: Array, table: Any) -> Array:
+        return super().embed(ids, table) if isinstance(table, Array) else table.rows(ids)
+
+    def unembed(self, x: Array, table: Any) -> Array:
+        if isinstance(table, Array):
+            return super().unembed(x, table)
+        return table.product(x, None, self.threads)
 
     def asarray(self, host: Array, dtype: str | None = None) -> Array:
         return np.asarray(host, dtype=(dtype or self.dtype) if host.dtype.kind == "f" else self.int)
@@ -38,6 +75,8 @@ class NumpyBackend(Backend):
         return x
 
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+        if not isinstance(weight, Array):
+            return weight.product(x, bias, self.threads)
         if len(x) > 1:  # one product over all rows, where NumPy would loop over B
             y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
         else:

@@ -46,8 +46,8 @@ class KVCache:
         self.tokens: list[list[int]] | None = None
         self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
-        self._k = [backend.zeros(shape) for _ in range(config.n_layer)]
-        self._v = [backend.zeros(shape) for _ in range(config.n_layer)]
+        self.keys = [backend.zeros(shape) for _ in range(config.n_layer)]
+        self.values = [backend.zeros(shape) for _ in range(config.n_layer)]
 
     def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
         """Make room for `counts[b]` new tokens in sequence b, and say where they stand.
@@ -67,17 +67,17 @@ class KVCache:
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""
-        self._k[layer] = self.backend.write(self._k[layer], k, positions)
-        self._v[layer] = self.backend.write(self._v[layer], v, positions)
+        self.keys[layer] = self.backend.write(self.keys[layer], k, positions)
+        self.values[layer] = self.backend.write(self.values[layer], v, positions)
         stop = positions.stop
-        return self._k[layer][:, :, :stop, :], self._v[layer][:, :, :stop, :]
+        return self.keys[layer][:, :, :stop, :], self.values[layer][:, :, :stop, :]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all sequences but `rows`, in this order; a row named twice is copied."""
         take = self.backend.xp.take
         index = self.backend.asarray(np.asarray(rows))
-        self._k = [take(k, index, axis=0) for k in self._k]
-        self._v = [take(v, index, axis=0) for v in self._v]
+        self.keys = [take(k, index, axis=0) for k in self.keys]
+        self.values = [take(v, index, axis=0) for v in self.values]
         self.lengths = self.lengths[list(rows)]
         if self.tokens is not None:
             self.tokens = [self.tokens[row] for row in rows]
@@ -86,7 +86,7 @@ class KVCache:
         """A new cache with the first `length` tokens of this one's first sequence."""
         new = KVCache(self.config, self.backend, 1, capacity)
         positions = new.extend([length])
-        for layer, (k, v) in enumerate(zip(self._k, self._v, strict=True)):
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             new.update(layer, k[:1, :, :length, :], v[:1, :, :length, :], positions)
         return new
 
@@ -102,7 +102,7 @@ class KVCache:
 
         stop = int(self.lengths.max())
         tensors = {"lengths": self.lengths}
-        for layer, (k, v) in enumerate(zip(self._k, self._v, strict=True)):
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             for name, x in (("k", k), ("v", v)):
                 with self.backend.scope():
                     host = self.backend.to_numpy(x[:, :, :stop, :])

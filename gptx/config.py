@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptx.errors import ConfigError, StorageError
+from gptx.quantization import Quantization
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
@@ -58,6 +59,8 @@ class GPT2Config:
         The head is the transposed token embedding; otherwise it is `lm_head.weight`.
     bos_token_id, eos_token_id
         The end of a text is `eos_token_id`; None where the model has none.
+    quantization
+        How the matrices are quantized; None where they are floats.
     """
 
     vocab_size: int = 50257
@@ -73,6 +76,7 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
@@ -174,6 +178,7 @@ class GPT2Config:
         _refuse_unsupported(data)
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}
+        given["quantization"] = _quantization(data)
         for other, name in OTHER_NAMES.items():
             if other in data:
                 given.setdefault(name, data[other])
@@ -201,12 +206,15 @@ class GPT2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that this and other GPT-2 libraries read."""
-        return {
+        data = {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
             "n_ctx": self.n_positions,
             **asdict(self),
         }
+        if self.quantization is None:
+            del data["quantization"]
+        return data
 
 
 def _is_int(value: object) -> bool:
@@ -224,6 +232,12 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
     for name in ("add_cross_attention", "is_encoder_decoder", "pruned_heads"):
         if data.get(name):
             raise ConfigError(f"{name} is {data[name]!r}, which gptx does not support")
-    for name in ("quantization", "quantization_config"):
-        if data.get(name):
-            raise ConfigError(f"{name} is set: gptx does not read quantized weights yet")
+
+
+def _quantization(data: dict[str, Any]) -> Quantization | None:
+    """What MLX's libraries write, some of them under both names."""
+    names = [name for name in ("quantization", "quantization_config") if data.get(name)]
+    found = {Quantization.from_dict(data[name], name) for name in names}
+    if len(found) > 1:
+        raise ConfigError("quantization and quantization_config differ, expected the same twice")
+    return found.pop() if found else None

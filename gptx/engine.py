@@ -17,10 +17,11 @@ import numpy as np
 
 from gptx.cache import KVCache, pad
 from gptx.errors import NonFiniteError, ParameterError, PromptError
-from gptx.model import GPT2, forward
+from gptx.model import GPT2
 from gptx.sampling import Sampler, SamplingParams, is_int, log_softmax
 
 Array = Any
+MAX_TOKENS = 100  # unless another number is asked for
 Overflow = Literal["error", "truncate", "slide"]
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -90,7 +91,7 @@ class Generation:
         params: SamplingParams,
         *,
         streams: list[int] | None = None,
-        max_tokens: int | None = 100,
+        max_tokens: int | None = MAX_TOKENS,
         eos_id: int | None = None,
         overflow: Overflow = "error",
         logprobs: bool = False,
@@ -185,7 +186,7 @@ class Generation:
                 else:
                     positions = cache.extend([1] * len(windows))
                     ids = backend.xp.reshape(ids, (-1, 1))
-                    logits = forward(self.model, ids, positions, cache)[:, -1, :]
+                    logits = self.model.forward(ids, positions, cache)[:, -1, :]
 
     def _token(self, row: int, token: int, logprob: float | None) -> Token:
         self._left[row] -= 1
@@ -262,7 +263,7 @@ def prefill(model: GPT2, prompts: list[list[int]], cache: KVCache) -> Array:
     """Add prompts of any lengths to a cache; logits [B, V] of each one's next token."""
     positions = cache.extend([len(ids) for ids in prompts])
     ids = model.backend.asarray(pad(prompts))
-    return forward(model, ids, positions, cache, last_only=True)[:, -1, :]
+    return model.forward(ids, positions, cache, last_only=True)[:, -1, :]
 
 
 def common_prefix(cache: KVCache, ids: list[int]) -> int:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptx.errors import StorageError, WeightsError
+from gptx.errors import GptxError, StorageError, WeightsError
 
 # NumPy has no bfloat16: this marks its bits, so that they can stay where they are in the file.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
@@ -110,7 +111,14 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`: beside it first, then in its place in one step.
+    """Write `data` to `path` whole or not at all, see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to: beside `path` first, then, if all went well, in its place in one step.
 
     Raises
     ------
@@ -124,13 +132,13 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, GptxError):
             raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
         raise

@@ -13,14 +13,8 @@ import numpy as np
 from gptx.backends import Backend, get_backend
 from gptx.cache import KVCache
 from gptx.config import GPT2Config
-from gptx.engine import Generation, check_ids, prefill, streams_of
-from gptx.errors import (
-    DataError,
-    Interrupted,
-    ParameterError,
-    PromptError,
-    TokenizerError,
-)
+from gptx.engine import MAX_TOKENS, Generation, check_ids, prefill, streams_of
+from gptx.errors import DataError, Interrupted, ParameterError, PromptError, TokenizerError
 from gptx.hub import ModelFiles, locate
 from gptx.model import GPT2
 from gptx.options import (
@@ -31,15 +25,19 @@ from gptx.options import (
     Options,
     Prompt,
     check_options,
+    is_ids,
 )
 from gptx.output import Output
+from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.results import Chunk, Result, Score
 from gptx.sampling import is_int
 from gptx.scoring import all_logits, score
 from gptx.tokenizer import BytePairTokenizer, Tokenizer
-from gptx.weights import fingerprint, read_weights, to_backend
+from gptx.weights import fingerprint, quantize_weights, read_weights, to_backend
 
 Chunks = Generator[Chunk, None, None]
+
+WORTH_COMPILING = 100 * 124_000_000  # tokens times weights; with fewer, Numba's import costs more
 
 
 class Model:
@@ -139,7 +137,7 @@ class Model:
             raise PromptError(
                 f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
             )
-        single = isinstance(prompt, str) or _is_ids(prompt)
+        single = isinstance(prompt, str) or is_ids(prompt)
         prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
         results: dict[int, Result] = {}
         steps = self._steps(*self._plan(prompts, options))
@@ -298,6 +296,9 @@ def load(
     device: Any = None,
     threads: int | None = None,
     generic: bool = False,
+    compile: bool = True,
+    quantize: str | None = None,
+    group_size: int = GROUP_SIZE,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
@@ -309,17 +310,13 @@ def load(
     model
         An embedded name ("shakespeare"), a folder, or a Hub id ("openai-community/gpt2", and the
         short names gpt2, gpt2-medium, gpt2-large and gpt2-xl).
-    backend, dtype, device, threads, generic
-        See `gptx.get_backend`.
-    revision
-        Branch, tag or commit on the Hub.
-    offline
-        Make no connection: use what was downloaded before.
-    token
-        For gated models on the Hub; the default is the one that `hf auth login` stored.
+    **options
+        See `gptx.options.LoadOptions`.
 
     Raises
     ------
+    ParameterError
+        The model cannot be quantized like that.
     NotFoundError, HubUnavailableError, AuthorizationError, IntegrityError, StorageError
         The files cannot be had.
     ConfigError, WeightsError
@@ -327,13 +324,25 @@ def load(
     BackendError
         The backend is not there, or does not compute in `dtype`.
     """
-    made = get_backend(backend, dtype=dtype, device=device, threads=threads, generic=generic)
+    wanted = Quantization.named(quantize, group_size)  # before something large is downloaded
+    made = get_backend(
+        backend, dtype=dtype, device=device, threads=threads, generic=generic, compile=compile
+    )
     files = locate(model, revision=revision, offline=offline, token=token)
     config = GPT2Config.from_file(files.config)
     with made.scope():
-        found = read_weights(files.weights, config)
+        found, config = quantize_weights(read_weights(files.weights, config), config, wanted)
         gpt2 = GPT2(config, to_backend(found, made), made)
     return Model(gpt2, files, fingerprint(found))
+
+
+def load_once(model: Any, max_tokens: int | None, **options: Unpack[LoadOptions]) -> Model:
+    """`load` for a single call, in which it may take longer to compile than is gained by it."""
+    loaded = load(model, **options)
+    if "compile" not in options and not isinstance(options.get("backend"), Backend):
+        expected = loaded.config.n_positions if max_tokens is None else max_tokens
+        loaded.backend.compiles = expected * loaded.config.n_parameters >= WORTH_COMPILING
+    return loaded
 
 
 @overload
@@ -386,10 +395,5 @@ def _loaded(model: Any, options: AllOptions) -> tuple[Model, Options]:
                 f"{', '.join(given)} belong to gptx.load(): the model that was given is loaded"
             )
         return model, cast("Options", rest)
-    return load(model, **cast("LoadOptions", given)), cast("Options", rest)
-
-
-def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, np.ndarray) or (
-        len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
-    )
+    max_tokens = rest.get("max_tokens", MAX_TOKENS)
+    return load_once(model, max_tokens, **cast("LoadOptions", given)), cast("Options", rest)

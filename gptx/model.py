@@ -8,7 +8,9 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,11 @@ class GPT2:
     config: GPT2Config
     weights: SimpleNamespace
     backend: Backend
+
+    @cached_property
+    def forward(self) -> Callable[..., Array]:
+        """The forward pass below, of this model, as fast as the backend can make it."""
+        return self.backend.compile(forward, self)
 
 
 def forward(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypedDict
 
+import numpy as np
+
 from gptx.cache import KVCache
 from gptx.engine import Overflow, check_limits
 from gptx.errors import ParameterError
@@ -62,13 +64,32 @@ class Options(TypedDict, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-    """The options of `load` beside the model."""
+    """The options of `load` beside the model.
+
+    backend, dtype, device, threads, generic, compile
+        See `gptx.get_backend`. Where a model is loaded for one call (`gptx.generate`, `gptx.stream`
+        and the command line), the default is to compile it if that pays within the call.
+    quantize
+        "int8" or "int4": quantize linear layers and token embeddings; the default is to take the
+        weights as they are stored.
+    group_size
+        How many weights share a scale, 32, 64 (default) or 128: fewer are more exact and larger.
+    revision
+        Branch, tag or commit on the Hub.
+    offline
+        Make no connection: use what was downloaded before.
+    token
+        For gated models on the Hub; the default is the one that `hf auth login` stored.
+    """
 
     backend: Any
     dtype: str | None
     device: Any
     threads: int | None
     generic: bool
+    compile: bool
+    quantize: str | None
+    group_size: int
     revision: str | None
     offline: bool
     token: str | None
@@ -109,3 +130,10 @@ def _stop_strings(stop: Any) -> list[str]:
         if not isinstance(string, str) or not string:
             raise ParameterError(f"stop has {string!r}, expected strings of at least one character")
     return strings
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether a prompt is one list of token ids, and not one of prompts."""
+    return isinstance(prompt, np.ndarray) or (
+        len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
+    )

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptx.cache import KVCache
 from gptx.errors import NonFiniteError
-from gptx.model import GPT2, forward
+from gptx.model import GPT2
 from gptx.results import Score
 from gptx.sampling import log_softmax
 
@@ -20,7 +20,7 @@ def all_logits(model: GPT2, ids: list[int]) -> Array:
     """Logits [T, V] of the token after each of T token ids, which have to fit the context."""
     cache = KVCache(model.config, model.backend, 1, len(ids))
     batch = model.backend.asarray(np.asarray([ids]))
-    return forward(model, batch, cache.extend([len(ids)]), cache)[0, :, :]
+    return model.forward(batch, cache.extend([len(ids)]), cache)[0, :, :]
 
 
 def score(model: GPT2, ids: list[int], stride: int) -> Score:

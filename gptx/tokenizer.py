@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -81,6 +82,10 @@ class BytePairTokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._ordinary.get_vocab_size())
+
+    def definition(self) -> dict[str, Any]:
+        """What its tokenizer.json says, or would say."""
+        return dict(json.loads(self._ordinary.to_str()))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         try:

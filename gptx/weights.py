@@ -1,14 +1,18 @@
 """Weights: safetensors files -> arrays on a backend, checked by key, shape and dtype.
 
 Names are the Hub's without the `transformer.` prefix (`h.0.attn.c_attn.weight`), layouts are the
-Hub's Conv1D `[in, out]`, and a tied head is not stored twice.
+Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one `Quantized`
+[out, in] under its weight's name; in a file it is three tensors, as MLX writes them.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +21,27 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import WeightsError
-from gptx.files import BFLOAT16, read_safetensors, widened
+from gptx.errors import ParameterError, StorageError, WeightsError
+from gptx.files import BFLOAT16, atomic_write, read_safetensors, widened
+from gptx.quantization import Quantization, Quantized, dequantize, quantize
+
+Tensor = np.ndarray | Quantized
 
 # The causal mask, which some files store as if it were a weight.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
+# What can be quantized: linear layers, and tables, which are [N, C] in every layout. Positions are
+# a small one: mlx-lm quantizes them, gptx does not, and computes with floats.
+LINEAR = re.compile(r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight")
+POSITIONS = "wpe.weight"
+TABLES = ("wte.weight", POSITIONS, "lm_head.weight")
 
-def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, np.ndarray]:
+
+def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]:
     """The tensors that `config` asks for, from one safetensors file or several shards.
+
+    Names may have the prefix `transformer.`, or mlx-lm's `model.`, with which the matrices of
+    linear layers lie `[out, in]`.
 
     Raises
     ------
@@ -35,18 +51,60 @@ def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, np.ndar
     found: dict[str, np.ndarray] = {}
     for path in paths:
         for stored, array in read_safetensors(path)[0].items():
-            name = stored.removeprefix("transformer.")
-            if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+            name = stored.removeprefix("transformer.").removeprefix("model.")
+            head = name.startswith("lm_head.")
+            if BUFFERS.fullmatch(name) or (head and config.tie_word_embeddings):
                 continue
             if name in found:
                 raise WeightsError(f"{path}: tensor {name} is there twice")
-            found[name] = array
-    check_weights(found, config)
-    return found
+            linear = stored.startswith("model.") and LINEAR.fullmatch(name)
+            found[name] = array.T if linear and array.dtype != np.uint32 else array
+    weights = _joined(found, config.quantization)
+    check_weights(weights, config)
+    return weights
 
 
-def check_weights(found: dict[str, np.ndarray], config: GPT2Config) -> None:
-    """Raise WeightsError unless `found` is what `config` asks for, no more and no less."""
+def _joined(found: dict[str, np.ndarray], how: Quantization | None) -> dict[str, Tensor]:
+    """Make one `Quantized` of the three tensors of each quantized matrix."""
+    joined: dict[str, Tensor] = dict(found)
+    quantized = {
+        name.rpartition(".")[0]: None  # a set that keeps its order
+        for name, array in found.items()
+        if name.endswith((".scales", ".biases"))
+        or (name.endswith(".weight") and array.dtype == np.uint32)
+    }
+    for layer in quantized:
+        name = f"{layer}.weight"
+        if how is None:
+            raise WeightsError(
+                f'tensor {name} is quantized, but the config has no "quantization" that says how: '
+                "fetch config.json again"
+            )
+        parts = (name, f"{layer}.scales", f"{layer}.biases")
+        if missing := [part for part in parts if part not in found]:
+            raise WeightsError(f"{_names(missing)} missing: {layer} is not whole")
+        weight, scales, biases = (found[part] for part in parts)
+        try:
+            matrix = Quantized(weight, _float32(scales), _float32(biases), how.group_size, how.bits)
+        except WeightsError as error:
+            raise WeightsError(f"tensor {name} is not {how}: {error}") from None
+        for part in parts:
+            del joined[part]
+        joined[name] = matrix
+    return joined
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    wide = widened(array)
+    return wide.astype(np.float32, copy=False) if wide.dtype.kind == "f" else wide
+
+
+def check_weights(found: Mapping[str, Tensor], config: GPT2Config) -> None:
+    """Raise WeightsError unless `found` is what `config` asks for, no more and no less.
+
+    In a quantized model some matrices may be floats all the same: mlx-lm leaves those as they are
+    whose inputs are no whole number of groups.
+    """
     expected = config.tensor_shapes()
     if missing := [name for name in expected if name not in found]:
         raise WeightsError(f"{_names(missing)} missing: the weights do not fit the config")
@@ -54,23 +112,112 @@ def check_weights(found: dict[str, np.ndarray], config: GPT2Config) -> None:
         raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
     for name, shape in expected.items():
         array = found[name]
+        if isinstance(array, Quantized):
+            how = Quantization(array.group_size, array.bits)
+            wanted = config.quantization if _is_quantizable(name) else None
+            if how != wanted:
+                raise WeightsError(
+                    f"tensor {name} is {how}, the config asks for {wanted or 'floats'}"
+                )
+            shape = shape[::-1] if LINEAR.fullmatch(name) else shape
+        elif array.dtype.kind != "f" and array.dtype != BFLOAT16:
+            raise WeightsError(f"tensor {name} is of type {array.dtype}, expected a float type")
         if array.shape != shape:
             raise WeightsError(
                 f"tensor {name} has shape {list(array.shape)}, the config asks for {list(shape)}"
             )
-        if array.dtype.kind != "f" and array.dtype != BFLOAT16:
-            raise WeightsError(f"tensor {name} is of type {array.dtype}, expected a float type")
+    if config.quantization and not any(isinstance(x, Quantized) for x in found.values()):
+        raise WeightsError(f"no tensor is quantized, the config asks for {config.quantization}")
 
 
-def fingerprint(found: dict[str, np.ndarray]) -> str:
+def _is_quantizable(name: str) -> bool:
+    return name in TABLES or LINEAR.fullmatch(name) is not None
+
+
+def quantize_weights(
+    found: Mapping[str, Tensor], config: GPT2Config, how: Quantization | None
+) -> tuple[dict[str, Tensor], GPT2Config]:
+    """Quantize every linear layer and table of tokens; positions, norms and biases stay floats.
+
+    Returns
+    -------
+    weights, config
+        What they are then; as they were if that is so already, or if `how` is None.
+
+    Raises
+    ------
+    ParameterError
+        A matrix does not divide into groups of that size, or is quantized in another way.
+    WeightsError
+        A weight is not finite.
+    """
+    if how is None or how == config.quantization:
+        return dict(found), config
+    if config.quantization:
+        raise ParameterError(
+            f"{how} was asked for, but the weights are {config.quantization} already: "
+            "leave quantize out, or take the model's float weights"
+        )
+    quantized: dict[str, Tensor] = {}
+    for name, array in found.items():
+        if isinstance(array, np.ndarray) and _is_quantizable(name) and name != POSITIONS:
+            w = widened(array).T if LINEAR.fullmatch(name) else widened(array)
+            quantized[name] = quantize(w, how.bits, how.group_size, name=name)
+        else:
+            quantized[name] = array
+    return quantized, replace(config, quantization=how)
+
+
+def save_quantized(
+    folder: str | os.PathLike[str], config: GPT2Config, weights: Mapping[str, Tensor]
+) -> None:
+    """Write model.safetensors and config.json of a quantized model, as mlx-lm writes them.
+
+    gptx reads back what was written, number for number (bfloat16 as float32), and so does mlx-lm,
+    whose GPT-2 has OpenAI's settings alone: a tied head, `gelu_new`, the MLP's usual width. The
+    tokenizer's files are the caller's.
+
+    Raises
+    ------
+    ParameterError, WeightsError
+        `config` says nothing of a quantization, or `weights` are not what it asks for.
+    StorageError
+        A file cannot be written; one that was there before is left as it was.
+    """
+    from safetensors.numpy import save
+
+    if config.quantization is None:
+        raise ParameterError("the config has no quantization: see quantize_weights()")
+    check_weights(weights, config)
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in weights.items():
+        layer = "model." + name.rpartition(".")[0]
+        if isinstance(array, Quantized):
+            tensors[f"{layer}.weight"] = array.weight
+            tensors[f"{layer}.scales"] = array.scales
+            tensors[f"{layer}.biases"] = array.biases
+        else:
+            tensors[f"model.{name}"] = widened(array.T if LINEAR.fullmatch(name) else array)
+    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror or error})") from error
+    atomic_write(folder / "model.safetensors", save(whole, {"format": "mlx"}))
+    atomic_write(folder / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+def fingerprint(found: Mapping[str, Tensor]) -> str:
     """A checksum that tells models of one shape apart: of biases, norms and a row of each matrix.
 
     Not of everything, since that would read the whole file.
     """
     crc = 0
     for name in sorted(found):
-        sample = found[name] if found[name].ndim == 1 else found[name][0]
-        crc = zlib.crc32(widened(sample).astype(np.float32).tobytes(), crc)
+        array = found[name]
+        sample = _floats(array if len(array.shape) == 1 else array[:1])
+        crc = zlib.crc32(sample.astype(np.float32).tobytes(), crc)
     return f"{crc:08x}"
 
 
@@ -81,7 +228,11 @@ def _names(names: list[str]) -> str:
     return f"tensors {', '.join(names[:3])}{more} are"
 
 
-def to_backend(found: dict[str, np.ndarray], backend: Backend) -> SimpleNamespace:
+def _floats(array: Tensor) -> np.ndarray:
+    return dequantize(array) if isinstance(array, Quantized) else widened(array)
+
+
+def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace:
     """Bring the tensors to the backend, as a tree: `h.0.attn.c_attn.weight` becomes
     `tree.h[0].attn.c_attn.weight`."""
     tree: dict[str, Any] = {}
@@ -90,7 +241,10 @@ def to_backend(found: dict[str, np.ndarray], backend: Backend) -> SimpleNamespac
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
-        node[leaf] = backend.asarray(widened(array))
+        if isinstance(array, Quantized) and name != POSITIONS:
+            node[leaf] = backend.quantized(array, table=name in TABLES)
+        else:
+            node[leaf] = backend.asarray(_floats(array))
     blocks = tree.pop("h")
     tree["h"] = [blocks[str(layer)] for layer in range(len(blocks))]
     return _attributes(tree)

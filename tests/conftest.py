@@ -18,7 +18,8 @@ from gptx.errors import BackendError
 from gptx.generation import Model
 from gptx.hub import ModelFiles
 from gptx.model import GPT2
-from gptx.weights import fingerprint, to_backend
+from gptx.quantization import Quantization, Quantized, dequantize
+from gptx.weights import TABLES, fingerprint, quantize_weights, to_backend
 
 # pytest explains the assertions of test files alone, unless it is told of others.
 pytest.register_assert_rewrite("bad_input_helpers", "cli_helpers", "hub_helpers")
@@ -26,6 +27,7 @@ pytest.register_assert_rewrite("bad_input_helpers", "cli_helpers", "hub_helpers"
 # Each way to run the one model: name -> arguments of get_backend.
 BACKENDS: dict[str, dict[str, Any]] = {
     "numpy": {"backend": "numpy"},
+    "numpy-ops": {"backend": "numpy", "compile": False},
     "numpy-generic": {"backend": "numpy", "generic": True},
     "mlx": {"backend": "mlx"},
     "mlx-generic": {"backend": "mlx", "generic": True},
@@ -53,9 +55,13 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return make_backend(request.param)
 
 
-def make_model(config: GPT2Config, backend: Backend, weights: Any = None) -> Model:
-    """A model of random weights (or the given ones), without files and without a tokenizer."""
+def make_model(
+    config: GPT2Config, backend: Backend, weights: Any = None, how: Quantization | None = None
+) -> Model:
+    """A model of random weights (or the given ones), quantized if `how` says so, without files and
+    without a tokenizer."""
     found = random_weights(config) if weights is None else weights
+    found, config = quantize_weights(found, config, how)
     nowhere = Path("random")
     files = ModelFiles("random", nowhere, nowhere, (), {}, None)
     with backend.scope():
@@ -63,10 +69,20 @@ def make_model(config: GPT2Config, backend: Backend, weights: Any = None) -> Mod
         return Model(gpt2, files, fingerprint(found))
 
 
-@pytest.fixture
-def small(backend: Backend) -> Model:
-    """A shrunk 124M on each backend."""
-    return make_model(CASES["124M"], backend)
+def floats_of(weights: Any) -> dict[str, np.ndarray]:
+    """The weights of a quantized model as floats, in the Hub's layout."""
+    floats = {}
+    for name, x in weights.items():
+        if isinstance(x, Quantized):
+            x = dequantize(x) if name in TABLES else dequantize(x).T
+        floats[name] = x
+    return floats
+
+
+@pytest.fixture(params=[None, Quantization(32, 4)], ids=["floats", "int4"])
+def small(request: pytest.FixtureRequest, backend: Backend) -> Model:
+    """A shrunk 124M on each backend, with float weights and with quantized ones."""
+    return make_model(CASES["124M"], backend, how=request.param)
 
 
 @pytest.fixture(scope="session")

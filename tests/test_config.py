@@ -14,6 +14,7 @@ from random_models import CASES
 
 from gptx.config import ACTIVATIONS, SIZES, GPT2Config
 from gptx.errors import ConfigError, DataError
+from gptx.quantization import Quantization
 
 # Config files as they are on the Hub.
 
@@ -226,7 +227,6 @@ def test_attention_scale(switches: dict[str, bool], scales: list[float]) -> None
         ("add_cross_attention", True),
         ("is_encoder_decoder", True),
         ("pruned_heads", {"0": [1, 2]}),
-        ("quantization", {"group_size": 64, "bits": 4}),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("activation_function", "silu"),
         ("activation_function", "gelu_fast"),
@@ -332,6 +332,8 @@ CONFIGS = st.builds(
     tie_word_embeddings=st.booleans(),
     bos_token_id=st.none() | st.integers(0, 10**6),
     eos_token_id=st.none() | st.integers(0, 10**6),
+    quantization=st.none()
+    | st.builds(Quantization, st.sampled_from([32, 64, 128]), st.sampled_from([4, 8])),
 )
 
 

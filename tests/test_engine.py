@@ -32,15 +32,15 @@ def tokens_of(run: Generation) -> list[list[int]]:
 
 
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> GPT2:
+def counting() -> GPT2:
     """A model whose next token is always the last one plus one, modulo 97."""
     model = make_model(CASES["untied"], get_backend("numpy")).gpt2
 
-    def forward(model: Any, ids: Any, positions: Any, cache: Any, last_only: bool = False) -> Any:
+    def forward(ids: Any, positions: Any, cache: Any, last_only: bool = False) -> Any:
         assert positions.stop <= model.config.n_positions
         return 10.0 * np.eye(97, dtype=np.float32)[(ids[:, -1:] + 1) % 97]
 
-    monkeypatch.setattr(gptx.engine, "forward", forward)
+    vars(model)["forward"] = forward  # in place of what the backend would compile
     return model
 
 

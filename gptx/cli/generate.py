@@ -13,14 +13,16 @@ from gptx.cli.options import (
     backend_option,
     dtype_option,
     format_size,
+    group_size_option,
     json_option,
     offline_option,
+    quantize_option,
     revision_option,
     threads_option,
 )
-from gptx.engine import Overflow
+from gptx.engine import MAX_TOKENS, Overflow
 from gptx.errors import Interrupted, PromptError
-from gptx.generation import Model, load
+from gptx.generation import Model, load_once
 from gptx.options import Options, check_options
 from gptx.results import Result
 from gptx.sampling import SamplingParams
@@ -35,8 +37,15 @@ DEFAULT = SamplingParams()
 @backend_option
 @dtype_option
 @threads_option
+@quantize_option
+@group_size_option
 @click.option(
-    "-n", "--max-tokens", type=int, default=100, show_default=True, help="New tokens at most."
+    "-n",
+    "--max-tokens",
+    type=int,
+    default=MAX_TOKENS,
+    show_default=True,
+    help="New tokens at most.",
 )
 @click.option(
     "--temperature", type=float, default=DEFAULT.temperature, show_default=True, help="0 is greedy."
@@ -77,6 +86,8 @@ def generate(
     backend: str,
     dtype: str | None,
     threads: int | None,
+    quantize: str | None,
+    group_size: int,
     revision: str | None,
     offline: bool,
     as_json: bool,
@@ -97,11 +108,14 @@ def generate(
     if prompt == "-":
         text = _standard_input()
     check_options(cast("Options", choices))  # before something large is downloaded
-    loaded = load(
+    loaded = load_once(
         model,
+        choices["max_tokens"],
         backend=backend,
         dtype=dtype,
         threads=threads,
+        quantize=quantize,
+        group_size=group_size,
         revision=revision,
         offline=offline,
     )

@@ -13,7 +13,8 @@ from gptx.cli.options import format_size, json_option, offline_option, revision_
 from gptx.config import GPT2Config
 from gptx.files import BFLOAT16
 from gptx.hub import locate
-from gptx.weights import read_weights
+from gptx.quantization import Quantized
+from gptx.weights import Tensor, read_weights
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -31,24 +32,30 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     """
     files = locate(model, revision=revision, offline=offline, weights=False)
     config = GPT2Config.from_file(files.config)
-    stored = None
+    stored = stored_bytes = None
     if files.revision is None:
-        found = read_weights(locate(model).weights, config)
-        stored = sorted(
-            {"bfloat16" if x.dtype == BFLOAT16 else str(x.dtype) for x in found.values()}
-        )
+        paths = locate(model).weights
+        stored = sorted(set(map(_kind, read_weights(paths, config).values())))
+        stored_bytes = sum(path.stat().st_size for path in paths)
     about = {
         "model": files.name,
         "revision": files.revision,
         "config": config.to_dict(),
         "parameters": config.n_parameters,
         "stored": stored,
+        "stored_bytes": stored_bytes,
         "tokenizer": sorted(files.tokenizer),
         "tensors": {name: list(shape) for name, shape in config.tensor_shapes().items()},
         "weights_bytes": {name: n * config.n_parameters for name, n in BYTES.items()},
         "cache_bytes_per_token": {name: n * _cache_per_token(config) for name, n in BYTES.items()},
     }
     click.echo(json.dumps(about) if as_json else _text(config, about))
+
+
+def _kind(array: Tensor) -> str:
+    if isinstance(array, Quantized):
+        return f"int{array.bits}"
+    return "bfloat16" if array.dtype == BFLOAT16 else str(array.dtype)
 
 
 def _cache_per_token(config: GPT2Config) -> int:
@@ -66,8 +73,11 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
     ]
     if about["revision"]:
         lines.append(f"  revision {about['revision']}")
+    if config.quantization:
+        lines.append(f"  matrices quantized: {config.quantization}")
     if about["stored"]:
-        lines.append(f"  weights stored as {', '.join(about['stored'])}, all there")
+        size = format_size(about["stored_bytes"])
+        lines.append(f"  weights stored as {', '.join(about['stored'])}, all there: {size}")
     lines += ["", f"{'tensor':<26} {'shape':<14} {'count':>5} {'parameters':>14}"]
     for name, (shape, count) in _groups(config).items():
         n = count * math.prod(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from gptx.backends import TABLE
+from gptx.quantization import GROUP_SIZE
 
 revision_option = click.option("--revision", help="Branch, tag or commit on the Hub.")
 offline_option = click.option("--offline", is_flag=True, help="Make no connection.")
@@ -35,6 +36,16 @@ dtype_option = click.option(
 )
 threads_option = click.option(
     "-t", "--threads", type=int, help="BLAS threads of the numpy backend."
+)
+quantize_option = click.option(
+    "--quantize", metavar="NAME", help="int8 or int4: quantize the weights when they are loaded."
+)
+group_size_option = click.option(
+    "--group-size",
+    type=int,
+    default=GROUP_SIZE,
+    show_default=True,
+    help="Weights that share a scale: 32, 64 or 128.",
 )
 
 

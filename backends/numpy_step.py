@@ -1,0 +1,246 @@
+"""The NumPy backend's forward pass as one compiled call: what `tape.py` recorded, as a program for
+`numpy_kernels.run`, and the arrays that it runs on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from gptx.backends import numpy_kernels as kernels
+from gptx.backends.base import Positions
+from gptx.backends.tape import ACTIVATIONS, Instruction, record
+from gptx.quantization import Quantized
+
+Array = np.ndarray
+
+# One at a time: the kernels use every thread there is, and some of Numba's threading layers end
+# the process if they are entered twice.
+LOCK = threading.Lock()
+
+NOTHING = np.zeros(0, np.int64)
+FORMATS = {4: kernels.INT4, 8: kernels.INT8}
+
+
+class Tiles:
+    """A quantized matrix [O, I] as the kernels read it: tiles of 64 outputs, input by input.
+
+    Attributes
+    ----------
+    shape
+        (O, I).
+    weight
+        Codes [O / 64, I, 64] of 8 bits; of 4 bits, words [O / 64, I / 8, 64] of eight inputs each.
+    scales, offsets
+        float32 [O / 64, I / group, 64]; a weight is scale * code + offset.
+    """
+
+    def __init__(self, q: Quantized) -> None:
+        self.shape = q.shape
+        self.format = FORMATS[q.bits]
+        self.group = q.group_size
+        self.weight = _tiled(q.weight if q.bits == 4 else q.weight.view(np.uint8))
+        self.scales = _tiled(q.scales.astype(np.float32, copy=False))
+        self.offsets = _tiled(q.biases.astype(np.float32, copy=False))
+
+    def product(self, x: Array, bias: Array | None, threads: int | None) -> Array:
+        """x [..., I] times the matrix, plus a bias [O], if any: [..., O]."""
+        rows = x.reshape(-1, x.shape[-1])
+        n_rows, n_in = rows.shape
+        instruction = Instruction("linear", source=0, target=1, weight=self, bias=bias)
+        program = Program([instruction], inputs=[n_in])
+        padded, y = program.buffers(n_rows)
+        padded[:n_rows, :n_in] = rows
+        _run(program, [padded, y], (1, n_rows, 0, 0, 0), threads)
+        return y[:n_rows, : self.shape[0]].reshape(*x.shape[:-1], -1)
+
+    def rows(self, ids: Array) -> Array:
+        """Rows of the matrix for `ids` [...], as floats [..., I]."""
+        tile, lane = np.divmod(ids.reshape(-1), kernels.TILE)
+        codes = self.weight[tile, :, lane]
+        if self.format == kernels.INT4:
+            codes = codes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+        codes = codes.reshape(len(tile), -1, self.group).astype(np.float32)
+        rows = (
+            self.scales[tile, :, lane][..., None] * codes + self.offsets[tile, :, lane][..., None]
+        )
+        return rows.reshape(*ids.shape, -1)
+
+
+def _tiled(x: Array) -> Array:
+    """[O, N] -> [ceil(O / 64), N, 64], with zeros past the last output."""
+    n_out, n = x.shape
+    tiles = np.zeros((-(-n_out // kernels.TILE), n, kernels.TILE), x.dtype)
+    whole = n_out // kernels.TILE
+    tiles[:whole] = x[: whole * kernels.TILE].reshape(whole, kernels.TILE, n).swapaxes(1, 2)
+    if whole < len(tiles):
+        tiles[whole, :, : n_out - whole * kernels.TILE] = x[whole * kernels.TILE :].T
+    return tiles
+
+
+class Step:
+    """The forward pass of one model, compiled; called as `gptx.model.forward` without the model.
+
+    Raises
+    ------
+    gptx.backends.tape.Unknown
+        The model does something that the kernels do not.
+    """
+
+    def __init__(self, forward: Callable[..., Array], model: Any, threads: int | None) -> None:
+        self.threads = threads
+        self.programs = [Program(record(forward, model, last_only=x)) for x in (False, True)]
+
+    def __call__(
+        self, ids: Array, positions: Positions, cache: Any, *, last_only: bool = False
+    ) -> Array:
+        """Logits [B, T, V] or [B, 1, V], as `gptx.model.forward` returns them."""
+        B, T = ids.shape
+        H, room, D = cache.keys[0].shape[1:]
+        last_only = last_only and T > 1  # else there is but one
+        program = self.programs[last_only]
+        *buffers, _ = program.buffers(B * T)
+        n_logits = B if last_only else B * T
+        logits = np.empty((_round(n_logits, kernels.BLOCK), program.widths[-1]), np.float32)
+        shape = (B, T, H, D, room)
+        _run(program, [*buffers, logits], shape, self.threads, ids, positions.index, cache)
+        V = int(program.table[-1, kernels.N_OUT])
+        return logits[:n_logits, :V].reshape(B, -1, V)
+
+
+class Program:
+    """A table of instructions for `kernels.run`.
+
+    Attributes
+    ----------
+    table
+        The instructions [n], of the type `kernels.INSTRUCTION`.
+    widths
+        How many numbers a row has in each buffer, at most.
+    """
+
+    def __init__(self, instructions: list[Instruction], inputs: Sequence[int] = ()) -> None:
+        self._kept: list[Array] = []  # what the addresses in the table point to
+        self._n_out = dict(enumerate(inputs))  # numbers to a row that a buffer holds now
+        self.widths = [_round(n, kernels.TILE) for n in inputs]
+        self.widths += [0] * (1 + max(i.target for i in instructions) - len(inputs))
+        self.table = np.zeros((len(instructions), kernels.FIELDS), np.int64)
+        for op, instruction in zip(self.table, instructions, strict=True):
+            self._encode(op, instruction)
+
+    def buffers(self, n_rows: int) -> list[Array]:
+        """New room for `n_rows` rows in each buffer, in whole blocks."""
+        rows = _round(n_rows, kernels.BLOCK)
+        return [np.empty((rows, width), np.float32) for width in self.widths]
+
+    def _encode(self, op: Any, instruction: Instruction) -> None:
+        op[kernels.KIND] = ("embed", "linear", "attention").index(instruction.kind)
+        op[kernels.SOURCE] = instruction.source or 0
+        op[kernels.TARGET] = instruction.target
+        op[kernels.RESIDUAL] = -1 if instruction.residual is None else instruction.residual
+        op[kernels.LAST] = instruction.last
+        op[kernels.LAYER] = instruction.layer
+        op.view(np.float64)[kernels.SCALE] = instruction.scale
+        n_source = self._n_out.get(instruction.source or 0, 0)
+        if instruction.kind == "attention":
+            n_out = n_source // 3
+        else:
+            n_out = self._encode_weight(op, instruction)
+        if instruction.norm is not None:
+            weight, bias, epsilon = instruction.norm
+            op.view(np.float64)[kernels.EPSILON] = epsilon
+            op[kernels.NORM_WEIGHT], op[kernels.NORM_BIAS] = (
+                self._address(weight),
+                self._address(bias),
+            )
+        if instruction.bias is not None:
+            bias = np.zeros(_round(n_out, kernels.TILE), np.float32)
+            bias[:n_out] = instruction.bias
+            op[kernels.BIAS] = self._address(bias)
+        if instruction.table is not None:
+            op[kernels.POSITIONS] = self._address(instruction.table)
+        if instruction.activation is not None:
+            op[kernels.ACTIVATION] = 1 + ACTIVATIONS.index(instruction.activation)
+        op[kernels.WORK] = n_source * n_out
+        self._n_out[instruction.target] = n_out
+        width = _round(n_out, kernels.TILE)
+        op[kernels.SOURCE_WIDTH], op[kernels.TARGET_WIDTH] = _round(n_source, kernels.TILE), width
+        self.widths[instruction.target] = max(self.widths[instruction.target], width)
+
+    def _encode_weight(self, op: Any, instruction: Instruction) -> int:
+        weight = instruction.weight
+        if isinstance(weight, Tiles):
+            op[kernels.FORMAT], op[kernels.GROUP] = weight.format, weight.group
+            op[kernels.N_OUT], op[kernels.N_IN] = weight.shape
+            op[kernels.SCALES] = self._address(weight.scales)
+            op[kernels.OFFSETS] = self._address(weight.offsets)
+            op[kernels.WEIGHT] = self._address(weight.weight)
+        else:
+            is_table = instruction.is_head or instruction.kind == "embed"
+            op[kernels.FORMAT] = kernels.TABLE if is_table else kernels.MATRIX
+            op[kernels.N_IN], op[kernels.N_OUT] = weight.shape[::-1] if is_table else weight.shape
+            op[kernels.WEIGHT] = self._address(weight)
+        return int(op[kernels.N_IN] if instruction.kind == "embed" else op[kernels.N_OUT])
+
+    def _address(self, x: Array) -> int:
+        self._kept.append(np.ascontiguousarray(x, None if x.dtype.kind == "u" else np.float32))
+        return self._kept[-1].ctypes.data
+
+
+def _run(
+    program: Program,
+    buffers: list[Array],
+    shape: tuple[int, int, int, int, int],
+    threads: int | None,
+    ids: Array = NOTHING,
+    index: Array = NOTHING,
+    cache: Any = None,
+) -> None:
+    B, T, _, D, room = shape
+    most = numba.config.NUMBA_NUM_THREADS
+    threads = min(threads or most, most)
+    n_in = int(program.table[:, kernels.N_IN].max())
+    rows = _round(B * T, kernels.BLOCK)
+    # All rows; or for each thread the only one and behind it its sums over groups.
+    normed = np.empty(max(rows, 2 * threads) * n_in, np.float32)
+    attention = kernels.BLOCK * (2 * D + room) + 2 * 16
+    size = max(kernels.DEPTH * kernels.TILE, *program.widths, attention)
+    work = np.empty((threads, _round(size, 16)), np.float32)
+    keys, values = ([], []) if cache is None else (cache.keys, cache.values)
+    with LOCK:
+        _announce()
+        numba.set_num_threads(threads)
+        kernels.run(
+            program.table,
+            _addresses(buffers),
+            np.ascontiguousarray(ids, np.int64).reshape(-1),
+            np.ascontiguousarray(index, np.int64).reshape(-1),
+            _addresses(keys),
+            _addresses(values),
+            shape,
+            normed,
+            work,
+            threads,
+        )
+
+
+def _addresses(arrays: Sequence[Array]) -> Array:
+    return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+
+
+def _round(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _announce() -> None:
+    """Say on standard error that the kernels are being compiled, if they are."""
+    if kernels.run.signatures:
+        return
+    cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.run-*.nbi")
+    if not any(cached):
+        print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)

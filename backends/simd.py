@@ -1,0 +1,306 @@
+"""Vectors of 16 floats for Numba: what its loops leave to the compiler's luck, said outright.
+
+A kernel that names its vectors keeps them in registers, whatever the compiler would have made of a
+loop over single numbers. LLVM fits the 16 lanes to the processor: one AVX-512 register, two of
+AVX2, four of NEON. Indices count elements of flat arrays and are not checked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, float32, njit, types, uint8, uint32
+from numba.core import cgutils
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 16
+
+I8, I32 = ir.IntType(8), ir.IntType(32)
+F32 = ir.FloatType()
+FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+
+# Sums may be reordered and fused, but a NaN stays one: the sampler looks for it.
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+
+class Vector(types.Type):
+    """The Numba type of a vector (or of a stack of them); `llvm` is what it is compiled to."""
+
+    def __init__(self, name: str, llvm: Any) -> None:
+        self.llvm = llvm
+        super().__init__(name=name)
+
+
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: Vector) -> None:
+        super().__init__(manager, fe_type, fe_type.llvm)
+
+
+register_model(Vector)(_Model)
+
+floats = Vector("16 floats", FLOATS)
+ints = Vector("16 ints", INTS)
+stack = Vector("vectors on the stack", FLOATS.as_pointer())
+
+
+def _operator(op: Any, instruction: str) -> None:
+    @infer_global(op)
+    class Template(ConcreteTemplate):
+        cases = [signature(floats, floats, floats)]  # noqa: RUF012
+
+    @lower_builtin(op, floats, floats)
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        # No reassociation here: `exp` subtracts a constant in two parts.
+        return getattr(builder, instruction)(*args, flags=("contract", "nsz", "arcp"))
+
+
+for _op, _name in (
+    (operator.add, "fadd"),
+    (operator.iadd, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _operator(_op, _name)
+
+
+def _int(context: Any, builder: Any, value: Any, given: Any) -> Any:
+    return context.cast(builder, value, given, types.int64)
+
+
+def _pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    """Where element args[1] of the flat array args[0] lies."""
+    array = context.make_array(sig.args[0])(context, builder, args[0])
+    return builder.gep(array.data, [_int(context, builder, args[1], sig.args[1])])
+
+
+def _spread(builder: Any, value: Any, vector: Any) -> Any:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...] = ()) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, args, fastmath=flags)
+
+
+@intrinsic
+def load(context: Any, array: Any, i: Any) -> Any:
+    """array[i : i + 16]: float32 and bytes (0 to 255) as floats, uint32 as ints."""
+    result = ints if array.dtype == types.uint32 else floats
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig, args)
+        element = pointer.type.pointee
+        kind = ir.VectorType(element, LANES).as_pointer()
+        size = 1 if element == I8 else 4
+        value = builder.load(builder.bitcast(pointer, kind), align=size)
+        return builder.sitofp(builder.zext(value, INTS), FLOATS) if element == I8 else value
+
+    return result(array, i), generate
+
+
+@intrinsic
+def store(context: Any, array: Any, i: Any, value: Any) -> Any:
+    """array[i : i + 16] = value, of float32."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig, args)
+        builder.store(args[2], builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, i, value), generate
+
+
+@intrinsic
+def prefetch(context: Any, array: Any, i: Any) -> Any:
+    """Begin to bring array[i] to the cache; it may lie past the end."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_pointer(context, builder, sig, args), I8.as_pointer())
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+        return context.get_dummy_value()
+
+    return types.void(array, i), generate
+
+
+@intrinsic
+def splat(context: Any, x: Any) -> Any:
+    """The number x in each lane."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _spread(builder, context.cast(builder, args[0], sig.args[0], types.float32), FLOATS)
+
+    return floats(x), generate
+
+
+@intrinsic
+def spread(context: Any, array: Any, i: Any) -> Any:
+    """array[i] in each lane."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _spread(builder, builder.load(_pointer(context, builder, sig, args)), FLOATS)
+
+    return floats(array, i), generate
+
+
+@intrinsic
+def nibble(context: Any, words: Any, n: Any) -> Any:
+    """Bits 4n to 4n + 3 of 16 words as floats 0 to 15, times 16**n where n is below 7.
+
+    Left in their place they need no shift; who multiplies them shrinks the other factor.
+    """
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        shift = builder.shl(
+            builder.trunc(_int(context, builder, args[1], sig.args[1]), I32), I32(2)
+        )
+        there = builder.and_(args[0], _spread(builder, builder.shl(I32(15), shift), INTS))
+        last = builder.lshr(args[0], ir.Constant(INTS, [28] * LANES))
+        is_last = builder.icmp_unsigned("==", shift, I32(28))
+        return builder.sitofp(builder.select(is_last, last, there), FLOATS)
+
+    return floats(words, n), generate
+
+
+def _reduction(name: str, start: float | None) -> Callable[..., Any]:
+    @intrinsic
+    def reduction(context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first = () if start is None else (ir.Constant(F32, start),)
+            return _call(builder, name, F32, *first, args[0], flags=("reassoc",))
+
+        return types.float32(x), generate
+
+    return reduction
+
+
+total = _reduction("llvm.vector.reduce.fadd.v16f32", 0.0)
+largest = _reduction("llvm.vector.reduce.fmax.v16f32", None)
+
+
+def _choice(predicate: str) -> Callable[..., Any]:
+    @intrinsic
+    def choice(context: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(predicate, *args), args[1], args[0])
+
+        return floats(x, y), generate
+
+    return choice
+
+
+maximum = _choice("<")  # lane by lane; x where it is a NaN
+minimum = _choice(">")
+
+
+@intrinsic
+def negative(context: Any, x: Any) -> Any:
+    """1 where x is below 0, else 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        return builder.uitofp(builder.fcmp_ordered("<", args[0], zero), FLOATS)
+
+    return floats(x), generate
+
+
+@intrinsic
+def _nearest(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "llvm.nearbyint.v16f32", FLOATS, args[0])
+
+    return floats(x), generate
+
+
+@intrinsic
+def _power_of_two(context: Any, n: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        exponent = builder.add(builder.fptosi(args[0], INTS), ir.Constant(INTS, [127] * LANES))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(INTS, [23] * LANES)), FLOATS)
+
+    return floats(n), generate
+
+
+@njit
+def exp(x: Any) -> Any:
+    """e**x within 2 units in the last place, for x held between -87 and 88.
+
+    The polynomial is that of Cephes' expf (S. Moshier), on the remainder after the powers of two.
+    """
+    x = minimum(maximum(x, splat(-87.0)), splat(88.0))
+    n = _nearest(x * splat(1.44269504))
+    r = x - n * splat(0.693359375) - n * splat(-2.12194440e-4)
+    p = splat(1.9875691500e-4) * r + splat(1.3981999507e-3)
+    p = p * r + splat(8.3334519073e-3)
+    p = p * r + splat(4.1665795894e-2)
+    p = p * r + splat(1.6666665459e-1)
+    p = p * r + splat(5.0000001201e-1)
+    return (p * r * r + r + splat(1.0)) * _power_of_two(n)
+
+
+@intrinsic
+def vectors(context: Any, n: Any) -> Any:
+    """Room for n vectors (a constant); in loops of constant length they become registers."""
+    if not isinstance(n, types.IntegerLiteral):
+        return None
+    room = ir.ArrayType(FLOATS, n.literal_value)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        with builder.goto_entry_block():
+            return builder.gep(builder.alloca(room), [I32(0), I32(0)])
+
+    return stack(n), generate
+
+
+@intrinsic
+def get(context: Any, room: Any, i: Any) -> Any:
+    """Vector i of `vectors`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(builder.gep(args[0], [_int(context, builder, args[1], sig.args[1])]))
+
+    return floats(room, i), generate
+
+
+@intrinsic
+def put(context: Any, room: Any, i: Any, value: Any) -> Any:
+    """Set vector i of `vectors`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = builder.gep(args[0], [_int(context, builder, args[1], sig.args[1])])
+        builder.store(args[2], place)
+        return context.get_dummy_value()
+
+    return types.void(room, i, value), generate
+
+
+@intrinsic
+def _void_pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@njit
+def float_array(address: int, size: int) -> Any:
+    """The float32 array [size] at an address."""
+    return carray(_void_pointer(address), (size,), float32)
+
+
+@njit
+def byte_array(address: int, size: int) -> Any:
+    """The uint8 array [size] at an address."""
+    return carray(_void_pointer(address), (size,), uint8)
+
+
+@njit
+def word_array(address: int, size: int) -> Any:
+    """The uint32 array [size] at an address."""
+    return carray(_void_pointer(address), (size,), uint32)

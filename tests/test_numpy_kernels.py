@@ -1,0 +1,247 @@
+"""The NumPy backend's compiled kernels against the generic ops and float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from random_models import CASES, random_weights
+
+from gptx.backends import Backend, get_backend
+from gptx.cache import KVCache, pad
+from gptx.config import GPT2Config
+from gptx.model import GPT2, forward
+from gptx.quantization import Quantized, dequantize, quantize
+from gptx.weights import to_backend
+
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+
+from gptx.backends.numpy_step import Step, Tiles
+
+GENERIC = get_backend("numpy", generic=True, threads=1)
+
+# Inputs, outputs: those of every size of GPT-2, a vocabulary, and what fills no tile, vector or
+# block.
+MATRICES = [
+    (768, 2304),
+    (1024, 1024),
+    (1280, 5120),
+    (1600, 1600),
+    (6400, 1600),
+    (768, 50257),
+    (32, 1),
+    (96, 63),
+    (160, 65),
+    (224, 130),
+]
+ROWS = [1, 2, 5, 19, 300]
+
+
+def close(found: np.ndarray, exact: np.ndarray, size: np.ndarray) -> None:
+    """Assert that `found` is `exact` but for the rounding of sums whose terms add up to `size`."""
+    assert found.shape == exact.shape
+    assert np.max(np.abs(found - exact) / size) < 3e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n_in", "n_out"), MATRICES, ids=lambda n: str(n))
+def test_products_with_codes(
+    n_in: int, n_out: int, bits: int, threads: int, random: np.random.Generator
+) -> None:
+    group_size = 64 if n_in % 64 == 0 else 32
+    w = random.standard_normal((n_out, n_in)).astype(np.float32)
+    tiles = Tiles(quantize(w, bits, group_size))
+    exact = dequantize(quantize(w, bits, group_size)).astype(np.float64)
+    bias = random.standard_normal(n_out).astype(np.float32)
+    for rows in ROWS[: 2 if w.size > 10**7 else None]:
+        x = random.standard_normal((rows, n_in)).astype(np.float32)
+        size = np.abs(x).astype(np.float64) @ np.abs(exact).T + np.abs(bias)
+        close(tiles.product(x, bias, threads), x @ exact.T + bias, size)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_hold_the_matrix(bits: int, group_size: int, random: np.random.Generator) -> None:
+    q = quantize(random.standard_normal((130, 256)).astype(np.float32), bits, group_size)
+    tiles = Tiles(q)
+    np.testing.assert_array_equal(tiles.rows(np.arange(130)), dequantize(q))
+    np.testing.assert_array_equal(tiles.rows(np.array([[129, 0]])), dequantize(q)[[[129, 0]]])
+    x = random.standard_normal((3, 256)).astype(np.float32)
+    np.testing.assert_allclose(tiles.product(x, None, 1), x @ dequantize(q).T, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_any_size(bits: int, random: np.random.Generator) -> None:
+    """Codes of 4 bits are multiplied where they lie in their word, up to 16**6 too large."""
+    w = random.standard_normal((64, 128)).astype(np.float32) * 10.0 ** random.integers(
+        -6, 6, (64, 1)
+    )
+    q = quantize(w.astype(np.float32), bits, 32)
+    exact = dequantize(q).astype(np.float64)
+    x = random.standard_normal((2, 128)).astype(np.float32) * np.float32(1e3)
+    size = np.abs(x).astype(np.float64) @ np.abs(exact).T
+    close(Tiles(q).product(x, None, 1), x @ exact.T, size)
+    close(Tiles(q).product(x[:1], None, 1), x[:1] @ exact.T, size[:1])
+
+
+def models(config: GPT2Config, bits: int | None, threads: int) -> tuple[GPT2, GPT2]:
+    """One model, compiled and in generic ops."""
+    weights: dict[str, Any] = dict(random_weights(config))
+    if bits is not None:
+        for name, w in weights.items():
+            if w.ndim == 2 and name != "wpe.weight":
+                table = name in ("wte.weight", "lm_head.weight")
+                weights[name] = quantize(w if table else np.ascontiguousarray(w.T), bits, 32)
+    compiled = get_backend("numpy", threads=threads)
+    made = [GPT2(config, to_backend(weights, b), b) for b in (compiled, GENERIC)]
+    assert isinstance(made[0].forward, Step)
+    return made[0], made[1]
+
+
+def logits(model: GPT2, calls: list[list[list[int]]], last_only: bool) -> tuple[list[Any], KVCache]:
+    """Logits of one forward pass after the other over one cache."""
+    found = []
+    lengths = [sum(len(call[b]) for call in calls) for b in range(len(calls[0]))]
+    with model.backend.scope():
+        cache = KVCache(model.config, model.backend, len(calls[0]), max(lengths))
+        for call in calls:
+            positions = cache.extend([len(ids) for ids in call])
+            found.append(model.forward(pad(call), positions, cache, last_only=last_only))
+    return found, cache
+
+
+WIDE = {
+    "width 32": GPT2Config(97, 80, 32, 2, 4),  # heads of 8, in no whole vector
+    "heads of 64": GPT2Config(1000, 300, 192, 2, 3),
+    "heads of 80": GPT2Config(65, 80, 160, 1, 2),
+    "untied, inner": GPT2Config(70, 40, 64, 2, 2, n_inner=96, tie_word_embeddings=False),
+    "erf": GPT2Config(70, 40, 64, 1, 4, activation_function="gelu"),
+    "relu": GPT2Config(70, 40, 64, 1, 4, activation_function="relu"),
+    "scaled": GPT2Config(70, 40, 64, 3, 4, scale_attn_by_inverse_layer_idx=True),
+}
+CALLS = {
+    "prompt and steps": [[[5, 3, 9, 1, 0, 2, 2]], [[7]], [[8]]],
+    "steps alone": [[[1]], [[2]], [[3]], [[4]], [[5]]],
+    "two prompts": [[[1, 2, 3]], [[4, 5, 6, 7, 8]]],
+    "batch": [[[1, 2, 3], [4, 5, 6]], [[7], [8]]],
+    "ragged": [[[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [4, 5, 6, 7]], [[7], [8], [9]], [[1], [2], [3]]],
+    "long": [[[i % 60 for i in range(37)]], [[1]]],
+}
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("case", WIDE)
+def test_a_replay_computes_what_the_generic_ops_do(
+    case: str, name: str, bits: int | None, last_only: bool
+) -> None:
+    compiled, generic = models(WIDE[case], bits, threads=2)
+    found, found_cache = logits(compiled, CALLS[name], last_only)
+    wanted, wanted_cache = logits(generic, CALLS[name], last_only)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    for layer in range(WIDE[case].n_layer):
+        for a, b in (
+            (found_cache.keys[layer], wanted_cache.keys[layer]),
+            (found_cache.values[layer], wanted_cache.values[layer]),
+        ):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_replay_of_every_config(case: str, threads: int) -> None:
+    compiled, generic = models(CASES[case], None, threads)
+    calls = [[[1, 2, 3], [4, 5, 6]], [[7], [8]]]
+    for a, b in zip(
+        logits(compiled, calls, False)[0], logits(generic, calls, False)[0], strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_a_real_width_in_parallel() -> None:
+    """Large enough for every stage to be shared between threads, at the length of a context."""
+    config = GPT2Config(5003, 520, 768, 1, 12)
+    random = np.random.default_rng(1)
+    calls = [[random.integers(0, 5003, 515).tolist()], [[3]], [[4]]]
+    for bits in (None, 8, 4):
+        compiled, generic = models(config, bits, threads=2)
+        for a, b in zip(
+            logits(compiled, calls, True)[0], logits(generic, calls, True)[0], strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-5)
+
+
+def test_large_logits_saturate_the_softmax() -> None:
+    """One key far above the others: exp of what is far below zero, and no NaN."""
+    config = GPT2Config(70, 40, 64, 1, 4)
+    weights = random_weights(config)
+    weights["h.0.attn.c_attn.weight"] = weights["h.0.attn.c_attn.weight"] * 300
+    made = [
+        GPT2(config, to_backend(weights, b), b) for b in (get_backend("numpy", threads=1), GENERIC)
+    ]
+    calls = [[list(range(30))], [[1]]]
+    for a, b in zip(
+        logits(made[0], calls, False)[0], logits(made[1], calls, False)[0], strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tensor", ["h.0.attn.c_attn.weight", "h.0.mlp.c_fc.bias", "ln_f.weight"])
+def test_a_nan_is_not_lost(tensor: str) -> None:
+    config = WIDE["heads of 64"]
+    weights = random_weights(config)
+    weights[tensor] = weights[tensor].copy()
+    weights[tensor][..., 1] = np.nan
+    backend = get_backend("numpy", threads=1)
+    model = GPT2(config, to_backend(weights, backend), backend)
+    assert np.isnan(logits(model, [[[1, 2, 3]], [[4]]], False)[0][1]).any()
+
+
+def test_a_forward_pass_of_ones_own_runs_op_by_op() -> None:
+    """The tape refuses what it does not know; the model runs all the same."""
+    config = WIDE["heads of 64"]
+    backend = get_backend("numpy", threads=1)
+    model = GPT2(config, to_backend(random_weights(config), backend), backend)
+
+    def doubled(model: GPT2, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
+        x = forward(model, ids, positions, cache, last_only=last_only)
+        return model.backend.relu(x)
+
+    compiled = backend.compile(doubled, model)
+    assert not isinstance(compiled, Step)
+    cache = KVCache(config, backend, 1, 3)
+    found = compiled(np.array([[1, 2, 3]]), cache.extend([3]), cache, last_only=False)
+    assert found.shape == (1, 3, config.vocab_size)
+    assert found.min() == 0
+
+
+def test_without_numba_the_model_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gptx.backends.numpy_step", None)
+    backend = get_backend("numpy")
+    config = WIDE["heads of 64"]
+    model = GPT2(config, to_backend(random_weights(config), backend), backend)
+    assert not isinstance(model.forward, Step)
+    q = quantize(np.ones((64, 64), np.float32), 4, 32)
+    assert isinstance(backend.quantized(q), np.ndarray)
+
+
+@pytest.mark.parametrize("options", [{"generic": True}, {"dtype": "float64"}])
+def test_what_turns_the_kernels_off(options: dict[str, Any]) -> None:
+    backend: Backend = get_backend("numpy", **options)
+    q: Quantized = quantize(np.ones((64, 64), np.float32), 8, 32)
+    assert isinstance(backend.quantized(q), np.ndarray)
+
+
+def test_the_logits_are_the_callers() -> None:
+    """A later step does not write into what an earlier one returned."""
+    compiled, _ = models(WIDE["heads of 64"], None, threads=1)
+    found, _ = logits(compiled, [[[1, 2, 3]], [[4]], [[5]]], False)
+    before = [x.copy() for x in found]
+    logits(compiled, [[[9, 9, 9]], [[9]], [[9]]], False)
+    for a, b in zip(found, before, strict=True):
+        np.testing.assert_array_equal(a, b)

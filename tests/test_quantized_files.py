@@ -1,0 +1,248 @@
+"""Files of quantized models: mlx-lm's and gptx's own, and those that are damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bad_input_helpers import refused
+from cli_helpers import run
+from conftest import floats_of, make_model
+from random_models import CASES, random_weights
+from safetensors.numpy import load_file, save_file
+
+import gptx
+from gptx.backends import Backend, get_backend
+from gptx.config import GPT2Config
+from gptx.errors import ParameterError, StorageError, WeightsError
+from gptx.generation import Model
+from gptx.quantization import Quantization, Quantized, quantize
+from gptx.weights import check_weights, quantize_weights, read_weights, save_quantized
+
+GOLDEN = Path(__file__).parent / "golden"
+INT4 = Quantization(32, 4)
+INT8 = Quantization(32, 8)
+CONFIG = CASES["124M"]
+
+# Files that mlx-lm wrote (golden/make_quantized.py)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("mlx-lm-int4", Quantization(64, 4)), ("mlx-lm-int8", Quantization(32, 8))]
+)
+def test_files_of_mlx_lm(name: str, how: Quantization, backend: Backend) -> None:
+    """Float16 and bfloat16 scales, positions quantized, names that begin with `model.`."""
+    with np.load(GOLDEN / name / "logits.npz") as golden:
+        ids, expected = golden["ids"], golden["logits"]
+    model = gptx.load(GOLDEN / name, backend=backend)
+    assert model.config.quantization == how
+    np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
+
+
+def test_floats_of_mlx_lm_are_transposed(folder: Callable[..., Path]) -> None:
+    """With the prefix `model.` a linear layer's matrix is [out, in], also a square one."""
+    weights = random_weights(CONFIG)
+    theirs = {
+        f"model.{name}": np.ascontiguousarray(x.T if ".c_" in name else x)
+        for name, x in weights.items()
+    }
+    path = folder("124M")
+    save_file(theirs, path / "model.safetensors")
+    expected = make_model(CONFIG, get_backend("numpy"), weights)
+    assert gptx.load(path).fingerprint == expected.fingerprint
+    np.testing.assert_allclose(gptx.load(path).logits([1, 2]), expected.logits([1, 2]), atol=1e-5)
+
+
+def test_matrices_that_mlx_lm_left_as_they_were(tmp_path: Path) -> None:
+    """Groups of 64 do not divide 96 inputs; 384 they do."""
+    config = replace(CONFIG, quantization=Quantization(64, 4))
+    weights: dict[str, Any] = random_weights(config)
+    for name in [name for name in weights if name.endswith("mlp.c_proj.weight")]:
+        weights[name] = quantize(weights[name].T, 4, 64)
+    save_quantized(tmp_path, config, weights)
+    got = gptx.load(tmp_path).logits([1, 2, 3])
+    expected = make_model(CONFIG, get_backend("numpy"), floats_of(weights)).logits([1, 2, 3])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+# Files that gptx wrote
+
+
+@pytest.mark.parametrize("how", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("case", ["124M", "untied"])
+def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantization) -> None:
+    weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], how)
+    save_quantized(tmp_path / "new" / "folder", config, weights)
+    path = tmp_path / "new" / "folder"
+    assert GPT2Config.from_file(path / "config.json") == config
+    found = read_weights([path / "model.safetensors"], config)
+    assert set(found) == set(weights)
+    for name, x in weights.items():
+        y = found[name]
+        if isinstance(x, Quantized):
+            assert isinstance(y, Quantized)
+            for part in PARTS:
+                np.testing.assert_array_equal(getattr(y, part), getattr(x, part))
+        else:
+            np.testing.assert_array_equal(y, x)
+
+
+def test_the_names_and_shapes_that_mlx_lm_expects(tmp_path: Path) -> None:
+    weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
+    save_quantized(tmp_path, config, weights)
+    tensors = load_file(tmp_path / "model.safetensors")
+    layer = "model.h.3.mlp.c_fc"
+    assert {name: (str(x.dtype), x.shape) for name, x in tensors.items() if layer in name} == {
+        f"{layer}.weight": ("uint32", (384, 96 // 8)),
+        f"{layer}.scales": ("float32", (384, 3)),
+        f"{layer}.biases": ("float32", (384, 3)),
+        f"{layer}.bias": ("float32", (384,)),
+    }
+    assert all(name.startswith("model.") for name in tensors)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert said["quantization"] == {"group_size": 32, "bits": 4}
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
+    with refused(ParameterError, "no quantization"):
+        save_quantized(tmp_path, CONFIG, random_weights(CONFIG))
+    with refused(WeightsError, "wte.weight is int4 in groups of 32", "int8 in groups of 32"):
+        save_quantized(tmp_path, replace(config, quantization=INT8), weights)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with refused(StorageError, "cannot be made"):
+        save_quantized(tmp_path / "file", config, weights)
+
+
+# What does not fit
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A quantized model's folder, to be damaged."""
+    weights, config = quantize_weights(random_weights(CASES["relu"]), CASES["relu"], INT4)
+    save_quantized(tmp_path / "saved", config, weights)
+    return tmp_path / "saved"
+
+
+PARTS = ("weight", "scales", "biases")
+LAYER = "model.h.0.attn.c_proj"
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no scales": (lambda t: t.pop(f"{LAYER}.scales"), "h.0.attn.c_proj.scales is missing"),
+    "no biases": (lambda t: t.pop("model.wte.biases"), "tensor wte.biases is missing"),
+    "no codes": (lambda t: t.pop(f"{LAYER}.weight"), "h.0.attn.c_proj.weight is missing"),
+    "codes alone": (
+        lambda t: [t.pop(f"{LAYER}.{part}") for part in ("scales", "biases")],
+        "tensors h.0.attn.c_proj.scales, h.0.attn.c_proj.biases are missing",
+    ),
+    "no part": (
+        lambda t: [t.pop(f"{LAYER}.{part}") for part in PARTS],
+        "tensor h.0.attn.c_proj.weight is missing",
+    ),
+    "too few groups": (
+        lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"][:16]}),
+        "is not int4 in groups of 32: the scales are float32 [16, 1], expected float32 [32, 1]",
+    ),
+    "biases of integers": (
+        lambda t: t.update({f"{LAYER}.biases": t[f"{LAYER}.biases"].astype(np.int32)}),
+        "the biases are int32 [32, 1], expected float32 [32, 1]",
+    ),
+    "floats with scales": (
+        lambda t: t.update({f"{LAYER}.weight": np.zeros((32, 32), np.float32)}),
+        "is not int4 in groups of 32: the codes are float32 [32, 32], expected a matrix of uint32",
+    ),
+    "another layer's": (
+        lambda t: (
+            t.update({f"{LAYER}.{p}": t[f"model.wte.{p}"] for p in ("weight",)})
+            or t.update({f"{LAYER}.{p}": t[f"model.wte.{p}"] for p in ("scales", "biases")})
+        ),
+        "tensor h.0.attn.c_proj.weight has shape [97, 32], the config asks for [32, 32]",
+    ),
+    "a quantized norm": (
+        lambda t: t.update({"model.ln_f.scales": np.zeros((1, 1), np.float32)}),
+        "tensor ln_f.biases is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
+    change, says = DAMAGE[damage]
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors")
+    with refused(WeightsError, says):
+        gptx.load(saved)
+    done = run("generate", "-m", str(saved), "O")
+    assert (done.code, done.out) == (65, "")
+    assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ({"group_size": 32, "bits": 8}, "h.0.attn.c_attn.weight is not int8 in groups of 32: 16"),
+        ({"group_size": 64, "bits": 4}, "is not int4 in groups of 64: 32 inputs are no whole"),
+        (None, 'c_attn.weight is quantized, but the config has no "quantization" that says how'),
+    ],
+)
+def test_a_config_that_does_not_fit(saved: Path, quantization: Any, says: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+    with refused(WeightsError, says):
+        gptx.load(saved)
+
+
+def test_floats_that_the_config_calls_quantized(folder: Callable[..., Path]) -> None:
+    path = folder("124M")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization": {**vars(INT4)}}))
+    with refused(WeightsError, "no tensor is quantized, the config asks for int4 in groups of 32"):
+        gptx.load(path)
+
+
+def test_norms_and_biases_are_floats() -> None:
+    weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
+    weights["ln_f.weight"] = weights["wte.weight"]
+    with refused(WeightsError, "ln_f.weight is int4 in groups of 32, the config asks for floats"):
+        check_weights(weights, config)
+
+
+def test_a_quantized_model_of_the_package_travels(tmp_path: Path, shakespeare: Model) -> None:
+    """Written with its tokenizer beside it, read by name of the folder, on to the same text."""
+    files = shakespeare.files
+    weights, config = quantize_weights(
+        read_weights(files.weights, shakespeare.config), shakespeare.config, Quantization(64, 4)
+    )
+    save_quantized(tmp_path, config, weights)
+    shutil.copy(files.tokenizer["tokenizer.json"], tmp_path)
+    expected = gptx.load("shakespeare", quantize="int4").generate("ROMEO:", max_tokens=20)
+    assert gptx.load(tmp_path).generate("ROMEO:", max_tokens=20).text == expected.text
+
+
+# What is asked of them
+
+
+def test_asking_for_what_the_model_is_already(saved: Path) -> None:
+    same = gptx.load(saved, quantize="int4", group_size=32)
+    assert same.fingerprint == gptx.load(saved).fingerprint
+    for options in ({"quantize": "int8", "group_size": 32}, {"quantize": "int4"}):
+        with refused(ParameterError, "was asked for, but the weights are int4 in groups of 32"):
+            gptx.load(saved, **options)
+
+
+def test_info_of_a_quantized_model(saved: Path) -> None:
+    size = (saved / "model.safetensors").stat().st_size
+    out = run("info", str(saved)).out
+    assert "  matrices quantized: int4 in groups of 32\n" in out
+    assert f"  weights stored as float32, int4, all there: {size / 1000:.1f} kB\n" in out
+    said = json.loads(run("info", str(saved), "--json").out)
+    assert said["config"]["quantization"] == {"group_size": 32, "bits": 4}
+    assert (said["stored"], said["stored_bytes"]) == (["float32", "int4"], size)

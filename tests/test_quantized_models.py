@@ -1,0 +1,161 @@
+"""Quantized models: on every backend, from `load` and the command line, and how well they guess."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bad_input_helpers import command, refused
+from cli_helpers import run
+from conftest import floats_of, make_backend, make_model, shared
+from random_models import CASES, random_ids, random_weights, to_bfloat16
+
+import gptx
+from gptx.backends import Backend, get_backend
+from gptx.errors import ParameterError, WeightsError
+from gptx.files import BFLOAT16
+from gptx.generation import Model
+from gptx.quantization import Quantization, Quantized, dequantize, quantize
+from gptx.weights import fingerprint, quantize_weights
+
+INT4 = Quantization(32, 4)
+INT8 = Quantization(32, 8)
+CONFIG = CASES["124M"]
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+# On every backend
+
+
+@pytest.mark.parametrize("how", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("case", ["124M", "untied", "relu"])
+def test_logits_are_those_of_the_dequantized_model(
+    case: str, how: Quantization, backend: Backend
+) -> None:
+    weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], how)
+    ids = random_ids(config, 1, 40, 3)[0].tolist()
+    expected = make_model(CASES[case], get_backend("numpy"), floats_of(weights)).logits(ids)
+    got = make_model(config, backend, weights).logits(ids)
+    np.testing.assert_allclose(got, expected, rtol=2**-23, atol=1e-5)
+
+
+def test_what_is_quantized_and_what_is_not() -> None:
+    config = CASES["untied"]
+    floats = random_weights(config)
+    weights, described = quantize_weights(floats, config, INT4)
+    assert described == replace(config, quantization=INT4)
+    matrices = {f"h.{layer}.{name}.weight" for layer in range(3) for name in MATRICES}
+    matrices |= {"wte.weight", "lm_head.weight"}
+    assert {name for name, x in weights.items() if isinstance(x, Quantized)} == matrices
+    assert all(weights[name] is floats[name] for name in set(floats) - matrices)
+    got, w = weights["h.1.mlp.c_fc.weight"], floats["h.1.mlp.c_fc.weight"]  # [in, out]
+    assert isinstance(got, Quantized)
+    assert got.shape == w.shape[::-1]
+    np.testing.assert_array_equal(dequantize(got), dequantize(quantize(w.T, 4, 32)))
+
+
+def test_bfloat16_weights_are_quantized() -> None:
+    weights: dict[str, Any] = random_weights(CONFIG)
+    wide = to_bfloat16(weights["wte.weight"]).astype(np.uint32) << 16
+    weights["wte.weight"] = to_bfloat16(weights["wte.weight"]).view(BFLOAT16)
+    got = quantize_weights(weights, CONFIG, INT4)[0]["wte.weight"]
+    assert isinstance(got, Quantized)
+    expected = quantize(wide.view(np.float32), 4, 32)
+    np.testing.assert_array_equal(got.weight, expected.weight)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_load_quantizes(folder: Callable[..., Path], backend: str) -> None:
+    made = make_backend(backend)
+    expected = make_model(CONFIG, made, how=INT4)
+    model = gptx.load(folder("124M"), backend=made, quantize="int4", group_size=32)
+    assert (model.config, model.fingerprint) == (expected.config, expected.fingerprint)
+    np.testing.assert_array_equal(model.logits([1, 2, 3]), expected.logits([1, 2, 3]))
+
+
+def test_a_quantized_model_has_a_fingerprint_of_its_own() -> None:
+    floats = random_weights(CONFIG)
+    prints = {fingerprint(quantize_weights(floats, CONFIG, how)[0]) for how in (None, INT4, INT8)}
+    assert len(prints) == 3
+    weights, _ = quantize_weights(floats, CONFIG, INT4)
+    x = weights["h.2.mlp.c_fc.weight"]
+    assert isinstance(x, Quantized)
+    other = replace(x, scales=x.scales * 2)
+    assert fingerprint(weights) != fingerprint({**weights, "h.2.mlp.c_fc.weight": other})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_come_close(dtype: str) -> None:
+    ids = random_ids(CONFIG, 1, 40, 3)[0].tolist()
+    exact = make_model(CONFIG, get_backend("numpy", dtype="float64"), how=INT4).logits(ids)
+    ours = make_model(CONFIG, make_backend("mlx", dtype=dtype), how=INT4).logits(ids)
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert error < {"float16": 0.02, "bfloat16": 0.12}[dtype]
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quantize": "int5"}, "quantize is 'int5', expected 'int8' or 'int4'"),
+        ({"quantize": 4}, "quantize is 4, expected"),
+        ({"quantize": ["int4"]}, "quantize is ['int4'], expected"),
+        ({"quantize": "int4", "group_size": 48}, "group_size is 48, expected 32, 64 or 128"),
+        ({"quantize": "int4", "group_size": None}, "group_size is None, expected"),
+        ({"group_size": 32}, "group_size is 32, but nothing is quantized: give quantize='int8'"),
+    ],
+)
+def test_bad_options_are_found_before_a_model_is_looked_for(options: Any, says: str) -> None:
+    with refused(ParameterError, says):
+        gptx.load("./nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--quantize", "int5"), "quantize is 'int5', expected 'int8' or 'int4'"),
+        (("--group-size", "32"), "group_size is 32, but nothing is quantized"),
+        (("--quantize", "int4", "--group-size", "48"), "expected 32, 64 or 128"),
+        (
+            ("--quantize", "int4", "--group-size", "128"),
+            "h.0.attn.c_attn.weight has 192 inputs: give 32 or 64",
+        ),
+    ],
+)
+def test_bad_options_of_the_command(args: tuple[str, ...], says: str) -> None:
+    command(*args, "O", code=2, says=says)
+
+
+def test_weights_that_are_not_finite(folder: Callable[..., Path]) -> None:
+    weights = random_weights(CONFIG)
+    weights["h.1.mlp.c_fc.weight"][5, 7] = math.nan
+    with refused(WeightsError, "h.1.mlp.c_fc.weight holds a NaN"):
+        gptx.load(folder("124M", weights=weights), quantize="int4", group_size=32)
+
+
+def test_the_command_quantizes() -> None:
+    args = ("-q", "-n", "20", "O")
+    expected = str(gptx.load("shakespeare", quantize="int4").generate("O", max_tokens=20))
+    done = run("generate", "-m", "shakespeare", "--quantize", "int4", *args)
+    assert (done.code, done.out.rstrip("\n")) == (0, expected.rstrip("\n"))
+
+
+# How well it still guesses
+
+
+def test_perplexity_of_held_out_text(shakespeare: Model) -> None:
+    """Of a tenth of it; of all of it, the README has the figures."""
+    text = shared("data/tinyshakespeare.txt").read_text()
+    ids = shakespeare.encode(text[int(len(text) * 0.9) :])[:5_000]
+    floats = shakespeare.score(ids).perplexity
+    for name, most in ("int8", 1.005), ("int4", 1.04):
+        ratio = gptx.load("shakespeare", quantize=name).score(ids).perplexity / floats
+        assert ratio < most
+        assert abs(ratio - 1) > 1e-6  # or nothing was quantized
