@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,12 @@ def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:
     assert batches == [[2, 1], [2, 1]]
 
 
+def test_the_other_commands_start_without_it() -> None:
+    code = "import sys, gptx.cli; print([m for m in sys.modules if m.startswith('gptx.bench.')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_processes_of_their_own(folder: Callable[..., Path]) -> None:
     done = run("bench", "-m", str(folder()), *READ, "-o", "json")
     assert done.code == 0
@@ -72,6 +79,7 @@ def test_processes_of_their_own(folder: Callable[..., Path]) -> None:
     [
         (("-p", "many"), 2, "'many' is not a list of whole numbers of at least 0"),
         (("-p", "-1"), 2, "'-1' is not a list"),
+        (("-p", "9" * 5000), 2, "is not a list"),
         (("-p", "1,,2"), 2, "'1,,2' is not a list"),
         (("-p", "300"), 2, "pp300 needs 300 tokens of context, shakespeare has 256"),
         (("-n", "1.5"), 2, "'1.5' is not a list"),
@@ -105,7 +113,7 @@ def test_processes_of_their_own(folder: Callable[..., Path]) -> None:
         (("--preset", "total", "-n", "0"), 2, "-n is 0, this preset expects one number"),
         (("--nonsense",), 2, "--nonsense"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
 def test_bad_options(args: tuple[str, ...], code: int, says: str) -> None:
     done = run("bench", *args)

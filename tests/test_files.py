@@ -17,7 +17,7 @@ import pytest
 from safetensors_bytes import DATA, entry, safetensors, weights_path
 
 from gptx.errors import StorageError, WeightsError
-from gptx.files import DTYPES, atomic_write, read_safetensors, widened
+from gptx.files import DTYPES, atomic_file, atomic_write, read_safetensors, widened
 
 
 @pytest.fixture
@@ -319,6 +319,24 @@ def test_the_data_is_on_the_disk_before_it_is_in_its_place(
         monkeypatch.setattr(os, name, partial(called, name))
     atomic_write(tmp_path / "file", b"data")
     assert calls == ["fsync", "replace"]
+
+
+def test_what_fails_while_a_file_is_written_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write_and_fail(error: Exception) -> None:
+        with atomic_file(path) as file:
+            file.write(b"new")
+            raise error
+
+    for error in (StorageError("the source cannot be read"), ValueError("wrong")):
+        with pytest.raises(type(error)) as caught:
+            write_and_fail(error)
+        assert caught.value is error  # it is not of this file
+    with pytest.raises(StorageError, match="file cannot be written"):
+        write_and_fail(OSError("full"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

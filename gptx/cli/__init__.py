@@ -2,6 +2,7 @@
 
 Standard output carries the text alone; diagnostics go to standard error, one line each.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from typing import Any
 import click
 
 from gptx._version import __version__
+from gptx.cli.blas import choose_kernels
+
+choose_kernels()  # before the imports that follow bring NumPy along
+
 from gptx.cli.backends import backends
+from gptx.cli.bench import bench
 from gptx.cli.download import download
 from gptx.cli.generate import generate
 from gptx.cli.info import info
@@ -52,7 +58,7 @@ def gptx() -> None:
     """
 
 
-for command in (generate, info, backends, download):
+for command in (generate, info, backends, bench, download):
     gptx.add_command(command)
 
 

@@ -1,0 +1,232 @@
+"""The grid as pictures: rate, time and speedup by threads, and rate by context; PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptx.bench.process import Event
+from gptx.bench.report import count
+from gptx.errors import ParameterError
+
+# Okabe and Ito's colors, which people with color blindness can tell apart.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":", "-.")  # for another round of those
+IDEAL = "ideal"
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "gptx",  # the same picture gives the same file
+}
+KINDS = {"prompt": "reading a prompt", "output": "generating"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: a record's place on the x axis, and its height (and the deviation of that)."""
+
+    file: str
+    title: str
+    x: str
+    x_label: str
+    y_label: str
+    y: Callable[[Event], float]
+    spread: Callable[[Event], float | None] = lambda record: None
+    relative: bool = False  # to the first point of each line, whose ideal is as much as x
+
+
+def _rate(record: Event) -> float:
+    return float(record["tokens_per_second"])
+
+
+PLOTS = (
+    Plot(
+        "tokens-per-second-by-threads",
+        "Speed by number of threads",
+        "threads",
+        "threads",
+        "tokens per second",
+        _rate,
+        lambda r: r["tokens_per_second_sd"],
+    ),
+    Plot(
+        "seconds-per-token-by-threads",
+        "Time of a token by number of threads",
+        "threads",
+        "threads",
+        "milliseconds per token",
+        lambda r: 1e3 * r["seconds_per_token"],
+    ),
+    Plot(
+        "speedup-by-threads",
+        "Speedup by number of threads",
+        "threads",
+        "threads",
+        "times as fast",
+        _rate,
+        relative=True,
+    ),
+    Plot(
+        "tokens-per-second-by-context",
+        "Speed by length of the context",
+        "depth",
+        "tokens in the cache before",
+        "tokens per second",
+        _rate,
+        lambda r: r["tokens_per_second_sd"],
+    ),
+)
+
+
+def plotting_into(folder: str) -> Path:
+    """Make the folder, and see that there is something to draw with, before hours are spent.
+
+    Raises
+    ------
+    ParameterError
+        matplotlib is not there.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ParameterError(
+            f"--plot needs matplotlib, which cannot be imported ({error}): pip install 'gptx[plot]'"
+        ) from error
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def draw(records: Sequence[Event], folder: Path) -> list[Path]:
+    """Draw what the records allow, and return the files.
+
+    Backends without a number of threads are in the picture of the context alone.
+    """
+    import matplotlib
+
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for plot in PLOTS:
+            chosen = [record for record in records if record[plot.x] is not None]
+            if not chosen:
+                continue
+            figure = _figure(plot, chosen)
+            for ending, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+                path = folder / f"{plot.file}.{ending}"
+                figure.savefig(path, **options)
+                written.append(path)
+    return written
+
+
+def _figure(plot: Plot, records: Sequence[Event]) -> Any:
+    from matplotlib.figure import Figure
+
+    panels = {}
+    for kind, title in KINDS.items():
+        if chosen := [record for record in records if record[kind]]:
+            lengths = {record[kind] for record in chosen}
+            length = f", {count(lengths.pop(), 'token')}" if len(lengths) == 1 else ""
+            panels[title + length] = _lines(chosen, plot)
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    figure = Figure(figsize=(1.0 + 4.6 * len(panels), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure.suptitle(f"{plot.title}\n", x=0.01, ha="left", weight="bold", size=13)
+    figure.text(0.01, 0.925, _about(records), ha="left", va="top", color="#555555", size=9)
+    shown: dict[str, Any] = {}
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        ax.set_title(title, loc="left")
+        ax.set_xlabel(plot.x_label)
+        ax.set_ylabel(plot.y_label)
+        shown |= _panel(ax, plot, lines, labels)
+    if len(shown) > 1:
+        ordered = sorted(shown, key=[*labels, IDEAL].index)
+        handles = [shown[label] for label in ordered]
+        figure.legend(handles, ordered, loc="outside right center")
+    return figure
+
+
+def _lines(records: Sequence[Event], plot: Plot) -> dict[str, list[Event]]:
+    """The points of each line, by its label."""
+    names = [name for name in FIELDS if name != plot.x and len({r[name] for r in records}) > 1]
+    lines: dict[str, list[Event]] = {}
+    for record in sorted(records, key=lambda record: record[plot.x]):
+        label = ", ".join(filter(None, (FIELDS[name](record) for name in names)))
+        lines.setdefault(label or "all", []).append(record)
+    return lines
+
+
+def _panel(
+    ax: Any, plot: Plot, lines: dict[str, list[Event]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Draw lines, styled by their place in `labels`; label -> what stands for it in a legend."""
+    shown = {}
+    highest = 0.0
+    for label, points in lines.items():
+        number = labels.index(label)
+        unit = plot.y(points[0]) / points[0][plot.x] if plot.relative else 1.0
+        x = [point[plot.x] for point in points]
+        y = [plot.y(point) / unit for point in points]
+        spread = [plot.spread(point) or 0.0 for point in points]
+        style: dict[str, Any] = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
+        }
+        [shown[label]] = ax.plot(x, y, **style)
+        ax.errorbar(x, y, spread, fmt="none", ecolor=style["color"], capsize=3)
+        highest = max(highest, *(a + b for a, b in zip(y, spread, strict=True)))
+    places = sorted({point[plot.x] for points in lines.values() for point in points})
+    if plot.relative:
+        highest = max(highest, places[-1])
+        [shown[IDEAL]] = ax.plot(places, places, color="#888888", linestyle="--", zorder=1)
+    ax.set_xticks(_apart(places))
+    ax.margins(x=0.08)
+    ax.set_ylim(0, 1.08 * highest)
+    ax.yaxis.set_major_formatter("{x:,.6g}")
+    return shown
+
+
+def _apart(places: Sequence[int]) -> list[int]:
+    """Those of the places whose numbers do not run into each other on an axis."""
+    kept = [places[-1]]
+    for place in reversed(places[:-1]):
+        if kept[-1] - place >= 0.06 * (places[-1] - places[0]):
+            kept.append(place)
+    return kept
+
+
+FIELDS: dict[str, Callable[[Event], str]] = {
+    "model": lambda r: r["model"],
+    "backend": lambda r: r["backend"],
+    "generic": lambda r: "generic" if r["generic"] else "",
+    "dtype": lambda r: r["dtype"],
+    "threads": lambda r: count(r["threads"], "thread") if r["threads"] else "",
+    "batch": lambda r: f"batch {r['batch']}",
+    "prompt": lambda r: f"{r['prompt']} tokens" if r["prompt"] else "",
+    "output": lambda r: f"{r['output']} tokens" if r["output"] else "",
+    "depth": lambda r: f"after {count(r['depth'], 'token')}",
+}
+
+
+USUAL = {"batch": 1, "depth": 0}  # not worth a word
+
+
+def _about(records: Sequence[Event]) -> str:
+    """What all records have in common."""
+    first = records[0]
+    shared = [name for name in FIELDS if all(record[name] == first[name] for record in records)]
+    parts = [FIELDS[name](first) for name in shared if first[name] != USUAL.get(name)]
+    return " · ".join(filter(None, [*parts, first["cpu"], first["date"][:10]]))
