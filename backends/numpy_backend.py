@@ -22,6 +22,8 @@ from gptx.quantization import Quantized
 
 Array = np.ndarray
 
+CACHE_LINE = 64  # bytes, of all the processors that have vectors of so many
+
 
 class NumpyBackend(Backend):
     """NumPy's own arrays. Memory-mapped float32 weights are used where they lie."""
@@ -74,6 +76,9 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> Array:
         return x
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return aligned(shape, self.float, np.zeros)
+
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
         if not isinstance(weight, Array):
             return weight.product(x, bias, self.threads)
@@ -125,6 +130,14 @@ class NumpyBackend(Backend):
             np.copyto(scores, -math.inf, where=hidden)
         heads = _softmax(scores) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Array] = np.empty) -> Array:
+    """A new array that begins where a cache line does, so that no vector lies across two."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = make(n_bytes + CACHE_LINE, np.uint8)
+    first = -room.ctypes.data % CACHE_LINE
+    return room[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 def _softmax(x: Array) -> Array:

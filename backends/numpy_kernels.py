@@ -11,11 +11,15 @@ what thread t does; `_everywhere` is the only parallel loop there is.
 from __future__ import annotations
 
 import math
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
 
+from gptx.backends.amx import ROWS as amx_rows
+from gptx.backends.amx import cut, multiply
 from gptx.backends.numpy_attend import attend_1, attend_4
 from gptx.backends.numpy_products import (
     BLOCK,
@@ -36,7 +40,7 @@ from gptx.backends.numpy_products import (
 )
 from gptx.backends.simd import (
     FAST,
-    byte_array,
+    LANES,
     exp,
     float_array,
     load,
@@ -47,12 +51,14 @@ from gptx.backends.simd import (
     word_array,
 )
 
+SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
+
 # Not compiled on their own: LLVM would go through what they call at each level anew.
 inlined = njit(inline="always")
 
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
-CHUNK = 64  # blocks of rows that share a panel
+CHUNK = 32  # blocks of rows that share a panel
 
 EMBED, LINEAR, ATTENTION = range(3)
 MATRIX, TABLE, INT8, INT4 = range(4)  # float32 [I, O], float32 [O, I], tiles
@@ -78,12 +84,11 @@ def _expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
         expand_floats(w, n_out, tile, first, depth, panel)
         return
     scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
+    codes = word_array(op[WEIGHT], size)
     if op[FORMAT] == INT8:
-        w8 = byte_array(op[WEIGHT], size)
-        expand_int8(w8, scales, offsets, tile, n_in, group, first, depth, panel)
+        expand_int8(codes, scales, offsets, tile, n_in, group, first, depth, panel)
     else:
-        w4 = word_array(op[WEIGHT], size)
-        expand_int4(w4, scales, offsets, tile, n_in, group, first, depth, panel)
+        expand_int4(codes, scales, offsets, tile, n_in, group, first, depth, panel)
 
 
 # What comes before a product, and after it
@@ -157,20 +162,18 @@ def _embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
     size = n_in * (op[N_OUT] + TILE)
     floats, scales = float_array(op[WEIGHT], size), float_array(op[SCALES], size)
     offsets, positions = float_array(op[OFFSETS], size), float_array(op[POSITIONS], size)
-    codes, words = byte_array(op[WEIGHT], size), word_array(op[WEIGHT], size)
+    words, bits = word_array(op[WEIGHT], size), 8 if op[FORMAT] == INT8 else 4
+    per_word = 32 // bits
     for n in range(len(tokens)):
         token = tokens[n]
-        tile, lane = token // TILE, token % TILE
+        tile, lane = token // LANES, token % LANES
         for k in range(n_in):
             if op[FORMAT] == TABLE:
                 value = floats[token * n_in + k]
             else:
-                if op[FORMAT] == INT8:
-                    code = np.uint32(codes[(tile * n_in + k) * TILE + lane])
-                else:
-                    word = words[(tile * (n_in // 8) + k // 8) * TILE + lane]
-                    code = (word >> np.uint32(4 * (k % 8))) & np.uint32(15)
-                g = (tile * (n_in // group) + k // group) * TILE + lane
+                word = words[(tile * n_in + k) // per_word * LANES + lane]
+                code = (word >> np.uint32(k % per_word * bits)) & np.uint32((1 << bits) - 1)
+                g = (tile * (n_in // group) + k // group) * LANES + lane
                 value = np.float32(code) * scales[g] + offsets[g]
             y[n * op[TARGET_WIDTH] + k] = value + positions[index[n] * n_in + k]
 
@@ -198,7 +201,10 @@ def _prepare_row(op: Any, x: Any, xi: int, normed: Any) -> None:
             normed[n_in + g] = s
     if op[FORMAT] == INT4:
         for k in range(n_in):
-            normed[k] *= SHRINK[k % 8]
+            normed[k] *= SHRINK_4[k % 8]
+    if op[FORMAT] == INT8:
+        for k in range(n_in):
+            normed[k] *= SHRINK_8[k % 4]
 
 
 @inlined
@@ -222,13 +228,13 @@ def _multiply_row(
     else:
         scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
         first, last = _share(tiles, t, threads)
+        codes = word_array(op[WEIGHT], size)
         for tile in range(first, last):
-            if op[FORMAT] == INT8:
-                w8 = byte_array(op[WEIGHT], size)
-                times_int8(w8, scales, offsets, normed, tile, n_in, group, y)
-            else:
-                w4 = word_array(op[WEIGHT], size)
-                times_int4(w4, scales, offsets, normed, tile, n_in, group, y)
+            for part in range(4 * tile, 4 * tile + 4):
+                if op[FORMAT] == INT8:
+                    times_int8(codes, scales, offsets, normed, part, n_in, group, y)
+                else:
+                    times_int4(codes, scales, offsets, normed, part, n_in, group, y)
             _finish(op, y, 0, tile, residual)
 
 
@@ -246,9 +252,18 @@ def _add_row(op: Any, y: Any, residual: Any, work: Any, t: int, threads: int) ->
 
 
 @inlined
-def _prepare_rows(op: Any, x: Any, rows: int, step: int, normed: Any, t: int, threads: int) -> None:
+def _prepare_rows(
+    op: Any, x: Any, rows: int, step: int, normed: Any, amx: bool, room: Any, t: int, threads: int
+) -> None:
     """The norm of a share of the rows; for `outer`, the rows of a block side by side."""
     n_in = op[N_IN]
+    if amx:
+        padded = (rows + amx_rows - 1) // amx_rows * amx_rows
+        first, last = _share(rows, t, threads)
+        for row in range(first, last):
+            _normed(op, x, ((row + 1) * step - 1) * op[SOURCE_WIDTH], room, 0, 1)
+            cut(room, n_in, op[GROUP], 8 if op[FORMAT] == INT8 else 4, normed, row, padded)
+        return
     first, last = _share((rows + BLOCK - 1) // BLOCK, t, threads)
     for row in range(first * BLOCK, last * BLOCK):
         i = ((min(row, rows - 1) + 1) * step - 1) * op[SOURCE_WIDTH]  # the last one fills up
@@ -260,10 +275,12 @@ def _prepare_rows(op: Any, x: Any, rows: int, step: int, normed: Any, t: int, th
 
 @inlined
 def _multiply_rows(
-    op: Any, rows: int, normed: Any, y: Any, residual: Any, panel: Any, t: int, threads: int
-) -> None:
+    op: Any, rows: int, normed: Any, y: Any, residual: Any, amx: bool, room: Any, t: int,
+    threads: int,
+) -> None:  # fmt: skip
     """A share of the outputs of several rows and, if there are many, of those."""
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    size = n_in * (n_out + TILE)
     if op[FORMAT] == TABLE:
         w = float_array(op[WEIGHT], n_in * n_out)
         first, last = _share(n_out // 4, t, threads)
@@ -275,18 +292,25 @@ def _multiply_rows(
                 dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1)
         return
     blocks = (rows + BLOCK - 1) // BLOCK
-    chunks = (blocks + CHUNK - 1) // CHUNK
-    first, last = _share((n_out + TILE - 1) // TILE * chunks, t, threads)
+    chunks, tiles = (blocks + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
+    first, last = _share(tiles * chunks, t, threads)
     for task in range(first, last):
-        tile, chunk = task // chunks, task % chunks
+        chunk, tile = task // tiles, task % tiles
         begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, blocks)
-        for k in range(0, n_in, DEPTH):
-            depth = min(DEPTH, n_in - k)
-            _expand(op, tile, k, depth, panel)
-            for block in range(begin, end):
-                xi = block * BLOCK * n_in + k * BLOCK
-                yi = block * BLOCK * width + tile * TILE
-                outer_4x4(normed, xi, panel, 0, TILE, depth, y, yi, width, k == 0)
+        if amx:
+            codes, bits = word_array(op[WEIGHT], size), 8 if op[FORMAT] == INT8 else 4
+            scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
+            for part in range(4 * tile, 4 * tile + 4):
+                multiply(codes, scales, offsets, bits, part, n_in, op[GROUP], normed, rows,
+                         begin * BLOCK, min(end * BLOCK, rows), y, width, room)  # fmt: skip
+        else:
+            for k in range(0, n_in, DEPTH):
+                depth = min(DEPTH, n_in - k)
+                _expand(op, tile, k, depth, room)
+                for block in range(begin, end):
+                    xi = block * BLOCK * n_in + k * BLOCK
+                    yi = block * BLOCK * width + tile * TILE
+                    outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
         for row in range(begin * BLOCK, min(end * BLOCK, rows)):
             _finish(op, y, row * width, tile, residual)
 
@@ -339,7 +363,7 @@ def _attention(
 @compiled
 def _part(
     op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, t: int, threads: int,
+    work: Any, amx: bool, t: int, threads: int,
 ) -> None:  # fmt: skip
     """What thread t does in one stage of LINEAR or ATTENTION."""
     B, T, H, D, room = shape
@@ -357,10 +381,11 @@ def _part(
         else:
             _attention(op, x, y, index, k, v, shape, work[t], t, threads)
     elif rows > 1:
+        codes = amx and (op[FORMAT] == INT8 or op[FORMAT] == INT4)
         if stage == 0:
-            _prepare_rows(op, x, rows, step, normed, t, threads)
+            _prepare_rows(op, x, rows, step, normed, codes, work[t], t, threads)
         else:
-            _multiply_rows(op, rows, normed, y, residual, work[t], t, threads)
+            _multiply_rows(op, rows, normed, y, residual, codes, work[t], t, threads)
     elif stage == 0:
         own = normed[t * (len(normed) // threads) :]
         _prepare_row(op, x, (step - 1) * op[SOURCE_WIDTH], own)
@@ -372,34 +397,48 @@ def _part(
 @njit(parallel=True, fastmath=FAST, error_model="numpy")
 def _everywhere(
     op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, threads: int,
+    work: Any, amx: bool, threads: int,
 ) -> None:  # fmt: skip
     for t in prange(threads):
-        _part(op, stage, buffers, index, keys, values, shape, normed, work, t, threads)
+        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, t, threads)
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True, nogil=True)
-def run(
-    program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-    normed: Any, work: Any, threads: int,
-) -> None:  # fmt: skip
-    """Run a program on tokens and positions [B·T].
+def _runner(sources: int) -> Any:
+    """Make `run`. To see whether what it has cached is still right, Numba looks at the file of a
+    function and at what it closes over: the checksum of all these files."""
 
-    `buffers` are the addresses of the activations, `keys` and `values` those of a layer's
-    [B, H, room, D], `shape` is (B, T, H, D, room); `normed` and `work` [threads, ...] are room to
-    work in.
-    """
-    B, T = shape[0], shape[1]
-    for i in range(len(program)):
-        op = program[i]
-        if op[KIND] == EMBED:
-            y = float_array(buffers[op[TARGET]], B * T * op[TARGET_WIDTH])
-            _embed(op, tokens, index, y)
-            continue
-        one_row = op[KIND] == LINEAR and B == 1 and (T == 1 or op[LAST] == 1)
-        alone = threads == 1 or B * T * op[WORK] < LITTLE
-        for stage in range(1 if one_row and op[FORMAT] != MATRIX else 2):
-            if alone:
-                _part(op, stage, buffers, index, keys, values, shape, normed, work, 0, 1)
-            else:
-                _everywhere(op, stage, buffers, index, keys, values, shape, normed, work, threads)
+    @njit(fastmath=FAST, error_model="numpy", cache=True, nogil=True)
+    def run(
+        program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
+        normed: Any, work: Any, amx: bool, threads: int,
+    ) -> None:  # fmt: skip
+        """Run a program on tokens and positions [B·T].
+
+        `buffers` are the addresses of the activations, `keys` and `values` those of a layer's
+        [B, H, room, D], `shape` is (B, T, H, D, room); `normed` and `work` [threads, ...] are room
+        to work in; `amx` is whether there is that unit (see `amx.py`).
+        """
+        if sources < 0:  # it never is
+            return
+        B, T = shape[0], shape[1]
+        for i in range(len(program)):
+            op = program[i]
+            if op[KIND] == EMBED:
+                y = float_array(buffers[op[TARGET]], B * T * op[TARGET_WIDTH])
+                _embed(op, tokens, index, y)
+                continue
+            one_row = op[KIND] == LINEAR and B == 1 and (T == 1 or op[LAST] == 1)
+            alone = threads == 1 or B * T * op[WORK] < LITTLE
+            for stage in range(1 if one_row and op[FORMAT] != MATRIX else 2):
+                if alone:
+                    _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, 0, 1)
+                else:
+                    _everywhere(
+                        op, stage, buffers, index, keys, values, shape, normed, work, amx, threads
+                    )
+
+    return run
+
+
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in _FILES)))

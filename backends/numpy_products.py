@@ -5,7 +5,7 @@ With one row a product waits for memory, so each weight is read once, in the ord
 floats that fit the nearest cache (`expand_...`), and 4 rows by 64 columns of the result stay in
 registers (`outer`). Arrays are flat, and an index beside one says where a matrix in it begins.
 
-Quantized matrices lie in tiles of 64 outputs, input by input (see `numpy_step.Tiles`).
+Quantized matrices lie in tiles of 16 outputs, input by input (see `numpy_step.Tiles`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from numba import njit
 
 from gptx.backends.simd import (
     FAST,
+    LANES,
+    code,
     get,
     load,
-    nibble,
     prefetch,
     put,
     splat,
@@ -30,12 +31,15 @@ from gptx.backends.simd import (
     vectors,
 )
 
-TILE = 64  # outputs of a quantized tile, and of a panel
+TILE = 64  # outputs of a panel, and of four quantized tiles
 BLOCK = 4  # rows of a block
-AHEAD = 4096  # bytes by which a stream of weights is fetched before it is needed
+AHEAD = 8192  # bytes by which a stream of weights is fetched before it is needed
 
-# What `nibble` multiplied by 16**n.
-SHRINK = np.array([16.0**-n for n in range(7)] + [1.0], np.float32)
+# What makes up for `code`, by bits.
+SHRINK = {
+    bits: np.array([2.0 ** (-bits * n) for n in range(32 // bits - 1)] + [1.0], np.float32)
+    for bits in (4, 8)
+}
 
 compiled = njit(fastmath=FAST, error_model="numpy")
 
@@ -106,62 +110,40 @@ dots_4x4, dots_4x1, dots_1x4, dots_1x1 = dots(4, 4), dots(4, 1), dots(1, 4), dot
 # LINEAR, one row: each weight is read once, as it lies
 
 
-@compiled
-def times_int8(
-    w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
-) -> None:
-    """One tile of y = W·x; behind x there are its sums over the groups."""
-    groups = n_in // group
-    result = vectors(4)
-    for c in range(4):
-        put(result, c, splat(0.0))
-    for g in range(groups):
-        acc = vectors(4)
-        for c in range(4):
-            put(acc, c, splat(0.0))
-        for k in range(g * group, (g + 1) * group):
-            i = (tile * n_in + k) * TILE
-            prefetch(w, i + AHEAD)
-            for c in range(4):
-                put(acc, c, get(acc, c) + load(w, i + 16 * c) * spread(x, k))
-        i = (tile * groups + g) * TILE
-        for c in range(4):
-            scaled = load(scales, i + 16 * c) * get(acc, c)
-            put(
-                result, c, get(result, c) + scaled + load(offsets, i + 16 * c) * spread(x, n_in + g)
-            )
-    for c in range(4):
-        store(y, tile * TILE + 16 * c, get(result, c))
+def times_codes(bits: int) -> Callable[..., None]:
+    """Make 16 outputs of y = W·x for codes of so many bits; x makes up for `code`."""
+    per_word = 32 // bits
+
+    @compiled
+    def times(
+        w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
+    ) -> None:
+        """Behind x there are the sums of its groups, before that."""
+        groups = n_in // group
+        result = splat(0.0)
+        for g in range(groups):
+            acc = vectors(per_word)  # one for each code of a word: sums that need not wait
+            for n in range(per_word):
+                put(acc, n, splat(0.0))
+            for k in range(g * group, (g + 1) * group, per_word):
+                i = (tile * n_in + k) // per_word * LANES
+                prefetch(w, i + AHEAD // 4)
+                words = load(w, i)
+                for n in range(per_word):
+                    put(acc, n, get(acc, n) + code(words, n, bits) * spread(x, k + n))
+            whole = get(acc, 0)
+            for n in range(1, per_word):
+                whole += get(acc, n)
+            i = (tile * groups + g) * LANES
+            prefetch(scales, i + AHEAD // 16)
+            prefetch(offsets, i + AHEAD // 16)
+            result += load(scales, i) * whole + load(offsets, i) * spread(x, n_in + g)
+        store(y, tile * LANES, result)
+
+    return times
 
 
-@compiled
-def times_int4(
-    w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
-) -> None:
-    """The same with eight inputs to a word, and x made to match `nibble`."""
-    groups = n_in // group
-    result = vectors(4)
-    for c in range(4):
-        put(result, c, splat(0.0))
-    for g in range(groups):
-        acc = vectors(4)
-        for c in range(4):
-            put(acc, c, splat(0.0))
-        for k in range(g * group, (g + 1) * group, 8):
-            i = (tile * n_in + k) * (TILE // 8)
-            for c in range(4):
-                prefetch(w, i + 16 * c + AHEAD // 4)
-                words = load(w, i + 16 * c)
-                for n in range(8):
-                    put(acc, c, get(acc, c) + nibble(words, n) * spread(x, k + n))
-        i = (tile * groups + g) * TILE
-        for c in range(4):
-            scaled = load(scales, i + 16 * c) * get(acc, c)
-            put(
-                result, c, get(result, c) + scaled + load(offsets, i + 16 * c) * spread(x, n_in + g)
-            )
-    for c in range(4):
-        store(y, tile * TILE + 16 * c, get(result, c))
+times_int8, times_int4 = times_codes(8), times_codes(4)
 
 
 @compiled
@@ -202,29 +184,28 @@ def expand_floats(w: Any, n_out: int, tile: int, first: int, depth: int, panel: 
                 panel[p + j] = w[i + j] if j < left else np.float32(0)
 
 
-@compiled
-def expand_int8(
-    w: Any, scales: Any, offsets: Any, tile: int, n_in: int, group: int, first: int, depth: int,
-    panel: Any,
-) -> None:  # fmt: skip
-    for k in range(first, first + depth):
-        i, g = (tile * n_in + k) * TILE, (tile * (n_in // group) + k // group) * TILE
+def expand_codes(bits: int) -> Callable[..., None]:
+    """Make the same for codes of so many bits, of which four tiles make a panel."""
+    per_word = 32 // bits
+    shrink = SHRINK[bits]
+
+    @compiled
+    def expand(
+        w: Any, scales: Any, offsets: Any, tile: int, n_in: int, group: int, first: int,
+        depth: int, panel: Any,
+    ) -> None:  # fmt: skip
         for c in range(4):
-            value = load(w, i + 16 * c) * load(scales, g + 16 * c) + load(offsets, g + 16 * c)
-            store(panel, (k - first) * TILE + 16 * c, value)
+            part = 4 * tile + c
+            for k in range(first, first + depth, per_word):
+                i = (part * n_in + k) // per_word * LANES
+                g = (part * (n_in // group) + k // group) * LANES
+                prefetch(w, i + AHEAD // 4)
+                words, scale, offset = load(w, i), load(scales, g), load(offsets, g)
+                for n in range(per_word):
+                    value = code(words, n, bits) * spread(shrink, n) * scale + offset
+                    store(panel, (k + n - first) * TILE + LANES * c, value)
+
+    return expand
 
 
-@compiled
-def expand_int4(
-    w: Any, scales: Any, offsets: Any, tile: int, n_in: int, group: int, first: int, depth: int,
-    panel: Any,
-) -> None:  # fmt: skip
-    for k in range(first, first + depth, 8):
-        i = (tile * n_in + k) * (TILE // 8)
-        g = (tile * (n_in // group) + k // group) * TILE
-        for c in range(4):
-            words = load(w, i + 16 * c)
-            scale, offset = load(scales, g + 16 * c), load(offsets, g + 16 * c)
-            for n in range(8):
-                value = nibble(words, n) * spread(SHRINK, n) * scale + offset
-                store(panel, (k + n - first) * TILE + 16 * c, value)
+expand_int8, expand_int4 = expand_codes(8), expand_codes(4)

@@ -12,8 +12,11 @@ from typing import Any
 import numba
 import numpy as np
 
+from gptx.backends import amx
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends.base import Positions
+from gptx.backends.numpy_backend import aligned
+from gptx.backends.simd import LANES
 from gptx.backends.tape import ACTIVATIONS, Instruction, record
 from gptx.quantization import Quantized
 
@@ -28,23 +31,24 @@ FORMATS = {4: kernels.INT4, 8: kernels.INT8}
 
 
 class Tiles:
-    """A quantized matrix [O, I] as the kernels read it: tiles of 64 outputs, input by input.
+    """A quantized matrix [O, I] as the kernels read it: tiles of 16 outputs, input by input.
 
     Attributes
     ----------
     shape
         (O, I).
     weight
-        Codes [O / 64, I, 64] of 8 bits; of 4 bits, words [O / 64, I / 8, 64] of eight inputs each.
+        uint32 [O / 16, I * bits / 32, 16]: codes of four or eight inputs of an output to a word.
     scales, offsets
-        float32 [O / 64, I / group, 64]; a weight is scale * code + offset.
+        float32 [O / 16, I / group, 16]; a weight is scale * code + offset.
     """
 
     def __init__(self, q: Quantized) -> None:
         self.shape = q.shape
+        self.bits = q.bits
         self.format = FORMATS[q.bits]
         self.group = q.group_size
-        self.weight = _tiled(q.weight if q.bits == 4 else q.weight.view(np.uint8))
+        self.weight = _tiled(q.weight)
         self.scales = _tiled(q.scales.astype(np.float32, copy=False))
         self.offsets = _tiled(q.biases.astype(np.float32, copy=False))
 
@@ -61,10 +65,10 @@ class Tiles:
 
     def rows(self, ids: Array) -> Array:
         """Rows of the matrix for `ids` [...], as floats [..., I]."""
-        tile, lane = np.divmod(ids.reshape(-1), kernels.TILE)
+        tile, lane = np.divmod(ids.reshape(-1), LANES)
         codes = self.weight[tile, :, lane]
-        if self.format == kernels.INT4:
-            codes = codes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        codes = codes[..., None] >> shifts & np.uint32(2**self.bits - 1)
         codes = codes.reshape(len(tile), -1, self.group).astype(np.float32)
         rows = (
             self.scales[tile, :, lane][..., None] * codes + self.offsets[tile, :, lane][..., None]
@@ -73,13 +77,12 @@ class Tiles:
 
 
 def _tiled(x: Array) -> Array:
-    """[O, N] -> [ceil(O / 64), N, 64], with zeros past the last output."""
+    """[O, N] -> [O / 16, N, 16], with zeros past the last output, up to 64 of them."""
     n_out, n = x.shape
-    tiles = np.zeros((-(-n_out // kernels.TILE), n, kernels.TILE), x.dtype)
-    whole = n_out // kernels.TILE
-    tiles[:whole] = x[: whole * kernels.TILE].reshape(whole, kernels.TILE, n).swapaxes(1, 2)
-    if whole < len(tiles):
-        tiles[whole, :, : n_out - whole * kernels.TILE] = x[whole * kernels.TILE :].T
+    if n_out % kernels.TILE:
+        x = np.concatenate([x, np.zeros((-n_out % kernels.TILE, n), x.dtype)])
+    tiles = aligned((len(x) // LANES, n, LANES), x.dtype)
+    tiles[:] = x.reshape(-1, LANES, n).swapaxes(1, 2)
     return tiles
 
 
@@ -106,7 +109,7 @@ class Step:
         program = self.programs[last_only]
         *buffers, _ = program.buffers(B * T)
         n_logits = B if last_only else B * T
-        logits = np.empty((_round(n_logits, kernels.BLOCK), program.widths[-1]), np.float32)
+        logits = aligned((_round(n_logits, kernels.BLOCK), program.widths[-1]), np.float32)
         shape = (B, T, H, D, room)
         _run(program, [*buffers, logits], shape, self.threads, ids, positions.index, cache)
         V = int(program.table[-1, kernels.N_OUT])
@@ -136,7 +139,7 @@ class Program:
     def buffers(self, n_rows: int) -> list[Array]:
         """New room for `n_rows` rows in each buffer, in whole blocks."""
         rows = _round(n_rows, kernels.BLOCK)
-        return [np.empty((rows, width), np.float32) for width in self.widths]
+        return [aligned((rows, width), np.float32) for width in self.widths]
 
     def _encode(self, op: Any, instruction: Instruction) -> None:
         op[kernels.KIND] = ("embed", "linear", "attention").index(instruction.kind)
@@ -205,12 +208,13 @@ def _run(
     most = numba.config.NUMBA_NUM_THREADS
     threads = min(threads or most, most)
     n_in = int(program.table[:, kernels.N_IN].max())
-    rows = _round(B * T, kernels.BLOCK)
+    rows = _round(B * T, amx.ROWS)
     # All rows; or for each thread the only one and behind it its sums over groups.
-    normed = np.empty(max(rows, 2 * threads) * n_in, np.float32)
+    normed = aligned((max(rows, 2 * threads) * n_in,), np.float32)
+    amx_room = amx.ROOM + 16 * n_in if amx.allowed() else 0
     attention = kernels.BLOCK * (2 * D + room) + 2 * 16
-    size = max(kernels.DEPTH * kernels.TILE, *program.widths, attention)
-    work = np.empty((threads, _round(size, 16)), np.float32)
+    size = max(kernels.DEPTH * kernels.TILE, *program.widths, attention, amx_room)
+    work = aligned((threads, _round(size, LANES)), np.float32)
     keys, values = ([], []) if cache is None else (cache.keys, cache.values)
     with LOCK:
         _announce()
@@ -225,6 +229,7 @@ def _run(
             shape,
             normed,
             work,
+            amx.allowed(),
             threads,
         )
 
@@ -241,6 +246,6 @@ def _announce() -> None:
     """Say on standard error that the kernels are being compiled, if they are."""
     if kernels.run.signatures:
         return
-    cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.run-*.nbi")
+    cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.*run-*.nbi")
     if not any(cached):
         print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, float32, njit, types, uint8, uint32
+from numba import carray, float32, njit, types, uint32
 from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -68,14 +68,14 @@ for _op, _name in (
     _operator(_op, _name)
 
 
-def _int(context: Any, builder: Any, value: Any, given: Any) -> Any:
+def int64(context: Any, builder: Any, value: Any, given: Any) -> Any:
     return context.cast(builder, value, given, types.int64)
 
 
-def _pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+def pointer(context: Any, builder: Any, given: Any, args: Any) -> Any:
     """Where element args[1] of the flat array args[0] lies."""
-    array = context.make_array(sig.args[0])(context, builder, args[0])
-    return builder.gep(array.data, [_int(context, builder, args[1], sig.args[1])])
+    array = context.make_array(given[0])(context, builder, args[0])
+    return builder.gep(array.data, [int64(context, builder, args[1], given[1])])
 
 
 def _spread(builder: Any, value: Any, vector: Any) -> Any:
@@ -83,7 +83,7 @@ def _spread(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
 
 
-def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...] = ()) -> Any:
+def call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...] = ()) -> Any:
     kind = ir.FunctionType(result, [a.type for a in args])
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, args, fastmath=flags)
@@ -91,27 +91,23 @@ def _call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ..
 
 @intrinsic
 def load(context: Any, array: Any, i: Any) -> Any:
-    """array[i : i + 16]: float32 and bytes (0 to 255) as floats, uint32 as ints."""
-    result = ints if array.dtype == types.uint32 else floats
+    """array[i : i + 16]: float32 as floats, 32-bit integers as ints."""
+    result = floats if array.dtype == types.float32 else ints
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig, args)
-        element = pointer.type.pointee
-        kind = ir.VectorType(element, LANES).as_pointer()
-        size = 1 if element == I8 else 4
-        value = builder.load(builder.bitcast(pointer, kind), align=size)
-        return builder.sitofp(builder.zext(value, INTS), FLOATS) if element == I8 else value
+        place = pointer(context, builder, sig.args, args)
+        return builder.load(builder.bitcast(place, result.llvm.as_pointer()), align=4)
 
     return result(array, i), generate
 
 
 @intrinsic
 def store(context: Any, array: Any, i: Any, value: Any) -> Any:
-    """array[i : i + 16] = value, of float32."""
+    """array[i : i + 16] = value, of floats or ints as the array is."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig, args)
-        builder.store(args[2], builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
+        place = pointer(context, builder, sig.args, args)
+        builder.store(args[2], builder.bitcast(place, args[2].type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(array, i, value), generate
@@ -122,8 +118,8 @@ def prefetch(context: Any, array: Any, i: Any) -> Any:
     """Begin to bring array[i] to the cache; it may lie past the end."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.bitcast(_pointer(context, builder, sig, args), I8.as_pointer())
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+        place = builder.bitcast(pointer(context, builder, sig.args, args), I8.as_pointer())
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(3), I32(1))
         return context.get_dummy_value()
 
     return types.void(array, i), generate
@@ -144,28 +140,56 @@ def spread(context: Any, array: Any, i: Any) -> Any:
     """array[i] in each lane."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _spread(builder, builder.load(_pointer(context, builder, sig, args)), FLOATS)
+        return _spread(builder, builder.load(pointer(context, builder, sig.args, args)), FLOATS)
 
     return floats(array, i), generate
 
 
 @intrinsic
-def nibble(context: Any, words: Any, n: Any) -> Any:
-    """Bits 4n to 4n + 3 of 16 words as floats 0 to 15, times 16**n where n is below 7.
+def code(context: Any, words: Any, n: Any, bits: Any) -> Any:
+    """Code n of each of 16 words of 8 or 4 bits a code as floats, 2**(bits·n) times too large.
 
-    Left in their place they need no shift; who multiplies them shrinks the other factor.
+    Left in their place they need no shift; who multiplies them makes the other factor smaller. The
+    last code is shifted, since it would touch the sign, and is as large as it is.
     """
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        shift = builder.shl(
-            builder.trunc(_int(context, builder, args[1], sig.args[1]), I32), I32(2)
+        at, width = (
+            builder.trunc(int64(context, builder, value, given), I32)
+            for value, given in zip(args[1:], sig.args[1:], strict=True)
         )
-        there = builder.and_(args[0], _spread(builder, builder.shl(I32(15), shift), INTS))
-        last = builder.lshr(args[0], ir.Constant(INTS, [28] * LANES))
-        is_last = builder.icmp_unsigned("==", shift, I32(28))
+        shift = builder.mul(at, width)
+        mask = builder.shl(builder.sub(builder.shl(I32(1), width), I32(1)), shift)
+        there = builder.and_(args[0], _spread(builder, mask, INTS))
+        last = builder.lshr(args[0], _spread(builder, shift, INTS))
+        is_last = builder.icmp_unsigned("==", builder.add(shift, width), I32(32))
         return builder.sitofp(builder.select(is_last, last, there), FLOATS)
 
-    return floats(words, n), generate
+    return floats(words, n, bits), generate
+
+
+@intrinsic
+def to_floats(context: Any, x: Any) -> Any:
+    """Signed ints as floats."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.sitofp(args[0], FLOATS)
+
+    return floats(x), generate
+
+
+@intrinsic
+def to_bytes(context: Any, words: Any, odd: Any) -> Any:
+    """The even codes of 4 bits of each word, or the odd ones, as its four bytes."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        shift = builder.shl(
+            builder.trunc(int64(context, builder, args[1], sig.args[1]), I32), I32(2)
+        )
+        moved = builder.lshr(args[0], _spread(builder, shift, INTS))
+        return builder.and_(moved, ir.Constant(INTS, [0x0F0F0F0F] * LANES))
+
+    return ints(words, odd), generate
 
 
 def _reduction(name: str, start: float | None) -> Callable[..., Any]:
@@ -173,7 +197,7 @@ def _reduction(name: str, start: float | None) -> Callable[..., Any]:
     def reduction(context: Any, x: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             first = () if start is None else (ir.Constant(F32, start),)
-            return _call(builder, name, F32, *first, args[0], flags=("reassoc",))
+            return call(builder, name, F32, *first, args[0], flags=("reassoc",))
 
         return types.float32(x), generate
 
@@ -211,9 +235,11 @@ def negative(context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def _nearest(context: Any, x: Any) -> Any:
+def nearest(context: Any, x: Any) -> Any:
+    """The nearest whole numbers, as floats."""
+
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, "llvm.nearbyint.v16f32", FLOATS, args[0])
+        return call(builder, "llvm.nearbyint.v16f32", FLOATS, args[0])
 
     return floats(x), generate
 
@@ -234,7 +260,7 @@ def exp(x: Any) -> Any:
     The polynomial is that of Cephes' expf (S. Moshier), on the remainder after the powers of two.
     """
     x = minimum(maximum(x, splat(-87.0)), splat(88.0))
-    n = _nearest(x * splat(1.44269504))
+    n = nearest(x * splat(1.44269504))
     r = x - n * splat(0.693359375) - n * splat(-2.12194440e-4)
     p = splat(1.9875691500e-4) * r + splat(1.3981999507e-3)
     p = p * r + splat(8.3334519073e-3)
@@ -263,7 +289,7 @@ def get(context: Any, room: Any, i: Any) -> Any:
     """Vector i of `vectors`."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(builder.gep(args[0], [_int(context, builder, args[1], sig.args[1])]))
+        return builder.load(builder.gep(args[0], [int64(context, builder, args[1], sig.args[1])]))
 
     return floats(room, i), generate
 
@@ -273,7 +299,7 @@ def put(context: Any, room: Any, i: Any, value: Any) -> Any:
     """Set vector i of `vectors`."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = builder.gep(args[0], [_int(context, builder, args[1], sig.args[1])])
+        place = builder.gep(args[0], [int64(context, builder, args[1], sig.args[1])])
         builder.store(args[2], place)
         return context.get_dummy_value()
 
@@ -292,12 +318,6 @@ def _void_pointer(context: Any, address: Any) -> Any:
 def float_array(address: int, size: int) -> Any:
     """The float32 array [size] at an address."""
     return carray(_void_pointer(address), (size,), float32)
-
-
-@njit
-def byte_array(address: int, size: int) -> Any:
-    """The uint8 array [size] at an address."""
-    return carray(_void_pointer(address), (size,), uint8)
 
 
 @njit
