@@ -1,16 +1,12 @@
 """The NumPy backend's kernels, in Numba: a whole forward pass in one compiled call.
 
-`run` reads a program: a table of instructions made by `numpy_step.py` from what `tape.py` recorded.
-There are three of them. EMBED begins; LINEAR is layer norm, product, bias, activation and residual
-in one; ATTENTION writes keys and values and reads them all. Rows are the N = B·T new tokens.
-
-LINEAR and ATTENTION go through stages, between which the threads wait for each other. A stage says
-what thread t does; `_everywhere` is the only parallel loop there is.
+`run` reads a program (see `numpy_program.py`). Rows are the N = B·T new tokens. LINEAR and
+ATTENTION go through stages, between which the threads wait for each other. A stage says what thread
+t does; `_everywhere` is the only parallel loop there is.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from gptx.backends.amx import ROWS as amx_rows
+from gptx.backends.amx import ROWS as AMX_ROWS
 from gptx.backends.amx import cut, multiply
 from gptx.backends.numpy_attend import attend_1, attend_4
 from gptx.backends.numpy_products import (
@@ -30,152 +26,48 @@ from gptx.backends.numpy_products import (
     dots_1x4,
     dots_4x1,
     dots_4x4,
-    expand_floats,
-    expand_int4,
-    expand_int8,
     outer_4x4,
     times_int4,
     times_int8,
     times_rows,
 )
-from gptx.backends.simd import (
-    FAST,
-    LANES,
-    exp,
-    float_array,
-    load,
-    maximum,
-    negative,
-    splat,
-    store,
-    word_array,
+from gptx.backends.numpy_program import (
+    ATTENTION,
+    EMBED,
+    FORMAT,
+    GROUP,
+    INT4,
+    INT8,
+    KIND,
+    LAST,
+    LAYER,
+    LINEAR,
+    MATRIX,
+    N_IN,
+    N_OUT,
+    OFFSETS,
+    RESIDUAL,
+    SCALE,
+    SCALES,
+    SOURCE,
+    SOURCE_WIDTH,
+    TABLE,
+    TARGET,
+    TARGET_WIDTH,
+    WEIGHT,
+    WORK,
+    embed,
+    expand,
+    finish,
+    inlined,
+    norm_row,
 )
-
-SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
-
-# Not compiled on their own: LLVM would go through what they call at each level anew.
-inlined = njit(inline="always")
+from gptx.backends.simd import FAST, float_array, load, splat, store, word_array
 
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
-
-EMBED, LINEAR, ATTENTION = range(3)
-MATRIX, TABLE, INT8, INT4 = range(4)  # float32 [I, O], float32 [O, I], tiles
-NONE, GELU_NEW, GELU, RELU = range(4)
-
-# The columns of a program, whose rows are instructions.
-FIELDS = 23
-KIND, FORMAT, ACTIVATION, LAST, LAYER = range(5)  # LAST: take each sequence's last token only
-WORK = 22  # multiplications to a row, about
-SOURCE, TARGET, RESIDUAL = range(5, 8)  # buffers, by number; a residual of -1 is none
-SOURCE_WIDTH, TARGET_WIDTH, N_IN, N_OUT, GROUP = range(8, 13)  # of a buffer's row; of a matrix
-WEIGHT, SCALES, OFFSETS, BIAS = range(13, 17)  # addresses; 0 is none; a bias fills whole tiles
-NORM_WEIGHT, NORM_BIAS, POSITIONS = range(17, 20)
-EPSILON, SCALE = range(20, 22)  # float64
-
-
-@inlined
-def _expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
-    n_in, n_out, group = op[N_IN], op[N_OUT], op[GROUP]
-    size = n_in * (n_out + TILE)
-    if op[FORMAT] == MATRIX:
-        w = float_array(op[WEIGHT], size)
-        expand_floats(w, n_out, tile, first, depth, panel)
-        return
-    scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
-    codes = word_array(op[WEIGHT], size)
-    if op[FORMAT] == INT8:
-        expand_int8(codes, scales, offsets, tile, n_in, group, first, depth, panel)
-    else:
-        expand_int4(codes, scales, offsets, tile, n_in, group, first, depth, panel)
-
-
-# What comes before a product, and after it
-
-
-@compiled
-def _normed(op: Any, source: Any, i: int, x: Any, xi: int, step: int) -> None:
-    """source[i : i + I], after the layer norm if there is one, to x[xi], x[xi + step], ..."""
-    n = op[N_IN]
-    row = source[i : i + n]
-    if op[NORM_WEIGHT] == 0:
-        for k in range(n):
-            x[xi + k * step] = row[k]
-        return
-    weight, bias = float_array(op[NORM_WEIGHT], n), float_array(op[NORM_BIAS], n)
-    mean = np.float32(0)
-    for k in range(n):
-        mean += row[k]
-    mean /= np.float32(n)
-    variance = np.float32(0)
-    for k in range(n):
-        variance += (row[k] - mean) * (row[k] - mean)
-    factor = np.float32(1) / np.sqrt(
-        variance / np.float32(n) + np.float32(op.view(np.float64)[EPSILON])
-    )
-    for k in range(n):
-        x[xi + k * step] = (row[k] - mean) * factor * weight[k] + bias[k]
-
-
-@compiled
-def _activate(activation: int, x: Any) -> Any:
-    """What `Backend.gelu_new`, `gelu` and `relu` define, for 16 numbers."""
-    one = splat(1.0)
-    if activation == GELU_NEW:  # (1 + tanh u) / 2 = 1 / (1 + exp(-2u))
-        u = x + splat(0.044715) * x * x * x
-        return x / (one + exp(splat(-2 * math.sqrt(2 / math.pi)) * u))
-    if activation == GELU:
-        z = maximum(x, splat(0.0) - x) * splat(math.sqrt(0.5))
-        t = one / (one + splat(0.3275911) * z)
-        p = splat(-1.453152027) + t * splat(1.061405429)
-        p = splat(-0.284496736) + t * (splat(1.421413741) + t * p)
-        half_tail = splat(0.5) * t * (splat(0.254829592) + t * p) * exp(splat(0.0) - z * z)
-        below = negative(x)
-        return x * (below * half_tail + (one - below) * (one - half_tail))
-    return maximum(x, splat(0.0))
-
-
-@compiled
-def _finish(op: Any, y: Any, row: int, tile: int, residual: Any) -> None:
-    """Bias, activation and residual for one row of a tile; `row` is where the row begins."""
-    bias = float_array(op[BIAS], op[N_OUT] + TILE)
-    for c in range(4):
-        j = tile * TILE + 16 * c
-        x = load(y, row + j)
-        if op[BIAS] != 0:
-            x += load(bias, j)
-        if op[ACTIVATION] != NONE:
-            x = _activate(op[ACTIVATION], x)
-        if op[RESIDUAL] >= 0:
-            x += load(residual, row + j)
-        store(y, row + j, x)
-
-
-# EMBED
-
-
-@compiled
-def _embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
-    """Rows of the token table, wherever its format puts them, plus rows of the position table."""
-    n_in, group = op[N_IN], op[GROUP]
-    size = n_in * (op[N_OUT] + TILE)
-    floats, scales = float_array(op[WEIGHT], size), float_array(op[SCALES], size)
-    offsets, positions = float_array(op[OFFSETS], size), float_array(op[POSITIONS], size)
-    words, bits = word_array(op[WEIGHT], size), 8 if op[FORMAT] == INT8 else 4
-    per_word = 32 // bits
-    for n in range(len(tokens)):
-        token = tokens[n]
-        tile, lane = token // LANES, token % LANES
-        for k in range(n_in):
-            if op[FORMAT] == TABLE:
-                value = floats[token * n_in + k]
-            else:
-                word = words[(tile * n_in + k) // per_word * LANES + lane]
-                code = (word >> np.uint32(k % per_word * bits)) & np.uint32((1 << bits) - 1)
-                g = (tile * (n_in // group) + k // group) * LANES + lane
-                value = np.float32(code) * scales[g] + offsets[g]
-            y[n * op[TARGET_WIDTH] + k] = value + positions[index[n] * n_in + k]
+SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
 
 
 @compiled
@@ -192,7 +84,7 @@ def _prepare_row(op: Any, x: Any, xi: int, normed: Any) -> None:
     """The norm of one row; for codes the sums over groups, too, behind it. Each thread for itself:
     that takes less time than waiting for another."""
     n_in, group = op[N_IN], op[GROUP]
-    _normed(op, x, xi, normed, 0, 1)
+    norm_row(op, x, xi, normed, 0, 1)
     if op[FORMAT] == INT8 or op[FORMAT] == INT4:
         for g in range(n_in // group):
             s = np.float32(0)
@@ -230,12 +122,11 @@ def _multiply_row(
         first, last = _share(tiles, t, threads)
         codes = word_array(op[WEIGHT], size)
         for tile in range(first, last):
-            for part in range(4 * tile, 4 * tile + 4):
-                if op[FORMAT] == INT8:
-                    times_int8(codes, scales, offsets, normed, part, n_in, group, y)
-                else:
-                    times_int4(codes, scales, offsets, normed, part, n_in, group, y)
-            _finish(op, y, 0, tile, residual)
+            if op[FORMAT] == INT8:
+                times_int8(codes, scales, offsets, normed, tile, n_in, group, y)
+            else:
+                times_int4(codes, scales, offsets, normed, tile, n_in, group, y)
+            finish(op, y, 0, tile, residual)
 
 
 @inlined
@@ -248,7 +139,7 @@ def _add_row(op: Any, y: Any, residual: Any, work: Any, t: int, threads: int) ->
             for part in range(threads):
                 s += load(work[part], j)
             store(y, j, s)
-        _finish(op, y, 0, tile, residual)
+        finish(op, y, 0, tile, residual)
 
 
 @inlined
@@ -258,19 +149,19 @@ def _prepare_rows(
     """The norm of a share of the rows; for `outer`, the rows of a block side by side."""
     n_in = op[N_IN]
     if amx:
-        padded = (rows + amx_rows - 1) // amx_rows * amx_rows
+        padded = (rows + AMX_ROWS - 1) // AMX_ROWS * AMX_ROWS
         first, last = _share(rows, t, threads)
         for row in range(first, last):
-            _normed(op, x, ((row + 1) * step - 1) * op[SOURCE_WIDTH], room, 0, 1)
+            norm_row(op, x, ((row + 1) * step - 1) * op[SOURCE_WIDTH], room, 0, 1)
             cut(room, n_in, op[GROUP], 8 if op[FORMAT] == INT8 else 4, normed, row, padded)
         return
     first, last = _share((rows + BLOCK - 1) // BLOCK, t, threads)
     for row in range(first * BLOCK, last * BLOCK):
         i = ((min(row, rows - 1) + 1) * step - 1) * op[SOURCE_WIDTH]  # the last one fills up
         if op[FORMAT] == TABLE:
-            _normed(op, x, i, normed, row * n_in, 1)
+            norm_row(op, x, i, normed, row * n_in, 1)
         else:
-            _normed(op, x, i, normed, row // BLOCK * BLOCK * n_in + row % BLOCK, BLOCK)
+            norm_row(op, x, i, normed, row // BLOCK * BLOCK * n_in + row % BLOCK, BLOCK)
 
 
 @inlined
@@ -306,13 +197,13 @@ def _multiply_rows(
         else:
             for k in range(0, n_in, DEPTH):
                 depth = min(DEPTH, n_in - k)
-                _expand(op, tile, k, depth, room)
+                expand(op, tile, k, depth, room)
                 for block in range(begin, end):
                     xi = block * BLOCK * n_in + k * BLOCK
                     yi = block * BLOCK * width + tile * TILE
                     outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
         for row in range(begin * BLOCK, min(end * BLOCK, rows)):
-            _finish(op, y, row * width, tile, residual)
+            finish(op, y, row * width, tile, residual)
 
 
 # ATTENTION
@@ -425,7 +316,7 @@ def _runner(sources: int) -> Any:
             op = program[i]
             if op[KIND] == EMBED:
                 y = float_array(buffers[op[TARGET]], B * T * op[TARGET_WIDTH])
-                _embed(op, tokens, index, y)
+                embed(op, tokens, index, y)
                 continue
             one_row = op[KIND] == LINEAR and B == 1 and (T == 1 or op[LAST] == 1)
             alone = threads == 1 or B * T * op[WORK] < LITTLE

@@ -111,34 +111,38 @@ dots_4x4, dots_4x1, dots_1x4, dots_1x1 = dots(4, 4), dots(4, 1), dots(1, 4), dot
 
 
 def times_codes(bits: int) -> Callable[..., None]:
-    """Make 16 outputs of y = W·x for codes of so many bits; x makes up for `code`."""
+    """Make 64 outputs of y = W·x for codes of so many bits; x makes up for `code`."""
     per_word = 32 // bits
 
     @compiled
     def times(
         w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
-        """Behind x there are the sums of its groups, before that."""
+        """Behind x there are the sums of its groups, before that. Four tiles at once are four
+        streams from memory, which bring more than one does."""
         groups = n_in // group
-        result = splat(0.0)
+        result = vectors(4)
+        for c in range(4):
+            put(result, c, splat(0.0))
         for g in range(groups):
-            acc = vectors(per_word)  # one for each code of a word: sums that need not wait
-            for n in range(per_word):
-                put(acc, n, splat(0.0))
+            acc = vectors(4)
+            for c in range(4):
+                put(acc, c, splat(0.0))
             for k in range(g * group, (g + 1) * group, per_word):
-                i = (tile * n_in + k) // per_word * LANES
-                prefetch(w, i + AHEAD // 4)
-                words = load(w, i)
-                for n in range(per_word):
-                    put(acc, n, get(acc, n) + code(words, n, bits) * spread(x, k + n))
-            whole = get(acc, 0)
-            for n in range(1, per_word):
-                whole += get(acc, n)
-            i = (tile * groups + g) * LANES
-            prefetch(scales, i + AHEAD // 16)
-            prefetch(offsets, i + AHEAD // 16)
-            result += load(scales, i) * whole + load(offsets, i) * spread(x, n_in + g)
-        store(y, tile * LANES, result)
+                for c in range(4):
+                    i = ((4 * tile + c) * n_in + k) // per_word * LANES
+                    prefetch(w, i + AHEAD // 4)
+                    words = load(w, i)
+                    for n in range(per_word):
+                        put(acc, c, get(acc, c) + code(words, n, bits) * spread(x, k + n))
+            for c in range(4):
+                i = ((4 * tile + c) * groups + g) * LANES
+                prefetch(scales, i + AHEAD // 16)
+                prefetch(offsets, i + AHEAD // 16)
+                scaled = load(scales, i) * get(acc, c) + load(offsets, i) * spread(x, n_in + g)
+                put(result, c, get(result, c) + scaled)
+        for c in range(4):
+            store(y, tile * TILE + c * LANES, get(result, c))
 
     return times
 

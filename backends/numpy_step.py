@@ -14,8 +14,10 @@ import numpy as np
 
 from gptx.backends import amx
 from gptx.backends import numpy_kernels as kernels
+from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
 from gptx.backends.numpy_backend import aligned
+from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.simd import LANES
 from gptx.backends.tape import ACTIVATIONS, Instruction, record
 from gptx.quantization import Quantized
@@ -27,7 +29,7 @@ Array = np.ndarray
 LOCK = threading.Lock()
 
 NOTHING = np.zeros(0, np.int64)
-FORMATS = {4: kernels.INT4, 8: kernels.INT8}
+FORMATS = {4: columns.INT4, 8: columns.INT8}
 
 
 class Tiles:
@@ -58,9 +60,11 @@ class Tiles:
         n_rows, n_in = rows.shape
         instruction = Instruction("linear", source=0, target=1, weight=self, bias=bias)
         program = Program([instruction], inputs=[n_in])
-        padded, y = program.buffers(n_rows)
+        padded, y = (
+            aligned((_round(n_rows, BLOCK), width), np.float32) for width in program.widths
+        )
         padded[:n_rows, :n_in] = rows
-        _run(program, [padded, y], (1, n_rows, 0, 0, 0), threads)
+        program.run({0: padded, 1: y}, (1, n_rows, 0, 0, 0), threads)
         return y[:n_rows, : self.shape[0]].reshape(*x.shape[:-1], -1)
 
     def rows(self, ids: Array) -> Array:
@@ -79,8 +83,8 @@ class Tiles:
 def _tiled(x: Array) -> Array:
     """[O, N] -> [O / 16, N, 16], with zeros past the last output, up to 64 of them."""
     n_out, n = x.shape
-    if n_out % kernels.TILE:
-        x = np.concatenate([x, np.zeros((-n_out % kernels.TILE, n), x.dtype)])
+    if n_out % TILE:
+        x = np.concatenate([x, np.zeros((-n_out % TILE, n), x.dtype)])
     tiles = aligned((len(x) // LANES, n, LANES), x.dtype)
     tiles[:] = x.reshape(-1, LANES, n).swapaxes(1, 2)
     return tiles
@@ -107,12 +111,12 @@ class Step:
         H, room, D = cache.keys[0].shape[1:]
         last_only = last_only and T > 1  # else there is but one
         program = self.programs[last_only]
-        *buffers, _ = program.buffers(B * T)
         n_logits = B if last_only else B * T
-        logits = aligned((_round(n_logits, kernels.BLOCK), program.widths[-1]), np.float32)
-        shape = (B, T, H, D, room)
-        _run(program, [*buffers, logits], shape, self.threads, ids, positions.index, cache)
-        V = int(program.table[-1, kernels.N_OUT])
+        logits = aligned((_round(n_logits, BLOCK), program.widths[-1]), np.float32)
+        # The caller keeps the logits, which are the last buffer.
+        given = {len(program.widths) - 1: logits}
+        program.run(given, (B, T, H, D, room), self.threads, ids, positions.index, cache)
+        V = int(program.table[-1, columns.N_OUT])
         return logits[:n_logits, :V].reshape(B, -1, V)
 
 
@@ -122,7 +126,7 @@ class Program:
     Attributes
     ----------
     table
-        The instructions [n], of the type `kernels.INSTRUCTION`.
+        The instructions, int64 [n, FIELDS]; see `numpy_program.py`.
     widths
         How many numbers a row has in each buffer, at most.
     """
@@ -130,25 +134,76 @@ class Program:
     def __init__(self, instructions: list[Instruction], inputs: Sequence[int] = ()) -> None:
         self._kept: list[Array] = []  # what the addresses in the table point to
         self._n_out = dict(enumerate(inputs))  # numbers to a row that a buffer holds now
-        self.widths = [_round(n, kernels.TILE) for n in inputs]
+        self.widths = [_round(n, TILE) for n in inputs]
         self.widths += [0] * (1 + max(i.target for i in instructions) - len(inputs))
-        self.table = np.zeros((len(instructions), kernels.FIELDS), np.int64)
+        self.table = np.zeros((len(instructions), columns.FIELDS), np.int64)
+        self._room_for: Any = None
+        self._room: list[Array] = []
         for op, instruction in zip(self.table, instructions, strict=True):
             self._encode(op, instruction)
 
-    def buffers(self, n_rows: int) -> list[Array]:
-        """New room for `n_rows` rows in each buffer, in whole blocks."""
-        rows = _round(n_rows, kernels.BLOCK)
-        return [aligned((rows, width), np.float32) for width in self.widths]
+    def run(
+        self,
+        given: dict[int, Array],
+        shape: tuple[int, int, int, int, int],
+        threads: int | None,
+        ids: Array = NOTHING,
+        index: Array = NOTHING,
+        cache: Any = None,
+    ) -> None:
+        """Run on `given` buffers, made for whole blocks of rows, and on others of its own.
+
+        `shape` is (B, T, H, D, room in the cache).
+        """
+        most = numba.config.NUMBA_NUM_THREADS
+        threads = min(threads or most, most)
+        keys, values = ([], []) if cache is None else (cache.keys, cache.values)
+        with LOCK:
+            _announce()
+            *buffers, normed, work = self._own(shape, threads)
+            for number, buffer in given.items():
+                buffers[number] = buffer
+            numba.set_num_threads(threads)
+            kernels.run(
+                self.table,
+                _addresses(buffers),
+                np.ascontiguousarray(ids, np.int64).reshape(-1),
+                np.ascontiguousarray(index, np.int64).reshape(-1),
+                _addresses(keys),
+                _addresses(values),
+                shape,
+                normed,
+                work,
+                amx.allowed(),
+                threads,
+            )
+
+    def _own(self, shape: tuple[int, int, int, int, int], threads: int) -> list[Array]:
+        """Buffers and room to work in, kept from one decode step to the next."""
+        if self._room_for == (shape, threads):
+            return self._room
+        B, T, _, D, room = shape
+        rows = _round(B * T, BLOCK)
+        arrays = [aligned((rows, width), np.float32) for width in self.widths]
+        # All rows; or for each thread the only one and behind it its sums over groups.
+        n_in = int(self.table[:, columns.N_IN].max())
+        arrays.append(aligned((max(_round(rows, amx.ROWS), 2 * threads) * n_in,), np.float32))
+        amx_room = amx.ROOM + 16 * n_in if amx.allowed() else 0
+        attention = BLOCK * (2 * D + room) + 2 * 16
+        size = max(kernels.DEPTH * TILE, *self.widths, attention, amx_room)
+        arrays.append(aligned((threads, _round(size, LANES)), np.float32))
+        if T == 1:
+            self._room_for, self._room = (shape, threads), arrays
+        return arrays
 
     def _encode(self, op: Any, instruction: Instruction) -> None:
-        op[kernels.KIND] = ("embed", "linear", "attention").index(instruction.kind)
-        op[kernels.SOURCE] = instruction.source or 0
-        op[kernels.TARGET] = instruction.target
-        op[kernels.RESIDUAL] = -1 if instruction.residual is None else instruction.residual
-        op[kernels.LAST] = instruction.last
-        op[kernels.LAYER] = instruction.layer
-        op.view(np.float64)[kernels.SCALE] = instruction.scale
+        op[columns.KIND] = ("embed", "linear", "attention").index(instruction.kind)
+        op[columns.SOURCE] = instruction.source or 0
+        op[columns.TARGET] = instruction.target
+        op[columns.RESIDUAL] = -1 if instruction.residual is None else instruction.residual
+        op[columns.LAST] = instruction.last
+        op[columns.LAYER] = instruction.layer
+        op.view(np.float64)[columns.SCALE] = instruction.scale
         n_source = self._n_out.get(instruction.source or 0, 0)
         if instruction.kind == "attention":
             n_out = n_source // 3
@@ -156,82 +211,43 @@ class Program:
             n_out = self._encode_weight(op, instruction)
         if instruction.norm is not None:
             weight, bias, epsilon = instruction.norm
-            op.view(np.float64)[kernels.EPSILON] = epsilon
-            op[kernels.NORM_WEIGHT], op[kernels.NORM_BIAS] = (
+            op.view(np.float64)[columns.EPSILON] = epsilon
+            op[columns.NORM_WEIGHT], op[columns.NORM_BIAS] = (
                 self._address(weight),
                 self._address(bias),
             )
         if instruction.bias is not None:
-            bias = np.zeros(_round(n_out, kernels.TILE), np.float32)
+            bias = np.zeros(_round(n_out, TILE), np.float32)
             bias[:n_out] = instruction.bias
-            op[kernels.BIAS] = self._address(bias)
+            op[columns.BIAS] = self._address(bias)
         if instruction.table is not None:
-            op[kernels.POSITIONS] = self._address(instruction.table)
+            op[columns.POSITIONS] = self._address(instruction.table)
         if instruction.activation is not None:
-            op[kernels.ACTIVATION] = 1 + ACTIVATIONS.index(instruction.activation)
-        op[kernels.WORK] = n_source * n_out
+            op[columns.ACTIVATION] = 1 + ACTIVATIONS.index(instruction.activation)
+        op[columns.WORK] = n_source * n_out
         self._n_out[instruction.target] = n_out
-        width = _round(n_out, kernels.TILE)
-        op[kernels.SOURCE_WIDTH], op[kernels.TARGET_WIDTH] = _round(n_source, kernels.TILE), width
+        width = _round(n_out, TILE)
+        op[columns.SOURCE_WIDTH], op[columns.TARGET_WIDTH] = _round(n_source, TILE), width
         self.widths[instruction.target] = max(self.widths[instruction.target], width)
 
     def _encode_weight(self, op: Any, instruction: Instruction) -> int:
         weight = instruction.weight
         if isinstance(weight, Tiles):
-            op[kernels.FORMAT], op[kernels.GROUP] = weight.format, weight.group
-            op[kernels.N_OUT], op[kernels.N_IN] = weight.shape
-            op[kernels.SCALES] = self._address(weight.scales)
-            op[kernels.OFFSETS] = self._address(weight.offsets)
-            op[kernels.WEIGHT] = self._address(weight.weight)
+            op[columns.FORMAT], op[columns.GROUP] = weight.format, weight.group
+            op[columns.N_OUT], op[columns.N_IN] = weight.shape
+            op[columns.SCALES] = self._address(weight.scales)
+            op[columns.OFFSETS] = self._address(weight.offsets)
+            op[columns.WEIGHT] = self._address(weight.weight)
         else:
             is_table = instruction.is_head or instruction.kind == "embed"
-            op[kernels.FORMAT] = kernels.TABLE if is_table else kernels.MATRIX
-            op[kernels.N_IN], op[kernels.N_OUT] = weight.shape[::-1] if is_table else weight.shape
-            op[kernels.WEIGHT] = self._address(weight)
-        return int(op[kernels.N_IN] if instruction.kind == "embed" else op[kernels.N_OUT])
+            op[columns.FORMAT] = columns.TABLE if is_table else columns.MATRIX
+            op[columns.N_IN], op[columns.N_OUT] = weight.shape[::-1] if is_table else weight.shape
+            op[columns.WEIGHT] = self._address(weight)
+        return int(op[columns.N_IN] if instruction.kind == "embed" else op[columns.N_OUT])
 
     def _address(self, x: Array) -> int:
         self._kept.append(np.ascontiguousarray(x, None if x.dtype.kind == "u" else np.float32))
         return self._kept[-1].ctypes.data
-
-
-def _run(
-    program: Program,
-    buffers: list[Array],
-    shape: tuple[int, int, int, int, int],
-    threads: int | None,
-    ids: Array = NOTHING,
-    index: Array = NOTHING,
-    cache: Any = None,
-) -> None:
-    B, T, _, D, room = shape
-    most = numba.config.NUMBA_NUM_THREADS
-    threads = min(threads or most, most)
-    n_in = int(program.table[:, kernels.N_IN].max())
-    rows = _round(B * T, amx.ROWS)
-    # All rows; or for each thread the only one and behind it its sums over groups.
-    normed = aligned((max(rows, 2 * threads) * n_in,), np.float32)
-    amx_room = amx.ROOM + 16 * n_in if amx.allowed() else 0
-    attention = kernels.BLOCK * (2 * D + room) + 2 * 16
-    size = max(kernels.DEPTH * kernels.TILE, *program.widths, attention, amx_room)
-    work = aligned((threads, _round(size, LANES)), np.float32)
-    keys, values = ([], []) if cache is None else (cache.keys, cache.values)
-    with LOCK:
-        _announce()
-        numba.set_num_threads(threads)
-        kernels.run(
-            program.table,
-            _addresses(buffers),
-            np.ascontiguousarray(ids, np.int64).reshape(-1),
-            np.ascontiguousarray(index, np.int64).reshape(-1),
-            _addresses(keys),
-            _addresses(values),
-            shape,
-            normed,
-            work,
-            amx.allowed(),
-            threads,
-        )
 
 
 def _addresses(arrays: Sequence[Array]) -> Array:
