@@ -28,6 +28,7 @@ from gptx.backends.simd import (
     spread,
     store,
     total,
+    totals,
     vectors,
 )
 
@@ -91,14 +92,17 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
             for c in range(columns):
                 column = load(w, wi + c * depth + k)
                 for r in range(rows):
-                    n = r * columns + c
+                    n = c * rows + r
                     put(acc, n, get(acc, n) + column * load(x, xi + r * depth + k))
-        for r in range(rows):
+        if size == 16 and whole == depth and y_row == 1 and y_column == rows:
+            store(y, yi, totals(acc))
+        else:
             for c in range(columns):
-                s = total(get(acc, r * columns + c))
-                for k in range(whole, depth):
-                    s += x[xi + r * depth + k] * w[wi + c * depth + k]
-                y[yi + r * y_row + c * y_column] = s
+                for r in range(rows):
+                    s = total(get(acc, c * rows + r))
+                    for k in range(whole, depth):
+                        s += x[xi + r * depth + k] * w[wi + c * depth + k]
+                    y[yi + r * y_row + c * y_column] = s
 
     return dots
 
@@ -110,44 +114,52 @@ dots_4x4, dots_4x1, dots_1x4, dots_1x1 = dots(4, 4), dots(4, 1), dots(1, 4), dot
 # LINEAR, one row: each weight is read once, as it lies
 
 
-def times_codes(bits: int) -> Callable[..., None]:
-    """Make 64 outputs of y = W·x for codes of so many bits; x makes up for `code`."""
-    per_word = 32 // bits
+def times_codes(bits: int, streams: int) -> Callable[..., None]:
+    """Make 64 outputs of y = W·x for codes of so many bits; x makes up for `code`.
+
+    So many tiles are read at once. More streams bring more from memory than one does, until there is
+    so much to compute that it is the other way round (both were tried for both).
+    """
+    per_word, sums = 32 // bits, 4 // streams
 
     @compiled
     def times(
         w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
-        """Behind x there are the sums of its groups, before that. Four tiles at once are four
-        streams from memory, which bring more than one does."""
+        """Behind x there are the sums of its groups, before that."""
         groups = n_in // group
-        result = vectors(4)
-        for c in range(4):
-            put(result, c, splat(0.0))
-        for g in range(groups):
-            acc = vectors(4)
-            for c in range(4):
-                put(acc, c, splat(0.0))
-            for k in range(g * group, (g + 1) * group, per_word):
-                for c in range(4):
-                    i = ((4 * tile + c) * n_in + k) // per_word * LANES
-                    prefetch(w, i + AHEAD // 4)
-                    words = load(w, i)
-                    for n in range(per_word):
-                        put(acc, c, get(acc, c) + code(words, n, bits) * spread(x, k + n))
-            for c in range(4):
-                i = ((4 * tile + c) * groups + g) * LANES
-                prefetch(scales, i + AHEAD // 16)
-                prefetch(offsets, i + AHEAD // 16)
-                scaled = load(scales, i) * get(acc, c) + load(offsets, i) * spread(x, n_in + g)
-                put(result, c, get(result, c) + scaled)
-        for c in range(4):
-            store(y, tile * TILE + c * LANES, get(result, c))
+        for first in range(4 * tile, 4 * tile + 4, streams):
+            result = vectors(streams)
+            for c in range(streams):
+                put(result, c, splat(0.0))
+            for g in range(groups):
+                acc = vectors(4)  # several to a tile, which need not wait for each other
+                for n in range(4):
+                    put(acc, n, splat(0.0))
+                for k in range(g * group, (g + 1) * group, per_word):
+                    for c in range(streams):
+                        i = ((first + c) * n_in + k) // per_word * LANES
+                        prefetch(w, i + AHEAD // 4)
+                        words = load(w, i)
+                        for n in range(per_word):
+                            a = c * sums + n % sums
+                            put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
+                for c in range(streams):
+                    i = ((first + c) * groups + g) * LANES
+                    prefetch(scales, i + AHEAD // 16)
+                    prefetch(offsets, i + AHEAD // 16)
+                    whole = get(acc, c * sums)
+                    for n in range(1, sums):
+                        whole += get(acc, c * sums + n)
+                    scaled = load(scales, i) * whole + load(offsets, i) * spread(x, n_in + g)
+                    put(result, c, get(result, c) + scaled)
+            for c in range(streams):
+                store(y, (first + c) * LANES, get(result, c))
 
     return times
 
 
-times_int8, times_int4 = times_codes(8), times_codes(4)
+times_int8, times_int4 = times_codes(8, 4), times_codes(4, 1)
 
 
 @compiled

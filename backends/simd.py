@@ -307,6 +307,31 @@ def put(context: Any, room: Any, i: Any, value: Any) -> Any:
 
 
 @intrinsic
+def totals(context: Any, room: Any) -> Any:
+    """Lane n is the total of vector n of 16; by halves, with a third of the work of 16 `total`s."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def pick(a: Any, b: Any, lanes: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(INTS, lanes))
+
+        rest = [builder.load(builder.gep(args[0], [I32(n)])) for n in range(LANES)]
+        part = LANES  # lanes that hold parts of one total
+        while part > 1:
+            part //= 2
+            # Of two vectors, what lies in the first halves of their parts plus the second halves.
+            first = [i for i in range(LANES) if i % (2 * part) < part]
+            first += [LANES + i for i in first]
+            second = [i + part for i in first]
+            rest = [
+                builder.fadd(pick(a, b, first), pick(a, b, second), flags=("reassoc",))
+                for a, b in zip(rest[::2], rest[1::2], strict=True)
+            ]
+        return rest[0]
+
+    return floats(room), generate
+
+
+@intrinsic
 def _void_pointer(context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
