@@ -117,8 +117,8 @@ dots_4x4, dots_4x1, dots_1x4, dots_1x1 = dots(4, 4), dots(4, 1), dots(1, 4), dot
 def times_codes(bits: int, streams: int) -> Callable[..., None]:
     """Make 64 outputs of y = W·x for codes of so many bits; x makes up for `code`.
 
-    So many tiles are read at once. More streams bring more from memory than one does, until there is
-    so much to compute that it is the other way round (both were tried for both).
+    So many tiles are read at once. More streams bring more from memory than one does, until there
+    is so much to compute that it is the other way round (both were tried for both).
     """
     per_word, sums = 32 // bits, 4 // streams
 

@@ -173,5 +173,5 @@ def test_usage_errors(args: tuple[str, ...]) -> None:
 def test_memory_running_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     error = DeviceOutOfMemory("memory ran out on the numpy backend")
     module = sys.modules["gptx.cli.generate"]  # the package's attribute is the command
-    monkeypatch.setattr(module, "load", mock.Mock(side_effect=error))
+    monkeypatch.setattr(module, "load_once", mock.Mock(side_effect=error))
     assert run("generate", "-m", "shakespeare", "O") == (71, "", f"Error: {error}\n")
