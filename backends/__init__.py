@@ -57,7 +57,8 @@ WRAPPED = ("cupy", "dask.array", "torch")
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can be used here; `detail` is its version, or how to get it."""
+    """Whether a backend can be used here; `detail` is its version and what would make it faster, or
+    how to get it."""
 
     name: str
     available: bool
@@ -138,12 +139,26 @@ def available() -> list[BackendStatus]:
         try:
             get_backend(name)
             version = getattr(importlib.import_module(row.package), "__version__", "")
-            statuses.append(
-                BackendStatus(name, True, row.runs_on, f"{row.package.split('.')[0]} {version}")
-            )
+            detail = f"{row.package.partition('.')[0]} {version}"
+            if name == "numpy":
+                detail += _compiler()
+            statuses.append(BackendStatus(name, True, row.runs_on, detail))
         except BackendError as error:
             statuses.append(BackendStatus(name, False, row.runs_on, str(error)))
     return statuses
+
+
+def _compiler() -> str:
+    """What Numba makes of the NumPy backend, or would; without its import, which takes long."""
+    from importlib import metadata  # so does this one, for a single command
+
+    try:
+        return f", compiled with Numba {metadata.version('numba')}"
+    except metadata.PackageNotFoundError:
+        return (
+            "; pip install 'gptx[fast]' compiles the forward pass, "
+            "and keeps quantized weights small"
+        )
 
 
 def _is_count(value: object) -> bool:

@@ -73,11 +73,11 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
                 for s in range(seen):
                     work[yi + r * D + d] += work[pi + s * rows + r] * values[ki + s * D + d]
         for r in range(count):
-            s = np.float32(0)
+            whole = np.float32(0)
             for j in range(r, 16, rows):
-                s += work[ti + j]
+                whole += work[ti + j]
             for d in range(D):
-                y[(first + r) * y_width + head * D + d] = work[yi + r * D + d] / s
+                y[(first + r) * y_width + head * D + d] = work[yi + r * D + d] / whole
 
     return attend
 

@@ -79,7 +79,7 @@ class NumpyBackend(Backend):
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return aligned(shape, self.float, np.zeros)
 
-    def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+    def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):
             return weight.product(x, bias, self.threads)
         if len(x) > 1:  # one product over all rows, where NumPy would loop over B

@@ -64,6 +64,8 @@ def outer(rows: int, columns: int) -> Callable[..., None]:
                     put(acc, r * columns + c, load(y, yi + r * y_stride + 16 * c))
         for k in range(depth):
             for c in range(columns):
+                if rows == 1:
+                    prefetch(w, wi + k * w_stride + 16 * c + AHEAD // 8)
                 column = load(w, wi + k * w_stride + 16 * c)
                 for r in range(rows):
                     n = r * columns + c
@@ -90,6 +92,8 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
         whole = depth // 16 * 16
         for k in range(0, whole, 16):
             for c in range(columns):
+                if rows == 1:  # nothing but reading
+                    prefetch(w, wi + c * depth + k + AHEAD // 8)
                 column = load(w, wi + c * depth + k)
                 for r in range(rows):
                     n = c * rows + r

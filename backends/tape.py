@@ -118,10 +118,15 @@ def record(forward: Callable[..., Any], model: Any, *, last_only: bool) -> list[
     tape = Tape()
     ids, index = tape.note("ids"), tape.note("index")
     recorded = replace(model, backend=tape)
-    logits = forward(recorded, ids, Positions(index, 0, True), tape, last_only=last_only)
+    try:
+        logits = forward(recorded, ids, Positions(index, 0, True), tape, last_only=last_only)
+    except (AttributeError, TypeError) as error:  # an operator or a method that no `Value` has
+        raise Unknown(str(error)) from error
     instructions = _fuse(tape.values, Counter(v for value in tape.values for v in _of(value)))
     if not instructions or not instructions[-1].is_head or logits is not tape.values[-1]:
         raise Unknown("a forward pass that does not end in its logits")
+    if [i.last for i in instructions] != [False] * (len(instructions) - 1) + [last_only]:
+        raise Unknown("other tokens than the last in the logits, or fewer before them")
     return instructions
 
 
@@ -149,19 +154,15 @@ def _fuse(values: list[Value], uses: Counter[Value]) -> list[Instruction]:
 
     for value in values:
         match value.op, value.operands:
-            case "ids" | "index" | "last" | "layer_norm", _:
+            case "ids" | "index" | "embed" | "last" | "layer_norm", _:
                 pass  # taken up by who reads them
             case "query" | "key" | "value" | "keys" | "values", _:
                 pass
-            case "embed", (Value(op="ids"), weight):
-                begin(value, "embed", weight=weight)
-            case "embed", (Value(op="index"), _):
-                pass
             case "add", (
-                Value(op="embed") as x,
+                Value(op="embed", operands=(Value(op="ids"), weight)),
                 Value(op="embed", operands=(Value(op="index"), table)),
             ):
-                extend(value, x, table=table)
+                begin(value, "embed", weight=weight, table=table)
             case "add", (Value() as x, Value(op="linear") as y):
                 extend(value, y, x, residual=0)
             case "linear" | "unembed", (Value() as x, weight, *bias):
@@ -172,12 +173,14 @@ def _fuse(values: list[Value], uses: Counter[Value]) -> list[Instruction]:
                 begin(value, "linear", x, bias=bias[0] if bias else None, is_head=head, **fields)
             case activation, (Value(op="linear") as x,) if activation in ACTIVATIONS:
                 extend(value, x, activation=activation)
-            case "attention", (q, Value(op="keys") as k, Value(op="values") as v, _, scale):
-                sources = {q.operands[0], k.operands[0].operands[0], v.operands[0].operands[0]}
-                layer = k.operands[1]
-                if q.op != "query" or len(sources) > 1 or layer != v.operands[1]:
-                    raise Unknown("attention over something else than one projection")
-                begin(value, "attention", *sources, layer=layer, scale=scale)
+            case "attention", (
+                Value(op="query", operands=(q,)),
+                Value(op="keys", operands=(Value(op="key", operands=(k,)), layer)),
+                Value(op="values", operands=(Value(op="value", operands=(v,)), same)),
+                _,
+                scale,
+            ) if q is k is v and layer == same:
+                begin(value, "attention", q, layer=layer, scale=scale)
             case _:
                 raise Unknown(value.op)
     _lay_out(instructions, made)

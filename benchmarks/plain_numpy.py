@@ -1,4 +1,4 @@
-"""The NumPy loop that one writes first, with a KV cache: a peer to measure gptx against.
+"""The NumPy loop that one writes first, with a KV cache or without: a peer to measure gptx against.
 
 It shares nothing with gptx but the arrays of the weights.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class PlainGPT2:
-    """Decodes one token of one sequence at a time, in float32; gelu_new and a tied head only."""
+    """One sequence in float32; gelu_new and a tied head only."""
 
     def __init__(self, weights: SimpleNamespace, n_head: int, n_context: int) -> None:
         self.w = weights
@@ -22,23 +22,35 @@ class PlainGPT2:
 
     def step(self, token: int, position: int) -> int:
         """The best next token after `token` at `position`."""
-        w = self.w
-        x = w.wte.weight[[token]] + w.wpe.weight[[position]]
-        for layer, block in enumerate(w.h):
-            x = x + self._attention(layer, block.attn, norm(x, block.ln_1), position)
-            x = x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
-        return int(np.argmax(norm(x, w.ln_f) @ w.wte.weight.T))
+        return int(np.argmax(self.logits([token], position)))
 
-    def _attention(
-        self, layer: int, w: SimpleNamespace, x: np.ndarray, position: int
-    ) -> np.ndarray:
+    def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
+        """The logits after the last of `tokens`, of which the first is at position `start`.
+
+        With keys and values of what was before `start`; from 0 on it is the model without a cache.
+        """
+        w, stop = self.w, start + len(tokens)
+        x = w.wte.weight[tokens] + w.wpe.weight[start:stop]
+        for layer, block in enumerate(w.h):
+            x = x + self._attention(layer, block.attn, norm(x, block.ln_1), start)
+            x = x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
+        return (norm(x[-1:], w.ln_f) @ w.wte.weight.T)[0]
+
+    def _attention(self, layer: int, w: SimpleNamespace, x: np.ndarray, start: int) -> np.ndarray:
         _, n_head, _, head_dim = self.k.shape
-        q, k, v = np.split(linear(x, w.c_attn), 3, axis=-1)
-        self.k[layer, :, position] = k.reshape(n_head, head_dim)
-        self.v[layer, :, position] = v.reshape(n_head, head_dim)
-        keys, values = self.k[layer, :, : position + 1], self.v[layer, :, : position + 1]
-        scores = q.reshape(n_head, 1, head_dim) @ keys.transpose(0, 2, 1) / head_dim**0.5
-        return linear((softmax(scores) @ values).reshape(1, -1), w.c_proj)
+        stop = start + len(x)
+        q, k, v = (
+            part.reshape(-1, n_head, head_dim).swapaxes(0, 1)
+            for part in np.split(linear(x, w.c_attn), 3, axis=-1)
+        )
+        self.k[layer, :, start:stop] = k
+        self.v[layer, :, start:stop] = v
+        keys, values = self.k[layer, :, :stop], self.v[layer, :, :stop]
+        scores = q @ keys.transpose(0, 2, 1) / head_dim**0.5
+        if len(x) > 1:
+            scores += np.triu(np.full(scores.shape[1:], -1e10, np.float32), start + 1)
+        heads = softmax(scores) @ values
+        return linear(heads.swapaxes(0, 1).reshape(len(x), -1), w.c_proj)
 
 
 def linear(x: np.ndarray, w: SimpleNamespace) -> np.ndarray:

@@ -387,13 +387,13 @@ def stream(
 
 def _loaded(model: Any, options: AllOptions) -> tuple[Model, Options]:
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
-    rest = {k: v for k, v in options.items() if k not in given}
-    check_options(cast("Options", rest))  # before something large is downloaded
+    rest = cast("Options", {k: v for k, v in options.items() if k not in given})
+    check_options(rest)  # before something large is downloaded
     if isinstance(model, Model):
         if given:
             raise ParameterError(
                 f"{', '.join(given)} belong to gptx.load(): the model that was given is loaded"
             )
-        return model, cast("Options", rest)
+        return model, rest
     max_tokens = rest.get("max_tokens", MAX_TOKENS)
-    return load_once(model, max_tokens, **cast("LoadOptions", given)), cast("Options", rest)
+    return load_once(model, max_tokens, **cast("LoadOptions", given)), rest

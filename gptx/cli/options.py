@@ -35,7 +35,7 @@ dtype_option = click.option(
     "--dtype", metavar="NAME", help="float32 (default), float16 or bfloat16, if the backend can."
 )
 threads_option = click.option(
-    "-t", "--threads", type=int, help="BLAS threads of the numpy backend."
+    "-t", "--threads", type=int, help="Threads of the numpy backend: BLAS's and the kernels'."
 )
 quantize_option = click.option(
     "--quantize", metavar="NAME", help="int8 or int4: quantize the weights when they are loaded."

@@ -1,0 +1,60 @@
+"""gptx on its NumPy backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gptx
+from engines.base import Engine, Tick
+from gptx.cache import KVCache
+from gptx.engine import Generation
+from gptx.generation import load_once
+from gptx.sampling import SamplingParams
+
+
+class GptxEngine(Engine):
+    """The engine, from one token to the next, as `Model.generate` runs it."""
+
+    version = gptx.__version__
+
+    def __init__(
+        self, folder: Path, threads: int, work: Path, n_tokens: int | None = None, **options: Any
+    ) -> None:
+        self.model = load_once(folder, n_tokens, threads=threads, **options)
+        self.n_bytes = size_of(self.model.gpt2.weights)
+        self.known: KVCache | None = None
+
+    @classmethod
+    def for_one_call(
+        cls, n_tokens: int, folder: Path, threads: int, work: Path, **options: Any
+    ) -> GptxEngine:
+        return cls(folder, threads, work, n_tokens, **options)  # as `gptx.generate` would
+
+    def generate(
+        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
+    ) -> None:
+        if known and self.known is None:
+            self.known = self.model.prefill(prompts[0])
+        steps = Generation(
+            self.model.gpt2,
+            prompts,
+            SamplingParams(),
+            max_tokens=n_tokens,
+            cache=self.known if known else None,
+        )
+        for step in steps:
+            tick([int(token.id) for token in step if token.id is not None])
+
+    def logits(self, ids: list[int]) -> list[float]:
+        return [float(x) for x in self.model.logits(ids)[-1]]
+
+
+def size_of(x: Any) -> int:
+    """Bytes of all arrays in a tree of weights, quantized ones as the backend keeps them."""
+    if isinstance(x, np.ndarray):
+        return x.nbytes
+    children = x if isinstance(x, list) else vars(x).values() if hasattr(x, "__dict__") else ()
+    return sum(map(size_of, children))

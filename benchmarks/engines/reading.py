@@ -1,0 +1,23 @@
+"""The floor of a decode step: the time to read the weights once, as `cpu.py` measures it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpu import reader
+
+import gptx
+from engines.base import Engine
+
+
+class Reading(Engine):
+    """No engine: it only reads."""
+
+    def __init__(self, folder: Path, threads: int, work: Path) -> None:
+        model = gptx.load(folder, threads=threads)
+        self.n_bytes = sum(path.stat().st_size for path in model.files.weights)
+        self.measure = reader(model)
+
+    def read(self) -> float:
+        """Seconds to read all weights once."""
+        return self.measure()
