@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.numpy_products import (
+    AHEAD,
     compiled,
     dots_1x1,
     dots_1x4,
@@ -17,7 +18,7 @@ from gptx.backends.numpy_products import (
     outer_4x1,
     outer_4x4,
 )
-from gptx.backends.simd import exp, load, maximum, splat, store
+from gptx.backends.simd import exp, load, maximum, prefetch, splat, store
 
 
 def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any) -> Any:
@@ -37,6 +38,9 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             for d in range(D):
                 work[r * D + d] = x[n * x_width + head * D + d] * scale
         for s in range(0, seen - 3, 4):
+            if rows == 1:
+                for i in range(ki + s * D, ki + (s + 4) * D, 16):
+                    prefetch(keys, i + AHEAD // 8)
             dots_x4(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows)
         for s in range(seen // 4 * 4, seen):
             dots_x1(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows)

@@ -64,7 +64,7 @@ def outer(rows: int, columns: int) -> Callable[..., None]:
                     put(acc, r * columns + c, load(y, yi + r * y_stride + 16 * c))
         for k in range(depth):
             for c in range(columns):
-                if rows == 1:
+                if rows == 1:  # there is nothing to do but to wait for memory
                     prefetch(w, wi + k * w_stride + 16 * c + AHEAD // 8)
                 column = load(w, wi + k * w_stride + 16 * c)
                 for r in range(rows):
@@ -92,8 +92,6 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
         whole = depth // 16 * 16
         for k in range(0, whole, 16):
             for c in range(columns):
-                if rows == 1:  # nothing but reading
-                    prefetch(w, wi + c * depth + k + AHEAD // 8)
                 column = load(w, wi + c * depth + k)
                 for r in range(rows):
                     n = c * rows + r

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +259,9 @@ def _round(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+@cache
 def _announce() -> None:
-    """Say on standard error that the kernels are being compiled, if they are."""
-    if kernels.run.signatures:
-        return
+    """Say on standard error that the kernels are being compiled, if they are; the first time."""
     cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.*run-*.nbi")
     if not any(cached):
         print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
