@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_helpers import error_lines, run, start
 
@@ -99,6 +101,33 @@ def test_backends_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     mlx = json.loads(run("backends", "--json").out)[2]
     assert (mlx["name"], mlx["available"]) == ("mlx", False)
     assert "pip install 'mlx" in mlx["detail"]
+
+
+def test_backends_says_what_compiles_the_numpy_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: "0.99")
+    line = run("backends").out.splitlines()[0]
+    assert line.endswith(f"numpy {np.__version__}, compiled with Numba 0.99")
+
+
+def test_backends_says_what_numba_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "numba":
+            raise metadata.PackageNotFoundError(package)
+        return real(package)
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    line = run("backends").out.splitlines()[0]
+    assert line.endswith(
+        f"numpy {np.__version__}; pip install 'gptx[fast]' compiles the forward pass, "
+        "and keeps quantized weights small"
+    )
+
+
+def test_backends_does_not_import_numba() -> None:
+    code = "import sys, gptx.backends as b; b.available(); print('numba' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
 
 
 def test_download_of_what_is_here(shakespeare: Model) -> None:

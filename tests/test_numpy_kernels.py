@@ -17,6 +17,7 @@ from gptx.weights import to_backend
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
+from gptx.backends import amx
 from gptx.backends.numpy_step import Step, Tiles
 
 GENERIC = get_backend("numpy", generic=True, threads=1)
@@ -44,21 +45,54 @@ def close(found: np.ndarray, exact: np.ndarray, size: np.ndarray) -> None:
     assert np.max(np.abs(found - exact) / size) < 3e-6
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.fixture(params=["panels", "AMX"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies several rows with codes: vectors, or a matrix unit where there is one."""
+    if request.param == "AMX" and not amx.allowed():
+        pytest.skip("this processor has no AMX, or the system does not lend it")
+    monkeypatch.setattr("gptx.backends.numpy_step.amx.allowed", lambda: request.param == "AMX")
+    return request.param
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n_in", "n_out"), MATRICES, ids=lambda n: str(n))
 def test_products_with_codes(
-    n_in: int, n_out: int, bits: int, threads: int, random: np.random.Generator
+    n_in: int, n_out: int, bits: int, unit: str, random: np.random.Generator
 ) -> None:
     group_size = 64 if n_in % 64 == 0 else 32
     w = random.standard_normal((n_out, n_in)).astype(np.float32)
-    tiles = Tiles(quantize(w, bits, group_size))
-    exact = dequantize(quantize(w, bits, group_size)).astype(np.float64)
+    q = quantize(w, bits, group_size)
+    tiles, exact = Tiles(q), dequantize(q).astype(np.float64)
     bias = random.standard_normal(n_out).astype(np.float32)
     for rows in ROWS[: 2 if w.size > 10**7 else None]:
         x = random.standard_normal((rows, n_in)).astype(np.float32)
         size = np.abs(x).astype(np.float64) @ np.abs(exact).T + np.abs(bias)
-        close(tiles.product(x, bias, threads), x @ exact.T + bias, size)
+        wanted = x @ exact.T + bias
+        for threads in (1, 2, 3):
+            close(tiles.product(x, bias, threads), wanted, size)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [2, 15, 16, 17, 130, 300])
+def test_panels_and_the_matrix_unit_agree(
+    rows: int,
+    bits: int,
+    group_size: int,
+    random: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They cut and sum in other ways, so they need not agree to the last bit, and do not."""
+    if not amx.allowed():
+        pytest.skip("this processor has no AMX, or the system does not lend it")
+    q = quantize(random.standard_normal((200, 384)).astype(np.float32), bits, group_size)
+    x = random.standard_normal((rows, 384)).astype(np.float32)
+    found = []
+    for allowed in (False, True):
+        monkeypatch.setattr(amx, "allowed", lambda answer=allowed: answer)
+        found.append(Tiles(q).product(x, None, 2))
+    close(found[0], found[1], np.abs(x) @ np.abs(dequantize(q)).T)
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -73,7 +107,7 @@ def test_tiles_hold_the_matrix(bits: int, group_size: int, random: np.random.Gen
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_scales_of_any_size(bits: int, random: np.random.Generator) -> None:
+def test_scales_of_any_size(bits: int, unit: str, random: np.random.Generator) -> None:
     """Codes of 4 bits are multiplied where they lie in their word, up to 16**6 too large."""
     w = random.standard_normal((64, 128)).astype(np.float32) * 10.0 ** random.integers(
         -6, 6, (64, 1)
@@ -136,7 +170,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("case", WIDE)
 def test_a_replay_computes_what_the_generic_ops_do(
-    case: str, name: str, bits: int | None, last_only: bool
+    case: str, name: str, bits: int | None, last_only: bool, unit: str
 ) -> None:
     compiled, generic = models(WIDE[case], bits, threads=2)
     found, found_cache = logits(compiled, CALLS[name], last_only)
@@ -163,7 +197,7 @@ def test_a_replay_of_every_config(case: str, threads: int) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_a_real_width_in_parallel() -> None:
+def test_a_real_width_in_parallel(unit: str) -> None:
     """Large enough for every stage to be shared between threads, at the length of a context."""
     config = GPT2Config(5003, 520, 768, 1, 12)
     random = np.random.default_rng(1)
