@@ -95,7 +95,7 @@ def get_backend(
         Turn all overrides off, to compare them with the generic ops.
     compile
         Make one compiled call of the forward pass where the backend can: NumPy's does with Numba,
-        which takes half a second to begin. Without, the model runs op by op.
+        which takes half a second to begin. Without, float weights run op by op.
 
     Raises
     ------

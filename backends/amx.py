@@ -255,7 +255,10 @@ def _multiply_rows(
     codes: Any, scales: Any, offsets: Any, bits: int, tile: int, n_in: int, group: int, x: Any,
     rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
 ) -> None:  # fmt: skip
-    """Rows first to last of 16 outputs of y = x·W; x is what `cut` made of `rows` rows."""
+    """Rows first to last of 16 outputs of y = x·W; x is what `cut` made of `rows` rows.
+
+    In y there is room up to a whole block of rows after the last.
+    """
     groups, depth = n_in // group, min(group, DEPTH)
     padded = (rows + ROWS - 1) // ROWS * ROWS
     digits, whole = x.view(np.int8), room.view(np.int32)

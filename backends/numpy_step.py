@@ -59,6 +59,8 @@ class Tiles:
         """x [..., I] times the matrix, plus a bias [O], if any: [..., O]."""
         rows = x.reshape(-1, x.shape[-1])
         n_rows, n_in = rows.shape
+        if n_rows == 0:
+            return np.empty((*x.shape[:-1], self.shape[0]), np.float32)
         instruction = Instruction("linear", source=0, target=1, weight=self, bias=bias)
         program = Program([instruction], inputs=[n_in])
         padded, y = (
@@ -189,7 +191,7 @@ class Program:
         # All rows; or for each thread the only one and behind it its sums over groups.
         n_in = int(self.table[:, columns.N_IN].max())
         arrays.append(aligned((max(_round(rows, amx.ROWS), 2 * threads) * n_in,), np.float32))
-        amx_room = amx.ROOM + 16 * n_in if amx.allowed() else 0
+        amx_room = amx.ROOM + 4 * n_in if amx.allowed() else 0
         attention = BLOCK * (2 * D + room) + 2 * 16
         size = max(kernels.DEPTH * TILE, *self.widths, attention, amx_room)
         arrays.append(aligned((threads, _round(size, LANES)), np.float32))
@@ -262,6 +264,7 @@ def _round(n: int, multiple: int) -> int:
 @cache
 def _announce() -> None:
     """Say on standard error that the kernels are being compiled, if they are; the first time."""
+    newest = max(path.stat().st_mtime for path in kernels.FILES)
     cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.*run-*.nbi")
-    if not any(cached):
+    if not any(path.stat().st_mtime > newest for path in cached):
         print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
