@@ -298,7 +298,6 @@ def _runner(sources: int) -> Any:
     """Make `run`. To see whether what it has cached is still right, Numba looks at the file of a
     function and at what it closes over: the checksum of all these files."""
 
-    @njit(fastmath=FAST, error_model="numpy", cache=True, nogil=True)
     def run(
         program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
         normed: Any, work: Any, amx: bool, threads: int,
@@ -328,7 +327,11 @@ def _runner(sources: int) -> Any:
                         op, stage, buffers, index, keys, values, shape, normed, work, amx, threads
                     )
 
-    return run
+    options = {"fastmath": FAST, "error_model": "numpy", "nogil": True}
+    try:
+        return njit(cache=True, **options)(run)
+    except RuntimeError:  # no folder can be written
+        return njit(**options)(run)
 
 
 FILES = [

@@ -265,6 +265,6 @@ def _round(n: int, multiple: int) -> int:
 def _announce() -> None:
     """Say on standard error that the kernels are being compiled, if they are; the first time."""
     newest = max(path.stat().st_mtime for path in kernels.FILES)
-    cached = Path(kernels.run.stats.cache_path).glob("numpy_kernels.*run-*.nbi")
+    cached = Path(kernels.run.stats.cache_path or ".").glob("numpy_kernels.*run-*.nbi")
     if not any(path.stat().st_mtime > newest for path in cached):
         print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
