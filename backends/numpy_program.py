@@ -53,6 +53,7 @@ WORK = 22  # multiplications to a row, about
 
 @inlined
 def expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
+    """Inputs from `first` on of 64 outputs as floats, panel [depth, TILE]."""
     n_in, n_out, group = op[N_IN], op[N_OUT], op[GROUP]
     size = n_in * (n_out + TILE)
     if op[FORMAT] == MATRIX:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 Tick = Callable[[list[int]], Any]
 
 
-class Engine:
-    """A library with the model loaded, in one precision.
+class Measured:
+    """What runs in a process of its own, with the model loaded.
 
     Parameters
     ----------
@@ -36,6 +37,10 @@ class Engine:
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
         """Convert the model, where the library does not read the folder itself."""
 
+
+class Engine(Measured, ABC):
+    """A library with the model loaded, in one precision."""
+
     @classmethod
     def for_one_call(
         cls, n_tokens: int, folder: Path, threads: int, work: Path, **options: Any
@@ -43,6 +48,7 @@ class Engine:
         """The engine as one would load it to generate `n_tokens` and no more."""
         return cls(folder, threads, work, **options)  # type: ignore[call-arg]
 
+    @abstractmethod
     def generate(
         self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
     ) -> None:
@@ -52,11 +58,10 @@ class Engine:
         first time when the prompts are read. A prompt that is `known` is always the same single
         one: the keys and values of all but its last token may be kept from call to call.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, ids: list[int]) -> list[float]:
         """The logits after the last of `ids`."""
-        raise NotImplementedError
 
 
 def best(logits: Any) -> list[int]:

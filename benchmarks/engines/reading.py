@@ -7,10 +7,10 @@ from pathlib import Path
 from cpu import reader
 
 import gptx
-from engines.base import Engine
+from engines.base import Measured
 
 
-class Reading(Engine):
+class Reading(Measured):
     """No engine: it only reads."""
 
     def __init__(self, folder: Path, threads: int, work: Path) -> None:

@@ -33,7 +33,7 @@ folder, options, prompt, output = json.loads(sys.argv[1])
 began = time.perf_counter()
 import gptx.generation
 imported = time.perf_counter()
-model = gptx.generation.load(folder, **options)
+model = gptx.generation.load_once(folder, output, **options)
 loaded = time.perf_counter()
 result = model.generate(prompt, max_tokens=output, ignore_eos=True)
 done = time.perf_counter()
