@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,27 +56,12 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
     StorageError
         The file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
+    header, metadata, start = safetensors_header(path)
     try:
-        # The safetensors library checks the header: its length, offsets, overlaps, and the size of
-        # the file. What it accepts can be mapped as it says.
-        with safe_open(path, framework="np"):
-            pass
         with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(
-                file.read(header_size), object_pairs_hook=_without_doubles
-            )
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}): fetch it again"
-        ) from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
-    metadata = header.pop("__metadata__", None) or {}
-    start = 8 + header_size
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -81,6 +69,41 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         tensors[name] = _view(raw, entry, f"{path}: {' '.join(name.split())}")
         tensors[name].flags.writeable = False
     return tensors, metadata
+
+
+def safetensors_header(path: str | Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+    """The header of a safetensors file, checked.
+
+    Returns
+    -------
+    entries, metadata, start
+        Name -> "dtype", "shape" and "data_offsets" (begin and end, in bytes after `start`); the
+        strings of `__metadata__`; and where the data begin.
+
+    Raises
+    ------
+    WeightsError
+        The file is truncated or its header is damaged.
+    StorageError
+        The file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The safetensors library checks the header: its length, offsets, overlaps, and the size of
+        # the file. What it accepts can be read as it says.
+        with safe_open(path, framework="np"):
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size), object_pairs_hook=_without_doubles)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}): fetch it again"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+    return header, header.pop("__metadata__", None) or {}, 8 + size
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,6 +133,11 @@ def widened(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+def create(path: str | Path) -> BinaryIO:
+    """Open a new file to write to, where nothing is yet."""
+    return open(path, "xb")
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all, see `atomic_file`."""
     with atomic_file(path) as file:
@@ -125,20 +153,72 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     StorageError
         It cannot be written (disk full, no such folder, read-only); `path` is as it was.
     """
+    with atomic_path(path) as temporary, create(temporary) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` for a file or a folder of files, which then takes its place in one step.
+
+    What was there before, a file or a folder, is gone then; if anything goes wrong, it is as it
+    was, and so is everything around it.
+
+    Raises
+    ------
+    StorageError
+        It cannot be written (disk full, no such folder, read-only).
+    """
     path = Path(path)
     if not path.name:
         raise StorageError(f"{path} cannot be written (it is a folder)")
     # A name that nobody can foresee: two writers, or a link laid there, are not in the way.
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
+        _flush(temporary)
+        if path.is_dir() and temporary.is_dir():
+            exchange(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, GptxError):
             raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
+    finally:
+        _remove(temporary)  # what is left: a half-written one, or the one from before
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file, or the files of a folder."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Let two folders change places: in one step where the system can (Linux, macOS).
+
+    Elsewhere in three: an end between them leaves both whole, one of them under another name.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    here, there = os.fsencode(a), os.fsencode(b)
+    at_cwd = -100 if sys.platform == "linux" else -2
+    swap = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+    for name in ("renameat2", "renameatx_np"):
+        if (rename := getattr(libc, name, None)) is not None:
+            if rename(at_cwd, here, at_cwd, there, ctypes.c_uint(swap)) == 0:
+                return
+            break  # a file system that cannot
+    aside = a.with_name(a.name + ".old")
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)

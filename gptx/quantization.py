@@ -166,6 +166,16 @@ class Quantized:
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
 
 
+def check_group_size(n_in: int, group_size: int, name: str) -> None:
+    """Raise ParameterError unless the inputs of a matrix are a whole number of groups."""
+    if n_in % group_size:
+        fit = [size for size in GROUP_SIZES if n_in % size == 0]
+        raise ParameterError(
+            f"group_size is {group_size}, but {name} has {n_in} inputs: "
+            + (f"give {' or '.join(map(str, fit))}" if fit else "no group size divides that")
+        )
+
+
 @np.errstate(all="ignore")  # what is not finite is refused, not warned of
 def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix") -> Quantized:
     """Quantize a matrix w [O, I] of floats as `mx.quantize` does: the result is the same.
@@ -187,12 +197,7 @@ def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix")
     """
     Quantization(group_size, bits)
     n_out, n_in = w.shape
-    if n_in % group_size:
-        fit = [size for size in GROUP_SIZES if n_in % size == 0]
-        raise ParameterError(
-            f"group_size is {group_size}, but {name} has {n_in} inputs: "
-            + (f"give {' or '.join(map(str, fit))}" if fit else "no group size divides that")
-        )
+    check_group_size(n_in, group_size, name)
     n_groups = n_in // group_size
     codes = np.empty((n_out, n_in * bits // 8), np.uint8)
     scales, biases = (np.empty((n_out, n_groups), np.float32) for _ in range(2))

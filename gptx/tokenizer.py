@@ -38,6 +38,8 @@ class BytePairTokenizer:
     ----------
     files
         "tokenizer.json", or "vocab.json" and "merges.txt", each with its path.
+    definition
+        What a tokenizer.json says, in the place of files.
 
     Raises
     ------
@@ -45,18 +47,64 @@ class BytePairTokenizer:
         The files are damaged, or not enough of them are there.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], *, definition: str | None = None) -> None:
         self._files = dict(files)
+        self._definition = definition
         self._ordinary = self._read()
         # Ordinary text is where this library finds special tokens unless it is told otherwise.
         self._ordinary.encode_special_tokens = True
+
+    @classmethod
+    def of_vocabulary(
+        cls,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        special: Mapping[str, int] | None = None,
+    ) -> BytePairTokenizer:
+        """GPT-2's tokenizer with this vocabulary, in the letters of its files, and these merges.
+
+        Parameters
+        ----------
+        special
+            Tokens that are found whole in a text where that is allowed, with their ids.
+
+        Raises
+        ------
+        TokenizerError
+            A merge makes no token of the vocabulary.
+        """
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        byte_level["use_regex"] = True
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [
+            {"id": id, "content": token, **flags, "special": True}
+            for token, id in (special or {}).items()
+        ]
+        model = {"type": "BPE", "vocab": dict(vocab), "merges": [list(pair) for pair in merges]}
+        definition = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": model,
+        }
+        return cls({}, definition=json.dumps(definition))
 
     def _read(self) -> Any:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         try:
-            if path := self._files.get("tokenizer.json"):
-                tokenizer = Tokenizer.from_file(str(path))
+            path = self._files.get("tokenizer.json")
+            if path or self._definition is not None:
+                tokenizer = (
+                    Tokenizer.from_file(str(path))
+                    if self._definition is None
+                    else Tokenizer.from_str(self._definition)
+                )
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
                 return _with_special_end(tokenizer)
@@ -71,7 +119,7 @@ class BytePairTokenizer:
             ) from None
         except Exception as error:  # the library raises bare Exceptions
             read = ["tokenizer.json"] if "tokenizer.json" in self._files else self._files
-            names = " and ".join(str(self._files[name]) for name in read)
+            names = " and ".join(str(self._files[name]) for name in read) or "the vocabulary"
             raise TokenizerError(f"{names} cannot be read as a tokenizer ({error})") from None
 
     @cached_property
@@ -82,6 +130,11 @@ class BytePairTokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._ordinary.get_vocab_size())
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        """The id of `<|endoftext|>`; None if there is no such token."""
+        return self._ordinary.token_to_id(END_OF_TEXT)
 
     def definition(self) -> dict[str, Any]:
         """What its tokenizer.json says, or would say."""

@@ -51,17 +51,27 @@ def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]
     found: dict[str, np.ndarray] = {}
     for path in paths:
         for stored, array in read_safetensors(path)[0].items():
-            name = stored.removeprefix("transformer.").removeprefix("model.")
-            head = name.startswith("lm_head.")
-            if BUFFERS.fullmatch(name) or (head and config.tie_word_embeddings):
+            name, transposed = our_name(stored)
+            if is_no_weight(name, config):
                 continue
             if name in found:
                 raise WeightsError(f"{path}: tensor {name} is there twice")
-            linear = stored.startswith("model.") and LINEAR.fullmatch(name)
-            found[name] = array.T if linear and array.dtype != np.uint32 else array
+            found[name] = array.T if transposed and array.dtype != np.uint32 else array
     weights = _joined(found, config.quantization)
     check_weights(weights, config)
     return weights
+
+
+def our_name(stored: str) -> tuple[str, bool]:
+    """gptx's name of a tensor in a safetensors file, and whether it lies `[out, in]` there."""
+    name = stored.removeprefix("transformer.").removeprefix("model.")
+    return name, stored.startswith("model.") and LINEAR.fullmatch(name) is not None
+
+
+def is_no_weight(name: str, config: GPT2Config) -> bool:
+    """Whether the tensor of a file is left out: a mask, or a tied head that is stored twice."""
+    tied_head = config.tie_word_embeddings and name.startswith("lm_head.")
+    return tied_head or BUFFERS.fullmatch(name) is not None
 
 
 def _joined(found: dict[str, np.ndarray], how: Quantization | None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""gptx.conversions.gguf: files that llama.cpp reads, parsed here by a reader of their own."""
+"""gptx.conversions.gguf_file: files that llama.cpp reads, parsed here by a reader of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from random_models import CASES, random_ids, random_weights, to_bfloat16
 
 from gptx.config import GPT2Config
 from gptx.conversions import gguf
-from gptx.conversions.gguf import TYPES, write_gguf
+from gptx.conversions.gguf_file import TYPES, write_gguf
 from gptx.errors import ConfigError, ParameterError, StorageError, TokenizerError, WeightsError
 from gptx.files import BFLOAT16
 from gptx.generation import Model

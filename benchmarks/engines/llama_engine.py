@@ -29,7 +29,7 @@ class LlamaEngine(Engine):
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
         from gptx.config import GPT2Config
-        from gptx.conversions.gguf import write_gguf
+        from gptx.conversions.gguf_file import write_gguf
         from gptx.weights import read_weights
 
         config = GPT2Config.from_file(folder / "config.json")
