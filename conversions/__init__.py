@@ -45,8 +45,9 @@ class Format:
     dtypes, quantize
         What `--dtype` and `--quantize` can ask of the writer.
     suffix
-        Of the file that is written, and by which it is meant if nothing else is said; "/" for a
-        folder.
+        Of the file that is written; "/" for a folder.
+    by_suffix
+        Whether that suffix means this format if nothing else is said.
     files
         Of a folder: the names that can be in it, as patterns.
     options
@@ -60,6 +61,7 @@ class Format:
     dtypes: tuple[str, ...] = ("float32",)
     quantize: tuple[str, ...] = ()
     suffix: str = "/"
+    by_suffix: bool = True
     files: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
@@ -77,6 +79,13 @@ FORMATS: dict[str, Format] = {
         "MLX (mlx-lm) folder", "mlx_folder", dtypes=FLOATS, quantize=CODES, files=SAFETENSORS
     ),
     "safetensors": Format("Hugging Face folder", "hugging_face", dtypes=FLOATS, files=SAFETENSORS),
+    "llm.c": Format(
+        "llm.c model (gpt2_124M.bin)",
+        "llm_c",
+        dtypes=("float32", "bfloat16"),
+        suffix=".bin",
+        by_suffix=False,
+    ),
 }
 
 
@@ -259,11 +268,11 @@ def _target(to: str | None, destination: Path, quantize: str | None) -> str:
         return to
     if destination.is_dir() or not destination.suffix or destination.suffix[1:].isdigit():
         return "mlx" if quantize else "safetensors"
-    found = [name for name, row in writers.items() if row.suffix == destination.suffix]
-    if len(found) == 1:
-        return found[0]
-    meant = ", ".join(found or writers)
-    raise ParameterError(f"{destination} does not say which format is meant: give one of {meant}")
+    for name, row in writers.items():
+        if row.by_suffix and row.suffix == destination.suffix:
+            return name
+    names = ", ".join(writers)
+    raise ParameterError(f"{destination} does not say which format is meant: give --to {names}")
 
 
 def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
@@ -271,16 +280,16 @@ def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
     if not destination.absolute().parent.is_dir():
         raise StorageError(f"{destination} cannot be written (there is no such folder)")
     if destination.is_dir():
-        names = sorted(entry.name for entry in destination.iterdir())
         if row.suffix != "/":
             raise ParameterError(f"{destination} is a folder, expected the name of a file")
-        strange = [n for n in names if not any(Path(n).match(p) for p in row.files)]
-        if strange:
-            raise ParameterError(
-                f"folder {destination} holds {strange[0]}, which is not of this format and would "
-                "be lost: give another folder"
-            )
-        if not names:
+        entries = sorted(destination.iterdir())
+        for entry in entries:
+            if entry.is_dir() or not any(entry.match(pattern) for pattern in row.files):
+                raise ParameterError(
+                    f"folder {destination} holds {entry.name}, which is not of this format and "
+                    "would be lost: give another folder"
+                )
+        if not entries:
             return
     elif not destination.exists():
         return

@@ -182,6 +182,35 @@ def config_of_shapes(
     return config, (note,)
 
 
+def require_openai(config: GPT2Config, program: str, *known: str) -> None:
+    """Raise if a model has settings that OpenAI's have not, for programs that know no others.
+
+    Parameters
+    ----------
+    program
+        What the error calls it, "llm.c" for example.
+    known
+        Settings that it does know.
+
+    Raises
+    ------
+    ConfigError
+        It would compute something else.
+    """
+    openai = {
+        "n_inner": 4 * config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    }
+    for name, value in openai.items():
+        found = config.mlp_dim if name == "n_inner" else getattr(config, name)
+        if found != value and name not in known:
+            raise ConfigError(f"{name} is {found!r}, {program} has {value!r} alone")
+
+
 def end_of_text(
     vocab_size: int, tokenizer: BytePairTokenizer | None = None
 ) -> dict[str, int | None]:

@@ -13,7 +13,13 @@ from pathlib import Path
 
 from gptx.conversions import hugging_face
 from gptx.conversions.binary import dtype_name
-from gptx.conversions.checkpoint import Array, Checkpoint, Stored, float_array
+from gptx.conversions.checkpoint import (
+    Array,
+    Checkpoint,
+    Stored,
+    float_array,
+    require_openai,
+)
 from gptx.conversions.hugging_face import Part, read
 from gptx.errors import GptxError
 from gptx.files import safetensors_header
@@ -43,6 +49,9 @@ def write(
 ) -> None:
     """Write a folder that mlx-lm and gptx load.
 
+    It is also gptx's own form of quantized weights: those of a model that mlx-lm does not have are
+    written all the same, for gptx alone.
+
     Parameters
     ----------
     folder
@@ -51,9 +60,18 @@ def write(
         Of what is not quantized; None leaves each tensor as it is.
     quantization
         Quantize every linear layer and table of tokens; None leaves them as they are.
+
+    Raises
+    ------
+    ConfigError
+        The weights are floats, and mlx-lm's GPT-2 would compute something else.
+    ParameterError
+        A matrix does not divide into such groups.
     """
     if quantization is not None:
         checkpoint = _quantized(checkpoint, quantization)
+    if checkpoint.config.quantization is None:
+        require_openai(checkpoint.config, "mlx-lm's GPT-2", "layer_norm_epsilon")
     layout = [tuple(_parts(name, tensor, dtype)) for name, tensor in checkpoint.stored.items()]
     tensors = (_arrays(name, tensor) for name, tensor in checkpoint.tensors.items())
     hugging_face.write_safetensors(folder / hugging_face.WEIGHTS, layout, tensors, "mlx")

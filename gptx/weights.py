@@ -7,8 +7,6 @@ Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matri
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -21,8 +19,8 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, StorageError, WeightsError
-from gptx.files import BFLOAT16, atomic_write, read_safetensors, widened
+from gptx.errors import ParameterError, WeightsError
+from gptx.files import BFLOAT16, read_safetensors, widened
 from gptx.quantization import Quantization, Quantized, dequantize, quantize
 
 Tensor = np.ndarray | Quantized
@@ -176,46 +174,6 @@ def quantize_weights(
         else:
             quantized[name] = array
     return quantized, replace(config, quantization=how)
-
-
-def save_quantized(
-    folder: str | os.PathLike[str], config: GPT2Config, weights: Mapping[str, Tensor]
-) -> None:
-    """Write model.safetensors and config.json of a quantized model, as mlx-lm writes them.
-
-    gptx reads back what was written, number for number (bfloat16 as float32), and so does mlx-lm,
-    whose GPT-2 has OpenAI's settings alone: a tied head, `gelu_new`, the MLP's usual width. The
-    tokenizer's files are the caller's.
-
-    Raises
-    ------
-    ParameterError, WeightsError
-        `config` says nothing of a quantization, or `weights` are not what it asks for.
-    StorageError
-        A file cannot be written; one that was there before is left as it was.
-    """
-    from safetensors.numpy import save
-
-    if config.quantization is None:
-        raise ParameterError("the config has no quantization: see quantize_weights()")
-    check_weights(weights, config)
-    tensors: dict[str, np.ndarray] = {}
-    for name, array in weights.items():
-        layer = "model." + name.rpartition(".")[0]
-        if isinstance(array, Quantized):
-            tensors[f"{layer}.weight"] = array.weight
-            tensors[f"{layer}.scales"] = array.scales
-            tensors[f"{layer}.biases"] = array.biases
-        else:
-            tensors[f"model.{name}"] = widened(array.T if LINEAR.fullmatch(name) else array)
-    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made ({error.strerror or error})") from error
-    atomic_write(folder / "model.safetensors", save(whole, {"format": "mlx"}))
-    atomic_write(folder / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
 
 def fingerprint(found: Mapping[str, Tensor]) -> str:

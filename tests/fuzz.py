@@ -148,16 +148,16 @@ def accepted(use: Callable[[], object], what: str) -> bool:
     try:
         with _alarm(what):
             use()
+            return True
     except GptxError as error:
-        assert error.exit_code == 65, f"{what}: exit code {error.exit_code} ({error})"
-        message = str(error)
-        assert message, f"{what}: refused without a word"
-        assert "\n" not in message, f"{what}: {message}"
-        assert len(message) < 2000, f"{what}: {message[:2000]}"
-        return False
+        code, message = error.exit_code, str(error)
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__} came out: {error}") from error
-    return True
+    assert code == 65, f"{what}: exit code {code} ({message})"
+    assert message, f"{what}: refused without a word"
+    assert "\n" not in message, f"{what}: {message}"
+    assert len(message) < 2000, f"{what}: {message[:2000]}"
+    return False
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_backend, make_model
+from conversion_helpers import save
 from random_models import CASES, random_weights
 
 from gptx.backends import get_backend
@@ -19,7 +20,7 @@ from gptx.bench.speed import Bench, record, weights_bytes
 from gptx.engine import Generation
 from gptx.generation import Model
 from gptx.quantization import Quantization
-from gptx.weights import quantize_weights, save_quantized
+from gptx.weights import quantize_weights
 
 
 @pytest.fixture(params=["numpy-generic", "mlx"])
@@ -146,7 +147,7 @@ def test_bytes_of_the_weights(
 def test_quantized_files_are_named_so(tmp_path: Path) -> None:
     config = CASES["124M"]
     weights, quantized = quantize_weights(random_weights(config), config, Quantization(32, 8))
-    save_quantized(tmp_path, quantized, weights)
+    save(tmp_path, quantized, weights)
     setup = {"model": "m", "folder": str(tmp_path), "threads": 1, "generic": True}
     event = list(speed.measure(setup, [[2, 0, 0]], repetitions=1))[-1]
     assert event["dtype"] == "int8"

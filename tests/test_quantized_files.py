@@ -14,16 +14,17 @@ import pytest
 from bad_input_helpers import refused
 from cli_helpers import run
 from conftest import floats_of, make_model
+from conversion_helpers import save
 from random_models import CASES, random_weights
 from safetensors.numpy import load_file, save_file
 
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, StorageError, WeightsError
+from gptx.errors import ParameterError, WeightsError
 from gptx.generation import Model
 from gptx.quantization import Quantization, Quantized, quantize
-from gptx.weights import check_weights, quantize_weights, read_weights, save_quantized
+from gptx.weights import check_weights, quantize_weights, read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 INT4 = Quantization(32, 4)
@@ -65,7 +66,7 @@ def test_matrices_that_mlx_lm_left_as_they_were(tmp_path: Path) -> None:
     weights: dict[str, Any] = random_weights(config)
     for name in [name for name in weights if name.endswith("mlp.c_proj.weight")]:
         weights[name] = quantize(weights[name].T, 4, 64)
-    save_quantized(tmp_path, config, weights)
+    save(tmp_path, config, weights)
     got = gptx.load(tmp_path).logits([1, 2, 3])
     expected = make_model(CONFIG, get_backend("numpy"), floats_of(weights)).logits([1, 2, 3])
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
@@ -78,7 +79,7 @@ def test_matrices_that_mlx_lm_left_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["124M", "untied"])
 def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantization) -> None:
     weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], how)
-    save_quantized(tmp_path / "new" / "folder", config, weights)
+    save(tmp_path / "new" / "folder", config, weights)
     path = tmp_path / "new" / "folder"
     assert GPT2Config.from_file(path / "config.json") == config
     found = read_weights([path / "model.safetensors"], config)
@@ -95,7 +96,7 @@ def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantiza
 
 def test_the_names_and_shapes_that_mlx_lm_expects(tmp_path: Path) -> None:
     weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
-    save_quantized(tmp_path, config, weights)
+    save(tmp_path, config, weights)
     tensors = load_file(tmp_path / "model.safetensors")
     layer = "model.h.3.mlp.c_fc"
     assert {name: (str(x.dtype), x.shape) for name, x in tensors.items() if layer in name} == {
@@ -109,18 +110,6 @@ def test_the_names_and_shapes_that_mlx_lm_expects(tmp_path: Path) -> None:
     assert said["quantization"] == {"group_size": 32, "bits": 4}
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
-    weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
-    with refused(ParameterError, "no quantization"):
-        save_quantized(tmp_path, CONFIG, random_weights(CONFIG))
-    with refused(WeightsError, "wte.weight is int4 in groups of 32", "int8 in groups of 32"):
-        save_quantized(tmp_path, replace(config, quantization=INT8), weights)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with refused(StorageError, "cannot be made"):
-        save_quantized(tmp_path / "file", config, weights)
-
-
 # What does not fit
 
 
@@ -128,7 +117,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 def saved(tmp_path: Path) -> Path:
     """A quantized model's folder, to be damaged."""
     weights, config = quantize_weights(random_weights(CASES["relu"]), CASES["relu"], INT4)
-    save_quantized(tmp_path / "saved", config, weights)
+    save(tmp_path / "saved", config, weights)
     return tmp_path / "saved"
 
 
@@ -188,9 +177,9 @@ def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "says"),
     [
-        ({"group_size": 32, "bits": 8}, "h.0.attn.c_attn.weight is not int8 in groups of 32: 16"),
+        ({"group_size": 32, "bits": 8}, "wte.weight is not int8 in groups of 32: 16"),
         ({"group_size": 64, "bits": 4}, "is not int4 in groups of 64: 32 inputs are no whole"),
-        (None, 'c_attn.weight is quantized, but the config has no "quantization" that says how'),
+        (None, 'wte.weight is quantized, but the config has no "quantization" that says how'),
     ],
 )
 def test_a_config_that_does_not_fit(saved: Path, quantization: Any, says: str) -> None:
@@ -221,7 +210,7 @@ def test_a_quantized_model_of_the_package_travels(tmp_path: Path, shakespeare: M
     weights, config = quantize_weights(
         read_weights(files.weights, shakespeare.config), shakespeare.config, Quantization(64, 4)
     )
-    save_quantized(tmp_path, config, weights)
+    save(tmp_path, config, weights)
     shutil.copy(files.tokenizer["tokenizer.json"], tmp_path)
     expected = gptx.load("shakespeare", quantize="int4").generate("ROMEO:", max_tokens=20)
     assert gptx.load(tmp_path).generate("ROMEO:", max_tokens=20).text == expected.text

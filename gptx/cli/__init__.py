@@ -23,9 +23,11 @@ choose_kernels()  # before the imports that follow bring NumPy along
 
 from gptx.cli.backends import backends
 from gptx.cli.bench import bench
+from gptx.cli.convert import convert_command
 from gptx.cli.download import download
 from gptx.cli.generate import generate
 from gptx.cli.info import info
+from gptx.cli.verify import verify
 from gptx.errors import DeviceOutOfMemory, GptxError, Interrupted, StorageError
 
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
@@ -58,7 +60,7 @@ def gptx() -> None:
     """
 
 
-for command in (generate, info, backends, bench, download):
+for command in (generate, info, backends, bench, download, convert_command, verify):
     gptx.add_command(command)
 
 

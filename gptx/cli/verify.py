@@ -1,0 +1,66 @@
+"""`gptx verify`: are two models the same one?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from gptx.cli.options import json_option, offline_option
+from gptx.conversions import read
+from gptx.conversions.verify import PROMPT_LENGTH, Comparison, compare
+
+DIFFERENT = 1  # the exit code of a comparison that found a difference, as in cmp and diff
+SHOWN = 10  # tensors, at most
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--config", metavar="FILE", help="A config.json, for formats that do not say it all.")
+@offline_option
+@json_option
+def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> None:
+    """Compare the models A and B, of any formats: settings, tensors, and logits of one prompt.
+
+    Exit code 0 if they are the same, but for rounding to the types in which they are stored; 1 if
+    they are not.
+    """
+    models = [read(source, config=config, offline=offline)[1] for source in (a, b)]
+    result = compare(*models)
+    click.echo(json.dumps(_dict(result)) if as_json else _text(result))
+    if not result.same:
+        raise click.exceptions.Exit(DIFFERENT)
+
+
+def _dict(result: Comparison) -> dict[str, Any]:
+    return {"same": result.same, "identical": result.identical, **asdict(result)}
+
+
+def _text(result: Comparison) -> str:
+    lines = [f"{name}: {x} in A, {y} in B" for name, (x, y) in result.config.items()]
+    if result.tokenizer is False:
+        lines.append("the tokenizers differ")
+    differing = {name: d for name, d in result.tensors.items() if d.largest != 0}
+    if differing:
+        lines.append(f"{'tensor':<28} {'largest difference':>18} {'of the largest weight':>22}")
+        by_size = sorted(differing.items(), key=lambda item: -item[1].relative)
+        for name, d in by_size[:SHOWN]:
+            rest = "" if d.rounded else "  more than rounding"
+            lines.append(f"{name:<28} {d.largest:>18.3g} {d.relative:>22.3g}{rest}")
+        if more := len(differing) - SHOWN:
+            lines += [f"... and {more} more"] if more > 0 else []
+    if result.logits is not None:
+        lines.append(
+            f"logits of a fixed prompt of {PROMPT_LENGTH} tokens: largest difference "
+            f"{result.logits:.3g}, the same next token at {result.agreement:.0%} of its positions"
+        )
+    if result.identical:
+        verdict = f"the same: all {len(result.tensors)} tensors, bit for bit"
+    elif result.same:
+        verdict = "the same, but for rounding to the types in which they are stored"
+    else:
+        verdict = "not the same"
+    return "\n".join([*lines, verdict])
