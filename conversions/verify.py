@@ -32,8 +32,9 @@ def check(checkpoint: Checkpoint) -> None:
             bad[name] = n
     if bad:
         name, n = next(iter(bad.items()))
-        more = f", and {len(bad) - 1} more tensors hold such" if len(bad) > 1 else ""
-        raise WeightsError(f"tensor {name} holds {n} numbers that are not finite{more}")
+        many = "a number that is" if n == 1 else f"{n} numbers that are"
+        more = f" (and other tensors: {len(bad) - 1})" if len(bad) > 1 else ""
+        raise WeightsError(f"tensor {name} holds {many} not finite{more}")
 
 
 @dataclass(frozen=True)
