@@ -1,9 +1,8 @@
 """Products of quantized weights with several rows on Intel's matrix unit, AMX.
 
 The unit multiplies tiles of bytes, 16 x 64 by 64 x 16 at once, and adds in whole numbers. Codes
-are bytes already. The rows of x become fixed-point numbers of 24 bits, with one factor a row, and
-are cut into three bytes: so hardly anything is lost that float32 would have kept, and a product
-takes three tile instructions a group. Then the sum is made a float and is scaled.
+are bytes already, and the rows of x are cut into three (`fixed_point.py`): a product takes three
+tile instructions a group. Then the sum is made a float and is scaled.
 
 Tiles are named by their numbers, 0 to 7, and belong to the thread. Without this unit, panels of
 floats do the same (`numpy_products.py`).
@@ -24,16 +23,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.fixed_point import PARTS, digits, measure
 from gptx.backends.numpy_products import AHEAD, BLOCK, compiled, outer_4x1
 from gptx.backends.simd import (
     I8,
-    INTS,
     LANES,
     call,
     int64,
-    largest,
     load,
-    maximum,
     nearest,
     pointer,
     prefetch,
@@ -42,15 +39,12 @@ from gptx.backends.simd import (
     store,
     to_bytes,
     to_floats,
-    total,
 )
 
 ROWS = 16  # of a tile
 DEPTH = 64  # bytes to a row of a tile
-PARTS = 3  # bytes to a number
 SQUARE = ROWS * ROWS
 ROOM = 2 * PARTS * SQUARE  # numbers that `multiply` needs, and 4 for each input
-LARGEST = np.float32(127 * 2**16)  # three digits of -128 to 127 hold it, and what rounds to above
 
 # What the processor has; the code is there if so. Whether Linux lets a process use it, `allowed`
 # finds out.
@@ -132,34 +126,6 @@ def _release(context: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic
-def _digits(context: Any, array: Any, i: Any, step: Any, x: Any, bits: Any) -> Any:
-    """Whole numbers x as three bytes each, x = a + 256 b + 65536 c with -128 <= a, b, c < 128, to
-    array[i : i + 16] and on by `step`; for codes of 4 bits even ones of 8 before odd ones."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def constant(value: int) -> Any:
-            return ir.Constant(INTS, [value] * LANES)
-
-        order = [8 * (n // 8) + n % 4 * 2 + n % 8 // 4 for n in range(LANES)]
-        step = int64(context, builder, args[2], sig.args[2])
-        even_first = builder.icmp_signed("==", args[4], ir.Constant(args[4].type, 4))
-        place = pointer(context, builder, sig.args, args)
-        rest = builder.fptosi(args[3], INTS)
-        for _ in range(PARTS):
-            digit = builder.and_(builder.add(rest, constant(128)), constant(255))
-            digit = builder.sub(digit, constant(128))
-            rest = builder.ashr(builder.sub(rest, digit), constant(8))
-            values = builder.trunc(digit, ir.VectorType(I8, LANES))
-            mixed = builder.shuffle_vector(values, values, ir.Constant(INTS, order))
-            values = builder.select(even_first, mixed, values)
-            builder.store(values, builder.bitcast(place, values.type.as_pointer()), align=1)
-            place = builder.gep(place, [step])
-        return context.get_dummy_value()
-
-    return types.void(array, i, step, x, bits), generate
-
-
 @compiled
 def cut(row: Any, n_in: int, group: int, bits: int, x: Any, n: int, rows: int) -> None:
     """Put a row [I] of floats into x as row n of `rows`: its bytes, its factor, its sums.
@@ -170,24 +136,14 @@ def cut(row: Any, n_in: int, group: int, bits: int, x: Any, n: int, rows: int) -
     """
     first, depth = PARTS * rows * n_in // 4, min(group, DEPTH)
     sums = x[first + rows + n // BLOCK * BLOCK * (n_in // group) + n % BLOCK :]
-    most, everything = splat(0.0), splat(0.0)
-    for g in range(n_in // group):
-        sum_of_group = splat(0.0)
-        for k in range(g * group, (g + 1) * group, LANES):
-            value = load(row, k)
-            most = maximum(most, maximum(value, splat(0.0) - value))
-            sum_of_group += value
-        sums[g * BLOCK] = total(sum_of_group)
-        everything += sum_of_group
-    size = largest(most)
-    # A NaN, which a maximum may not see, makes the factor one.
-    x[first + n] = size / LARGEST + np.float32(0) * total(everything)
-    grow = splat(LARGEST / size if size > 0 else np.float32(0))
+    factor, inverse = measure(row, n_in, group, sums, BLOCK)
+    x[first + n] = factor
+    grow = splat(inverse)
     tiles, i = x.view(np.int8), n // ROWS * n_in * PARTS * ROWS + n % ROWS * depth
     for k in range(0, n_in, depth):
         for j in range(0, depth, LANES):
             at = i + k * PARTS * ROWS + j
-            _digits(tiles, at, ROWS * depth, nearest(load(row, k + j) * grow), bits)
+            digits(tiles, at, ROWS * depth, nearest(load(row, k + j) * grow), bits)
 
 
 @compiled

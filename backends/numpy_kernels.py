@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from gptx.backends import numpy_products, vnni
 from gptx.backends.amx import ROWS as AMX_ROWS
 from gptx.backends.amx import cut, multiply
 from gptx.backends.numpy_attend import attend_1, attend_4
 from gptx.backends.numpy_products import (
     BLOCK,
-    SHRINK,
     TILE,
     compiled,
     dots_1x1,
@@ -27,8 +27,7 @@ from gptx.backends.numpy_products import (
     dots_4x1,
     dots_4x4,
     outer_4x4,
-    times_int4,
-    times_int8,
+    shrink_row,
     times_rows,
 )
 from gptx.backends.numpy_program import (
@@ -67,7 +66,12 @@ from gptx.backends.simd import FAST, float_array, load, splat, store, word_array
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
-SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
+
+# One row times codes: in bytes if the processor has that, else in floats.
+by_bytes = vnni.COMPILED
+prepare_row = vnni.cut_row if by_bytes else shrink_row
+times_int8 = vnni.times_int8 if by_bytes else numpy_products.times_int8
+times_int4 = vnni.times_int4 if by_bytes else numpy_products.times_int4
 
 
 @compiled
@@ -81,22 +85,14 @@ def _share(n: int, t: int, threads: int) -> tuple[int, int]:
 
 @inlined
 def _prepare_row(op: Any, x: Any, xi: int, normed: Any) -> None:
-    """The norm of one row; for codes the sums over groups, too, behind it. Each thread for itself:
-    that takes less time than waiting for another."""
+    """The norm of one row, as the product wants it. Each thread for itself: that takes less time
+    than waiting for another."""
     n_in, group = op[N_IN], op[GROUP]
     norm_row(op, x, xi, normed, 0, 1)
-    if op[FORMAT] == INT8 or op[FORMAT] == INT4:
-        for g in range(n_in // group):
-            s = np.float32(0)
-            for k in range(g * group, (g + 1) * group):
-                s += normed[k]
-            normed[n_in + g] = s
-    if op[FORMAT] == INT4:
-        for k in range(n_in):
-            normed[k] *= SHRINK_4[k % 8]
     if op[FORMAT] == INT8:
-        for k in range(n_in):
-            normed[k] *= SHRINK_8[k % 4]
+        prepare_row(normed, n_in, group, 8)
+    elif op[FORMAT] == INT4:
+        prepare_row(normed, n_in, group, 4)
 
 
 @inlined
@@ -334,8 +330,8 @@ def _runner(sources: int) -> Any:
         return njit(**options)(run)
 
 
-FILES = [
-    Path(__file__).with_name(f"{name}.py")
-    for name in ("amx", "numpy_attend", "numpy_kernels", "numpy_products", "numpy_program", "simd")
-]
+COMPILED = """
+amx fixed_point numpy_attend numpy_kernels numpy_products numpy_program simd vnni
+"""
+FILES = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
 run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in FILES)))

@@ -42,6 +42,8 @@ SHRINK = {
     for bits in (4, 8)
 }
 
+SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
+
 compiled = njit(fastmath=FAST, error_model="numpy")
 
 
@@ -116,8 +118,24 @@ dots_4x4, dots_4x1, dots_1x4, dots_1x1 = dots(4, 4), dots(4, 1), dots(1, 4), dot
 # LINEAR, one row: each weight is read once, as it lies
 
 
+@compiled
+def shrink_row(x: Any, n_in: int, group: int, bits: int) -> None:
+    """Put behind a row x [I] the sums of its groups; and let x make up for `code`."""
+    for g in range(n_in // group):
+        s = np.float32(0)
+        for k in range(g * group, (g + 1) * group):
+            s += x[k]
+        x[n_in + g] = s
+    if bits == 8:
+        for k in range(n_in):
+            x[k] *= SHRINK_8[k % 4]
+    else:
+        for k in range(n_in):
+            x[k] *= SHRINK_4[k % 8]
+
+
 def times_codes(bits: int, streams: int) -> Callable[..., None]:
-    """Make 64 outputs of y = W·x for codes of so many bits; x makes up for `code`.
+    """Make 64 outputs of y = W·x for codes of so many bits; x is what `shrink_row` has made.
 
     So many tiles are read at once. More streams bring more from memory than one does, until there
     is so much to compute that it is the other way round (both were tried for both).
@@ -128,7 +146,6 @@ def times_codes(bits: int, streams: int) -> Callable[..., None]:
     def times(
         w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
-        """Behind x there are the sums of its groups, before that."""
         groups = n_in // group
         for first in range(4 * tile, 4 * tile + 4, streams):
             result = vectors(streams)
