@@ -74,6 +74,7 @@ def get_backend(
     threads: int | None = None,
     generic: bool = False,
     compile: bool = True,
+    cache_dtype: str | None = None,
 ) -> Backend:
     """Make a backend.
 
@@ -96,6 +97,8 @@ def get_backend(
     compile
         Make one compiled call of the forward pass where the backend can: NumPy's does with Numba,
         which takes half a second to begin. Without, float weights run op by op.
+    cache_dtype
+        What keys and values are kept in: "float16", or as `dtype` (None).
 
     Raises
     ------
@@ -105,10 +108,11 @@ def get_backend(
         `threads` is not a positive whole number.
     """
     if isinstance(backend, Backend):
-        if any(x is not None for x in (dtype, device, threads)) or generic or not compile:
+        given = (dtype, device, threads, cache_dtype)
+        if any(x is not None for x in given) or generic or not compile:
             raise ParameterError(
-                "dtype, device, threads, generic and compile belong to get_backend(): "
-                "the backend that was given is made already"
+                "dtype, device, threads, generic, compile and cache_dtype belong to "
+                "get_backend(): the backend that was given is made already"
             )
         return backend
     if threads is not None and not _is_count(threads):
@@ -118,6 +122,7 @@ def get_backend(
         "threads": threads,
         "generic": generic,
         "compile": compile,
+        "cache_dtype": cache_dtype,
     }
     if dtype is not None:
         options["dtype"] = str(dtype)

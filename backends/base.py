@@ -84,6 +84,8 @@ class Backend:
         Turn every override of a subclass off.
     compile
         Whether `compile` may do what its name says.
+    cache_dtype
+        What keys and values are kept in: `dtype` (None), or "float16".
     """
 
     name = "generic"
@@ -99,6 +101,7 @@ class Backend:
         threads: int | None = None,
         generic: bool = False,
         compile: bool = True,
+        cache_dtype: str | None = None,
     ) -> None:
         if dtype not in self.dtypes or not hasattr(xp, dtype):
             raise BackendError(
@@ -111,8 +114,14 @@ class Backend:
                 f"threads is {threads}, but the {self.name} backend has no setting for threads: "
                 "leave it out"
             )
+        if cache_dtype not in (None, dtype, "float16") or not hasattr(xp, cache_dtype or dtype):
+            raise BackendError(
+                f"cache_dtype is {cache_dtype!r}, expected 'float16', if the library has it, or "
+                f"the dtype, {dtype!r}"
+            )
         self.xp = xp
         self.dtype = dtype
+        self.cache_dtype = cache_dtype or dtype
         self.device = device
         self.threads = threads
         self.compiles = compile
@@ -224,10 +233,14 @@ class Backend:
         xp = self.xp
         B, H, T, D = q.shape
         scores = xp.matmul(q * scale, xp.matrix_transpose(k))  # [B, H, T, S]
-        visible = self.arange(k.shape[2]) <= positions.index[:, None, :, None]  # [B, 1, T, S]
+        visible = self.visible(k, positions)  # [B, 1, T, S]
         scores = xp.where(visible, xp.astype(scores, self.wide), -math.inf)
         heads = xp.matmul(xp.astype(self.softmax(scores), self.float), v)  # [B, H, T, D]
         return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (B, T, H * D))
+
+    def visible(self, k: Array, positions: Positions) -> Array:
+        """Which of the keys k [B, H, S, D] each new token sees, booleans [B, 1, T, S]."""
+        return self.arange(k.shape[2]) <= positions.index[:, None, :, None]
 
     def softmax(self, x: Array) -> Array:
         """exp(x) / sum(exp(x)) over the last axis."""
@@ -273,9 +286,9 @@ class Backend:
             x = self.xp.astype(x, self.xp.float32)
         return np.from_dlpack(x)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A new array of zeros in the backend's dtype."""
-        return self.xp.zeros(shape, dtype=self.float, **self._on_device)
+    def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        """A new array of zeros, in the backend's dtype if no other is named."""
+        return self.xp.zeros(shape, dtype=getattr(self.xp, dtype or self.dtype), **self._on_device)
 
     def arange(self, n: int) -> Array:
         """0, 1, ... n-1 as default integers [n]."""

@@ -70,8 +70,8 @@ class CupyBackend(Backend):
             x = x.astype(cupy.float32)
         return cupy.asnumpy(x)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return cupy.zeros(shape, dtype=self.float)
+    def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        return cupy.zeros(shape, dtype=self.float if dtype in (None, self.dtype) else dtype)
 
     def synchronize(self) -> None:
         self.device.synchronize()

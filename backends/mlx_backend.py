@@ -120,8 +120,8 @@ class MlxBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return mx.zeros(shape, dtype=self.float)
+    def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        return mx.zeros(shape, dtype=getattr(mx, dtype or self.dtype))
 
     def synchronize(self) -> None:
         mx.synchronize(mx.default_stream(self._stream))

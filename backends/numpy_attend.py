@@ -18,7 +18,7 @@ from gptx.backends.numpy_products import (
     outer_4x1,
     outer_4x4,
 )
-from gptx.backends.simd import exp, load, maximum, prefetch, splat, store
+from gptx.backends.simd import exp, load, maximum, number, prefetch, splat, store
 
 
 def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any) -> Any:
@@ -75,7 +75,8 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             for d in range(D // 16 * 16, D):
                 work[yi + r * D + d] = 0
                 for s in range(seen):
-                    work[yi + r * D + d] += work[pi + s * rows + r] * values[ki + s * D + d]
+                    value = number(values, ki + s * D + d)
+                    work[yi + r * D + d] += work[pi + s * rows + r] * value
         for r in range(count):
             whole = np.float32(0)
             for j in range(r, 16, rows):

@@ -76,8 +76,8 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> Array:
         return x
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return aligned(shape, self.float, np.zeros)
+    def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        return aligned(shape, dtype or self.dtype, np.zeros)
 
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):

@@ -61,11 +61,24 @@ from gptx.backends.numpy_program import (
     inlined,
     norm_row,
 )
-from gptx.backends.simd import FAST, float_array, load, splat, store, word_array
+from gptx.backends.simd import (
+    FAST,
+    HALF,
+    float_array,
+    half_array,
+    load,
+    put_number,
+    splat,
+    store,
+    word_array,
+)
 
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
+
+# Keys and values in float16, if the processor converts them.
+cached_half = half_array if HALF else float_array
 
 # One row times codes: in bytes if the processor has that, else in floats.
 by_bytes = vnni.COMPILED
@@ -216,13 +229,28 @@ def _write(
         for h in range(H):
             i = ((n // T * H + h) * room + index[n]) * D
             j = n * op[SOURCE_WIDTH] + h * D
-            for d in range(D):
-                keys[i + d] = x[j + H * D + d]
-                values[i + d] = x[j + 2 * H * D + d]
+            for d in range(0, D - 15, 16):
+                store(keys, i + d, load(x, j + H * D + d))
+                store(values, i + d, load(x, j + 2 * H * D + d))
+            for d in range(D // 16 * 16, D):
+                put_number(keys, i + d, x[j + H * D + d])
+                put_number(values, i + d, x[j + 2 * H * D + d])
 
 
 @inlined
 def _attention(
+    op: Any, stage: int, x: Any, y: Any, index: Any, keys: Any, values: Any, shape: Any, work: Any,
+    t: int, threads: int,
+) -> None:  # fmt: skip
+    """First what is new goes into the cache, then heads read it."""
+    if stage == 0:
+        _write(op, x, index, keys, values, shape, t, threads)
+    else:
+        _read(op, x, y, index, keys, values, shape, work, t, threads)
+
+
+@inlined
+def _read(
     op: Any, x: Any, y: Any, index: Any, keys: Any, values: Any, shape: Any, work: Any, t: int,
     threads: int,
 ) -> None:  # fmt: skip
@@ -250,7 +278,7 @@ def _attention(
 @compiled
 def _part(
     op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, amx: bool, t: int, threads: int,
+    work: Any, amx: bool, half: bool, t: int, threads: int,
 ) -> None:  # fmt: skip
     """What thread t does in one stage of LINEAR or ATTENTION."""
     B, T, H, D, room = shape
@@ -261,12 +289,13 @@ def _part(
     y = float_array(buffers[op[TARGET]], padded * op[TARGET_WIDTH])
     residual = float_array(buffers[max(op[RESIDUAL], 0)], padded * op[TARGET_WIDTH])
     if op[KIND] == ATTENTION:
-        k = float_array(keys[op[LAYER]], B * H * room * D)
-        v = float_array(values[op[LAYER]], B * H * room * D)
-        if stage == 0:
-            _write(op, x, index, k, v, shape, t, threads)
+        k, v, size = keys[op[LAYER]], values[op[LAYER]], B * H * room * D
+        if half:
+            k16, v16 = cached_half(k, size), cached_half(v, size)
+            _attention(op, stage, x, y, index, k16, v16, shape, work[t], t, threads)
         else:
-            _attention(op, x, y, index, k, v, shape, work[t], t, threads)
+            k32, v32 = float_array(k, size), float_array(v, size)
+            _attention(op, stage, x, y, index, k32, v32, shape, work[t], t, threads)
     elif rows > 1:
         codes = amx and (op[FORMAT] == INT8 or op[FORMAT] == INT4)
         if stage == 0:
@@ -284,10 +313,10 @@ def _part(
 @njit(parallel=True, fastmath=FAST, error_model="numpy")
 def _everywhere(
     op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, amx: bool, threads: int,
+    work: Any, amx: bool, half: bool, threads: int,
 ) -> None:  # fmt: skip
     for t in prange(threads):
-        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, t, threads)
+        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half, t, threads)
 
 
 def _runner(sources: int) -> Any:
@@ -296,13 +325,14 @@ def _runner(sources: int) -> Any:
 
     def run(
         program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-        normed: Any, work: Any, amx: bool, threads: int,
+        normed: Any, work: Any, amx: bool, half: bool, threads: int,
     ) -> None:  # fmt: skip
         """Run a program on tokens and positions [B·T].
 
         `buffers` are the addresses of the activations, `keys` and `values` those of a layer's
         [B, H, room, D], `shape` is (B, T, H, D, room); `normed` and `work` [threads, ...] are room
-        to work in; `amx` is whether there is that unit (see `amx.py`).
+        to work in; `amx` is whether there is that unit (see `amx.py`), `half` whether keys and
+        values are float16.
         """
         if sources < 0:  # it never is
             return
@@ -317,11 +347,11 @@ def _runner(sources: int) -> Any:
             alone = threads == 1 or B * T * op[WORK] < LITTLE
             for stage in range(1 if one_row and op[FORMAT] != MATRIX else 2):
                 if alone:
-                    _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, 0, 1)
+                    _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
+                          0, 1)  # fmt: skip
                 else:
-                    _everywhere(
-                        op, stage, buffers, index, keys, values, shape, normed, work, amx, threads
-                    )
+                    _everywhere(op, stage, buffers, index, keys, values, shape, normed, work, amx,
+                                half, threads)  # fmt: skip
 
     options = {"fastmath": FAST, "error_model": "numpy", "nogil": True}
     try:

@@ -22,6 +22,7 @@ from gptx.backends.simd import (
     code,
     get,
     load,
+    number,
     prefetch,
     put,
     splat,
@@ -105,7 +106,7 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
                 for r in range(rows):
                     s = total(get(acc, c * rows + r))
                     for k in range(whole, depth):
-                        s += x[xi + r * depth + k] * w[wi + c * depth + k]
+                        s += x[xi + r * depth + k] * number(w, wi + c * depth + k)
                     y[yi + r * y_row + c * y_column] = s
 
     return dots

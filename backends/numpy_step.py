@@ -19,8 +19,8 @@ from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
 from gptx.backends.numpy_backend import aligned
 from gptx.backends.numpy_products import BLOCK, TILE
-from gptx.backends.simd import LANES
-from gptx.backends.tape import ACTIVATIONS, Instruction, record
+from gptx.backends.simd import HALF, LANES
+from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown, record
 from gptx.quantization import Quantized
 
 Array = np.ndarray
@@ -103,6 +103,8 @@ class Step:
     """
 
     def __init__(self, forward: Callable[..., Array], model: Any, threads: int | None) -> None:
+        if model.backend.cache_dtype == "float16" and not HALF:
+            raise Unknown("this processor does not convert float16")
         self.threads = threads
         self.programs = [Program(record(forward, model, last_only=x)) for x in (False, True)]
 
@@ -178,6 +180,7 @@ class Program:
                 normed,
                 work,
                 amx.allowed(),
+                cache is not None and cache.keys[0].dtype == np.float16,
                 threads,
             )
 

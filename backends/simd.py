@@ -8,11 +8,13 @@ AVX2, four of NEON. Indices count elements of flat arrays and are not checked.
 from __future__ import annotations
 
 import operator
+import platform
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, float32, njit, types, uint32
+from llvmlite.binding import get_host_cpu_features
+from numba import carray, float32, njit, types, uint16, uint32
 from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -20,8 +22,12 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 LANES = 16
 
 I8, I32 = ir.IntType(8), ir.IntType(32)
-F32 = ir.FloatType()
+F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+HALVES = ir.VectorType(F16, LANES)  # in memory only, and there uint16 for Numba
+
+# Whether the processor converts float16; else LLVM would call a function that Numba does not have.
+HALF = platform.machine() not in ("x86_64", "AMD64") or get_host_cpu_features().get("f16c", False)
 
 # Sums may be reordered and fused, but a NaN stays one: the sampler looks for it.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
@@ -91,11 +97,14 @@ def call(builder: Any, name: str, result: Any, *args: Any, flags: tuple[str, ...
 
 @intrinsic
 def load(context: Any, array: Any, i: Any) -> Any:
-    """array[i : i + 16]: float32 as floats, 32-bit integers as ints."""
-    result = floats if array.dtype == types.float32 else ints
+    """array[i : i + 16]: float32, and float16 as uint16, as floats; 32-bit integers as ints."""
+    result = floats if array.dtype in (types.float32, types.uint16) else ints
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         place = pointer(context, builder, sig.args, args)
+        if array.dtype == types.uint16:
+            halves = builder.load(builder.bitcast(place, HALVES.as_pointer()), align=2)
+            return builder.fpext(halves, FLOATS)
         return builder.load(builder.bitcast(place, result.llvm.as_pointer()), align=4)
 
     return result(array, i), generate
@@ -103,14 +112,43 @@ def load(context: Any, array: Any, i: Any) -> Any:
 
 @intrinsic
 def store(context: Any, array: Any, i: Any, value: Any) -> Any:
-    """array[i : i + 16] = value, of floats or ints as the array is."""
+    """array[i : i + 16] = value, of floats or ints as the array is; into uint16 as float16."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = pointer(context, builder, sig.args, args)
-        builder.store(args[2], builder.bitcast(place, args[2].type.as_pointer()), align=4)
+        place, value, align = pointer(context, builder, sig.args, args), args[2], 4
+        if array.dtype == types.uint16:
+            value, align = builder.fptrunc(value, HALVES), 2
+        builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=align)
         return context.get_dummy_value()
 
     return types.void(array, i, value), generate
+
+
+@intrinsic
+def number(context: Any, array: Any, i: Any) -> Any:
+    """array[i] of float32, or of float16 as uint16."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = pointer(context, builder, sig.args, args)
+        if array.dtype == types.uint16:
+            return builder.fpext(builder.load(builder.bitcast(place, F16.as_pointer())), F32)
+        return builder.load(place)
+
+    return types.float32(array, i), generate
+
+
+@intrinsic
+def put_number(context: Any, array: Any, i: Any, value: Any) -> Any:
+    """array[i] = value, a float32, into float32 or into float16 as uint16."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place, value = pointer(context, builder, sig.args, args), args[2]
+        if array.dtype == types.uint16:
+            place, value = builder.bitcast(place, F16.as_pointer()), builder.fptrunc(value, F16)
+        builder.store(value, place)
+        return context.get_dummy_value()
+
+    return types.void(array, i, types.float32), generate
 
 
 @intrinsic
@@ -343,6 +381,12 @@ def _void_pointer(context: Any, address: Any) -> Any:
 def float_array(address: int, size: int) -> Any:
     """The float32 array [size] at an address."""
     return carray(_void_pointer(address), (size,), float32)
+
+
+@njit
+def half_array(address: int, size: int) -> Any:
+    """The float16 array [size] at an address, as uint16."""
+    return carray(_void_pointer(address), (size,), uint16)
 
 
 @njit

@@ -46,8 +46,9 @@ class KVCache:
         self.tokens: list[list[int]] | None = None
         self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
-        self.keys = [backend.zeros(shape) for _ in range(config.n_layer)]
-        self.values = [backend.zeros(shape) for _ in range(config.n_layer)]
+        dtype = backend.cache_dtype
+        self.keys = [backend.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.values = [backend.zeros(shape, dtype) for _ in range(config.n_layer)]
 
     def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
         """Make room for `counts[b]` new tokens in sequence b, and say where they stand.
@@ -67,10 +68,14 @@ class KVCache:
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""
-        self.keys[layer] = self.backend.write(self.keys[layer], k, positions)
-        self.values[layer] = self.backend.write(self.values[layer], v, positions)
-        stop = positions.stop
-        return self.keys[layer][:, :, :stop, :], self.values[layer][:, :, :stop, :]
+        for kept, new in ((self.keys, k), (self.values, v)):
+            new = self._as(kept[layer].dtype, new)
+            kept[layer] = self.backend.write(kept[layer], new, positions)
+        k, v = (kept[layer][:, :, : positions.stop, :] for kept in (self.keys, self.values))
+        return self._as(self.backend.float, k), self._as(self.backend.float, v)
+
+    def _as(self, dtype: Any, x: Array) -> Array:
+        return x if x.dtype == dtype else self.backend.xp.astype(x, dtype)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all sequences but `rows`, in this order; a row named twice is copied."""

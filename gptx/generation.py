@@ -297,6 +297,7 @@ def load(
     threads: int | None = None,
     generic: bool = False,
     compile: bool = True,
+    cache_dtype: str | None = None,
     quantize: str | None = None,
     group_size: int = GROUP_SIZE,
     revision: str | None = None,
@@ -325,9 +326,8 @@ def load(
         The backend is not there, or does not compute in `dtype`.
     """
     wanted = Quantization.named(quantize, group_size)  # before something large is downloaded
-    made = get_backend(
-        backend, dtype=dtype, device=device, threads=threads, generic=generic, compile=compile
-    )
+    made = get_backend(backend, dtype=dtype, device=device, threads=threads, generic=generic,
+                       compile=compile, cache_dtype=cache_dtype)  # fmt: skip
     files = locate(model, revision=revision, offline=offline, token=token)
     config = GPT2Config.from_file(files.config)
     with made.scope():

@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
 class LoadOptions(TypedDict, total=False):
     """The options of `load` beside the model.
 
-    backend, dtype, device, threads, generic, compile
+    backend, dtype, device, threads, generic, compile, cache_dtype
         See `gptx.get_backend`. Where a model is loaded for one call (`gptx.generate`, `gptx.stream`
         and the command line), the default is to compile it if that pays within the call.
     quantize
@@ -88,6 +88,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int | None
     generic: bool
     compile: bool
+    cache_dtype: str | None
     quantize: str | None
     group_size: int
     revision: str | None

@@ -203,16 +203,24 @@ def _floats(array: Tensor) -> np.ndarray:
 def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace:
     """Bring the tensors to the backend, as a tree: `h.0.attn.c_attn.weight` becomes
     `tree.h[0].attn.c_attn.weight`."""
+    return as_tree({name: _on_backend(name, array, backend) for name, array in found.items()})
+
+
+def _on_backend(name: str, array: Tensor, backend: Backend) -> Any:
+    if isinstance(array, Quantized) and name != POSITIONS:
+        return backend.quantized(array, table=name in TABLES)
+    return backend.asarray(_floats(array))
+
+
+def as_tree(found: Mapping[str, Any]) -> SimpleNamespace:
+    """What is under the name `h.0.attn.c_attn.weight` as `tree.h[0].attn.c_attn.weight`."""
     tree: dict[str, Any] = {}
-    for name, array in found.items():
-        *branches, leaf = name.split(".")
+    for name, leaf in found.items():
+        *branches, last = name.split(".")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
-        if isinstance(array, Quantized) and name != POSITIONS:
-            node[leaf] = backend.quantized(array, table=name in TABLES)
-        else:
-            node[leaf] = backend.asarray(_floats(array))
+        node[last] = leaf
     blocks = tree.pop("h")
     tree["h"] = [blocks[str(layer)] for layer in range(len(blocks))]
     return _attributes(tree)

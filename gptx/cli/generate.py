@@ -11,6 +11,7 @@ import click
 
 from gptx.cli.options import (
     backend_option,
+    cache_dtype_option,
     dtype_option,
     format_size,
     group_size_option,
@@ -36,6 +37,7 @@ DEFAULT = SamplingParams()
 @click.option("-m", "--model", default="gpt2", show_default=True, help="Name, folder or Hub id.")
 @backend_option
 @dtype_option
+@cache_dtype_option
 @threads_option
 @quantize_option
 @group_size_option
@@ -85,6 +87,7 @@ def generate(
     model: str,
     backend: str,
     dtype: str | None,
+    cache_dtype: str | None,
     threads: int | None,
     quantize: str | None,
     group_size: int,
@@ -113,6 +116,7 @@ def generate(
         choices["max_tokens"],
         backend=backend,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         threads=threads,
         quantize=quantize,
         group_size=group_size,

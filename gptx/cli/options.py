@@ -34,6 +34,9 @@ backend_option = click.option(
 dtype_option = click.option(
     "--dtype", metavar="NAME", help="float32 (default), float16 or bfloat16, if the backend can."
 )
+cache_dtype_option = click.option(
+    "--cache-dtype", metavar="NAME", help="float16: keep keys and values in half of the memory."
+)
 threads_option = click.option(
     "-t", "--threads", type=int, help="Threads of the numpy backend: BLAS's and the kernels'."
 )
