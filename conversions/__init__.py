@@ -22,7 +22,7 @@ from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Array, Checkpoint, Stored
 from gptx.errors import NotFoundError, ParameterError, StorageError, WeightsError
 from gptx.files import atomic_path
-from gptx.hub import ALIASES, EMBEDDED, locate
+from gptx.hub import ALIASES, EMBEDDED, importing_hub, locate
 from gptx.quantization import GROUP_SIZE, Quantization, Quantized
 from gptx.tokenizer import BytePairTokenizer
 
@@ -84,8 +84,28 @@ FORMATS: dict[str, Format] = {
         "llm_c",
         dtypes=("float32", "bfloat16"),
         suffix=".bin",
-        by_suffix=False,
     ),
+    "staticgrad": Format(
+        "staticgrad folder",
+        "staticgrad",
+        files=("gpt2_weights.bin", "gpt2_metadata.json", "gpt2_vocab.bin"),
+    ),
+    "json": Format("gptx (Rust, C++) model_weights.json", "gptx_json", suffix=".json"),
+    "fastgpt": Format("fastGPT model.gguf", "fastgpt", suffix=".gguf", by_suffix=False),
+    "gguf": Format("GGUF (llama.cpp)", "gguf_file", dtypes=FLOATS, quantize=CODES, suffix=".gguf"),
+    "gpt-burn": Format("gpt-burn folder", "gpt_burn", writes=False),
+    "nanogpt": Format("nanoGPT ckpt.pt", "nanogpt_file", writes=False),
+    "pytorch": Format("PyTorch pytorch_model.bin", "pytorch_folder", writes=False),
+    "openai": Format("OpenAI's TensorFlow checkpoint", "openai_checkpoint", writes=False),
+    "onnx": Format(
+        "ONNX folder",
+        "onnx_graph",
+        reads=False,
+        quantize=("int8",),
+        files=("model.onnx", "model.onnx.data", "config.json", *TOKENIZER),
+        options=("head",),
+    ),
+    "fastgpt-dat": Format("fastGPT model.dat, before 2024", "fastgpt_dat", suffix=".dat"),
 }
 
 
@@ -98,12 +118,17 @@ def detect(path: Path) -> str:
         There is nothing at `path`.
     WeightsError
         It is none of `FORMATS`.
+    StorageError
+        It may not be read.
     """
-    if not path.exists():
-        raise NotFoundError(f"{path} does not exist")
-    for name, row in FORMATS.items():
-        if row.reads and row.load().detect(path):
-            return name
+    try:
+        if not path.exists():
+            raise NotFoundError(f"{path} does not exist")
+        for name, row in FORMATS.items():
+            if row.reads and row.load().detect(path):
+                return name
+    except PermissionError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror})") from error
     titles = ", ".join(row.title for row in FORMATS.values() if row.reads)
     raise WeightsError(f"{path} is none of the formats that gptx reads: {titles}")
 
@@ -159,8 +184,16 @@ def read(
 def _path_of(source: str | Path, revision: str | None, offline: bool) -> Path:
     path = Path(source).expanduser()
     name = str(source)
-    if revision is None and name not in EMBEDDED and name not in ALIASES and path.exists():
-        return path
+    if name.startswith("openai:"):
+        with importing_hub():
+            from gptx.conversions.openai_download import fetch
+        return fetch(name, revision=revision, offline=offline)
+    if revision is None and name not in EMBEDDED and name not in ALIASES:
+        if path.exists():
+            return path
+        # A checkpoint of TensorFlow goes by what the names of its files begin with.
+        if (index := Path(f"{path}.index")).is_file():
+            return index
     return locate(source, revision=revision, offline=offline).folder
 
 

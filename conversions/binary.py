@@ -16,6 +16,7 @@ from gptx.files import BFLOAT16, widened
 Array = np.ndarray
 
 CHUNK = 2**20  # numbers that are converted at a time
+COLUMNS = 64  # of a transposed array that are copied at a time
 DTYPES = ("float32", "float16", "bfloat16")  # what a file can be asked to be of
 
 
@@ -87,8 +88,8 @@ def cast(array: Array, dtype: str, what: str) -> Array:
         A finite number becomes an infinity.
     """
     if dtype == "bfloat16" and array.dtype == BFLOAT16:
-        return np.ascontiguousarray(array).view("<u2")
-    wide = np.ascontiguousarray(widened(array))
+        return _in_c_order(array.view("<u2"))
+    wide = _in_c_order(widened(array))
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "bfloat16":
             narrow = _bfloat16_bits(wide.astype("<f4", copy=False))
@@ -101,11 +102,28 @@ def cast(array: Array, dtype: str, what: str) -> Array:
     return narrow
 
 
+def _in_c_order(array: Array) -> Array:
+    """An array in C order; what lies transposed is copied a few columns at a time, which is several
+    times faster, since the rows that they are read from stay in the cache."""
+    if array.ndim != 2 or array.strides[0] >= array.strides[1]:
+        return np.ascontiguousarray(array)
+    out = np.empty(array.shape, array.dtype)
+    for first in range(0, array.shape[1], COLUMNS):
+        out[:, first : first + COLUMNS] = array[:, first : first + COLUMNS]
+    return out
+
+
 def _bfloat16_bits(x: Array) -> Array:
     """float32 rounded to bfloat16, halves to even, as its bits."""
     bits = x.view("<u4")
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    if (nan := np.isnan(x)).any():
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded.astype("<u2")
 
 
 def write_array(file: BinaryIO, array: Array, dtype: str, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -211,9 +212,7 @@ def require_openai(config: GPT2Config, program: str, *known: str) -> None:
             raise ConfigError(f"{name} is {found!r}, {program} has {value!r} alone")
 
 
-def end_of_text(
-    vocab_size: int, tokenizer: BytePairTokenizer | None = None
-) -> dict[str, int | None]:
+def end_of_text(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id` where the format names none.
 
     Those of <|endoftext|> in the tokenizer; without one OpenAI's, if the vocabulary holds it.

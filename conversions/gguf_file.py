@@ -1,33 +1,33 @@
-"""GGUF, the format of llama.cpp: a GPT-2 and its tokenizer in one file. The writer, so far.
+"""GGUF, the format of llama.cpp: a GPT-2 and its tokenizer in one file.
 
-A file is a header (metadata, and a list of the tensors) and the tensors' data, each at a multiple
-of 32 bytes (version 3, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The names of
-tensors and metadata are those that llama.cpp's own converter gives them, and the numbers of a block
-are those of llama.cpp's quantizer, bit for bit.
+The names of tensors and metadata are those that llama.cpp's own converter gives them
+(https://github.com/ggml-org/llama.cpp, conversion/gpt2.py, gguf-py/gguf/constants.py). What a file
+is made of, see `gguf_container.py`; its types of numbers, `gguf_types.py`.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptx.config import GPT2Config
+from gptx.conversions.binary import Array, cast, chunks, dtype_name
+from gptx.conversions.checkpoint import Checkpoint, Stored, require_openai
+from gptx.conversions.gguf_container import MAGIC, Container, Tensor, head, padding, shown
+from gptx.conversions.gguf_types import BLOCKS, FLOATS, Type
+from gptx.conversions.token_lists import lists_of, tokenizer_of
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
-from gptx.files import atomic_file, widened
+from gptx.files import create
+from gptx.quantization import GROUP_SIZE, Quantization, Quantized
 from gptx.tokenizer import BytePairTokenizer
 
-Array = np.ndarray
-
-MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 QUANTIZATION_VERSION = 2  # of ggml's block formats
-UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # types of metadata
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
-CHUNK = 2**20  # numbers that are converted at a time
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, `enum llama_ftype`
 
 # Our names -> llama.cpp's; those of a layer have `h.3.` before them here, and `blk.3.` there.
 NAMES = {
@@ -42,116 +42,239 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+OURS = {theirs: ours for ours, theirs in NAMES.items()}
 
 
-def write_gguf(
-    path: str | Path,
-    config: GPT2Config,
-    tensors: Mapping[str, Array],
-    tokenizer: BytePairTokenizer | None = None,
+def detect(path: Path) -> bool:
+    """Whether this is a GGUF, whatever is in it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+    """Open a file with a GPT-2: tensors of F32, F16, BF16, Q8_0 and Q4_0.
+
+    Blocks come as the floats that they stand for. A head that is there and the same as the token
+    embedding is tied: llama.cpp's converter wrote it twice for a time.
+
+    Parameters
+    ----------
+    config
+        In the place of what the file says.
+
+    Raises
+    ------
+    ConfigError, WeightsError, TokenizerError
+        The file is damaged, or holds no GPT-2 that gptx can run.
+    StorageError
+        It cannot be read.
+    """
+    container = Container(path)
+    metadata = container.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "gpt2":
+        raise ConfigError(
+            f"{path} holds a model of the architecture {shown(architecture)}, gptx reads 'gpt2'"
+        )
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise WeightsError(
+            f"{path} is one of several files of a model: merge them with llama-gguf-split"
+        )
+    found = {_our_name(name): tensor for name, tensor in container.tensors.items()}
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in found or len(found[name].shape) != 2:
+            raise WeightsError(f"{path} has no matrix {gguf_name(name)}: this is no whole GPT-2")
+    if "lm_head.weight" in found and _same(container, found["lm_head.weight"], found["wte.weight"]):
+        del found["lm_head.weight"]
+    tokenizer = _tokenizer(path, metadata, found["wte.weight"].shape[0])
+    if config is None:
+        config = _config(path, metadata, found)
+    stored = {name: _stored(container, name, tensor) for name, tensor in found.items()}
+    return Checkpoint(replace(config, quantization=None), stored, tokenizer)
+
+
+def _our_name(theirs: str) -> str:
+    """gptx's name of a tensor; llama.cpp's, if it is none of a GPT-2."""
+    match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", theirs)
+    if match is None or match[2] not in OURS:
+        return theirs
+    stem = OURS[match[2]]
+    return f"h.{match[1]}.{stem}.{match[3]}" if match[1] else f"{stem}.{match[3]}"
+
+
+def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> GPT2Config:
+    def number(key: str, kind: type = int) -> Any:
+        value = metadata.get(f"gpt2.{key}")
+        if not isinstance(value, kind):
+            raise ConfigError(f"{path}: gpt2.{key} is {shown(value)}, expected a number")
+        return value
+
+    L, C, M = map(number, ("block_count", "embedding_length", "feed_forward_length"))
+    if len(found) < 12 * L:  # before names are made of that number
+        raise WeightsError(
+            f"{path}: gpt2.block_count is {L}, expected {len(found) // 12} by the tensors there"
+        )
+    try:
+        return GPT2Config(
+            vocab_size=found["wte.weight"].shape[0],
+            n_positions=number("context_length"),
+            n_embd=C,
+            n_layer=L,
+            n_head=number("attention.head_count"),
+            n_inner=None if M == 4 * C else M,
+            layer_norm_epsilon=number("attention.layer_norm_epsilon", float),
+            tie_word_embeddings="lm_head.weight" not in found,
+            bos_token_id=_id(metadata, "bos"),
+            eos_token_id=_id(metadata, "eos"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _id(metadata: Mapping[str, Any], which: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{which}_token_id")
+    return value if isinstance(value, int) else None
+
+
+def _tokenizer(path: Path, metadata: Mapping[str, Any], V: int) -> BytePairTokenizer | None:
+    model, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model in (None, "none", "no_vocab"):
+        return None
+    if model != "gpt2" or split not in (None, "gpt-2"):
+        raise TokenizerError(
+            f"{path} has a tokenizer of the kind {shown(model)}, {shown(split)}, gptx reads "
+            "'gpt2', 'gpt-2'"
+        )
+    tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+    kinds = metadata.get("tokenizer.ggml.token_type", np.empty(0, np.int32))
+    if not (
+        isinstance(tokens, list) and isinstance(merges, list) and isinstance(kinds, np.ndarray)
+    ):
+        raise TokenizerError(f"{path} has a tokenizer without its lists of tokens and merges")
+    if len(tokens) != V:
+        raise TokenizerError(f"{path} has {len(tokens)} tokens, but an embedding of {V}")
+    return tokenizer_of(tokens, merges, kinds.tolist(), str(path))
+
+
+def _same(container: Container, a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, byte by byte."""
+    if (a.type, a.shape) != (b.type, b.shape):
+        return False
+    step = 2**20
+    for first in range(0, a.n_bytes, step):
+        n = min(step, a.n_bytes - first)
+        one, other = (container.file.read(x.offset + first, n, x.name) for x in (a, b))
+        if one != other:
+            return False
+    return True
+
+
+def _is_transposed(our: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix lies `[out, in]` in the file, whose rows are what a product reads."""
+    return our.startswith("h.") and len(shape) == 2
+
+
+def _stored(container: Container, our: str, tensor: Tensor) -> Stored:
+    transposed = _is_transposed(our, tensor.shape)
+
+    def read() -> Array:
+        array = container.read(tensor)
+        return array.T if transposed else array
+
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    return Stored(shape, tensor.type.dtype, read)
+
+
+# Writing
+
+
+def write(
+    checkpoint: Checkpoint,
+    path: Path,
     *,
-    dtype: str = "F32",
-    name: str = "gpt2",
+    dtype: str | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write a model as llama.cpp reads it, a million numbers at a time.
 
     Parameters
     ----------
-    tensors
-        Those of `config.tensor_shapes()`, of any float type.
-    tokenizer
-        Without one the file is good for token ids alone.
     dtype
-        Type of the matrices, one of `TYPES`. As in llama.cpp, biases, norms and positions are F32
-        whatever it is, and a matrix whose rows are not whole blocks is F16. In a Q4_0 file the
-        token embedding is Q4_0, too: `llama-quantize --pure` does that, and without `--pure` makes
-        it Q6_K, which is larger.
-    name
-        The model's name, which llama.cpp shows.
+        Type of the matrices, "float32", "float16" or "bfloat16"; None leaves each as it is. As in
+        llama.cpp, biases, norms and positions are F32 whatever it is.
+    quantization
+        Q8_0 for int8, Q4_0 for int4. A matrix whose rows are not whole blocks of 32 is of `dtype`
+        or F16. In a Q4_0 file the token embedding is Q4_0, too: `llama-quantize --pure` does that,
+        and without `--pure` makes it Q6_K, which is larger.
 
     Raises
     ------
     ParameterError
-        There is no such `dtype`, or the weights are quantized already.
+        The weights that share a scale are 32 in GGUF, and another number was asked for.
     ConfigError, TokenizerError
         llama.cpp would compute something else, or split text in another way.
     WeightsError
-        A number is too large for `dtype`, or is none.
-    StorageError
-        The file cannot be written; `path` is as it was.
+        A number is too large for the type, or is none.
     """
-    if dtype not in TYPES:
-        raise ParameterError(f"dtype is {dtype!r}, expected one of {', '.join(TYPES)}")
-    if config.quantization is not None:
-        raise ParameterError(
-            f"the weights are {config.quantization}, which GGUF has no type for: "
-            "give the model's float weights"
-        )
-    metadata = _model_metadata(config, dtype, name) | _tokenizer_metadata(config, tokenizer)
-    layout = {our: Layout.of(our, shape, dtype) for our, shape in config.tensor_shapes().items()}
-    with atomic_file(path) as file:
-        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(layout), len(metadata)))
-        file.writelines(_string(key) + _value(value) for key, value in metadata.items())
-        offset = 0
-        for entry in layout.values():
-            file.write(entry.info(offset))
-            offset += entry.n_bytes + -entry.n_bytes % ALIGNMENT
-        file.write(bytes(-file.tell() % ALIGNMENT))
+    require_openai(
+        checkpoint.config, "llama.cpp", "n_inner", "layer_norm_epsilon", "tie_word_embeddings"
+    )
+    blocks = _blocks(quantization)
+    layout = {
+        our: _Layout.of(our, tensor, dtype, blocks) for our, tensor in checkpoint.stored.items()
+    }
+    tables = layout["wte.weight"].line.type.name
+    metadata = _model_metadata(checkpoint.config, FILE_TYPES[tables])
+    metadata |= _tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
+    with create(path) as file:
+        file.write(head(metadata, (entry.line for entry in layout.values())))
         for our, entry in layout.items():
-            for rows in _chunks(tensors[our].T if entry.transposed else tensors[our]):
-                try:
-                    file.write(entry.type.encode(rows).data)
-                except OverflowError:
-                    raise WeightsError(
-                        f"tensor {our} holds a number that is not finite in {dtype}: write F32"
-                    ) from None
-            file.write(bytes(-file.tell() % ALIGNMENT))
+            tensor = checkpoint.stored[our].read()
+            assert not isinstance(tensor, Quantized), "as_floats() comes first"
+            for rows in chunks(tensor.T if entry.transposed else tensor):
+                file.write(entry.encode(rows, f"tensor {our}").data)
+            file.write(padding(entry.line.n_bytes))
 
 
-# What is where in the file
-
-
-@dataclass(frozen=True)
-class Type:
-    """A type of tensors: its numbers in ggml and as `general.file_type`, and its blocks."""
-
-    id: int
-    file_type: int
-    block: int  # numbers in a block
-    size: int  # bytes of a block
-    encode: Callable[[Array], Array]  # rows of float32 -> an array with the bytes
+def _blocks(quantization: Quantization | None) -> Type | None:
+    if quantization is None:
+        return None
+    kind = BLOCKS[quantization.bits]
+    if quantization.group_size not in (kind.block, GROUP_SIZE):  # which is what stands for "any"
+        raise ParameterError(
+            f"group_size is {quantization.group_size}, but in GGUF {kind.block} weights share a "
+            "scale: leave it out"
+        )
+    return kind
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a tensor lies in the file: rows are what a matrix-vector product reads, `[out, in]`."""
+class _Layout:
+    """How a tensor lies in the file."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: Type
+    line: Tensor
     transposed: bool
 
     @classmethod
-    def of(cls, our: str, shape: tuple[int, ...], dtype: str) -> Layout:
-        """The layout of the tensor that gptx calls `our`, where matrices are of `dtype`."""
-        transposed = our.startswith("h.") and len(shape) == 2
-        shape = shape[::-1] if transposed else shape
+    def of(cls, our: str, tensor: Stored, dtype: str | None, blocks: Type | None) -> _Layout:
+        transposed = _is_transposed(our, tensor.shape)
+        shape = tensor.shape[::-1] if transposed else tensor.shape
         if len(shape) == 1 or our == "wpe.weight":
-            dtype = "F32"
-        elif shape[-1] % TYPES[dtype].block:
-            dtype = "F16"
-        return cls(gguf_name(our), shape, TYPES[dtype], transposed)
+            kind = FLOATS["float32"]
+        elif blocks is None:
+            kind = FLOATS[dtype or dtype_name(tensor.dtype)]
+        else:
+            kind = FLOATS[dtype or "float16"] if shape[-1] % blocks.block else blocks
+        return cls(Tensor(gguf_name(our), shape, kind), transposed)
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of its data."""
-        return int(np.prod(self.shape)) // self.type.block * self.type.size
-
-    def info(self, offset: int) -> bytes:
-        """Its line in the header; ggml counts dimensions from the fastest one."""
-        n = len(self.shape)
-        sizes = struct.pack(f"<I{n}Q", n, *reversed(self.shape))
-        return _string(self.name) + sizes + struct.pack("<IQ", self.type.id, offset)
+    def encode(self, rows: Array, what: str) -> Array:
+        """Rows of any float type as the bytes of the file."""
+        kind = self.line.type
+        assert kind.encode is not None, "a type of floats or blocks"
+        return kind.encode(rows if kind.decode is None else cast(rows, "float32", what), what)
 
 
 def gguf_name(our: str) -> str:
@@ -163,34 +286,15 @@ def gguf_name(our: str) -> str:
     return f"blk.{layer}.{NAMES[stem]}.{leaf}"
 
 
-def _chunks(tensor: Array) -> Iterator[Array]:
-    """A tensor's rows in float32, so many at a time that they take little memory."""
-    rows = np.atleast_2d(tensor)
-    step = max(1, CHUNK // rows.shape[1])
-    for first in range(0, len(rows), step):
-        with np.errstate(over="ignore"):  # a float64 can become an infinity
-            chunk = widened(np.ascontiguousarray(rows[first : first + step]))
-            yield chunk.astype(np.float32, copy=False)
-
-
-# Metadata
-
-
-def _model_metadata(config: GPT2Config, dtype: str, name: str) -> dict[str, Any]:
-    fixed = {
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-    }
-    for setting, value in fixed.items():
-        if getattr(config, setting) != value:
-            raise ConfigError(
-                f"{setting} is {getattr(config, setting)!r}, llama.cpp's GPT-2 has {value!r} alone"
-            )
+def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
+    for which, id in ids.items():
+        if id is not None and not 0 <= id < 2**32:
+            raise ConfigError(f"{which}_token_id is {id}, expected a token id or null")
     return {
         "general.architecture": "gpt2",
         "general.type": "model",
-        "general.name": name,
+        "general.name": "gpt2",
         "gpt2.block_count": config.n_layer,
         "gpt2.context_length": config.n_positions,
         "gpt2.embedding_length": config.n_embd,
@@ -198,118 +302,19 @@ def _model_metadata(config: GPT2Config, dtype: str, name: str) -> dict[str, Any]
         "gpt2.attention.head_count": config.n_head,
         "gpt2.attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
         "gpt2.vocab_size": config.vocab_size,
-        "general.file_type": TYPES[dtype].file_type,
+        "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
-    }
+    } | {f"tokenizer.ggml.{key}_token_id": id for key, id in ids.items() if id is not None}
 
 
 def _tokenizer_metadata(config: GPT2Config, tokenizer: BytePairTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}
-    definition = tokenizer.definition()
-    model, split = definition["model"], definition["pre_tokenizer"] or {}
-    as_gpt2 = (
-        model["type"] == "BPE"
-        and not model.get("ignore_merges")
-        and definition["normalizer"] is None
-        and split.get("type") == "ByteLevel"
-        and split.get("use_regex", True)
-        and not split.get("add_prefix_space")
-    )
-    if not as_gpt2:
-        raise TokenizerError("the tokenizer splits text otherwise than GPT-2's, which GGUF names")
-    V = config.vocab_size
-    found = {id: (token, NORMAL) for token, id in model["vocab"].items()}
-    for added in definition["added_tokens"]:
-        kind = CONTROL if added["special"] else USER_DEFINED
-        found[added["id"]] = (added["content"], kind)
-    if max(found) >= V:
-        raise TokenizerError(f"the tokenizer has token {max(found)}, the model {V} tokens")
-    entries = [found.get(id, (f"[PAD{id}]", UNUSED)) for id in range(V)]
-    metadata = {
+        return {"tokenizer.ggml.model": "none"}  # good for token ids alone
+    tokens, kinds, merges = lists_of(tokenizer, config.vocab_size, "llama.cpp")
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [token for token, _ in entries],
-        "tokenizer.ggml.token_type": [kind for _, kind in entries],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        "tokenizer.ggml.bos_token_id": config.bos_token_id,
-        "tokenizer.ggml.eos_token_id": config.eos_token_id,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
     }
-    return {key: value for key, value in metadata.items() if value is not None}
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _value(value: str | int | float | list[str] | list[int]) -> bytes:
-    """A typed value of the metadata."""
-    if isinstance(value, str):
-        return struct.pack("<I", STRING) + _string(value)
-    if isinstance(value, float):
-        return struct.pack("<If", FLOAT32, value)
-    if isinstance(value, int):
-        return struct.pack("<II", UINT32, value)
-    kind = STRING if value and isinstance(value[0], str) else INT32
-    items = (_string(x) if isinstance(x, str) else struct.pack("<i", x) for x in value)
-    return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(items)
-
-
-# Types of tensors, in float32 arithmetic as in ggml-quants.c
-
-
-def _f32(x: Array) -> Array:
-    return x.astype("<f4", copy=False)
-
-
-def _f16(x: Array) -> Array:
-    with np.errstate(over="ignore"):
-        y = x.astype("<f2")
-    if not np.isfinite(y).all():
-        raise OverflowError
-    return y
-
-
-def _q8_0(x: Array) -> Array:
-    """32 numbers: a float16 scale, the largest magnitude / 127, and 32 signed bytes."""
-    blocks = x.reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    out = np.empty((len(blocks), 34), np.uint8)
-    out[:, :2] = _f16(scale).view(np.uint8)
-    y = blocks * _inverse(scale)
-    whole = np.trunc(y)
-    whole += np.trunc((y - whole) * 2)  # halves away from zero, where NumPy's round is to even
-    out[:, 2:] = whole.astype(np.int8).view(np.uint8)
-    return out
-
-
-def _q4_0(x: Array) -> Array:
-    """32 numbers: a float16 scale and 16 bytes, byte i with number i below and i + 16 above.
-
-    The number of the largest magnitude becomes -8, so the scale can be negative.
-    """
-    blocks = x.reshape(-1, 32)
-    largest = np.abs(blocks).argmax(axis=1, keepdims=True)
-    scale = np.take_along_axis(blocks, largest, axis=1) / np.float32(-8)
-    out = np.empty((len(blocks), 18), np.uint8)
-    out[:, :2] = _f16(scale).view(np.uint8)
-    y = (blocks * _inverse(scale) + np.float32(8.5)).astype(np.uint8)
-    y = np.minimum(y, 15)
-    out[:, 2:] = y[:, :16] | y[:, 16:] << 4
-    return out
-
-
-def _inverse(scale: Array) -> Array:
-    """1 / scale, and 0 where that is too large: such a scale is 0 in float16."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = 1 / scale
-    return np.where(np.isfinite(inverse), inverse, np.float32(0))
-
-
-TYPES = {
-    "F32": Type(id=0, file_type=0, block=1, size=4, encode=_f32),
-    "F16": Type(id=1, file_type=1, block=1, size=2, encode=_f16),
-    "Q8_0": Type(id=8, file_type=7, block=32, size=34, encode=_q8_0),
-    "Q4_0": Type(id=2, file_type=2, block=32, size=18, encode=_q4_0),
-}

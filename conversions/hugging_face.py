@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,7 +226,7 @@ def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> Non
 
 def write_safetensors(
     path: Path,
-    layout: list[tuple[Part, ...]],
+    layout: Sequence[tuple[Part, ...]],
     tensors: Iterator[tuple[Array, ...]],
     made_for: str,
 ) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,12 +137,8 @@ def locate(
             "token holds a space, a line end or a non-ASCII character: copy it again"
         )
 
-    try:
+    with importing_hub():
         from gptx.hub_cache import Repository, is_repository_name
-    except ValueError as error:  # huggingface_hub reads them when it is imported
-        raise ParameterError(
-            f"an HF_ environment variable is no good ({error}): correct or unset it"
-        ) from error
     repository = ALIASES.get(name, name)
     if not is_repository_name(repository):
         raise NotFoundError(f"there is no model {name!r}, expected {_expected()}")
@@ -148,6 +146,23 @@ def locate(
     files = _collect(source, weights)
     source.write_ref()
     return files
+
+
+@contextmanager
+def importing_hub() -> Iterator[None]:
+    """Around an import of what imports huggingface_hub, which reads its settings then.
+
+    Raises
+    ------
+    ParameterError
+        One of them cannot be read.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ParameterError(
+            f"an HF_ environment variable is no good ({error}): correct or unset it"
+        ) from error
 
 
 def _expected() -> str:
@@ -214,11 +229,11 @@ def _weights(source: _Folder | Repository) -> tuple[Path, ...]:
     if single := source.find("model.safetensors"):
         return (single,)
     if index := source.find("model.safetensors.index.json"):
-        return tuple(source.need(shard) for shard in _shards(index))
+        return tuple(source.need(shard) for shard in shard_names(index))
     raise source.no_weights()
 
 
-def _shards(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
     """File names of an index, each once, in its order. They come from outside: trust none."""
     try:
         names = list(json.loads(index.read_bytes())["weight_map"].values())

@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 from huggingface_hub import constants, errors
 
@@ -60,7 +61,7 @@ def broken_promise(what: str) -> IntegrityError:
 def _translate(error: Exception, repository: str, what: str) -> GptxError:
     hub = constants.ENDPOINT
     response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    status = status_of(error)
     has_token = response is not None and "authorization" in response.request.headers
     gated = isinstance(error, errors.GatedRepoError)  # also a RepositoryNotFoundError
 
@@ -87,13 +88,7 @@ def _translate(error: Exception, repository: str, what: str) -> GptxError:
     if status == 416:  # the part to be resumed is longer than the file
         return broken_promise(what)
 
-    origins = [kind.__module__ for kind in type(error).__mro__]
-    if (
-        status is None
-        and isinstance(error, OSError)
-        and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError))
-        and not any(origin.startswith(_HTTP_LIBRARIES) for origin in origins)
-    ):
+    if is_of_storage(error):
         if error.errno is None:  # how http_get reports a wrong size
             return broken_promise(what)
         return StorageError(
@@ -101,13 +96,30 @@ def _translate(error: Exception, repository: str, what: str) -> GptxError:
             "or choose another place with HF_HOME"
         )
     return HubUnavailableError(
-        f"{hub} did not deliver {what} ({_reason(error, status)}): check the connection and try "
-        "again, or go offline with what is cached"
+        f"{hub} did not deliver {what} ({reason(error)}): check the connection and try again, or "
+        "go offline with what is cached"
     )
 
 
-def _reason(error: Exception, status: int | None) -> str:
-    if status is not None:
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an error is about, if it is about one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def is_of_storage(error: Exception) -> TypeGuard[OSError]:
+    """Whether the disk failed (or, without an `errno`, a size is wrong), not the connection."""
+    origins = [kind.__module__ for kind in type(error).__mro__]
+    return (
+        status_of(error) is None
+        and isinstance(error, OSError)
+        and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError))
+        and not any(origin.startswith(_HTTP_LIBRARIES) for origin in origins)
+    )
+
+
+def reason(error: Exception) -> str:
+    """What the connection failed of, in a few words."""
+    if (status := status_of(error)) is not None:
         return f"HTTP status {status}"
     text = " ".join(str(error).split())
     if not text or "Bearer" in text:  # a refused header is quoted with the token in it

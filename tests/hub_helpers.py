@@ -81,6 +81,8 @@ class Client:
     a process of its own, which counts the connections that it opens.
     """
 
+    script = CLIENT
+
     def __init__(self, server: HubServer, home: Path) -> None:
         self.url, self.home = server.url, home
         self.cache = home / "hub"
@@ -100,7 +102,7 @@ class Client:
         }
         argument = json.dumps([setup, jobs])
         return subprocess.Popen(
-            [sys.executable, "-Walways::ResourceWarning", "-c", CLIENT, argument],
+            [sys.executable, "-Walways::ResourceWarning", "-c", self.script, argument],
             env=kept | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

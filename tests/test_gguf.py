@@ -1,4 +1,4 @@
-"""gptx.conversions.gguf_file: files that llama.cpp reads, parsed here by a reader of their own."""
+"""gptx.conversions.gguf_file, the writer: files that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -9,102 +9,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from gguf_helpers import IDS, TYPES, checkpoint, decoded, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CASES, random_ids, random_weights, to_bfloat16
 
-from gptx.config import GPT2Config
-from gptx.conversions import gguf
-from gptx.conversions.gguf_file import TYPES, write_gguf
-from gptx.errors import ConfigError, ParameterError, StorageError, TokenizerError, WeightsError
+from gptx.conversions import binary, convert
+from gptx.conversions.gguf_file import write
+from gptx.conversions.gguf_types import BLOCKS, FLOATS
+from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import BFLOAT16
 from gptx.generation import Model
 from gptx.hub import EMBEDDED
 from gptx.quantization import Quantization
 from gptx.tokenizer import BytePairTokenizer
-from gptx.weights import read_weights
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row
-BLOCK_BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34)}  # ggml's: numbers, bytes
-
-
-class File:
-    """A GGUF file as its specification says, read by a cursor."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 4
-        assert data[:4] == b"GGUF"
-        assert self.take("I") == 3
-        n_tensors, n_metadata = self.take("Q"), self.take("Q")
-        self.metadata = {self.string(): self.value(self.take("I")) for _ in range(n_metadata)}
-        infos = []
-        for _ in range(n_tensors):
-            name = self.string()
-            shape = [self.take("Q") for _ in range(self.take("I"))][::-1]
-            infos.append((name, shape, self.take("I"), self.take("Q")))
-        start = self.at + -self.at % 32
-        self.types = {name: kind for name, _, kind, _ in infos}
-        self.shapes = {name: shape for name, shape, _, _ in infos}
-        self.raw = {}
-        end = 0
-        for name, shape, kind, offset in infos:
-            assert offset == end  # one after the other, each at a multiple of 32
-            block, size = BLOCK_BYTES[kind]
-            n_bytes = math.prod(shape) // block * size
-            self.raw[name] = data[start + offset : start + offset + n_bytes]
-            end = offset + n_bytes + -n_bytes % 32
-        assert len(data) == start + end
-
-    def take(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        n = self.take("Q")
-        self.at += n
-        return self.data[self.at - n : self.at].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == 9:
-            inner, n = self.take("I"), self.take("Q")
-            return [self.value(inner) for _ in range(n)]
-        return self.string() if kind == 8 else self.take({4: "I", 5: "i", 6: "f"}[kind])
-
-    def numbers(self, name: str) -> np.ndarray:
-        return decoded(self.raw[name], self.types[name]).reshape(self.shapes[name])
-
-
-def decoded(raw: bytes, kind: int) -> np.ndarray:
-    """The numbers that the bytes of a tensor stand for, in float64."""
-    if kind in (0, 1):
-        return np.frombuffer(raw, ["<f4", "<f2"][kind]).astype(np.float64)
-    numbers: list[float] = []
-    for start in range(0, len(raw), BLOCK_BYTES[kind][1]):
-        (scale,) = struct.unpack_from("<e", raw, start)
-        if kind == 8:
-            whole = struct.unpack_from("32b", raw, start + 2)
-        else:
-            quants = raw[start + 2 : start + 18]
-            whole = tuple([(q & 15) - 8 for q in quants] + [(q >> 4) - 8 for q in quants])
-        numbers += [scale * x for x in whole]
-    return np.array(numbers)
-
-
-def written(
-    folder: Path,
-    config: GPT2Config = CONFIG,
-    weights: Any = None,
-    tokenizer: Any = None,
-    **more: Any,
-) -> File:
-    weights = random_weights(config) if weights is None else weights
-    write_gguf(folder / "model.gguf", config, weights, tokenizer, **more)
-    return File((folder / "model.gguf").read_bytes())
+KINDS = {kind.name: kind for kinds in (FLOATS, BLOCKS) for kind in kinds.values()}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +41,7 @@ def tokenizer() -> BytePairTokenizer:
 
 def test_tensors_of_float32_are_the_same_numbers(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
-    file = written(tmp_path)
+    file = written(tmp_path, CONFIG)
     assert set(file.types.values()) == {0}
     for ours, theirs in {
         "wte.weight": "token_embd.weight",
@@ -148,27 +72,41 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(head, random_weights(config)["lm_head.weight"])
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("F32", 0), ("F16", 1), ("Q8_0", 8), ("Q4_0", 2)])
-def test_which_tensors_are_of_the_type(tmp_path: Path, dtype: str, kind: int) -> None:
-    file = written(tmp_path, dtype=dtype)
+@pytest.mark.parametrize("type", TYPES)
+def test_which_tensors_are_of_the_type(tmp_path: Path, type: str) -> None:
+    file = written(tmp_path, CONFIG, type=type)
     for name, shape in file.shapes.items():
         plain = len(shape) == 1 or name == "position_embd.weight"
-        assert file.types[name] == (0 if plain else kind)
+        assert file.types[name] == (0 if plain else IDS[type])
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_matrices_stay_of_the_type_that_they_are(tmp_path: Path, name: str) -> None:
+    weights = random_weights(CONFIG)
+    source = {
+        "float16": {k: w.astype(np.float16) for k, w in weights.items()},
+        "bfloat16": {k: to_bfloat16(w).view(BFLOAT16) for k, w in weights.items()},
+        "float64": {k: w.astype(np.float64) for k, w in weights.items()},
+    }[name]
+    write(checkpoint(CONFIG, source), tmp_path / "same.gguf")
+    type = {"float16": "F16", "bfloat16": "BF16", "float64": "F32"}[name]
+    same = (tmp_path / "same.gguf").read_bytes()
+    assert same == written(tmp_path, CONFIG, source, type=type).data
 
 
 def test_rows_that_are_not_whole_blocks_are_float16(tmp_path: Path) -> None:
-    file = written(tmp_path, replace(CASES["n-inner"], n_inner=72), dtype="Q4_0")
+    file = written(tmp_path, replace(CASES["n-inner"], n_inner=72), type="Q4_0")
     assert file.types["blk.0.ffn_down.weight"] == 1  # rows of 72
     assert file.types["blk.0.ffn_up.weight"] == 2  # rows of 32
 
 
 def test_metadata(tmp_path: Path) -> None:
     config = replace(CASES["n-inner"], layer_norm_epsilon=2.0**-10)
-    file = written(tmp_path, config, dtype="Q8_0", name="Übung")
+    file = written(tmp_path, config, type="Q8_0")
     assert file.metadata == {
         "general.architecture": "gpt2",
         "general.type": "model",
-        "general.name": "Übung",
+        "general.name": "gpt2",
         "gpt2.block_count": 3,
         "gpt2.context_length": 64,
         "gpt2.embedding_length": 32,
@@ -179,6 +117,8 @@ def test_metadata(tmp_path: Path) -> None:
         "general.file_type": 7,
         "general.quantization_version": 2,
         "tokenizer.ggml.model": "none",
+        "tokenizer.ggml.bos_token_id": 96,
+        "tokenizer.ggml.eos_token_id": 96,
     }
 
 
@@ -196,20 +136,20 @@ def test_the_tokenizer_is_inside(tmp_path: Path, tokenizer: BytePairTokenizer) -
     assert "tokenizer.ggml.eos_token_id" not in stored
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("type", TYPES)
 def test_pieces_and_types_of_the_source_do_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
     rounded = {name: to_bfloat16(w) for name, w in random_weights(CONFIG).items()}
     single = {name: (w.astype(np.uint32) << 16).view(np.float32) for name, w in rounded.items()}
-    expected = written(tmp_path, weights=single, dtype=dtype)
-    monkeypatch.setattr(gguf, "CHUNK", 1000)
+    expected = written(tmp_path, CONFIG, single, type=type)
+    monkeypatch.setattr(binary, "CHUNK", 1000)
     for same in (
         {name: w.view(BFLOAT16) for name, w in rounded.items()},
         {name: w.astype(np.float64) for name, w in single.items()},
         {name: np.asfortranarray(w) for name, w in single.items()},
     ):
-        assert written(tmp_path, weights=same, dtype=dtype).data == expected.data
+        assert written(tmp_path, CONFIG, same, type=type).data == expected.data
 
 
 # Blocks
@@ -252,11 +192,17 @@ def q4_0(block: np.ndarray) -> bytes:
     return struct.pack("<e", scale) + bytes(a | b << 4 for a, b in zip(low, high, strict=True))
 
 
+def encoded(type: str, x: np.ndarray) -> bytes:
+    encode = KINDS[type].encode
+    assert encode is not None
+    return encode(x, "tensor").tobytes()
+
+
 @given(seeds)
 def test_blocks_are_those_of_ggml(seed: int) -> None:
     x = blocks_of(seed)
-    for dtype, block in {"Q8_0": q8_0, "Q4_0": q4_0}.items():
-        assert TYPES[dtype].encode(x).tobytes() == b"".join(map(block, x))
+    for type, block in {"Q8_0": q8_0, "Q4_0": q4_0}.items():
+        assert encoded(type, x) == b"".join(map(block, x))
 
 
 @given(seeds)
@@ -265,8 +211,8 @@ def test_blocks_are_close_to_the_numbers(seed: int) -> None:
     x = blocks_of(seed)
     largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float64)
     # Half a step (at one end of Q4_0 a whole one), and the rounding of the scale to float16
-    for dtype, steps, slack in (("Q8_0", 127, 0.5), ("Q4_0", 8, 1.0)):
-        back = decoded(TYPES[dtype].encode(x).tobytes(), TYPES[dtype].id).reshape(x.shape)
+    for type, steps, slack in (("Q8_0", 127, 0.5), ("Q4_0", 8, 1.0)):
+        back = decoded(encoded(type, x), IDS[type]).reshape(x.shape)
         limit = largest * (slack / steps * 1.001 + 2.0**-11) + steps * 2.0**-25
         assert (np.abs(back - x) <= limit).all()
 
@@ -275,52 +221,50 @@ def test_blocks_are_close_to_the_numbers(seed: int) -> None:
 def test_float16_is_rounded_to_the_nearest(seed: int) -> None:
     x = blocks_of(seed)
     x = x[np.abs(x).max(axis=1) < 65504]
-    back = decoded(TYPES["F16"].encode(x).tobytes(), 1).reshape(x.shape)
+    back = decoded(encoded("F16", x), 1).reshape(x.shape)
     assert (np.abs(back - x) <= np.abs(x) * 2.0**-11 + 2.0**-25).all()
 
 
 # What cannot be written
 
 
-@pytest.mark.parametrize("dtype", ["F16", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("bad", [1e30, math.inf, math.nan])
-def test_numbers_out_of_range(tmp_path: Path, dtype: str, bad: float) -> None:
+@pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("bad", [3.4e38, math.inf, math.nan])
+def test_numbers_out_of_range(tmp_path: Path, type: str, bad: float) -> None:
     weights = random_weights(CONFIG)
     weights["h.1.mlp.c_fc.weight"][5, 7] = bad
-    (tmp_path / "model.gguf").write_bytes(b"old")
-    with pytest.raises(WeightsError) as caught:
-        written(tmp_path, weights=weights, dtype=dtype)
-    assert str(caught.value) == (
-        f"tensor h.1.mlp.c_fc.weight holds a number that is not finite in {dtype}: write F32"
-    )
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"model.gguf": b"old"}
+    if KINDS[type].block == 1 and not math.isfinite(bad):
+        file = written(tmp_path, CONFIG, weights, type=type)  # which says the same
+        np.testing.assert_equal(file.numbers("blk.1.ffn_up.weight")[7, 5], bad)
+        return
+    with pytest.raises(
+        WeightsError, match=r"^tensor h\.1\.mlp\.c_fc\.weight holds a number that is"
+    ):
+        written(tmp_path, CONFIG, weights, type=type)
 
 
 @pytest.mark.parametrize("case", ["gelu-erf", "relu", "unscaled", "layer-scaled"])
 def test_what_llama_cpp_does_not_compute(tmp_path: Path, case: str) -> None:
-    with pytest.raises(ConfigError, match=r"is .*, llama\.cpp's GPT-2 has .* alone"):
+    with pytest.raises(ConfigError, match=r"is .*, llama\.cpp has .* alone"):
         written(tmp_path, CASES[case])
 
 
-def test_an_unknown_type(tmp_path: Path) -> None:
-    with pytest.raises(ParameterError, match="dtype is 'int8', expected one of F32, F16, Q8_0, Q"):
-        written(tmp_path, dtype="int8")
+def test_a_group_size_is_not_gguf_s_to_choose(tmp_path: Path) -> None:
+    for size in (32, 64):  # the blocks' own, and what stands where nothing was asked for
+        write(checkpoint(CONFIG), tmp_path / str(size), quantization=Quantization(size, 8))
+    assert (tmp_path / "32").read_bytes() == (tmp_path / "64").read_bytes()
+    with pytest.raises(ParameterError, match="is 128, but in GGUF 32 weights share a scale"):
+        write(checkpoint(CONFIG), tmp_path / "128", quantization=Quantization(128, 8))
 
 
-def test_weights_that_are_quantized_already(tmp_path: Path) -> None:
-    config = replace(CONFIG, quantization=Quantization(32, 4))
-    with pytest.raises(ParameterError, match="are int4 in groups of 32, which GGUF has no type"):
-        written(tmp_path, config)
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot be written"):
-        written(tmp_path / "none")
+def test_an_end_of_text_that_is_no_token_id(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id is -1, expected a token id or null"):
+        written(tmp_path, replace(CONFIG, eos_token_id=-1))
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path: Path, tokenizer: BytePairTokenizer) -> None:
     with pytest.raises(TokenizerError, match="has token 1023, the model 211 tokens"):
-        written(tmp_path, tokenizer=tokenizer)
+        written(tmp_path, CONFIG, tokenizer=tokenizer)
 
 
 def test_a_tokenizer_that_splits_otherwise(tmp_path: Path) -> None:
@@ -335,10 +279,10 @@ def test_a_tokenizer_that_splits_otherwise(tmp_path: Path) -> None:
 # Against others, where they are installed
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_the_gguf_package_reads_the_same(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("type", TYPES)
+def test_the_gguf_package_reads_the_same(tmp_path: Path, type: str) -> None:
     package = pytest.importorskip("gguf")
-    file = written(tmp_path, dtype=dtype)
+    file = written(tmp_path, CONFIG, type=type)
     weights = random_weights(CONFIG)
     read = package.GGUFReader(tmp_path / "model.gguf")
     assert read.get_field("gpt2.embedding_length").contents() == CONFIG.n_embd
@@ -375,19 +319,20 @@ def llama_cpp(path: Path, ids: list[int], text: str = "") -> tuple[list[list[int
 
 
 # Of the logits' size, in the mean: llama.cpp keeps keys and values in float16.
-TOLERANCE = {"F32": 2e-3, "F16": 3e-3, "Q8_0": 3e-2, "Q4_0": 0.4}
+TOLERANCE = {"F32": 2e-3, "F16": 3e-3, "BF16": 1e-2, "Q8_0": 3e-2, "Q4_0": 0.4}
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_llama_cpp_computes_the_same(tmp_path: Path, shakespeare: Model, dtype: str) -> None:
-    path, config = tmp_path / "model.gguf", shakespeare.config
-    weights = read_weights(shakespeare.files.weights, config)
-    write_gguf(path, config, weights, shakespeare.tokenizer, dtype=dtype)
+@pytest.mark.parametrize("type", TYPES)
+def test_llama_cpp_computes_the_same(tmp_path: Path, shakespeare: Model, type: str) -> None:
+    path = tmp_path / "model.gguf"
+    how = TYPES[type].get("quantization")
+    quantize = None if how is None else f"int{how.bits}"
+    convert("shakespeare", path, dtype=TYPES[type].get("dtype"), quantize=quantize)
     text = "ROMEO:\nBut soft! — café 123 <|endoftext|>  日本 🎭 we'll\n\n x "
-    ids = random_ids(config, 1, 50)[0].tolist()
+    ids = random_ids(shakespeare.config, 1, 50)[0].tolist()
     (plain, special), logits = llama_cpp(path, ids, text)
     assert plain == shakespeare.encode(text)
     assert special == shakespeare.encode(text, allow_special=True)
     expected = shakespeare.logits(ids)
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
-    assert error < TOLERANCE[dtype]
+    assert error < TOLERANCE[type]

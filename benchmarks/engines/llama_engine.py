@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from engines.base import Engine, Tick, best
 
 FILE = "model.gguf"
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BLOCKS = {"Q8_0": "int8", "Q4_0": "int4"}
 BATCH_CONTEXT = 128  # of each sequence of a batch
 
 
@@ -28,13 +31,17 @@ class LlamaEngine(Engine):
 
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
-        from gptx.config import GPT2Config
-        from gptx.conversions.gguf_file import write_gguf
-        from gptx.weights import read_weights
+        from gptx.conversions import gguf_file, hugging_face
+        from gptx.quantization import Quantization
 
-        config = GPT2Config.from_file(folder / "config.json")
-        tensors = read_weights(sorted(folder.glob("*.safetensors")), config)
-        write_gguf(work / FILE, config, tensors, dtype=options["dtype"])
+        checkpoint = replace(hugging_face.read(folder), tokenizer=None)
+        (work / FILE).unlink(missing_ok=True)
+        dtype = options["dtype"]
+        if dtype in FLOATS:
+            gguf_file.write(checkpoint, work / FILE, dtype=FLOATS[dtype])
+        else:
+            how = Quantization.named(BLOCKS[dtype])
+            gguf_file.write(checkpoint, work / FILE, quantization=how)
 
     def __init__(
         self, folder: Path, threads: int, work: Path, dtype: str, flash: bool = True

@@ -14,6 +14,7 @@ from gptx.cli.options import group_size_option, offline_option, revision_option
 from gptx.config import GPT2Config
 from gptx.conversions import CODES, FLOATS, FORMATS, convert, read
 from gptx.conversions.verify import check
+from gptx.hub import importing_hub
 
 
 @click.command("convert")
@@ -65,17 +66,15 @@ def convert_command(
     if head is not None:
         options["head"] = head
     if upload is not None:
-        from gptx.hub_upload import check_repository
-
-        check_repository(upload)  # before the work is done
+        with importing_hub():
+            from gptx import hub_upload
+        hub_upload.check_repository(upload)  # before the work is done
     with _progress() as progress:
         checkpoint = convert(source, destination, progress=progress, **options)
     _say_notes(checkpoint.notes)
     click.echo(f"{destination}: {_about(checkpoint.config)}", err=True)
     if upload is not None:
-        from gptx.hub_upload import upload as upload_to_hub
-
-        click.echo(upload_to_hub(destination, upload, private=private))
+        click.echo(hub_upload.upload(destination, upload, private=private))
 
 
 def _about(config: GPT2Config) -> str:

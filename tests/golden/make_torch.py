@@ -1,0 +1,126 @@
+"""Save small random models with PyTorch as it was and is done, and some with nanoGPT itself.
+
+It needs torch, the model.py of nanoGPT (https://github.com/karpathy/nanoGPT), and nothing of gptx
+but `gptx.config`:
+
+    python -m venv /tmp/torch
+    /tmp/torch/bin/pip install torch numpy
+    PYTHONPATH=. /tmp/torch/bin/python tests/golden/make_torch.py /path/to/nanoGPT
+
+torch/*.bin
+    state_dicts of `random_weights(CONFIG)`, all tensors of the type that the name says; the
+    containers, protocols, views and wrappers that there are.
+torch/*.pt, torch/*.npz
+    What train.py of nanoGPT saves after a step of its optimizer; and `ids` [1, T] with `logits`
+    [1, T, V], which nanoGPT computed from that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.serialization import config as settings
+
+HERE = Path(__file__).resolve().parent
+FOLDER = HERE / "torch"
+sys.path.insert(0, str(HERE.parent))
+
+from random_models import random_ids, random_weights  # noqa: E402
+
+from gptx.config import GPT2Config  # noqa: E402
+
+CONFIG = GPT2Config(
+    vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+
+
+def state_dict(dtype: torch.dtype, prefix: str = "transformer.") -> OrderedDict[str, Any]:
+    """As transformers has it: with masks, and a head that is the table of tokens."""
+    found = OrderedDict()
+    for name, array in random_weights(CONFIG).items():
+        found[prefix + name] = torch.from_numpy(array).to(dtype)
+    found[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
+    found[f"{prefix}h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    found["lm_head.weight"] = found[f"{prefix}wte.weight"]
+    found._metadata = {"": {"version": 1}}  # every state_dict of a module has it
+    return found
+
+
+def with_views(found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    """The same numbers, in storages of another order and of more numbers."""
+    for name, x in found.items():
+        if name.endswith("c_fc.weight"):
+            found[name] = x.T.contiguous().T
+        if name.endswith("c_attn.weight"):
+            found[name] = torch.cat([x, x + 1], 1)[:, : x.shape[1]]
+    one = torch.cat([x for name, x in found.items() if ".ln_" in name])
+    for i, name in enumerate(name for name in found if ".ln_" in name):
+        found[name] = one[8 * i : 8 * i + 8]
+    return found
+
+
+def save(found: Any, name: str, **options: Any) -> None:
+    """One file."""
+    torch.save(found, FOLDER / name, **options)
+
+
+def nanogpt(name: str, *, bias: bool, wrapped: bool) -> None:
+    """Train for one step, save, compute."""
+    from model import GPT, GPTConfig
+
+    arguments = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": bias}
+    arguments |= {"vocab_size": 23, "dropout": 0.0}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**arguments))
+    for p in model.parameters():  # its own beginning is so small that any activation would do
+        torch.nn.init.normal_(p, std=0.7)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    ids = torch.from_numpy(random_ids(GPT2Config(vocab_size=23), 1, 16))
+    loss = model(ids, ids)[1]
+    loss.backward()
+    optimizer.step()
+    saved = torch.compile(model) if wrapped else model
+    checkpoint = {
+        "model": saved.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": arguments,
+        "iter_num": 1,
+        "best_val_loss": loss.detach(),
+        "config": {"dataset": "shakespeare_char", "learning_rate": 1e-3, "compile": wrapped},
+    }
+    save(checkpoint, f"{name}.pt")
+    with torch.no_grad():
+        logits = model(ids, ids)[0].numpy()
+    np.savez_compressed(FOLDER / f"{name}.npz", ids=ids.numpy(), logits=logits)
+    print(f"{name}: logits std {logits.std():.2f}")
+
+
+def main() -> None:
+    """Write the folder."""
+    FOLDER.mkdir(exist_ok=True)
+    legacy = {"_use_new_zipfile_serialization": False}
+    save(state_dict(torch.float32), "float32-zip.bin")
+    save(with_views(state_dict(torch.float16)), "float16-zip-views.bin")
+    save(state_dict(torch.bfloat16, ""), "bfloat16-zip-protocol-5.bin", pickle_protocol=5)
+    save(state_dict(torch.float32), "float32-legacy.bin", **legacy)
+    save(with_views(state_dict(torch.bfloat16)), "bfloat16-legacy-views.bin", **legacy)
+    found = state_dict(torch.float64, "")
+    for name in [name for name, x in found.items() if x.dtype == torch.float64]:
+        found[name] = torch.nn.Parameter(found[name])
+    save(found, "float64-legacy-parameters-protocol-4.bin", pickle_protocol=4, **legacy)
+    settings.save.compute_crc32 = False
+    save(state_dict(torch.float32, ""), "float32-zip-no-crc.bin")
+    settings.save.compute_crc32 = True
+    nanogpt("nanogpt", bias=True, wrapped=False)
+    nanogpt("nanogpt-no-bias-compiled", bias=False, wrapped=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    main()
