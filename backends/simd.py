@@ -175,12 +175,14 @@ def splat(context: Any, x: Any) -> Any:
 
 @intrinsic
 def spread(context: Any, array: Any, i: Any) -> Any:
-    """array[i] in each lane."""
+    """array[i] in each lane: float32 as floats, uint32 as ints."""
+    result = floats if array.dtype == types.float32 else ints
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _spread(builder, builder.load(pointer(context, builder, sig.args, args)), FLOATS)
+        value = builder.load(pointer(context, builder, sig.args, args))
+        return _spread(builder, value, result.llvm)
 
-    return floats(array, i), generate
+    return result(array, i), generate
 
 
 @intrinsic

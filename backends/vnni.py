@@ -13,14 +13,12 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.fixed_point import PARTS, digits, measure
 from gptx.backends.numpy_products import AHEAD, compiled
 from gptx.backends.simd import (
-    I32,
     INTS,
     LANES,
     call,
@@ -29,7 +27,6 @@ from gptx.backends.simd import (
     ints,
     load,
     nearest,
-    pointer,
     prefetch,
     put,
     splat,
@@ -56,18 +53,6 @@ def _add_dots(context: Any, room: Any, i: Any, codes: Any, x: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(room, i, codes, x), generate
-
-
-@intrinsic
-def _spread_word(context: Any, array: Any, i: Any) -> Any:
-    """The 32 bits at array[i], of float32, in each lane."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = builder.bitcast(pointer(context, builder, sig.args, args), I32.as_pointer())
-        one = builder.insert_element(ir.Constant(INTS, ir.Undefined), builder.load(place), I32(0))
-        return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
-
-    return ints(array, i), generate
 
 
 @intrinsic
@@ -99,7 +84,7 @@ def times_codes(bits: int, streams: int) -> Callable[..., None]:
     def times(
         w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
-        groups, part = n_in // group, n_in // 4
+        groups, part, bytes_of_x = n_in // group, n_in // 4, x.view(np.uint32)
         factor, low = spread(x, n_in + groups), n_in + groups + 1
         for first in range(4 * tile, 4 * tile + 4, streams):
             result = vectors(streams)
@@ -117,13 +102,15 @@ def times_codes(bits: int, streams: int) -> Callable[..., None]:
                         words = load(w, i)
                         if bits == 8:
                             for p in range(PARTS):
-                                _add_dots(acc, PARTS * c + p, words, _spread_word(x, at + p * part))
+                                _add_dots(
+                                    acc, PARTS * c + p, words, spread(bytes_of_x, at + p * part)
+                                )
                         else:
                             even, odd = to_bytes(words, 0), to_bytes(words, 1)
                             for p in range(PARTS):
                                 j = at + p * part
-                                _add_dots(acc, PARTS * c + p, even, _spread_word(x, j))
-                                _add_dots(acc, PARTS * c + p, odd, _spread_word(x, j + 1))
+                                _add_dots(acc, PARTS * c + p, even, spread(bytes_of_x, j))
+                                _add_dots(acc, PARTS * c + p, odd, spread(bytes_of_x, j + 1))
                 for c in range(streams):
                     i = ((first + c) * groups + g) * LANES
                     prefetch(scales, i + AHEAD // 16)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +159,8 @@ def importing_hub() -> Iterator[None]:
         One of them cannot be read.
     """
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # where huggingface_hub's own words belong
+            yield
     except ValueError as error:
         raise ParameterError(
             f"an HF_ environment variable is no good ({error}): correct or unset it"

@@ -40,8 +40,8 @@ def index(*shards: object) -> bytes:
     return json.dumps({"weight_map": {f"t{i}": shard for i, shard in enumerate(shards)}}).encode()
 
 
-# What the other process does: call `locate` once per job, report files or error as JSON.
-CLIENT = """
+# How another process begins: it counts connections, and is set up for faults.
+PREPARED = """
 import json, os, sys
 connections = []
 sys.addaudithook(lambda name, args: connections.append(str(args)) if name in
@@ -57,6 +57,12 @@ if setup.get("impatient"):
     import time
     time.sleep = lambda seconds: None
 from gptx.errors import GptxError
+"""
+
+# What it does: call `locate` once per job, report files or error as JSON.
+CLIENT = (
+    PREPARED
+    + """
 from gptx.hub import locate
 results = []
 for job in jobs:
@@ -72,6 +78,7 @@ for job in jobs:
     results.append(result | dict(connections=list(connections)))
 print(json.dumps(results))
 """
+)
 
 
 class Client:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_helpers import Client, check
+from hub_helpers import PREPARED, Client, check
 from hub_server import HubServer
 from random_models import CASES, random_weights
 from tensor_bundle_bytes import write_openai
@@ -27,23 +27,10 @@ DATA = "model.ckpt.data-00000-of-00001"
 CONFIG = CASES["124M"]
 
 # What the other process does: fetch or convert, report the folder or the error as JSON.
-FETCH = """
-import json, sys
-connections = []
-sys.addaudithook(lambda name, args: connections.append(str(args)) if name in
-                 ("socket.connect", "socket.getaddrinfo") else None)
-setup, jobs = json.loads(sys.argv[1])
-if setup.get("largest_file"):
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (setup["largest_file"], setup["largest_file"]))
-if setup.get("chunk"):
-    from huggingface_hub import constants
-    constants.DOWNLOAD_CHUNK_SIZE = setup["chunk"]
-if setup.get("impatient"):
-    import time
-    time.sleep = lambda seconds: None
+FETCH = (
+    PREPARED
+    + """
 from gptx.conversions import convert
-from gptx.errors import GptxError
 results = []
 for job in jobs:
     connections.clear()
@@ -60,6 +47,7 @@ for job in jobs:
     results.append(result | dict(connections=list(connections)))
 print(json.dumps(results))
 """
+)
 
 
 class Fetcher(Client):
