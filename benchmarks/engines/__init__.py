@@ -38,8 +38,14 @@ class Row:
     skips: tuple[str, ...] = ()
 
 
-def _gptx(precision: str, **options: str) -> Row:
-    return Row(precision, "gptx_engine:GptxEngine", "'gptx[fast]'", options)
+def _gptx(precision: str, *skips: str, **options: str) -> Row:
+    return Row(precision, "gptx_engine:GptxEngine", "'gptx[fast]'", options, skips=skips)
+
+
+def _gptx_f16_cache(precision: str, **options: str) -> Row:
+    """With keys and values in float16, as llama.cpp has them; it matters at a long context."""
+    skips = ("decode", "prefill19", "prefill512", "batch", "process")
+    return _gptx(precision, *skips, cache_dtype="float16", **options)
 
 
 def _numpy(*skips: str, cache: bool) -> Row:
@@ -68,6 +74,7 @@ _ONNX = Row("float32", "onnx_engine:OnnxEngine", "onnx onnxruntime", files="onnx
 # llama.cpp is there with its flash attention (its default) and without: which is faster depends.
 TABLE = {
     "gptx float32": _gptx("float32"),
+    "gptx float32, f16 cache": _gptx_f16_cache("float32"),
     "llama.cpp F32": _llama("float32", "F32"),
     "llama.cpp F32, fa off": _llama("float32", "F32", flash=False),
     "CTranslate2 float32": _ctranslate2("float32"),
@@ -79,10 +86,12 @@ TABLE = {
     "llama.cpp F16, fa off": _llama("16 bits", "F16", flash=False),
     "transformers bfloat16": _transformers("16 bits", "bfloat16"),
     "gptx int8": _gptx("int8", quantize="int8"),
+    "gptx int8, f16 cache": _gptx_f16_cache("int8", quantize="int8"),
     "llama.cpp Q8_0": _llama("int8", "Q8_0"),
     "llama.cpp Q8_0, fa off": _llama("int8", "Q8_0", flash=False),
     "CTranslate2 int8": _ctranslate2("int8"),
     "gptx int4": _gptx("int4", quantize="int4"),
+    "gptx int4, f16 cache": _gptx_f16_cache("int4", quantize="int4"),
     "llama.cpp Q4_0": _llama("int4", "Q4_0"),
     "llama.cpp Q4_0, fa off": _llama("int4", "Q4_0", flash=False),
 }
