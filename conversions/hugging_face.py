@@ -28,6 +28,7 @@ from gptx.weights import is_no_weight, our_name
 
 WEIGHTS = "model.safetensors"
 ALIGNMENT = 64  # of the data, so that mapped floats are aligned for vector instructions
+MAX_NAME = 200  # letters: the Hub's have fewer than 50
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 
 
@@ -104,9 +105,11 @@ def _entries(path: Path) -> Iterator[_Entry]:
     header, _, start = safetensors_header(path)
     file = BinaryFile(path)
     for raw, entry in header.items():
+        if not raw.isprintable() or len(raw) > MAX_NAME:
+            raise WeightsError(f"{path} has a tensor with no readable name: it is damaged")
         name, transposed = our_name(raw)
         if entry["dtype"] not in DTYPES:
-            what = f"{path}: {' '.join(name.split())} is of type {entry['dtype']}"
+            what = f"{path}: tensor {name} is of type {entry['dtype']}"
             raise WeightsError(f"{what}, gptx reads {', '.join(DTYPES)}")
         dtype = np.dtype(DTYPES[entry["dtype"]])
         shape = tuple(entry["shape"])

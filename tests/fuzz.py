@@ -18,7 +18,8 @@ from types import FrameType
 
 from gptx.errors import GptxError
 
-# How many copies of each file: GPTX_FUZZ=5000 takes minutes.
+# How many copies of each file; all of them take minutes.
+ALL = 5000
 COPIES = int(os.environ.get("GPTX_FUZZ", "500"))
 SECONDS = 10  # for one copy: a hang
 SLACK = 4 * 2**20  # bytes that a reader may take whatever the size of the file
@@ -131,8 +132,10 @@ def fuzz(
 
 
 def refuse_every_prefix(file: Path, use: Callable[[], object], *, step: int = 1) -> None:
-    """Cut `file` at each length (each `step`-th): none may be read, each is refused in one line."""
+    """Cut `file` at each length (each `step`-th, or at all if all copies of `fuzz` are tried): none
+    may be read, each is refused in one line."""
     data = file.read_bytes()
+    step = 1 if COPIES >= ALL else step
     try:
         for length in range(0, len(data), step):
             file.write_bytes(data[:length])

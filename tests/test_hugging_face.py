@@ -164,6 +164,13 @@ def test_no_prefix_of_a_file_is_read(tmp_path: Path) -> None:
     refuse_every_prefix(folder / "model.safetensors", read_all(folder), step=7)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "x" * 5000, "\0"])
+def test_a_name_that_would_spoil_a_message_is_not_repeated(name: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", CONFIG, WEIGHTS | {name: np.zeros(1, np.float32)})
+    with pytest.raises(WeightsError, match="no readable name"):
+        read(folder)
+
+
 def test_a_damaged_config_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = source_of("tiny", tmp_path)
     assert fuzz(folder / "config.json", read_all(folder)) > 100
