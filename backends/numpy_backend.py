@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.base import Backend, Positions
+from gptx.backends.numpy_memory import Pool
 from gptx.backends.tape import Unknown
 from gptx.errors import BackendError
 from gptx.quantization import Quantized
 
 Array = np.ndarray
-
-CACHE_LINE = 64  # bytes, of all the processors that have vectors of so many
 
 
 class NumpyBackend(Backend):
@@ -39,6 +38,7 @@ class NumpyBackend(Backend):
             )
         super().__init__(np, **options)
         self._has_codes = False
+        self._weights, self._caches = Pool(np.empty), Pool(np.zeros)
 
     def _kernels(self) -> ModuleType | None:
         """The compiled forward pass; None without Numba."""
@@ -59,7 +59,7 @@ class NumpyBackend(Backend):
     def quantized(self, q: Quantized, *, table: bool = False) -> Any:
         if self.dtype == "float32" and (kernels := self._kernels()):
             self._has_codes = True  # and Numba is there, which is what makes compiling slow
-            return kernels.Tiles(q)
+            return kernels.Tiles(q, self._weights)
         return super().quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:
@@ -77,7 +77,7 @@ class NumpyBackend(Backend):
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        return aligned(shape, dtype or self.dtype, np.zeros)
+        return self._caches.array(shape, dtype or self.dtype)
 
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):
@@ -130,14 +130,6 @@ class NumpyBackend(Backend):
             np.copyto(scores, -math.inf, where=hidden)
         heads = _softmax(scores) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D)
-
-
-def aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Array] = np.empty) -> Array:
-    """A new array that begins where a cache line does, so that no vector lies across two."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = make(n_bytes + CACHE_LINE, np.uint8)
-    first = -room.ctypes.data % CACHE_LINE
-    return room[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 def _softmax(x: Array) -> Array:

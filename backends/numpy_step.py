@@ -17,7 +17,7 @@ from gptx.backends import amx
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
-from gptx.backends.numpy_backend import aligned
+from gptx.backends.numpy_memory import Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.simd import HALF, LANES
 from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown, record
@@ -46,14 +46,15 @@ class Tiles:
         float32 [O / 16, I / group, 16]; a weight is scale * code + offset.
     """
 
-    def __init__(self, q: Quantized) -> None:
+    def __init__(self, q: Quantized, pool: Pool | None = None) -> None:
+        pool = pool or Pool(np.empty)
         self.shape = q.shape
         self.bits = q.bits
         self.format = FORMATS[q.bits]
         self.group = q.group_size
-        self.weight = _tiled(q.weight)
-        self.scales = _tiled(q.scales.astype(np.float32, copy=False))
-        self.offsets = _tiled(q.biases.astype(np.float32, copy=False))
+        self.weight = _tiled(q.weight, pool)
+        self.scales = _tiled(q.scales.astype(np.float32, copy=False), pool)
+        self.offsets = _tiled(q.biases.astype(np.float32, copy=False), pool)
 
     def product(self, x: Array, bias: Array | None, threads: int | None) -> Array:
         """x [..., I] times the matrix, plus a bias [O], if any: [..., O]."""
@@ -83,12 +84,12 @@ class Tiles:
         return rows.reshape(*ids.shape, -1)
 
 
-def _tiled(x: Array) -> Array:
+def _tiled(x: Array, pool: Pool) -> Array:
     """[O, N] -> [O / 16, N, 16], with zeros past the last output, up to 64 of them."""
     n_out, n = x.shape
     if n_out % TILE:
         x = np.concatenate([x, np.zeros((-n_out % TILE, n), x.dtype)])
-    tiles = aligned((len(x) // LANES, n, LANES), x.dtype)
+    tiles = pool.array((len(x) // LANES, n, LANES), x.dtype)
     tiles[:] = x.reshape(-1, LANES, n).swapaxes(1, 2)
     return tiles
 
