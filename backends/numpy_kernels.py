@@ -26,6 +26,7 @@ from gptx.backends.numpy_products import (
     dots_1x4,
     dots_4x1,
     dots_4x4,
+    expand_floats,
     outer_4x4,
     shrink_row,
     times_rows,
@@ -174,6 +175,33 @@ def _prepare_rows(
 
 
 @inlined
+def _multiply_floats(
+    op: Any, rows: int, normed: Any, y: Any, residual: Any, room: Any, t: int, threads: int
+) -> None:
+    """A share of the outputs of several rows and a float matrix: some inputs for all of them, then
+    the next. So the matrix is read along a few of its rows at a time, as memory likes it."""
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    w = float_array(op[WEIGHT], n_in * (n_out + TILE))
+    blocks = (rows + BLOCK - 1) // BLOCK
+    chunks, tiles = (blocks + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
+    first, last = _share(tiles * chunks, t, threads)
+    for chunk in range(chunks):
+        here, there = max(first - chunk * tiles, 0), min(last - chunk * tiles, tiles)
+        begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, blocks)
+        for k in range(0, n_in, DEPTH):
+            depth = min(DEPTH, n_in - k)
+            for tile in range(here, there):
+                expand_floats(w, n_out, tile, k, depth, room)
+                for block in range(begin, end):
+                    xi = block * BLOCK * n_in + k * BLOCK
+                    yi = block * BLOCK * width + tile * TILE
+                    outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
+        for row in range(begin * BLOCK, min(end * BLOCK, rows)):
+            for tile in range(here, there):
+                finish(op, y, row * width, tile, residual)
+
+
+@inlined
 def _multiply_rows(
     op: Any, rows: int, normed: Any, y: Any, residual: Any, amx: bool, room: Any, t: int,
     threads: int,
@@ -190,6 +218,9 @@ def _multiply_rows(
         for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
             for row in range(0, rows, BLOCK):
                 dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1)
+        return
+    if op[FORMAT] == MATRIX:
+        _multiply_floats(op, rows, normed, y, residual, room, t, threads)
         return
     blocks = (rows + BLOCK - 1) // BLOCK
     chunks, tiles = (blocks + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE

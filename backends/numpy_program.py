@@ -17,7 +17,6 @@ from numba import njit
 from gptx.backends.numpy_products import (
     TILE,
     compiled,
-    expand_floats,
     expand_int4,
     expand_int8,
 )
@@ -53,13 +52,9 @@ WORK = 22  # multiplications to a row, about
 
 @inlined
 def expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
-    """Inputs from `first` on of 64 outputs as floats, panel [depth, TILE]."""
-    n_in, n_out, group = op[N_IN], op[N_OUT], op[GROUP]
-    size = n_in * (n_out + TILE)
-    if op[FORMAT] == MATRIX:
-        w = float_array(op[WEIGHT], size)
-        expand_floats(w, n_out, tile, first, depth, panel)
-        return
+    """Inputs from `first` on of 64 outputs, codes as floats, panel [depth, TILE]."""
+    n_in, group = op[N_IN], op[GROUP]
+    size = n_in * (op[N_OUT] + TILE)
     scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
     codes = word_array(op[WEIGHT], size)
     if op[FORMAT] == INT8:
