@@ -98,7 +98,8 @@ def get_backend(
         Make one compiled call of the forward pass where the backend can: NumPy's does with Numba,
         which takes half a second to begin. Without, float weights run op by op.
     cache_dtype
-        What keys and values are kept in: "float16", or as `dtype` (None).
+        What keys and values are kept in: "float16", or as `dtype` (None). It is half of the memory;
+        NumPy's compiled pass reads them faster, too, elsewhere each step has to convert them.
 
     Raises
     ------

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -25,6 +24,7 @@ from numba.extending import intrinsic
 
 from gptx.backends.fixed_point import PARTS, digits, measure
 from gptx.backends.numpy_products import AHEAD, BLOCK, compiled, outer_4x1
+from gptx.backends.processor import has
 from gptx.backends.simd import (
     I8,
     LANES,
@@ -48,7 +48,7 @@ ROOM = 2 * PARTS * SQUARE  # numbers that `multiply` needs, and 4 for each input
 
 # What the processor has; the code is there if so. Whether Linux lets a process use it, `allowed`
 # finds out.
-COMPILED = llvmlite.binding.get_host_cpu_features().get("amx-int8", False)
+COMPILED = has("amx-int8")
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.base import Backend, Positions
-from gptx.backends.numpy_memory import Pool
+from gptx.backends.numpy_memory import Pool, aligned
 from gptx.backends.tape import Unknown
 from gptx.errors import BackendError
 from gptx.quantization import Quantized
@@ -38,7 +38,7 @@ class NumpyBackend(Backend):
             )
         super().__init__(np, **options)
         self._has_codes = False
-        self._weights, self._caches = Pool(np.empty), Pool(np.zeros)
+        self._weights = Pool()
 
     def _kernels(self) -> ModuleType | None:
         """The compiled forward pass; None without Numba."""
@@ -77,7 +77,7 @@ class NumpyBackend(Backend):
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        return self._caches.array(shape, dtype or self.dtype)
+        return aligned(shape, dtype or self.dtype, np.zeros)
 
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):

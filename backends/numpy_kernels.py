@@ -62,9 +62,9 @@ from gptx.backends.numpy_program import (
     inlined,
     norm_row,
 )
+from gptx.backends.processor import HALF
 from gptx.backends.simd import (
     FAST,
-    HALF,
     float_array,
     half_array,
     load,

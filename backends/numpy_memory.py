@@ -28,16 +28,10 @@ class Pool:
 
     For large pieces NumPy asks Linux for pages of 2 MB. With those of 4 KB a product that reads its
     weights once spends a quarter of its time on finding out where the next page is. A piece goes
-    back when the last of its arrays does.
-
-    Parameters
-    ----------
-    make
-        `np.empty` or `np.zeros`.
+    back when the last of its arrays does, but for the newest, which the pool holds.
     """
 
-    def __init__(self, make: Callable[..., Array]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._left = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
@@ -45,8 +39,10 @@ class Pool:
         """A new array that begins where a cache line does."""
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         taken = -(-n_bytes // CACHE_LINE) * CACHE_LINE
+        if taken >= PIECE:  # large enough by itself
+            return aligned(shape, dtype)
         with self._lock:
             if taken > self._left.size:
-                self._left = aligned((max(taken, PIECE),), np.uint8, self._make)
+                self._left = aligned((PIECE,), np.uint8)
             here, self._left = self._left[:n_bytes], self._left[taken:]
         return here.view(dtype).reshape(shape)

@@ -19,7 +19,8 @@ from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
 from gptx.backends.numpy_memory import Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
-from gptx.backends.simd import HALF, LANES
+from gptx.backends.processor import HALF
+from gptx.backends.simd import LANES
 from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown, record
 from gptx.quantization import Quantized
 
@@ -47,7 +48,7 @@ class Tiles:
     """
 
     def __init__(self, q: Quantized, pool: Pool | None = None) -> None:
-        pool = pool or Pool(np.empty)
+        pool = pool or Pool()
         self.shape = q.shape
         self.bits = q.bits
         self.format = FORMATS[q.bits]
@@ -192,7 +193,8 @@ class Program:
         B, T, _, D, room = shape
         rows = _round(B * T, BLOCK)
         arrays = [aligned((rows, width), np.float32) for width in self.widths]
-        # All rows; or for each thread the only one and behind it its sums over groups.
+        # All rows; or for each thread the only one and, behind it, what `prepare_row` adds: with
+        # groups of at least 32, no more than another row.
         n_in = int(self.table[:, columns.N_IN].max())
         arrays.append(aligned((max(_round(rows, amx.ROWS), 2 * threads) * n_in,), np.float32))
         amx_room = amx.ROOM + 4 * n_in if amx.allowed() else 0

@@ -8,12 +8,10 @@ AVX2, four of NEON. Indices count elements of flat arrays and are not checked.
 from __future__ import annotations
 
 import operator
-import platform
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import carray, float32, njit, types, uint16, uint32
 from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
@@ -25,9 +23,6 @@ I8, I32 = ir.IntType(8), ir.IntType(32)
 F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 HALVES = ir.VectorType(F16, LANES)  # in memory only, and there uint16 for Numba
-
-# Whether the processor converts float16; else LLVM would call a function that Numba does not have.
-HALF = platform.machine() not in ("x86_64", "AMD64") or get_host_cpu_features().get("f16c", False)
 
 # Sums may be reordered and fused, but a NaN stays one: the sampler looks for it.
 FAST = {"contract", "reassoc", "nsz", "arcp"}

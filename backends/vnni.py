@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.fixed_point import PARTS, digits, measure
 from gptx.backends.numpy_products import AHEAD, compiled
+from gptx.backends.processor import has
 from gptx.backends.simd import (
     INTS,
     LANES,
@@ -37,7 +37,7 @@ from gptx.backends.simd import (
     vectors,
 )
 
-COMPILED = llvmlite.binding.get_host_cpu_features().get("avx512vnni", False)
+COMPILED = has("avx512vnni")
 
 
 @intrinsic

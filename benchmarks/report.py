@@ -133,7 +133,8 @@ def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
             # llama.cpp keeps keys and values in float16: at a long context, so does what it meets.
             kind = f"gptx {ours}, f16 cache" if key == "deep" else f"gptx {ours}"
             ratio = run.ratio(key, kind, f"llama.cpp {theirs}")
-            goals.append((f"{title} {ours} / llama.cpp {theirs}", "≤", limit, ratio))
+            what = f"{title} {kind.removeprefix('gptx ')} / llama.cpp {theirs}"
+            goals.append((what, "≤", limit, ratio))
     part = run.of_bandwidth("decode", "gptx float32")
     goals.insert(1, ("decode float32, of the read bandwidth", "≥", 0.88, part))
     one, eight = run.median("decode", "gptx int8"), run.median("batch", "gptx int8")

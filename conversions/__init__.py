@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,15 @@ from types import ModuleType
 from typing import Any
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Array, Checkpoint, Stored
-from gptx.errors import NotFoundError, ParameterError, StorageError, WeightsError
+from gptx.conversions.checkpoint import Array, Checkpoint, Stored, end_of_text
+from gptx.errors import (
+    DataError,
+    NotFoundError,
+    ParameterError,
+    StorageError,
+    TokenizerError,
+    WeightsError,
+)
 from gptx.files import atomic_path
 from gptx.hub import ALIASES, EMBEDDED, importing_hub, locate
 from gptx.quantization import GROUP_SIZE, Quantization, Quantized
@@ -124,6 +132,8 @@ def detect(path: Path) -> str:
     try:
         if not path.exists():
             raise NotFoundError(f"{path} does not exist")
+        if not (path.is_file() or path.is_dir()):
+            raise WeightsError(f"{path} is neither a file nor a folder")
         for name, row in FORMATS.items():
             if row.reads and row.load().detect(path):
                 return name
@@ -170,26 +180,43 @@ def read(
     if config is not None and not isinstance(config, GPT2Config):
         config = GPT2Config.from_file(config)
     name = detect(path)
-    checkpoint: Checkpoint = FORMATS[name].load().read(path, config)
+    try:
+        checkpoint: Checkpoint = FORMATS[name].load().read(path, config)
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
     if tokenizer is not None:
-        files = {
-            file: Path(tokenizer) / file
-            for file in ("tokenizer.json", "vocab.json", "merges.txt")
-            if (Path(tokenizer) / file).is_file()
-        }
-        checkpoint = replace(checkpoint, tokenizer=BytePairTokenizer(files))
+        checkpoint = _with_tokenizer(checkpoint, Path(os.path.expanduser(tokenizer)))
     return name, checkpoint
 
 
+def _with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The model with the tokenizer of a folder, and its end of text if the model names none."""
+    names = ("tokenizer.json", "vocab.json", "merges.txt")
+    files = {name: folder / name for name in names if (folder / name).is_file()}
+    if not files:
+        raise NotFoundError(f"{folder} has no tokenizer.json, and no vocab.json and merges.txt")
+    tokenizer, config = BytePairTokenizer(files), checkpoint.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, "
+            f"the model {config.vocab_size}: it belongs to another one"
+        )
+    if config.eos_token_id is None:
+        config = replace(config, **end_of_text(config.vocab_size, tokenizer))
+    return replace(checkpoint, config=config, tokenizer=tokenizer)
+
+
 def _path_of(source: str | Path, revision: str | None, offline: bool) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     name = str(source)
     if name.startswith("openai:"):
         with importing_hub():
             from gptx.conversions.openai_download import fetch
         return fetch(name, revision=revision, offline=offline)
-    if revision is None and name not in EMBEDDED and name not in ALIASES:
-        if path.exists():
+    if revision is None and name not in EMBEDDED:
+        if path.is_dir() or (path.exists() and name not in ALIASES):
             return path
         # A checkpoint of TensorFlow goes by what the names of its files begin with.
         if (index := Path(f"{path}.index")).is_file():
@@ -223,7 +250,7 @@ def convert(
         The file or folder to write. It appears whole or not at all.
     to
         A name in `FORMATS`. If None: what the suffix of `destination` means, or a folder of
-        safetensors (of MLX, if it is quantized).
+        safetensors (of MLX, if `quantize` is given).
     dtype
         "float32", "float16" or "bfloat16", what the format has of them. If None: the source's type
         if the format has it, else float32.
@@ -251,7 +278,7 @@ def convert(
     NotFoundError, StorageError
         A file is missing, or cannot be read or written.
     """
-    destination = Path(destination)
+    destination = Path(os.path.expanduser(destination))
     name = _target(to, destination, quantize)
     row = FORMATS[name]
     for what, asked, allowed in (
@@ -269,7 +296,7 @@ def convert(
         source, config=config, tokenizer=tokenizer, revision=revision, offline=offline
     )
     model = checkpoint
-    if how is not None and checkpoint.config.quantization not in (None, how):
+    if how is not None and name == "mlx" and checkpoint.config.quantization not in (None, how):
         raise ParameterError(
             f"{how} was asked for, but the weights are {checkpoint.config.quantization} already: "
             "leave quantize out, or take the model's float weights"

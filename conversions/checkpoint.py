@@ -106,6 +106,9 @@ class Checkpoint:
             raise WeightsError(f"tensor {unknown[0]} is unknown: the weights do not fit the config")
         ordered = {name: self.stored[name] for name in expected}
         object.__setattr__(self, "stored", ordered)
+        if not any(tensor.quantization for tensor in ordered.values()):
+            # Somebody's config may say so; the tensors know better.
+            object.__setattr__(self, "config", replace(self.config, quantization=None))
 
     @property
     def tensors(self) -> Tensors:
@@ -165,7 +168,7 @@ def config_of_shapes(
             f"the file does not say how many heads share a width of {C}, which is no multiple of "
             f"{HEAD_DIM}: give the model's config.json"
         )
-    hidden = shapes.get("h.0.mlp.c_fc.bias", (4 * C,))[0]
+    hidden = (shapes.get("h.0.mlp.c_fc.bias") or (4 * C,))[0]
     config = GPT2Config(
         vocab_size=V,
         n_positions=S,
@@ -224,7 +227,12 @@ def end_of_text(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> 
     return {"bos_token_id": id, "eos_token_id": id}
 
 
-def float_array(tensor: Array | Quantized) -> Array:
-    """A tensor of a checkpoint without quantization, with bfloat16 as float32."""
+def plain(tensor: Array | Quantized) -> Array:
+    """A tensor of a checkpoint without quantization, as it is stored."""
     assert not isinstance(tensor, Quantized), "as_floats() comes first"
-    return widened(tensor)
+    return tensor
+
+
+def float_array(tensor: Array | Quantized) -> Array:
+    """The same with bfloat16 as float32."""
+    return widened(plain(tensor))

@@ -17,7 +17,14 @@ import numpy as np
 
 from gptx.config import GPT2Config
 from gptx.conversions.binary import BinaryFile, dtype_name, write_array
-from gptx.conversions.checkpoint import Array, Checkpoint, Stored, config_of_shapes, float_array
+from gptx.conversions.checkpoint import (
+    Array,
+    Checkpoint,
+    Stored,
+    config_of_shapes,
+    float_array,
+    plain,
+)
 from gptx.conversions.tokenizer_files import write_tokenizer
 from gptx.errors import WeightsError
 from gptx.files import DTYPES, create, safetensors_header
@@ -37,7 +44,17 @@ def detect(path: Path) -> bool:
     if path.is_dir():
         names = (WEIGHTS, f"{WEIGHTS}.index.json")
         return (path / "config.json").is_file() and any((path / name).is_file() for name in names)
-    return path.suffix == ".safetensors"
+    return path.suffix == ".safetensors" or _begins_like_one(path)
+
+
+def _begins_like_one(path: Path) -> bool:
+    """Whether a file begins with the length of a header that can be there, and a header."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+    except OSError:
+        return False
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
@@ -144,7 +161,12 @@ def _joined(
             )
         if missing := [part for part in parts_of[name] if part not in entries]:
             raise WeightsError(f"tensor {missing[0]} is missing: {name} is not whole")
-        matrix = _Matrix(tuple(entries[part] for part in parts_of[name]), how)
+        parts = tuple(entries[part] for part in parts_of[name])
+        if odd := [part for part in parts if len(part.shape) != 2 or 0 in part.shape]:
+            raise WeightsError(
+                f"tensor {odd[0].name} has shape {list(odd[0].shape)}, expected a matrix"
+            )
+        matrix = _Matrix(parts, how)
         n_out, n_in = matrix.check().shape
         _, linear = our_name(f"model.{name}")
         shape = (n_in, n_out) if linear else (n_out, n_in)
@@ -210,7 +232,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, dtype: str | None = None) -> 
         (Part(name, tensor.shape, dtype or dtype_name(tensor.dtype)),)
         for name, tensor in checkpoint.stored.items()
     ]
-    tensors = ((float_array(tensor),) for tensor in checkpoint.tensors.values())
+    tensors = ((plain(tensor),) for tensor in checkpoint.tensors.values())
     write_safetensors(folder / WEIGHTS, parts, tensors, "pt")
     write_config(checkpoint, folder, dtype)
 

@@ -23,7 +23,7 @@ from gptx.conversions.checkpoint import (
     Checkpoint,
     Stored,
     end_of_text,
-    float_array,
+    plain,
     require_openai,
 )
 from gptx.errors import ConfigError, GptxError, WeightsError
@@ -184,7 +184,7 @@ def write(checkpoint: Checkpoint, path: Path, *, dtype: str | None = None) -> No
     with create(path) as file:
         file.write(struct.pack("<8i", *header, V + padding).ljust(HEADER, b"\0"))
         for name, _ in _layout(config):
-            array = float_array(checkpoint.tensors[name])
+            array = plain(checkpoint.tensors[name])
             write_array(file, array.T if LINEAR.fullmatch(name) else array, dtype, f"tensor {name}")
             if name == "wte.weight":
                 rows = np.zeros((padding, C), np.float32)

@@ -18,6 +18,7 @@ from gptx.conversions.checkpoint import (
     Checkpoint,
     Stored,
     float_array,
+    plain,
     require_openai,
 )
 from gptx.conversions.hugging_face import Part, read
@@ -123,5 +124,5 @@ def _parts(name: str, tensor: Stored, dtype: str | None) -> Iterator[Part]:
 def _arrays(name: str, tensor: Array | Quantized) -> tuple[Array, ...]:
     if isinstance(tensor, Quantized):
         return tensor.weight, tensor.scales, tensor.biases
-    array = float_array(tensor)
+    array = plain(tensor)
     return (array.T if LINEAR.fullmatch(name) else array,)

@@ -12,7 +12,8 @@ from gptx.tokenizer import END_OF_TEXT, BytePairTokenizer
 
 
 def write_tokenizer(tokenizer: BytePairTokenizer, config: GPT2Config, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
+    """Write tokenizer.json and tokenizer_config.json; of byte-level BPE vocab.json and merges.txt,
+    too."""
     definition = tokenizer.definition()
     model = definition["model"]
     end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
@@ -26,6 +27,8 @@ def write_tokenizer(tokenizer: BytePairTokenizer, config: GPT2Config, folder: Pa
     }
     _write_json(folder / "tokenizer.json", definition)
     _write_json(folder / "tokenizer_config.json", settings)
+    if model["type"] != "BPE":
+        return
     _write_json(folder / "vocab.json", model["vocab"])
     merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
     with create(folder / "merges.txt") as file:

@@ -47,8 +47,11 @@ class KVCache:
         self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
         dtype = backend.cache_dtype
-        self.keys = [backend.zeros(shape, dtype) for _ in range(config.n_layer)]
-        self.values = [backend.zeros(shape, dtype) for _ in range(config.n_layer)]
+        # One array: a large one lies on large pages, where the system has such.
+        room = backend.zeros((2 * config.n_layer, *shape), dtype)
+        layers = range(config.n_layer)
+        self.keys = [room[2 * layer, ...] for layer in layers]
+        self.values = [room[2 * layer + 1, ...] for layer in layers]
 
     def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
         """Make room for `counts[b]` new tokens in sequence b, and say where they stand.

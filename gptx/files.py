@@ -169,9 +169,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     StorageError
         It cannot be written (disk full, no such folder, read-only).
     """
-    path = Path(path)
-    if not path.name:
+    if not Path(path).name:
         raise StorageError(f"{path} cannot be written (it is a folder)")
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
     # A name that nobody can foresee: two writers, or a link laid there, are not in the way.
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
@@ -197,7 +197,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -207,7 +207,7 @@ def _remove(path: Path) -> None:
 def exchange(a: Path, b: Path) -> None:
     """Let two folders change places: in one step where the system can (Linux, macOS).
 
-    Elsewhere in three: an end between them leaves both whole, one of them under another name.
+    Elsewhere in three: a kill between them leaves both whole, the old one under another name.
     """
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     here, there = os.fsencode(a), os.fsencode(b)
@@ -220,5 +220,9 @@ def exchange(a: Path, b: Path) -> None:
             break  # a file system that cannot
     aside = a.with_name(a.name + ".old")
     os.rename(b, aside)
-    os.rename(a, b)
+    try:
+        os.rename(a, b)
+    except BaseException:
+        os.rename(aside, b)
+        raise
     os.rename(aside, a)

@@ -14,11 +14,10 @@ from random_models import CASES, random_ids
 import gptx
 from gptx.backends import get_backend
 from gptx.cache import KVCache
-from gptx.engine import Generation
+from gptx.config import GPT2Config
 from gptx.errors import BackendError, ParameterError
 from gptx.generation import Model
 from gptx.quantization import Quantization
-from gptx.sampling import SamplingParams
 
 HAVE_FLOAT16 = [name for name in BACKENDS if name != "strict"]  # the standard knows no float16
 
@@ -26,7 +25,8 @@ HAVE_FLOAT16 = [name for name in BACKENDS if name != "strict"]  # the standard k
 @pytest.fixture(params=HAVE_FLOAT16)
 def half(request: pytest.FixtureRequest) -> Any:
     """Make a model whose cache is float16: half("124M")."""
-    backend = make_backend(request.param, cache_dtype="float16")
+    make_backend(request.param)  # a visible skip if there is no such library
+    backend = get_backend(**BACKENDS[request.param], cache_dtype="float16")
     return lambda case, **more: make_model(CASES[case], backend, **more)
 
 
@@ -39,8 +39,36 @@ def test_logits_lose_no_more_than_float16_does(case: str, half: Any) -> None:
     assert 1e-6 < error < 0.02  # of logits as large as 13
 
 
-def test_heads_as_wide_as_openai_s(half: Any, shakespeare: Model) -> None:
-    """32 wide here, a multiple of 16: the vectors of the kernels, and not their rest."""
+@pytest.mark.parametrize(
+    "config",
+    [GPT2Config(1000, 300, 192, 2, 3), GPT2Config(65, 80, 160, 1, 2)],
+    ids=["as wide as OpenAI's", "and a rest"],
+)
+def test_wide_heads(config: GPT2Config, half: Any) -> None:
+    """64 and 80 wide: all vectors of the kernels."""
+    model = make_model(config, half("tiny").backend)
+    ids = random_ids(config, 1, 70)[0].tolist()
+    exact = make_model(config, get_backend("numpy", generic=True)).logits(ids)
+    error = np.abs(model.logits(ids) - exact).max()
+    assert 1e-6 < error < 0.02
+
+
+def test_the_compiled_pass_reads_it() -> None:
+    step = pytest.importorskip("gptx.backends.numpy_step", reason="the kernels need Numba")
+    model = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16"))
+    assert isinstance(model.gpt2.forward, step.Step) == step.HALF
+
+
+def test_a_processor_without_float16_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = pytest.importorskip("gptx.backends.numpy_step", reason="the kernels need Numba")
+    expected = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16")).logits([1, 2])
+    monkeypatch.setattr(step, "HALF", False)
+    model = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16"))
+    assert not isinstance(model.gpt2.forward, step.Step)
+    np.testing.assert_allclose(model.logits([1, 2]), expected, atol=0.01)
+
+
+def test_the_embedded_model_says_the_same(half: Any, shakespeare: Model) -> None:
     backend = half("tiny").backend
     model = gptx.load("shakespeare", backend=backend)
     ids = shakespeare.encode("ROMEO: It is the east, and Juliet is the sun")
@@ -122,13 +150,3 @@ def test_the_command_line_has_it() -> None:
     command = ("generate", "-m", "shakespeare", "ROMEO:", "-n", "5", "-q")
     assert run(*command, "--cache-dtype", "float16").out == run(*command).out
     assert run(*command, "--cache-dtype", "float3").code == 2
-
-
-def test_the_engine_samples_the_same_with_a_seed(half: Any) -> None:
-    model: Model = half("124M")
-    params = SamplingParams(temperature=1.0, seed=3)
-    runs = [
-        [t.id for step in Generation(model.gpt2, [[1, 2, 3]], params, max_tokens=6) for t in step]
-        for _ in range(2)
-    ]
-    assert runs[0] == runs[1]

@@ -52,8 +52,10 @@ def test_convert_quantizes(tmp_path: Path) -> None:
         (("shakespeare", "{out}", "--quantize", "int3"), 2, "quantize is 'int3'"),
         (("shakespeare", "{out}/a/b"), 74, "no such folder"),
         (("shakespeare", "{out}", "--config", "/nowhere.json"), 74, "/nowhere.json"),
-        (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 65, "tokenizer"),
+        (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 66, "tokenizer"),
         (("--check", "{empty}"), 65, "none of the formats"),
+        (("shakespeare", "--check", "shakespeare"), 2, "leave SRC and DST out"),
+        (("shakespeare", "{out}", "--private"), 2, "--upload names"),
     ],
 )
 def test_bad_input_is_one_line(

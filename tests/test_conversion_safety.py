@@ -121,6 +121,21 @@ def test_a_folder_within_a_folder_is_not_lost_either(tmp_path: Path) -> None:
         convert("shakespeare", tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(kind: str, tmp_path: Path) -> None:
+    format, name = ("safetensors", "real") if kind == "folder" else ("gguf", "real.gguf")
+    old = write_model(tmp_path / "old", CASES["tiny"], random_weights(CASES["tiny"], seed=1))
+    there, link = tmp_path / "out" / name, tmp_path / "out" / f"link{Path(name).suffix}"
+    (tmp_path / "out").mkdir()
+    convert(old, there, format)
+    before = contents(there)
+    link.symlink_to(there)
+    convert(source_of("tiny", tmp_path), link, format, overwrite=True)
+    assert link.is_symlink()
+    assert contents(there) != before
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([name, link.name])
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     convert("shakespeare", tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,16 @@ from random_models import CASES, random_weights, write_model
 from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert, detect, read
 from gptx.conversions.verify import compare
-from gptx.errors import ConfigError, NotFoundError, ParameterError, StorageError, WeightsError
+from gptx.errors import (
+    ConfigError,
+    NotFoundError,
+    ParameterError,
+    StorageError,
+    TokenizerError,
+    WeightsError,
+)
 from gptx.hub import EMBEDDED
+from gptx.quantization import Quantization
 
 
 @pytest.mark.parametrize("model", ["shakespeare", *SIZES])
@@ -88,7 +97,7 @@ def test_a_quantized_source_is_written_as_the_floats_it_stands_for(
 ) -> None:
     if format == "mlx":
         pytest.skip("MLX keeps the codes: see test_mlx_keeps_codes")
-    config = replace(CASES["124M"])
+    config = CASES["124M"]
     quantized = tmp_path / "quantized"
     convert(source_of("124M", tmp_path), quantized, quantize="int8", group_size=32)
     there = to_format(format, quantized, tmp_path)
@@ -162,7 +171,7 @@ def test_the_format_is_the_one_that_the_destination_means(
     assert detect(tmp_path / name) == format
 
 
-BIG_ENOUGH = replace(CASES["355M"])  # 64 wide: a whole group
+BIG_ENOUGH = CASES["355M"]  # 64 wide: a whole group
 
 
 @pytest.mark.parametrize("format", [name for name in WRITTEN if FORMATS[name].suffix != "/"])
@@ -229,9 +238,60 @@ def test_the_embedded_model_keeps_its_tokenizer_where_the_format_has_one(
     )
 
 
-def test_a_tokenizer_can_be_given(tmp_path: Path) -> None:
-    source = source_of("tiny", tmp_path)
+def test_a_tokenizer_can_be_given_and_names_the_end_of_a_text(tmp_path: Path) -> None:
+    config = replace(CASES["tiny"], vocab_size=1030)  # padded
+    source = write_model(tmp_path / "s", config, random_weights(config))
     assert read(source)[1].tokenizer is None
-    with_it = read(source, tokenizer=EMBEDDED["shakespeare"])[1].tokenizer
-    assert with_it is not None
-    assert with_it.vocab_size == 1024
+    checkpoint = read(source, tokenizer=EMBEDDED["shakespeare"])[1]
+    assert checkpoint.tokenizer is not None
+    assert checkpoint.tokenizer.vocab_size == 1024
+    assert checkpoint.config == replace(config, bos_token_id=0, eos_token_id=0)
+
+
+def test_a_tokenizer_that_does_not_fit_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    source = source_of("tiny", tmp_path)
+    with pytest.raises(TokenizerError, match="has 1024 tokens, the model 101"):
+        read(source, tokenizer=EMBEDDED["shakespeare"])
+    with pytest.raises(NotFoundError, match=r"has no tokenizer\.json"):
+        read(source, tokenizer=tmp_path)
+
+
+def test_a_folder_is_meant_before_the_short_name_of_a_hub_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "124M", CASES["tiny"], random_weights(CASES["tiny"]))
+    monkeypatch.chdir(tmp_path)
+    assert read("124M")[1].config == CASES["tiny"]
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="neither a file nor a folder"):
+        detect(tmp_path / "pipe")
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    weights = random_weights(CASES["tiny"])
+    del weights["ln_f.bias"]
+    source = write_model(tmp_path / "s", CASES["tiny"], weights)
+    with pytest.raises(WeightsError, match=f"^{source}: tensor ln_f.bias is missing"):
+        read(source)
+
+
+def test_a_config_that_says_quantized_does_not_make_it_so(tmp_path: Path) -> None:
+    config = replace(CASES["355M"], quantization=Quantization(64, 8))
+    source = write_model(tmp_path / "s", config, random_weights(config))
+    convert(source, tmp_path / "out", quantize="int8")
+    assert read(tmp_path / "out")[1].stored["wte.weight"].quantization == Quantization(64, 8)
+
+
+def test_bfloat16_stays_as_it_is_bit_for_bit(tmp_path: Path) -> None:
+    source = write_model(
+        tmp_path / "s", CASES["tiny"], random_weights(CASES["tiny"]), dtype="bfloat16"
+    )
+    file = source / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2:] = b"\x81\x7f"  # a NaN that arithmetic would quiet
+    file.write_bytes(data)
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes()[-2:] == b"\x81\x7f"

@@ -19,6 +19,7 @@ from gptx.conversions.binary import cast
 from gptx.conversions.verify import compare
 from gptx.errors import ConfigError, WeightsError
 from gptx.files import read_safetensors
+from gptx.quantization import Quantization
 from gptx.weights import check_weights, read_weights
 
 CONFIG = CASES["tiny"]
@@ -95,6 +96,41 @@ def test_a_file_alone_of_another_width_asks_for_a_config(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"how many heads share a width of 8.*config\.json"):
         read(file)
     assert read(file, config=CONFIG)[1].config == CONFIG
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    file = source_of("tiny", tmp_path) / "model.safetensors"
+    blob = file.rename(file.with_name("0123abcd"))
+    assert detect(blob) == "safetensors"
+    assert read(blob)[1].config == CONFIG
+
+
+@pytest.mark.parametrize("shape", [[1] * 40, [0, 2**40]])
+def test_codes_that_are_no_matrix_are_refused(shape: list[int], tmp_path: Path) -> None:
+    folder = source_of("tiny", tmp_path)
+    config = replace(CONFIG, quantization=Quantization(32, 4)).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    n_bytes = 0 if 0 in shape else 4
+    header = {
+        f"model.wte.{part}": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
+        for part, dtype in (("weight", "U32"), ("scales", "F32"), ("biases", "F32"))
+    }
+    for i, entry in enumerate(header.values()):
+        entry["data_offsets"] = [i * n_bytes, (i + 1) * n_bytes]
+    data = with_header(json.dumps(header).encode(), bytes(3 * n_bytes))
+    (folder / "model.safetensors").write_bytes(data)
+    assert not accepted(read_all(folder), "codes")
+
+
+def test_a_tokenizer_of_another_kind_travels_as_it_is(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    folder = source_of("tiny", tmp_path)
+    words = {f"w{i}": i for i in range(100)} | {"[UNK]": 100}
+    Tokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    convert(folder, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out" / "merges.txt").exists()
+    assert compare(read(folder)[1], read(tmp_path / "out")[1]).tokenizer is True
 
 
 def test_a_config_of_other_shapes_is_refused(tmp_path: Path) -> None:

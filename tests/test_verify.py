@@ -79,6 +79,15 @@ def test_more_than_rounding_is_not_the_same_model() -> None:
     assert not result.same
 
 
+def test_a_number_beyond_the_other_type_is_a_difference() -> None:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights[NAME][0, 0] = 70000
+
+    result = compare(checkpoint(change), checkpoint(rounded))
+    assert not result.tensors[NAME].rounded
+    assert not result.same
+
+
 def test_two_nans_are_the_same_and_one_is_not() -> None:
     def change(weights: dict[str, np.ndarray]) -> None:
         weights[NAME][0, 0] = np.nan

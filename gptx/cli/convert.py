@@ -55,6 +55,8 @@ def convert_command(
         click.echo(_table())
         return
     if check_source is not None:
+        if source is not None:
+            raise click.UsageError("--check FILE writes nothing: leave SRC and DST out")
         places = {name: options[name] for name in ("config", "tokenizer", "revision", "offline")}
         name, checkpoint = read(check_source, **places)
         _say_notes(checkpoint.notes)
@@ -63,6 +65,8 @@ def convert_command(
         return
     if source is None or destination is None:
         raise click.UsageError("expected SRC and DST, or --list, or --check FILE")
+    if private and upload is None:
+        raise click.UsageError("--private is said of the repository that --upload names")
     if head is not None:
         options["head"] = head
     if upload is not None:

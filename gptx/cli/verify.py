@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,9 @@ import click
 
 from gptx.cli.options import json_option, offline_option
 from gptx.conversions import read
+from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.verify import PROMPT_LENGTH, Comparison, compare
+from gptx.errors import ConfigError
 
 DIFFERENT = 1  # the exit code of a comparison that found a difference, as in cmp and diff
 SHOWN = 10  # tensors, at most
@@ -28,15 +31,36 @@ def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> 
     Exit code 0 if they are the same, but for rounding to the types in which they are stored; 1 if
     they are not.
     """
-    models = [read(source, config=config, offline=offline)[1] for source in (a, b)]
+    models = [_open(source, config, offline) for source in (a, b)]
     result = compare(*models)
     click.echo(json.dumps(_dict(result)) if as_json else _text(result))
     if not result.same:
         raise click.exceptions.Exit(DIFFERENT)
 
 
+def _open(source: str, config: str | None, offline: bool) -> Checkpoint:
+    """A model; with a config of the user's only if its own files do not say it all."""
+    try:
+        checkpoint = read(source, offline=offline)[1]
+    except ConfigError:
+        if config is None:
+            raise
+    else:
+        if config is None or not checkpoint.notes:
+            return checkpoint
+    return read(source, config=config, offline=offline)[1]
+
+
 def _dict(result: Comparison) -> dict[str, Any]:
-    return {"same": result.same, "identical": result.identical, **asdict(result)}
+    found = {"same": result.same, "identical": result.identical, **asdict(result)}
+    return {name: _without_nan(value) for name, value in found.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(x) for name, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(result: Comparison) -> str:
