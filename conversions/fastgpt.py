@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -142,7 +143,8 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         raise WeightsError(f"{path} has no header of 12 integers: it is damaged")
     mark, version, *numbers = container.read(line).tolist()
     check_version(path, mark, version, 2)
-    if container.metadata != {KEY: line.offset} or next(iter(container.tensors)) != "header":
+    place = container.scalar(KEY) if set(container.metadata) == {KEY} else None
+    if place != line.offset or next(iter(container.tensors)) != "header":
         raise WeightsError(f"{path} is damaged: {KEY} is not where the header lies")
     header = checked(path, numbers)
     for part in header.parts():
@@ -199,21 +201,9 @@ def _stored(
         shape = part.shape[1:] if "{}" in NAMES[theirs] else part.shape
         n_bytes = math.prod(shape) * part.type.size
         for i, name in enumerate(names):
-            read = _Reader(file, part.offset + i * n_bytes, shape, f"tensor {name}")
+            offset = part.offset + i * n_bytes
+            read = partial(file.array, offset, shape, part.type.dtype, f"tensor {name}")
             yield name, Stored(shape, part.type.dtype, read)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads a tensor."""
-
-    file: BinaryFile
-    offset: int
-    shape: tuple[int, ...]
-    what: str
-
-    def __call__(self) -> Array:
-        return self.file.array(self.offset, self.shape, "<f4", self.what)
 
 
 # The tokenizer
@@ -234,12 +224,11 @@ def _tokenizer(
         raise TokenizerError(f"{file.path} has other letters for bytes than GPT-2: it is damaged")
     if not tokens:
         return None
-    tokenizer = tokenizer_of(tokens, merges, (), str(file.path))
-    if tokenizer.vocab_size > header.n_vocab:
+    if len(tokens) > header.n_vocab:
         raise TokenizerError(
-            f"{file.path} has {tokenizer.vocab_size} tokens, but an embedding of {header.n_vocab}"
+            f"{file.path} has {len(tokens)} tokens, but an embedding of {header.n_vocab}"
         )
-    return tokenizer
+    return tokenizer_of(tokens, merges, (), str(file.path))
 
 
 def _split(file: BinaryFile, places: Array, text: Array) -> list[str]:

@@ -21,12 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from gptx.config import MAX_LAYERS
 from gptx.conversions.binary import CHUNK, Array, BinaryFile
 from gptx.conversions.gguf_types import BLOCKS, FLOATS, OTHERS, TYPES, Type
 from gptx.errors import WeightsError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_NAME, MAX_DIMENSIONS = 64, 4  # ggml's
+# A line of the header is a few bytes, what Python makes of it many times that.
+MAX_KEYS, MAX_TENSORS = 2**16, 13 * MAX_LAYERS
 WINDOW = 2**18  # bytes of the header that are read at a time
 
 # Types of metadata. Bools are bytes, and so they are read.
@@ -88,14 +91,33 @@ class Container:
                 f"{path} is of GGUF's version {version:#x}{order}, gptx reads 2 and 3 in little "
                 "endian: convert it anew with llama.cpp"
             )
-        self._n_tensors = cursor.number("<u8", "the number of tensors")
+        self._n_tensors = self._count("tensors", MAX_TENSORS)
         self.metadata: dict[str, Any] = {}
-        for _ in range(cursor.number("<u8", "the number of metadata")):
+        for _ in range(self._count("metadata", MAX_KEYS)):
             key = cursor.string("a key of the metadata")
             what = f"the metadata {key[:MAX_NAME]!r}"
             if key in self.metadata:
                 raise WeightsError(f"{path} is damaged: {what} are there twice")
             self.metadata[key] = cursor.value(what)
+
+    def _count(self, what: str, most: int) -> int:
+        count: int = self._cursor.number("<u8", f"the number of {what}")
+        if count > most:
+            raise self._damaged(f"the number of {what} is {count}, expected at most {most}")
+        return count
+
+    def scalar(self, key: str, default: Any = None) -> Any:
+        """The number or string of a key; `default` if there is no such key.
+
+        Raises
+        ------
+        WeightsError
+            It is a list or an array.
+        """
+        value = self.metadata.get(key, default)
+        if isinstance(value, (list, Array)):
+            raise self._damaged(f"{key} is {shown(value)}, expected one number or string")
+        return value
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -294,6 +316,6 @@ def _value(value: str | int | float | np.int32 | list[str] | list[int]) -> bytes
         return struct.pack("<Ii", INT32, value)
     if isinstance(value, int):
         return struct.pack("<II", UINT32, value)
-    kind = STRING if value and isinstance(value[0], str) else INT32
+    kind = INT32 if value and isinstance(value[0], int) else STRING
     items = (_string(x) if isinstance(x, str) else struct.pack("<i", x) for x in value)
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(items)

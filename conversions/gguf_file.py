@@ -74,12 +74,12 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     """
     container = Container(path)
     metadata = container.metadata
-    architecture = metadata.get("general.architecture")
+    architecture = container.scalar("general.architecture")
     if architecture != "gpt2":
         raise ConfigError(
             f"{path} holds a model of the architecture {shown(architecture)}, gptx reads 'gpt2'"
         )
-    if metadata.get("split.count", 1) not in (0, 1):
+    if container.scalar("split.count", 1) not in (0, 1):
         raise WeightsError(
             f"{path} is one of several files of a model: merge them with llama-gguf-split"
         )
@@ -89,7 +89,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             raise WeightsError(f"{path} has no matrix {gguf_name(name)}: this is no whole GPT-2")
     if "lm_head.weight" in found and _same(container, found["lm_head.weight"], found["wte.weight"]):
         del found["lm_head.weight"]
-    tokenizer = _tokenizer(path, metadata, found["wte.weight"].shape[0])
+    tokenizer = _tokenizer(path, container, found["wte.weight"].shape[0])
     if config is None:
         config = _config(path, metadata, found)
     stored = {name: _stored(container, name, tensor) for name, tensor in found.items()}
@@ -139,8 +139,8 @@ def _id(metadata: Mapping[str, Any], which: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _tokenizer(path: Path, metadata: Mapping[str, Any], V: int) -> BytePairTokenizer | None:
-    model, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+def _tokenizer(path: Path, container: Container, V: int) -> BytePairTokenizer | None:
+    model, split = (container.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
         return None
     if model != "gpt2" or split not in (None, "gpt-2"):
@@ -148,6 +148,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], V: int) -> BytePairToken
             f"{path} has a tokenizer of the kind {shown(model)}, {shown(split)}, gptx reads "
             "'gpt2', 'gpt-2'"
         )
+    metadata = container.metadata
     tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
     kinds = metadata.get("tokenizer.ggml.token_type", np.empty(0, np.int32))
     if not (

@@ -98,6 +98,8 @@ def detect(path: Path) -> bool:
     """Whether this is a folder with a record of Burn, or such a file."""
     file = path / WEIGHTS if path.is_dir() else path
     try:
+        if not file.is_file():  # to open a pipe is to wait for whoever writes it
+            return False
         with open(file, "rb") as opened:
             start = opened.read(10)
     except OSError:

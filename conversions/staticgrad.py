@@ -16,7 +16,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,9 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.binary import BinaryFile, write_array
+from gptx.conversions.binary import Array, BinaryFile, write_array
 from gptx.conversions.byte_vocabulary import tokenizer_of_bytes
 from gptx.conversions.checkpoint import (
-    Array,
     Checkpoint,
     Stored,
     config_of_shapes,
@@ -35,6 +35,7 @@ from gptx.conversions.checkpoint import (
     float_array,
     require_openai,
 )
+from gptx.conversions.token_lists import entries_of
 from gptx.errors import TokenizerError, WeightsError
 from gptx.files import create
 from gptx.tokenizer import BytePairTokenizer
@@ -72,7 +73,8 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     for name, shape in _entries(path / METADATA):
         if name in stored:
             raise WeightsError(f"{path / METADATA}: tensor {name} is there twice")
-        stored[name] = Stored(shape, DTYPE, _Tensor(file, offset, shape, name).read)
+        tensor = partial(file.array, offset, shape, DTYPE, f"tensor {name}")
+        stored[name] = Stored(shape, DTYPE, tensor)
         offset += math.prod(shape) * DTYPE.itemsize
     if file.size != offset:
         raise WeightsError(
@@ -124,19 +126,6 @@ def _shape(entry: Any) -> tuple[int, ...] | None:
     return tuple(shape)
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies."""
-
-    file: BinaryFile
-    offset: int
-    shape: tuple[int, ...]
-    name: str
-
-    def read(self) -> Array:
-        return self.file.array(self.offset, self.shape, DTYPE, f"tensor {self.name}")
-
-
 def _tokens(path: Path, vocab_size: int) -> list[bytes]:
     """The bytes of the tokens, as many as the model has."""
     file = BinaryFile(path)
@@ -166,7 +155,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     ConfigError
         staticgrad would compute something else.
     TokenizerError
-        A token has more than 255 bytes, or there are more tokens than the model has.
+        A token has more than 255 bytes, the model has not all the tokens, or they are no BPE.
     """
     config = checkpoint.config
     require_openai(config, "staticgrad")
@@ -193,11 +182,7 @@ def _vocabulary(tokenizer: BytePairTokenizer | None, vocab_size: int) -> bytes:
     """The bytes of the tokens; none for an id that no token has. Nothing without a tokenizer."""
     if tokenizer is None:
         return b""
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: give the "
-            "tokenizer of this model"
-        )
+    entries_of(tokenizer.definition(), vocab_size)  # or an id beyond would be lost
     tokens = [tokenizer.token_bytes(id) for id in range(vocab_size)]
     if (longest := max(map(len, tokens))) > 255:
         raise TokenizerError(f"a token has {longest} bytes, staticgrad takes 255 at most")

@@ -254,9 +254,13 @@ def _table(file: BinaryFile) -> Iterator[tuple[bytes, bytes]]:
     _, at = _handle(footer, 0)  # of the metaindex block, which holds nothing
     index, _ = _handle(footer, at)
     before: bytes | None = None
+    end = 0
     for _, value in _block(file, *index):
-        handle, _ = _handle(value, 0)
-        for key, found in _block(file, *handle):
+        (offset, size), _ = _handle(value, 0)
+        if offset < end:  # or one large block could be read again and again
+            raise _Damaged("its blocks do not lie one after the other")
+        end = offset + size + TRAILER
+        for key, found in _block(file, offset, size):
             if before is not None and key <= before:
                 raise _Damaged("its names are not in order")
             before = key

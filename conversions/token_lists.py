@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from gptx.errors import TokenizerError
 from gptx.tokenizer import BytePairTokenizer, byte_of_letter
@@ -32,13 +33,13 @@ def lists_of(
     Raises
     ------
     TokenizerError
-        It splits text in another way than GPT-2's, or has more tokens than the model.
+        It splits text in another way than GPT-2's, or has tokens that the model has not.
     """
     definition = tokenizer.definition()
+    found = entries_of(definition, vocab_size)
     model, split = definition["model"], definition["pre_tokenizer"] or {}
     as_gpt2 = (
-        model["type"] == "BPE"
-        and not model.get("ignore_merges")
+        not model.get("ignore_merges")
         and definition["normalizer"] is None
         and split.get("type") == "ByteLevel"
         and split.get("use_regex", True)
@@ -46,24 +47,45 @@ def lists_of(
     )
     if not as_gpt2:
         raise TokenizerError(f"the tokenizer splits text otherwise than GPT-2's, {program}'s alone")
-    found = {id: (token, NORMAL) for token, id in model["vocab"].items()}
-    for added in definition["added_tokens"]:
-        kind = CONTROL if added["special"] else USER_DEFINED
-        found[added["id"]] = (added["content"], kind)
-    if max(found) >= vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has token {max(found)}, the model {vocab_size} tokens: give the "
-            "tokenizer of this model"
-        )
     entries = [found.get(id, (_pad(id), UNUSED)) for id in range(vocab_size)]
     merges = [" ".join(pair) for pair in model["merges"]]
     return [token for token, _ in entries], [kind for _, kind in entries], merges
 
 
+def entries_of(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple[str, int]]:
+    """The tokens of a BPE tokenizer and their kinds by id.
+
+    Parameters
+    ----------
+    definition
+        The tokenizer's.
+    vocab_size
+        The model's.
+
+    Raises
+    ------
+    TokenizerError
+        It is no BPE, or has an id that the model has not.
+    """
+    model = definition["model"]
+    if model["type"] != "BPE":
+        raise TokenizerError(f"the tokenizer is of the type {model['type']}, expected BPE")
+    found = {id: (token, NORMAL) for token, id in model["vocab"].items()}
+    for added in definition["added_tokens"]:
+        kind = CONTROL if added["special"] else USER_DEFINED
+        found[added["id"]] = (added["content"], kind)
+    if (largest := max(found, default=-1)) >= vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has token {largest}, the model {vocab_size} tokens: give the "
+            "tokenizer of this model"
+        )
+    return found
+
+
 def tokenizer_of(
     tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], what: str
 ) -> BytePairTokenizer:
-    """The tokenizer that such lists are; fillers at their end are left out.
+    """The tokenizer that such lists are; fillers are left out.
 
     Parameters
     ----------
@@ -79,11 +101,13 @@ def tokenizer_of(
     """
     if kinds and len(kinds) != len(tokens):
         raise TokenizerError(f"{what} has {len(tokens)} tokens, but the kinds of {len(kinds)}")
-    end = len(tokens)
-    while end and tokens[end - 1] == _pad(end - 1):
-        end -= 1
-    vocab = {token: id for id, token in enumerate(tokens[:end])}
-    if len(vocab) < end:
+    ids = [
+        id
+        for id, token in enumerate(tokens)
+        if token != _pad(id) or (kinds and kinds[id] != UNUSED)
+    ]
+    vocab = {tokens[id]: id for id in ids}
+    if len(vocab) < len(ids):
         raise TokenizerError(f"{what} has a token twice: it is damaged")
     letters = byte_of_letter().keys()
     added = {t: id for t, id in vocab.items() if kinds and kinds[id] in (CONTROL, USER_DEFINED)}

@@ -16,6 +16,7 @@ from gptx.errors import WeightsError
 from gptx.files import BFLOAT16
 
 MAX_DIMENSIONS = 8
+MAX_NAME = 1000  # letters: a file can have long ones compared as often as it likes
 
 
 class Nothing:
@@ -65,7 +66,7 @@ def storage(id: Any) -> Storage:
     match id:
         case (str(kind), np.dtype() as dtype, str(key), _, int(size), *view):
             whole = not view or (len(view) == 1 and view[0] is None)
-            if kind == "storage" and size >= 0 and whole:
+            if kind == "storage" and len(key) <= MAX_NAME and size >= 0 and whole:
                 return Storage(key, dtype, size)
     raise WeightsError("its pickle names a storage in a way that PyTorch does not")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from gptx.conversions.torch_names import NOTHING, Storage, known, storage
+from gptx.conversions.torch_names import MAX_NAME, NOTHING, Storage, known, storage
 from gptx.errors import WeightsError
 
 # 1558M with the state of its optimizer takes a tenth of either.
@@ -36,9 +36,10 @@ class Unpickled:
     Attributes
     ----------
     value
-        Dicts (of what has a string for its key), lists, tuples, strings, numbers, None, `Tensor`,
-        `NOTHING`. It may be nested so deeply, and hold one thing so often, that nothing but a
-        look at a few known places is safe: no `repr`, no `==`, no walk through all of it.
+        Dicts (of what has a string of at most `MAX_NAME` letters for its key), lists, tuples,
+        strings, numbers, None, `Tensor`, `NOTHING`. It may be nested so deeply, and hold one thing
+        so often, that nothing but a look at a few known places is safe: no `repr`, no `==`, no walk
+        through all of it.
     storages
         Those that were named, by key.
     end
@@ -205,9 +206,10 @@ def _extend(target: Any, items: list[Any]) -> None:
 def _update(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
         raise WeightsError("its pickle sets items of what is no dict")
-    # Names alone: other keys can be as slow to hash and to compare as a file wants them to be.
+    # Names alone: other keys, and long strings, too, can be as slow to hash and to compare as a
+    # file wants them to be.
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str):
+        if isinstance(key, str) and len(key) <= MAX_NAME:
             target[key] = value
 
 

@@ -95,8 +95,12 @@ def table(
     per_block: int = 100,
     compression: int = 0,
     damage: Damage = bytes,
+    again: int = 0,
 ) -> bytes:
-    """A file of sorted keys and values, so many of them in a block."""
+    """A file of sorted keys and values, so many of them in a block.
+
+    Its index may then list one empty block again and again.
+    """
     out = b""
 
     def handle(content: bytes) -> bytes:
@@ -111,7 +115,9 @@ def table(
     for first in range(0, len(entries), per_block):
         part = entries[first : first + per_block]
         index.append((part[-1][0] + b"\0", handle(block(part))))
-    footer = handle(block([])) + handle(block(index, restart=1))
+    empty = handle(block([]))
+    index += [(b"\xff" + i.to_bytes(3, "big"), empty) for i in range(again)]
+    footer = empty + handle(block(index, restart=1))
     return out + footer.ljust(40, b"\0") + MAGIC
 
 

@@ -16,7 +16,7 @@ from gguf_helpers import checkpoint
 from random_models import CASES, random_weights
 
 from gptx.config import GPT2Config
-from gptx.conversions import convert, detect, fastgpt, fastgpt_dat, read
+from gptx.conversions import convert, detect, fastgpt, fastgpt_dat, gguf_container, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.token_lists import tokenizer_of
 from gptx.errors import ConfigError, TokenizerError, WeightsError
@@ -259,6 +259,29 @@ def test_data_that_the_program_would_not_find(tmp_path: Path) -> None:
     data[55] ^= 32
     path.write_bytes(data)
     with pytest.raises(WeightsError, match=r"general\.data_offset is not where the header lies"):
+        read(path)
+
+
+def test_a_list_in_the_place_of_where_the_data_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = gguf_container.head
+    monkeypatch.setattr(fastgpt, "head", lambda _, lines: head({fastgpt.KEY: [1, 2]}, lines))
+    with pytest.raises(WeightsError, match=r"general\.data_offset is a list of 2, expected one"):
+        fastgpt.read(written(tmp_path, "fastgpt"))
+
+
+@pytest.mark.parametrize("format", MODULES)
+def test_more_tokens_than_the_model_has(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(SMALL, None, tokenizer())
+    larger = checkpoint(replace(SMALL, vocab_size=262), None, tokenizer())
+    header, texts = fastgpt.prepared(larger)
+    changed = replace(header, n_vocab=SMALL.vocab_size), texts
+    monkeypatch.setattr(MODULES[format], "prepared", lambda checkpoint: changed)
+    path = written(tmp_path, format, model)
+    with pytest.raises(TokenizerError, match="has 262 tokens, but an embedding of 260"):
         read(path)
 
 

@@ -17,7 +17,7 @@ from gguf_helpers import IDS, TYPES, checkpoint, written
 from random_models import CASES, random_weights
 
 from gptx.config import GPT2Config
-from gptx.conversions import detect, gguf_container, read
+from gptx.conversions import detect, gguf_container, gguf_file, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.gguf_file import gguf_name, write
 from gptx.errors import ConfigError, TokenizerError, WeightsError
@@ -204,7 +204,39 @@ def test_tokens_that_were_added(tmp_path: Path) -> None:
     assert tokenizer.encode("<|endoftext|>", allow_special=True) == [256]
 
 
+def test_a_tokenizer_without_merges_comes_back(tmp_path: Path) -> None:
+    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
+    config = replace(SMALL, vocab_size=256, eos_token_id=None)
+    written(tmp_path, config, tokenizer=BytePairTokenizer.of_vocabulary(vocab, []))
+    tokenizer = read(tmp_path / "model.gguf")[1].tokenizer
+    assert tokenizer is not None
+    model = tokenizer.definition()["model"]
+    assert (model["vocab"], model["merges"]) == (vocab, [])
+
+
 # What is refused
+
+
+@pytest.mark.parametrize(
+    "key", ["general.architecture", "split.count", "tokenizer.ggml.model", "tokenizer.ggml.pre"]
+)
+def test_a_list_in_the_place_of_one_value(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = gguf_container.head
+    monkeypatch.setattr(gguf_file, "head", lambda data, lines: head(data | {key: [1, 2]}, lines))
+    written(tmp_path, SMALL, tokenizer=small_tokenizer())
+    with pytest.raises(WeightsError, match=f"{key} is a list of 2, expected one number or string"):
+        read(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("at", "most"), [(8, 130_000), (16, 65_536)])
+def test_more_than_any_model_has(tmp_path: Path, at: int, most: int) -> None:
+    data = written(tmp_path, SMALL).data
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data[:at] + struct.pack("<Q", most + 1) + data[at + 8 :])
+    with pytest.raises(WeightsError, match=f"is {most + 1}, expected at most {most}"):
+        read(path)
 
 
 @pytest.mark.parametrize(

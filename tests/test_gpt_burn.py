@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -209,6 +210,15 @@ class TestWhatItIsNot:
         (tmp_path / "x.mpk").write_bytes(b"\x82\xa8metadata")
         for path in (tmp_path, tmp_path / "x.mpk", tmp_path / "absent", GOLDEN):
             assert not gpt_burn.detect(path)
+
+    def test_a_pipe_is_not_opened(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "model.mpk")
+        ends = os.open(tmp_path / "model.mpk", os.O_RDWR)  # so that reading would not wait
+        try:
+            os.write(ends, b"\x83\xa8metadata")
+            assert not gpt_burn.detect(tmp_path)
+        finally:
+            os.close(ends)
 
     def test_its_config_says_all(self, burn: Path) -> None:
         with pytest.raises(ConfigError, match="leave the other out"):

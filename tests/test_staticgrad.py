@@ -149,8 +149,18 @@ def test_ids_without_a_token_have_no_bytes(source: Path, tmp_path: Path) -> None
     assert staticgrad.read(tmp_path / "out", CONFIG).tokenizer is not None
     small = write_model(tmp_path / "small", config, random_weights(config))
     write_tokenizer(tokenizer, config, small)
-    with pytest.raises(TokenizerError, match="has 259 tokens, the model 211"):
+    with pytest.raises(TokenizerError, match="has token 258, the model 211 tokens"):
         convert(small, tmp_path / "no", "staticgrad")
+
+
+def test_a_hole_in_the_ids_hides_no_token_that_the_model_has_not(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_bytes([*BYTES, b"", b"th", b"", b"the", b"<|endoftext|>"])
+    assert tokenizer is not None
+    assert tokenizer.vocab_size < CONFIG.vocab_size
+    model = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
+    write_tokenizer(tokenizer, CONFIG, model)
+    with pytest.raises(TokenizerError, match="has token 260, the model 260 tokens"):
+        convert(model, tmp_path / "out", "staticgrad")
 
 
 def test_a_model_without_tokenizer_has_two_files(folder: Any, tmp_path: Path) -> None:

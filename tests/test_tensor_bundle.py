@@ -143,6 +143,11 @@ class TestDamage:
         with pytest.raises(WeightsError, match="truncated"):
             Bundle(index).read(A)
 
+    def test_blocks_that_are_listed_more_than_once(self, tmp_path: Path) -> None:
+        assert list(Bundle(write_bundle(tmp_path / "x", TENSORS, again=1)).entries)
+        with pytest.raises(WeightsError, match="its blocks do not lie one after the other"):
+            Bundle(write_bundle(tmp_path / "x", TENSORS, again=2))
+
     def test_compressed(self, tmp_path: Path) -> None:
         with pytest.raises(
             WeightsError, match=r"compressed \(method 1\), which gptx does not read"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from torch_files import Pickle, view, zip_of
 
-from gptx.conversions.torch_names import NOTHING, Storage, Tensor
+from gptx.conversions.torch_names import MAX_NAME, NOTHING, Storage, Tensor
 from gptx.conversions.unpickle import INSTRUCTIONS, MAX_BYTES, Unpickled
 from gptx.errors import WeightsError
 
@@ -107,6 +107,12 @@ def keys(count: int) -> bytes:
     return b"}(" + b"".join(numbers) + b"u"
 
 
+def long_names(count: int) -> bytes:
+    """One key again and again that is another string of the same letters."""
+    name = b"X" + struct.pack("<I", 2**20) + b"n" * 2**20
+    return b"}(" + name + b"q\0N" + name + b"q\1N" + b"h\1N" * count + b"u"
+
+
 BOMBS = {
     "deep list": deep(20_000),
     "deep tuple": b")" + b"\x85" * 20_000,
@@ -115,6 +121,7 @@ BOMBS = {
     "billion laughs as a key": b"})" + b"2\x86" * 5_000 + b"Ns",
     "a list in itself": b"]2a",
     "keys of one hash": keys(10_000),
+    "long names": long_names(20_000),
     "a large memo": b"N" + b"".join(b"r" + struct.pack("<I", 2**32 - 1 - i) for i in range(10_000)),
 }
 
@@ -140,6 +147,17 @@ def test_bombs_are_harmless(bomb: str, place: str) -> None:
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert taken < 200 * len(code) + 10_000
+
+
+@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1])
+def test_long_names_are_no_keys(length: int) -> None:
+    """Not of a dict, which goes without; and a storage that has one is refused."""
+    known = length <= MAX_NAME
+    name = b"X" + struct.pack("<I", length) + b"n" * length
+    assert len(Unpickled(b"\x80\x02}" + name + b"Ns.").value) == known
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + name + b"NK\1tQ."
+    with nullcontext() if known else pytest.raises(WeightsError, match="names a storage in a way"):
+        assert list(Unpickled(b"\x80\x02" + storage).storages) == ["n" * length]
 
 
 @pytest.mark.parametrize(
