@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from gptx.config import GPT2Config
+from gptx.conversions.binary import DTYPES as FLOATS
 from gptx.conversions.checkpoint import Array, Checkpoint, Stored, end_of_text
 from gptx.errors import (
     DataError,
@@ -32,9 +33,8 @@ from gptx.errors import (
 from gptx.files import atomic_path
 from gptx.hub import ALIASES, EMBEDDED, importing_hub, locate
 from gptx.quantization import GROUP_SIZE, Quantization, Quantized
-from gptx.tokenizer import BytePairTokenizer
+from gptx.tokenizer import FILES, BytePairTokenizer
 
-FLOATS = ("float32", "float16", "bfloat16")
 CODES = ("int8", "int4")
 
 
@@ -78,7 +78,7 @@ class Format:
         return importlib.import_module(f"gptx.conversions.{self.module}")
 
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+TOKENIZER = (*FILES, "tokenizer_config.json")
 SAFETENSORS = ("config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER)
 
 # In the order in which they are asked whether a file is theirs.
@@ -193,11 +193,9 @@ def read(
 
 def _with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The model with the tokenizer of a folder, and its end of text if the model names none."""
-    names = ("tokenizer.json", "vocab.json", "merges.txt")
-    files = {name: folder / name for name in names if (folder / name).is_file()}
-    if not files:
+    tokenizer, config = BytePairTokenizer.of_folder(folder), checkpoint.config
+    if tokenizer is None:
         raise NotFoundError(f"{folder} has no tokenizer.json, and no vocab.json and merges.txt")
-    tokenizer, config = BytePairTokenizer(files), checkpoint.config
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, "

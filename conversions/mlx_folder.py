@@ -26,7 +26,7 @@ from gptx.errors import GptxError
 from gptx.files import safetensors_header
 from gptx.hub import locate
 from gptx.quantization import Quantization, Quantized, check_group_size, quantize
-from gptx.weights import LINEAR, POSITIONS, TABLES
+from gptx.weights import LINEAR, takes_codes
 
 __all__ = ["detect", "read", "write"]
 
@@ -82,7 +82,7 @@ def write(
 def _quantized(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
     stored = {
         name: replace(tensor, read=_CodesOf(name, tensor, how), quantization=how)
-        if LINEAR.fullmatch(name) or (name in TABLES and name != POSITIONS)
+        if takes_codes(name)
         else tensor
         for name, tensor in checkpoint.stored.items()
     }

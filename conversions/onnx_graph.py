@@ -21,7 +21,7 @@ from gptx.conversions.hugging_face import write_config
 from gptx.errors import BackendError, ParameterError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization
-from gptx.weights import LINEAR, POSITIONS, TABLES
+from gptx.weights import LINEAR, takes_codes
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 HEADS = ("logits", "argmax")
@@ -89,11 +89,7 @@ def _trace() -> Any:
 
 def _matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is quantized: linear layers, and tables of tokens."""
-    return tuple(
-        name
-        for name in checkpoint.stored
-        if LINEAR.fullmatch(name) or (name in TABLES and name != POSITIONS)
-    )
+    return tuple(name for name in checkpoint.stored if takes_codes(name))
 
 
 class _Data:

@@ -44,12 +44,8 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     if config is None and (folder / "config.json").is_file():
         config = GPT2Config.from_file(folder / "config.json")
-    tokenizer = None
     if path.is_dir():
-        files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-        if here := {file.name: file for file in files if file.is_file()}:
-            tokenizer = BytePairTokenizer(here)
-        return _checkpoint(_files(folder), config, tokenizer)
+        return _checkpoint(_files(folder), config, BytePairTokenizer.of_folder(folder))
     return _checkpoint([path], config, None)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptx.errors import GptxError, NotFoundError, ParameterError, StorageError, WeightsError
+from gptx.tokenizer import FILES as TOKENIZER
 
 if TYPE_CHECKING:
     from gptx.hub_cache import Repository
@@ -212,7 +213,7 @@ class _Folder:
 def _collect(source: _Folder | Repository, weights: bool) -> ModelFiles:
     config = source.need("config.json")
     tokenizer: dict[str, Path] = {}
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+    for name in TOKENIZER:
         if "tokenizer.json" in tokenizer and source.revision is not None:
             break  # it says all that the other two say: spare the download
         if path := source.find(name):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from gptx.errors import PromptError, TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or the other two
 
 
 class Tokenizer(Protocol):
@@ -53,6 +54,12 @@ class BytePairTokenizer:
         self._ordinary = self._read()
         # Ordinary text is where this library finds special tokens unless it is told otherwise.
         self._ordinary.encode_special_tokens = True
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> BytePairTokenizer | None:
+        """The tokenizer whose files lie in a folder; None if there are none."""
+        files = {name: folder / name for name in FILES if (folder / name).is_file()}
+        return cls(files) if files else None
 
     @classmethod
     def of_vocabulary(

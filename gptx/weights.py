@@ -142,6 +142,11 @@ def _is_quantizable(name: str) -> bool:
     return name in TABLES or LINEAR.fullmatch(name) is not None
 
 
+def takes_codes(name: str) -> bool:
+    """Whether gptx quantizes a tensor: linear layers, and tables of tokens."""
+    return _is_quantizable(name) and name != POSITIONS
+
+
 def quantize_weights(
     found: Mapping[str, Tensor], config: GPT2Config, how: Quantization | None
 ) -> tuple[dict[str, Tensor], GPT2Config]:
@@ -168,7 +173,7 @@ def quantize_weights(
         )
     quantized: dict[str, Tensor] = {}
     for name, array in found.items():
-        if isinstance(array, np.ndarray) and _is_quantizable(name) and name != POSITIONS:
+        if isinstance(array, np.ndarray) and takes_codes(name):
             w = widened(array).T if LINEAR.fullmatch(name) else widened(array)
             quantized[name] = quantize(w, how.bits, how.group_size, name=name)
         else:

@@ -12,7 +12,8 @@ import click
 
 from gptx.cli.options import group_size_option, offline_option, revision_option
 from gptx.config import GPT2Config
-from gptx.conversions import CODES, FLOATS, FORMATS, convert, read
+from gptx.conversions import CODES, FORMATS, convert, read
+from gptx.conversions.binary import DTYPES
 from gptx.conversions.verify import check
 from gptx.hub import importing_hub
 
@@ -21,7 +22,7 @@ from gptx.hub import importing_hub
 @click.argument("source", metavar="SRC", required=False)
 @click.argument("destination", metavar="DST", required=False, type=click.Path(path_type=Path))
 @click.option("--to", metavar="FORMAT", help="What to write; else the suffix of DST says it.")
-@click.option("--dtype", metavar="NAME", help=f"{', '.join(FLOATS)}, what the format has of them.")
+@click.option("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}, what the format has of them.")
 @click.option("--quantize", metavar="NAME", help=f"{' or '.join(CODES)}, if the format has them.")
 @group_size_option
 @click.option("--head", metavar="NAME", help="Of ONNX: logits (default) or argmax.")
