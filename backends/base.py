@@ -41,7 +41,7 @@ OPS = (
     "attention",
     "softmax",
 )
-OVERRIDABLE = (*OPS, "quantized", "compile")  # what `generic` puts back
+OVERRIDABLE = (*OPS, "matrix", "quantized", "compile", "sampler")  # what `generic` puts back
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Backend:
     name = "generic"
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     has_threads = False
+    asynchronous = False  # whether ops return before they are computed
 
     def __init__(
         self,
@@ -259,6 +260,11 @@ class Backend:
             return self.xp.asarray(host, dtype=wanted, **self._on_device)
         return self.xp.asarray(host, dtype=self.int, **self._on_device)
 
+    def matrix(self, host: np.ndarray) -> Array:
+        """Bring the weight [I, O] of a linear layer to the device, in whatever order of memory this
+        backend's products read it best."""
+        return self.asarray(host)
+
     def quantized(self, q: Quantized, *, table: bool = False) -> Any:
         """What this backend's ops take in place of the floats of a quantized matrix [O, I].
 
@@ -276,6 +282,14 @@ class Backend:
         """
         return functools.partial(forward, model)
 
+    def sampler(
+        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
+    ) -> Any:
+        """What does the work of a `gptx.sampling.Sampler` of the same arguments: called with logits
+        [B, V] it returns ids [B], and it has `keep`. None, as here, leaves it to the generic ops.
+        """
+        return None
+
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype
         return host if wanted == "bfloat16" else host.astype(wanted, copy=False)
@@ -285,6 +299,11 @@ class Backend:
         if self.dtype == "bfloat16" and x.dtype == self.float:
             x = self.xp.astype(x, self.xp.float32)
         return np.from_dlpack(x)
+
+    def start(self, x: Array) -> Array:
+        """Begin to compute `x`, and give what `to_numpy` takes in its place: that waits for `x`
+        alone, and for nothing that the device was given to do later."""
+        return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """A new array of zeros, in the backend's dtype if no other is named."""
@@ -296,6 +315,10 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given (a lazy library may hold some back)."""
+
+    def device_name(self) -> str:
+        """What computes, "NVIDIA H200" for example; empty if it is the processor, or not known."""
+        return ""
 
     def peak_memory(self) -> int:
         """The most memory that this process has held so far, in bytes."""

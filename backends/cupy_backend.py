@@ -1,28 +1,38 @@
 """CuPy: NVIDIA GPUs.
 
-The ops here are the ones that the generic forms would get wrong or would read the device for; the
-array-API names come from array_api_compat.
+The forward pass is compiled (`cupy_step.py`): kernels of our own, a decode step as one CUDA graph.
+The ops here run where it is not, and where the generic forms would get wrong or would read the
+device for what they do; the array-API names come from array_api_compat.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat.cupy as xp
 import cupy
+import cupyx
 import numpy as np
 
 from gptx.backends.base import Array, Backend, Positions
-from gptx.errors import BackendError, DeviceOutOfMemory
+from gptx.backends.cupy_codes import Codes
+from gptx.backends.cupy_kernels import ROW, TYPES, Kinds, kernel
+from gptx.backends.cupy_memory import out_of_memory
+from gptx.backends.cupy_sampler import CupySampler
+from gptx.backends.cupy_step import Step
+from gptx.backends.tape import ACTIVATIONS, Unknown
+from gptx.errors import BackendError
+from gptx.quantization import Quantized
 
 
 class CupyBackend(Backend):
     """CuPy arrays on one CUDA device; `device` is its number (default: the current one)."""
 
     name = "cupy"
+    asynchronous = True
     dtypes = ("float32", "float64", "float16", "bfloat16")
 
     def __init__(
@@ -34,12 +44,65 @@ class CupyBackend(Backend):
         if isinstance(device, bool) or not isinstance(device, int) or not 0 <= device < n_devices:
             raise BackendError(f"device is {device!r}, expected a number from 0 to {n_devices - 1}")
         super().__init__(_Namespace(), dtype=dtype, device=cupy.cuda.Device(device), **options)
+        self.kinds = Kinds(self.dtype, self.cache_dtype, device=device)
+        self._has_kernels = self.dtype in TYPES and self.cache_dtype in TYPES
+
+    def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
+        if self.compiles and self._has_kernels:
+            try:
+                return Step(forward, model)
+            except Unknown:  # a forward pass of someone's own, or widths that kernels do not take
+                pass
+        return super().compile(forward, model)
+
+    def matrix(self, host: np.ndarray) -> Array:
+        # Outputs one after the other, each with its inputs together: what the kernels read.
+        return cupy.asfortranarray(self.asarray(host))
+
+    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+        if self._has_kernels:
+            return Codes.of(q, self.kinds)
+        return super().quantized(q, table=table)
+
+    def embed(self, ids: Array, table: Any) -> Array:
+        if isinstance(table, Codes):
+            rows = table.rows(ids.reshape(-1)).floats()
+            return rows.reshape(*ids.shape, table.shape[1])
+        return super().embed(ids, table)
+
+    def linear(self, x: Array, weight: Any, bias: Array) -> Array:
+        if isinstance(weight, Codes):
+            weight = weight.floats().T
+        return super().linear(x, weight, bias)
+
+    def unembed(self, x: Array, table: Any) -> Array:
+        return super().unembed(x, table.floats() if isinstance(table, Codes) else table)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        if not self._has_kernels:
+            return super().layer_norm(x, weight, bias, eps)
+        x = cupy.ascontiguousarray(x)
+        out = cupy.empty_like(x)
+        n = x.shape[-1]
+        launch = kernel("rows.cu", "layer_norm", self.kinds)
+        launch((x.size // n,), ROW, x, weight, bias, np.float32(eps), out, np.int32(n))
+        return out
+
+    def gelu_new(self, x: Array) -> Array:
+        return self._activation("gelu_new", x)
 
     def gelu(self, x: Array) -> Array:
-        from cupyx.scipy.special import erf
+        return self._activation("gelu", x)
 
-        y = x.astype(self.wide)
-        return (y * 0.5 * (1.0 + erf(y * math.sqrt(0.5)))).astype(self.float)
+    def _activation(self, name: str, x: Array) -> Array:
+        if not self._has_kernels:
+            return getattr(super(), name)(x)
+        x = cupy.ascontiguousarray(x)
+        out = cupy.empty_like(x)
+        number = np.int32(1 + ACTIVATIONS.index(name))
+        launch = kernel("rows.cu", "activate", self.kinds)
+        launch((-(-x.size // ROW[0]),), ROW, x, out, np.int64(x.size), number)
+        return out
 
     def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
@@ -65,13 +128,30 @@ class CupyBackend(Backend):
             return cupy.asarray(self._host_float(host, dtype)).astype(wanted, copy=False)
         return cupy.asarray(host, dtype=self.int)
 
-    def to_numpy(self, x: Array) -> np.ndarray:
+    def sampler(
+        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
+    ) -> CupySampler | None:
+        if self.dtype == "float64":  # its logits are, too
+            return None
+        return CupySampler(self.kinds, params, prompts, streams, vocab_size)
+
+    def start(self, x: Array) -> Any:
+        if x.dtype.kind not in "fiub":
+            return x
+        host = cupyx.empty_pinned(x.shape, x.dtype)
+        x.get(out=host, blocking=False)
+        return Arriving(host, cupy.cuda.get_current_stream().record())
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        if isinstance(x, Arriving):
+            x.arrived.synchronize()
+            return x.host
         if x.dtype.kind not in "fiub":  # bfloat16 is a type of ml_dtypes to NumPy
             x = x.astype(cupy.float32)
         return cupy.asnumpy(x)
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        return cupy.zeros(shape, dtype=self.float if dtype in (None, self.dtype) else dtype)
+        return cupy.zeros(shape, dtype=getattr(self.xp, dtype or self.dtype))
 
     def synchronize(self) -> None:
         self.device.synchronize()
@@ -86,14 +166,19 @@ class CupyBackend(Backend):
         try:
             with self.device:
                 yield
-        except cupy.cuda.memory.OutOfMemoryError as error:
+        except Exception as error:
             with self.device:
-                cupy.get_default_memory_pool().free_all_blocks()
-                free, total = cupy.cuda.runtime.memGetInfo()
-            raise DeviceOutOfMemory(
-                f"memory ran out on CUDA device {self.device.id} ({error}; {free} of {total} bytes "
-                "free): use a smaller model, batch or dtype"
-            ) from error
+                problem = out_of_memory(error)
+            if problem is None:
+                raise
+            raise problem from error
+
+
+class Arriving(NamedTuple):
+    """An array on its way to the host, and the event that says when it is there."""
+
+    host: np.ndarray
+    arrived: Any
 
 
 class _Namespace:

@@ -47,6 +47,7 @@ class MlxBackend(Backend):
     """MLX arrays; `device` is "cpu" or "gpu" (default: MLX's own)."""
 
     name = "mlx"
+    asynchronous = True
     dtypes = ("float32", "float16", "bfloat16")
 
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
@@ -119,6 +120,10 @@ class MlxBackend(Backend):
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+    def start(self, x: Array) -> Array:
+        mx.async_eval(x)
+        return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         return mx.zeros(shape, dtype=getattr(mx, dtype or self.dtype))

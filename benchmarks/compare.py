@@ -33,7 +33,7 @@ from cpu import cpu_name
 from engines import PRECISIONS, READING, REFERENCE, TABLE
 from engines.child import Child, LeftOut
 from random_models import random_ids, random_weights, write_model
-from report import Run, goals_table, results_table
+from report import Run, goals_of, goals_table, results_table
 
 from gptx.config import SIZES, GPT2Config
 
@@ -140,7 +140,7 @@ def main() -> None:
         )
     print(results_table(run, {key: WORKLOADS[key] for key in args.workloads}))
     print()
-    print(goals_table(run))
+    print(goals_table(goals_of(run)))
     print()
     print(json.dumps(run.to_dict()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,11 +115,18 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
+def _goal(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
 PAIRS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # our precision -> llama.cpp's
 
 
 def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
-    """What is asked for, the sign, the limit, and what this run has."""
+    """What is asked for, the sign, the limit, and what this run has.
+
+    llama.cpp's time is that of its faster variant.
+    """
     if run.about["size"] in ("355M", "774M", "1558M"):
         ratio = run.ratio("decode", "gptx int4", "llama.cpp Q4_0")
         return [("decode int4 / llama.cpp Q4_0", "≤", 0.75, ratio)]
@@ -146,15 +154,13 @@ def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
     return goals
 
 
-def goals_table(run: Run) -> str:
-    """The goals, and whether they are met; llama.cpp's time is that of its faster variant."""
+def goals_table(goals: Sequence[tuple[str, str, float, float | None]]) -> str:
+    """Goals as `goals_of` gives them, and whether they are met."""
     lines = ["| goal | limit | here | |", "|---|---:|---:|---|"]
-    for text, sign, limit, value in goals_of(run):
+    for text, sign, limit, value in goals:
         if value is None:
-            lines.append(f"| {text} | {sign} {limit:.2f} | | not measured |")
+            lines.append(f"| {text} | {sign} {_goal(limit)} | | not measured |")
             continue
-        met = value <= limit if sign == "≤" else value >= limit
-        lines.append(
-            f"| {text} | {sign} {limit:.2f} | {value:.2f} | {'met' if met else 'missed'} |"
-        )
+        verdict = "met" if (value <= limit if sign == "≤" else value >= limit) else "missed"
+        lines.append(f"| {text} | {sign} {_goal(limit)} | {_goal(value)} | {verdict} |")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -146,17 +146,17 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[Token]]:
         windows = [list(ids) for ids in self.prompts]  # what the cache stands for, and the newest
-        backend, vocab_size = self.model.backend, self.model.config.vocab_size
+        backend = self.model.backend
         start = time.perf_counter()
         with backend.scope():
-            sampler = Sampler(self.params, backend, windows, self.streams, vocab_size)
-            cache, logits = self._prefill(windows, self._cache)
+            batch = _Batch(self, windows)
+            step = batch.prefill(windows, self._capacity(windows), self._cache)
         self._cache = None
         while True:
             with backend.scope():
-                ids = sampler(logits)
-                picked = self._logprobs(logits, ids) if self.logprobs else [None] * len(windows)
-                host = backend.to_numpy(ids).tolist()
+                # The device goes on while its newest tokens are read and looked at.
+                ahead = batch.decode(step) if self._may_go_ahead(windows) else None
+                host, picked = batch.read(step)
             if min(host) < 0:
                 raise NonFiniteError(
                     "the model computed a NaN or an infinity: its weights are damaged, "
@@ -174,19 +174,28 @@ class Generation:
             for window, token in zip(windows, host, strict=True):
                 window.append(token)
             with backend.scope():
+                step = ahead or step
                 if len(stay) < len(self._rows):
                     self._rows = [self._rows[i] for i in stay]
                     windows = [windows[i] for i in stay]
-                    ids = backend.xp.take(ids, backend.asarray(np.array(stay)), axis=0)
-                    sampler.keep(stay)
-                    cache.keep(stay)
+                    step = batch.keep(stay, step)
                 if max(map(len, windows)) > self.model.config.n_positions:
                     windows = [self._slide(window) for window in windows]
-                    cache, logits = self._prefill(windows)
-                else:
-                    positions = cache.extend([1] * len(windows))
-                    ids = backend.xp.reshape(ids, (-1, 1))
-                    logits = self.model.forward(ids, positions, cache)[:, -1, :]
+                    step = batch.prefill(windows, self._capacity(windows))
+                elif ahead is None:
+                    step = batch.decode(step)
+
+    def _may_go_ahead(self, windows: list[list[int]]) -> bool:
+        """Whether the step at hand ends no sequence, as far as is known before its tokens are.
+
+        Not so before the first tokens, which nothing is to delay.
+        """
+        return (
+            self.model.backend.asynchronous
+            and self.prefill_seconds > 0
+            and min(self._left[row] for row in self._rows) > 1
+            and max(map(len, windows)) < self.model.config.n_positions
+        )
 
     def _token(self, row: int, token: int, logprob: float | None) -> Token:
         self._left[row] -= 1
@@ -202,31 +211,77 @@ class Generation:
         n_context = self.model.config.n_positions
         return window if len(window) <= n_context else window[-(n_context - n_context // 2) :]
 
-    def _prefill(
-        self, windows: list[list[int]], known: KVCache | None = None
-    ) -> tuple[KVCache, Array]:
-        """Read whole windows into a new cache; logits [B, V] of each one's next token."""
-        n_context = self.model.config.n_positions
+    def _capacity(self, windows: list[list[int]]) -> int:
+        """How many positions the longest sequence will fill."""
         longest = max(
             len(window) + self._left[row] - 1
             for window, row in zip(windows, self._rows, strict=True)
         )
-        capacity = min(n_context, longest)
+        return min(self.model.config.n_positions, longest)
+
+
+class _Step(NamedTuple):
+    """The next token of each sequence, which the device has been told to compute."""
+
+    results: tuple[Array, ...]  # ids [B], and log-probabilities [B, 1] if they were asked for
+    coming: tuple[Array, ...]  # the same, as `Backend.start` gave them
+
+
+class _Batch:
+    """The device's side of a `Generation`: nothing here waits for it but `read`."""
+
+    cache: KVCache
+
+    def __init__(self, run: Generation, windows: list[list[int]]) -> None:
+        self.model = run.model
+        self.backend = run.model.backend
+        self.logprobs = run.logprobs
+        vocab_size = run.model.config.vocab_size
+        self.sampler = Sampler(run.params, self.backend, windows, run.streams, vocab_size)
+
+    def prefill(
+        self, windows: list[list[int]], capacity: int, known: KVCache | None = None
+    ) -> _Step:
+        """Read whole windows into a new cache."""
         common = 0
         if known is not None and len(windows) == 1:
             common = common_prefix(known, windows[0])
         if common and known is not None:
-            cache = known.prefix(common, capacity)
+            self.cache = known.prefix(common, capacity)
         else:
-            cache = KVCache(self.model.config, self.model.backend, len(windows), capacity)
-        return cache, prefill(self.model, [window[common:] for window in windows], cache)
+            self.cache = KVCache(self.model.config, self.backend, len(windows), capacity)
+        return self._sample(prefill(self.model, [ids[common:] for ids in windows], self.cache))
 
-    def _logprobs(self, logits: Array, ids: Array) -> list[float]:
-        backend = self.model.backend
-        xp = backend.xp
+    def decode(self, step: _Step) -> _Step:
+        """Go on with the tokens of `step`."""
+        ids = self.backend.xp.reshape(step.results[0], (-1, 1))
+        positions = self.cache.extend([1] * ids.shape[0])
+        return self._sample(self.model.forward(ids, positions, self.cache)[:, -1, :])
+
+    def keep(self, rows: list[int], step: _Step) -> _Step:
+        """Drop all sequences but `rows`, also of `step`, which is the newest."""
+        self.sampler.keep(rows)
+        self.cache.keep(rows)
+        index = self.backend.asarray(np.array(rows))
+        return self._started(*(self.backend.xp.take(x, index, axis=0) for x in step.results))
+
+    def read(self, step: _Step) -> tuple[list[int], list[float] | list[None]]:
+        """Wait for the tokens of `step` and their log-probabilities."""
+        ids, *logprobs = map(self.backend.to_numpy, step.coming)
+        picked = [float(x) for x in logprobs[0][:, 0]] if logprobs else [None] * len(ids)
+        return ids.tolist(), picked
+
+    def _sample(self, logits: Array) -> _Step:
+        xp, ids = self.backend.xp, self.sampler(logits)
+        if not self.logprobs:
+            return self._started(ids)
         index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
-        picked = xp.take_along_axis(log_softmax(backend, logits), index, axis=-1)
-        return [float(x) for x in backend.to_numpy(picked)[:, 0]]
+        return self._started(
+            ids, xp.take_along_axis(log_softmax(self.backend, logits), index, axis=-1)
+        )
+
+    def _started(self, *results: Array) -> _Step:
+        return _Step(results, tuple(map(self.backend.start, results)))
 
 
 def check_limits(max_tokens: int | None, overflow: str) -> None:

@@ -141,6 +141,8 @@ def uniform(seed: int, stream: int, step: int) -> float:
 class Sampler:
     """Chooses the next tokens of B sequences; holds what the penalties have to remember.
 
+    A backend may do all of it in its own way (`Backend.sampler`); what it does is defined here.
+
     Parameters
     ----------
     prompts
@@ -165,6 +167,9 @@ class Sampler:
         self.steps = [0] * len(prompts)
         self._bias = self._seen = self._output = None
         params.check_bias(vocab_size)
+        self._native = backend.sampler(params, prompts, self.streams, vocab_size)
+        if self._native is not None:
+            return
         if params.logit_bias:
             bias = np.zeros(vocab_size, np.float32)
             bias[list(params.logit_bias)] = list(params.logit_bias.values())
@@ -182,6 +187,9 @@ class Sampler:
         """Drop all sequences but `rows`."""
         self.streams = [self.streams[row] for row in rows]
         self.steps = [self.steps[row] for row in rows]
+        if self._native is not None:
+            self._native.keep(rows)
+            return
         index = self.backend.asarray(np.asarray(rows))
         if self._seen is not None:
             self._seen = self.backend.xp.take(self._seen, index, axis=0)
@@ -190,6 +198,9 @@ class Sampler:
 
     def __call__(self, logits: Array) -> Array:
         """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite."""
+        if self._native is not None:
+            self.steps = [step + 1 for step in self.steps]
+            return self._native(logits)
         xp, params = self.backend.xp, self.params
         finite = xp.all(xp.isfinite(logits), axis=-1)
         x = self._penalize(logits)

@@ -214,7 +214,8 @@ def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace
 def _on_backend(name: str, array: Tensor, backend: Backend) -> Any:
     if isinstance(array, Quantized) and name != POSITIONS:
         return backend.quantized(array, table=name in TABLES)
-    return backend.asarray(_floats(array))
+    floats = _floats(array)
+    return backend.matrix(floats) if LINEAR.fullmatch(name) else backend.asarray(floats)
 
 
 def as_tree(found: Mapping[str, Any]) -> SimpleNamespace:

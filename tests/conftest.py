@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import numpy as np
 import pytest
 from random_models import CASES, random_weights, write_model
@@ -32,8 +34,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "mlx": {"backend": "mlx"},
     "mlx-generic": {"backend": "mlx", "generic": True},
     "cupy": {"backend": "cupy"},
+    "cupy-cpu": {"backend": "cupy"},  # on the stand-in for CuPy, which needs no GPU
     "strict": {"backend": "array_api_strict"},
 }
+
+STAND_IN = ExitStack()  # what is there instead of CuPy until the end of a test
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -41,12 +46,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def make_backend(name: str, **options: Any) -> Backend:
     """A backend by its name above, or a visible skip with the reason that it gives."""
     arguments = BACKENDS[name] | options
+    if name == "cupy-cpu":
+        STAND_IN.enter_context(cupy_on_cpu.installed())
     if arguments["backend"] == "array_api_strict":
         arguments["backend"] = pytest.importorskip("array_api_strict")
     try:
         return get_backend(**arguments)
     except BackendError as error:
+        if name == "cupy-cpu":  # nothing is absent
+            raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def no_stand_in_is_left() -> Iterator[None]:
+    """The next test finds the real CuPy, or none."""
+    yield
+    STAND_IN.close()
 
 
 @pytest.fixture(params=list(BACKENDS))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import cupy_on_cpu
 import numpy as np
 import pytest
 from conftest import make_backend
 
-import gptx.backends
 from gptx.backends import TABLE, Backend, Positions, available, get_backend
 from gptx.backends.base import OPS, OVERRIDABLE
 from gptx.errors import BackendError, DeviceOutOfMemory, ParameterError
@@ -20,7 +19,7 @@ from gptx.errors import BackendError, DeviceOutOfMemory, ParameterError
 # In float64 and with NumPy alone: what every backend is measured by.
 REFERENCE = get_backend("numpy", dtype="float64", generic=True)
 
-OVERRIDING = ["numpy", "mlx", "cupy"]
+OVERRIDING = ["numpy", "mlx", "cupy", "cupy-cpu"]
 
 
 def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
@@ -121,7 +120,7 @@ def test_exact_gelu_against_the_error_function(random: np.random.Generator) -> N
     np.testing.assert_allclose(run(REFERENCE, "gelu", (x,))[0], exact, atol=5e-7)
 
 
-@pytest.mark.parametrize("name", ["mlx", "cupy"])
+@pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", OPS)
 def test_op_in_16_bits(op: str, dtype: str, name: str, random: np.random.Generator) -> None:
@@ -262,87 +261,21 @@ def test_peak_memory_counts_what_was_used(backend: Backend) -> None:
         assert backend.peak_memory() > 8e6
 
 
-def compat_double() -> Callable[[str], Any]:
-    """A stand-in for CuPy made of NumPy: it runs the CuPy backend's code where there is no GPU."""
-
-    class Device:
-        def __init__(self, id: int = 0) -> None:
-            self.id = id
-
-        def __enter__(self) -> Device:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def synchronize(self) -> None: ...
-
-    class Module(SimpleNamespace):
-        def __getattr__(self, name: str) -> Any:
-            return getattr(np, name)
-
-    class Runtime(SimpleNamespace):
-        CUDARuntimeError = RuntimeError
-
-    runtime = Runtime(getDeviceCount=lambda: 2, memGetInfo=lambda: (1, 2))
-    memory = SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {}))
-    pool = SimpleNamespace(total_bytes=lambda: 42, free_all_blocks=lambda: None)
-    cupy = Module(
-        __version__="0",
-        asnumpy=np.asarray,
-        get_default_memory_pool=lambda: pool,
-        cuda=SimpleNamespace(Device=Device, runtime=runtime, memory=memory),
-    )
-
-    class Compat(SimpleNamespace):
-        def __getattr__(self, name: str) -> Any:
-            return getattr(np, name)
-
-    def take_device(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, device=None, **kwargs: f(*args, **kwargs)
-
-    compat = Compat(arange=take_device(np.arange), asarray=take_device(np.asarray))
-    erf = np.vectorize(__import__("math").erf)
-    modules = {
-        "cupy": cupy,
-        "array_api_compat.cupy": compat,
-        "cupyx": SimpleNamespace(),
-        "cupyx.scipy": SimpleNamespace(),
-        "cupyx.scipy.special": SimpleNamespace(erf=erf),
-    }
-    return modules.__getitem__
+def test_cupy_devices_are_numbered() -> None:
+    with cupy_on_cpu.installed():
+        assert get_backend("cupy", device=1).device.id == 1
+        for device in (2, -1, True, "0"):
+            with pytest.raises(BackendError, match=f"device is {device!r}, .*from 0 to 1"):
+                get_backend("cupy", device=device)
+        with pytest.raises(BackendError, match="no setting for threads"):
+            get_backend("cupy", threads=2)
 
 
-@pytest.fixture
-def cupy_double(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import array_api_compat
-
-    module = compat_double()
-    for name in ("cupy", "array_api_compat.cupy", "cupyx", "cupyx.scipy", "cupyx.scipy.special"):
-        monkeypatch.setitem(sys.modules, name, module(name))
-    monkeypatch.setattr(array_api_compat, "cupy", module("array_api_compat.cupy"), raising=False)
-    monkeypatch.delitem(sys.modules, TABLE["cupy"].module, raising=False)
-    monkeypatch.delattr(gptx.backends, "cupy_backend", raising=False)
-    yield module("cupy")
-    sys.modules.pop(TABLE["cupy"].module, None)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_cupy_code_on_its_double(op: str, cupy_double: Any, random: np.random.Generator) -> None:
-    backend = get_backend("cupy", device=1)
-    for arguments in cases(random)[op]:
-        arguments = consistent(op, arguments)
-        for g, e in zip(run(backend, op, arguments), run(REFERENCE, op, arguments), strict=True):
-            np.testing.assert_allclose(g, e, rtol=3e-6, atol=3e-6)
-
-
-def test_cupy_runtime_on_its_double(cupy_double: Any) -> None:
-    with pytest.raises(BackendError, match="from 0 to 1"):
-        get_backend("cupy", device=2)
-    with pytest.raises(BackendError, match="no setting for threads"):
-        get_backend("cupy", threads=2)
-    backend = get_backend("cupy")
-    assert backend.peak_memory() == 42
-    backend.synchronize()
-    with pytest.raises(DeviceOutOfMemory, match="1 of 2 bytes free"), backend.scope():
-        raise cupy_double.cuda.memory.OutOfMemoryError("out")
-    assert backend.zeros((2,)).dtype == np.float32
+def test_cupy_memory_running_out_is_told() -> None:
+    with cupy_on_cpu.installed() as cupy:
+        backend = get_backend("cupy", device=1)
+        with pytest.raises(DeviceOutOfMemory, match="on CUDA device 1"), backend.scope():
+            cupy.empty(2**50)
+        with backend.scope():
+            assert backend.zeros((2,)).dtype == np.float32
+        backend.synchronize()

@@ -104,6 +104,7 @@ def test_a_backend_without_threads_runs_once() -> None:
         ({"backends": ("jax",)}, "backend is 'jax'"),
         ({"dtypes": ("float32", "float8")}, "dtype is 'float8'"),
         ({"dtypes": ("float16",)}, "dtype is 'float16', the numpy backend computes in float32"),
+        ({"dtypes": ("int8/float16",)}, "dtype is 'float16', the numpy backend computes in"),
     ],
 )
 def test_setups_that_cannot_be(settings: dict[str, Any], says: str) -> None:
@@ -111,9 +112,18 @@ def test_setups_that_cannot_be(settings: dict[str, Any], says: str) -> None:
         setups(Settings(**settings), [SMALL])
 
 
+def test_only_quantized_weights_are_of_another_type_than_the_rest() -> None:
+    with refused(ParameterError, "dtype is 'float32/float64': before the slash, expected"):
+        setups(Settings(dtypes=("float32/float64",)), [SMALL])
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float64", {"dtype": "float64"}), ("int8", {"quantize": "int8"})],
+    [
+        ("float64", {"dtype": "float64"}),
+        ("int8", {"quantize": "int8"}),
+        ("int4/float64", {"quantize": "int4", "dtype": "float64"}),
+    ],
 )
 def test_a_setup_says_how_to_load(dtype: str, options: dict[str, str]) -> None:
     setup = Setup("m", "f", dtype=dtype, threads=2, generic=True)

@@ -22,6 +22,7 @@ from gptx.errors import ParameterError
 
 FACTS = {
     "date": "2026-11-20T12:00:00+0000",
+    "device": None,
     "cpu": "A processor, of some kind",
     "cores": 8,
     "gptx": "0.1.0",
@@ -46,8 +47,10 @@ def made(trial: Trial, *samples: float, **facts: Any) -> Event:
         "read": 494_613_504,
         "load_time": 0.0041,
         "peak_memory": 530_000_000,
+        "kernels": None,
     }
-    whole = shared | record(trial, 1, list(samples)) | FACTS | facts
+    steps = [[s / (trial.output or 1)] * (trial.output or 1) for s in samples]
+    whole = shared | record(trial, 1, [1.75], steps) | FACTS | facts
     return with_bandwidth(whole, 17.0e9 * (whole["threads"] or 1))
 
 
@@ -78,12 +81,15 @@ def test_the_table_for_people() -> None:
         "test": "pp512",
         "t/s": "1052.44 ± 214.75",
         "first token": "500 ms",
+        "a step (p99)": "–",
+        "first run": "1.75 s",
         "load": "4.10 ms",
         "peak memory": "530 MB",
         "of bandwidth": "–",
     }
     assert second["test"] == "tg128 @ d100"
     assert second["first token"] == "–"
+    assert second["a step (p99)"] == "32.03 ms (32.81 ms)"
     assert second["of bandwidth"] == "0.91"
     assert (third["backend"], third["threads"], third["t/s"]) == ("numpy, generic", "2", "58.18")
     assert (fourth["backend"], fourth["threads"]) == ("mlx", "–")
@@ -102,9 +108,25 @@ def test_below_the_table_is_what_it_was_made_with() -> None:
     ]
 
 
+def test_a_device_and_its_kernels_are_shown() -> None:
+    gpu = made(Trial(0, 4), 1.0, backend="cupy", threads=None, kernels=63, device="NVIDIA H200")
+    both = [RECORDS[0], gpu]
+    text = report.render(both, report.grid_columns(both), "md")
+    assert [row["kernels a token"] for row in table(text)] == ["–", "63"]
+    assert "; NVIDIA H200, A processor, of some kind, 8 cores; 2026-11-20" in text
+    assert report.grid_columns(RECORDS) == report.GRID
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "–"), (0.00123, "1.23 ms"), (0.0999, "99.90 ms"), (0.1, "100 ms"), (1.256, "1.26 s")],
+    [
+        (None, "–"),
+        (0.000158, "158 µs"),
+        (0.00123, "1.23 ms"),
+        (0.0999, "99.90 ms"),
+        (0.1, "100 ms"),
+        (1.256, "1.26 s"),
+    ],
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert report.duration(seconds) == text

@@ -13,7 +13,7 @@ from conftest import make_backend, make_model
 from conversion_helpers import save
 from random_models import CASES, random_weights
 
-from gptx.backends import get_backend
+from gptx.backends import Backend, get_backend
 from gptx.bench import bandwidth, machine, speed
 from gptx.bench.plan import Trial
 from gptx.bench.speed import Bench, record, weights_bytes
@@ -42,7 +42,7 @@ def test_reading_gives_the_engine_s_token(
     )
     for trial in [*trials[:3], *reversed(trials)]:
         del chosen[:]
-        assert bench.run(trial) > 0
+        assert min(bench.run(trial)) > 0
         texts = [text[: trial.depth + trial.prompt] for text in bench.texts]
         if trial.prompt:
             first = next(iter(Generation(model.gpt2, texts, speed.GREEDY, max_tokens=1)))
@@ -64,7 +64,9 @@ def test_generating_takes_the_steps_of_the_engine(
     monkeypatch.setattr(Generation, "__iter__", spied)
     trial = Trial(0, 5, depth)
     bench = Bench(model, batch, [trial])
-    assert bench.run(trial) > 0
+    seconds = bench.run(trial)
+    assert len(seconds) == 5
+    assert min(seconds) > 0
     counted = list(steps)
     assert len(counted) == 6  # the first comes before the clock starts
     prompts = [text[: depth + 1] for text in bench.texts]
@@ -79,21 +81,26 @@ def test_the_end_of_a_text_does_not_end_a_trial() -> None:
     model = make_model(config, get_backend("numpy", generic=True))
     model.gpt2.weights.wte.weight[:] = 0  # all logits are equal, and the first token is taken
     assert model.generate([1], max_tokens=9).tokens == []
-    assert Bench(model, 1, [Trial(0, 9)]).run(Trial(0, 9)) > 0
+    assert len(Bench(model, 1, [Trial(0, 9)]).run(Trial(0, 9))) == 9
 
 
 def test_the_numbers_of_a_record() -> None:
-    two = record(Trial(10, 0, 3), 4, [1.0, 2.0])
+    two = record(Trial(10, 0, 3), 4, [9.0], [[1.0], [2.0]])
     assert two["test"] == "pp10 @ d3"
     assert two["tokens_per_second"] == 30
     assert two["tokens_per_second_sd"] == pytest.approx(np.std([40, 20], ddof=1))
     assert two["seconds_per_token"] == 1.5 / 40
     assert two["time_to_first_token"] == 1.5
     assert two["samples"] == [1.0, 2.0]
-    one = record(Trial(0, 8), 1, [2.0])
-    assert one["tokens_per_second"] == 4
+    assert two["first_run"] == 9
+    assert two["step_p50"] is two["step_p99"] is None
+    one = record(Trial(0, 4), 1, [7.0, 1.0], [[0.25, 0.25, 0.5, 1.0]])
+    assert one["tokens_per_second"] == 2
     assert one["tokens_per_second_sd"] is None
     assert one["time_to_first_token"] is None
+    assert one["first_run"] == 8
+    assert one["step_p50"] == 0.375
+    assert 0.9 < one["step_p99"] < 1
 
 
 def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
@@ -116,6 +123,8 @@ def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
         assert event["load_time"] > 0
         assert event["peak_memory"] >= 0
         assert event["dtype"] == "float32"
+        assert event["kernels"] is None
+        assert event["device"] is None
         assert "folder" not in event
 
 
@@ -144,6 +153,15 @@ def test_bytes_of_the_weights(
         assert 0.75 * config.n_parameters < whole < 1.5 * config.n_parameters
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4/float64"])
+def test_quantized_weights_are_named_as_they_are_asked_for(
+    folder: Callable[..., Path], dtype: str
+) -> None:
+    path, generic = str(folder("355M")), {"model": "m", "threads": 1, "generic": True}
+    event = list(speed.measure({"folder": path, "dtype": dtype, **generic}, [[2, 0, 0]], 1))[-1]
+    assert event["dtype"] == dtype
+
+
 def test_quantized_files_are_named_so(tmp_path: Path) -> None:
     config = CASES["124M"]
     weights, quantized = quantize_weights(random_weights(config), config, Quantization(32, 8))
@@ -166,6 +184,10 @@ def test_the_buffer_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(bandwidth, "largest_cache", lambda cache=cache: cache)
         assert list(bandwidth.measure("numpy", 1)) == [{"bandwidth": 1.0}]
     assert asked == [256_000_000, 400_000_000, 2_000_000_000]
+    monkeypatch.setattr(Backend, "device_name", lambda _: "a GPU", raising=True)
+    monkeypatch.setattr(bandwidth, "largest_cache", lambda: 0)
+    list(bandwidth.measure("numpy", 1))
+    assert asked[3:] == [2_000_000_000]
 
 
 def test_what_the_machine_is() -> None:

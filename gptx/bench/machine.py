@@ -20,6 +20,7 @@ def about(backend: Backend) -> dict[str, Any]:
     """The facts that go into every record."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": backend.device_name() or None,
         "cpu": cpu_name(),
         "cores": cores(),
         "gptx": __version__,

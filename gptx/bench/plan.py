@@ -14,7 +14,7 @@ from gptx.errors import ParameterError
 from gptx.generation import Model, load
 from gptx.quantization import BITS
 
-QUANTIZED = tuple(BITS)  # of the weights, in groups of 64; activations are float32 then
+QUANTIZED = tuple(BITS)  # of the weights, in groups of 64
 PROMPT, OUTPUT = 512, 128  # llama-bench's
 
 
@@ -25,7 +25,8 @@ class Settings:
     Attributes
     ----------
     models, backends, dtypes, batches, depths
-        Each list is one dimension of the grid.
+        Each list is one dimension of the grid. A dtype is "int4/bfloat16", too: quantized weights,
+        and the type of the rest, without which that is float32.
     threads
         None: one for each core. Backends without that setting run once, whatever it says.
     prompts, outputs
@@ -77,10 +78,9 @@ class Setup:
     @property
     def options(self) -> dict[str, Any]:
         """What `gptx.load` is given beside the folder."""
-        kind = "quantize" if self.dtype in QUANTIZED else "dtype"
         return {
             "backend": self.backend,
-            kind: self.dtype,
+            **types(self.dtype),
             "threads": self.threads,
             "generic": self.generic,
         }
@@ -126,7 +126,7 @@ def setups(settings: Settings, sources: Iterable[Source]) -> list[Setup]:
     found = []
     for source, backend in product(sources, settings.backends):
         for dtype, threads in product(settings.dtypes, _threads(settings, backend)):
-            activations = "float32" if dtype in QUANTIZED else dtype
+            activations = types(dtype).get("dtype", "float32")
             get_backend(backend, dtype=activations, threads=threads, generic=settings.generic)
             found += [
                 Setup(
@@ -141,6 +141,25 @@ def setups(settings: Settings, sources: Iterable[Source]) -> list[Setup]:
                 for batch in settings.batches
             ]
     return found
+
+
+def types(dtype: str) -> dict[str, str]:
+    """What `gptx.load` is given for a dtype of the grid: `dtype`, `quantize`, or both.
+
+    Raises
+    ------
+    ParameterError
+        Two types are given, of which the first is not that of codes.
+    """
+    weights, slash, activations = dtype.partition("/")
+    if not slash:
+        return {"quantize" if dtype in QUANTIZED else "dtype": dtype}
+    if weights not in QUANTIZED:
+        raise ParameterError(
+            f"dtype is {dtype!r}: before the slash, expected the type of quantized weights, "
+            f"{' or '.join(QUANTIZED)}"
+        )
+    return {"quantize": weights, "dtype": activations}
 
 
 def _threads(settings: Settings, backend: str) -> Sequence[int | None]:

@@ -34,13 +34,13 @@ class Preset:
 
 GRID = Preset(
     grid.run,
-    lambda _: report.GRID,
+    report.grid_columns,
     EVERYWHERE | {"backends", "dtypes", "batches", "depths", "generic", "plot"},
 )
 
 TABLE = {
     "ablation": Preset(ladder.run, lambda _: report.ABLATION, EVERYWHERE),
-    "threads": Preset(grid.threads, lambda _: report.GRID, GRID.takes - {"threads"}),
+    "threads": Preset(grid.threads, report.grid_columns, GRID.takes - {"threads"}),
     "budget": Preset(
         budget.run,
         report.budget_columns,

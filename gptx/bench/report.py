@@ -30,7 +30,7 @@ def render(records: Sequence[Event], columns: Sequence[Column], format: str) -> 
         return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     if format == "csv":
         return _csv(records)
-    return "\n".join([*_markdown(records, columns), *_footer(records)])
+    return "\n".join([*markdown(records, columns), *_footer(records)])
 
 
 def _csv(records: Sequence[Event]) -> str:
@@ -45,7 +45,8 @@ def _csv(records: Sequence[Event]) -> str:
     return out.getvalue().removesuffix("\n")
 
 
-def _markdown(records: Sequence[Event], columns: Sequence[Column]) -> list[str]:
+def markdown(records: Sequence[Event], columns: Sequence[Column]) -> list[str]:
+    """The lines of a table."""
     texts = [[column.text(record).replace("|", "\\|") for column in columns] for record in records]
     widths = [
         max(3, len(column.header), *(len(row[i]) for row in texts))
@@ -73,7 +74,9 @@ def _footer(records: Sequence[Event]) -> list[str]:
     facts = records[0]
     libraries = dict.fromkeys([*(record["library"] for record in records), facts["blas"]])
     made = [f"gptx {facts['gptx']}", f"Python {facts['python']}", *filter(None, libraries)]
-    lines = ["", f"{', '.join(made)}; {facts['cpu']}, {facts['cores']} cores; {facts['date'][:10]}"]
+    where = filter(None, dict.fromkeys(record.get("device") for record in records))
+    where = [*where, facts["cpu"], f"{facts['cores']} cores"]
+    lines = ["", f"{', '.join(made)}; {', '.join(where)}; {facts['date'][:10]}"]
     speeds = {
         (record["backend"], record["threads"]): record["bandwidth"]
         for record in records
@@ -97,10 +100,16 @@ def rate(record: Event) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people: 412 ms, 1.26 s."""
+    """Seconds for people: 158 µs, 412 ms, 1.26 s."""
     if seconds is None:
         return NOTHING
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 * (seconds < 0.1)}f} ms"
+
+
+def _spread(p50: float | None, p99: float | None) -> str:
+    return NOTHING if p50 is None else f"{duration(p50)} ({duration(p99)})"
 
 
 def _megabytes(n_bytes: float) -> str:
@@ -118,6 +127,7 @@ THREADS = Column("threads", lambda r: str(r["threads"] or NOTHING))
 RATE = Column("t/s", rate)
 LOAD = Column("load", lambda r: duration(r["load_time"]))
 MEMORY = Column("peak memory", lambda r: _megabytes(r["peak_memory"]))
+KERNELS = Column("kernels a token", lambda r: str(r["kernels"] or NOTHING))
 
 GRID = (
     MODEL,
@@ -130,6 +140,8 @@ GRID = (
     Column("test", lambda r: r["test"]),
     RATE,
     Column("first token", lambda r: duration(r["time_to_first_token"])),
+    Column("a step (p99)", lambda r: _spread(r["step_p50"], r["step_p99"])),
+    Column("first run", lambda r: duration(r["first_run"])),
     LOAD,
     MEMORY,
     Column(
@@ -163,6 +175,11 @@ TOTAL = (
     Column("the others", lambda r: duration(r["other_tokens"])),
     MEMORY,
 )
+
+
+def grid_columns(records: Sequence[Event]) -> tuple[Column, ...]:
+    """Those of the grid, and the kernels of a decode step where a backend counts them."""
+    return (*GRID, KERNELS) if any(record["kernels"] for record in records) else GRID
 
 
 def budget_columns(records: Sequence[Event]) -> tuple[Column, ...]:

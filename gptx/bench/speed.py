@@ -6,8 +6,8 @@ the other, and the end of a text does not end it. All trials read the same rando
 depth d the cache holds its first d tokens, whichever trial was there before.
 
 The trials take turns, so that a slow minute of the machine is shared by all; the first turn is for
-the caches and for what has to be compiled, and is thrown away. The peak of the memory is that of
-the process, with the largest of its trials.
+the caches and for what has to be compiled, and is kept apart. The peak of the memory is that of
+the process, or of the library's own pool on a device, with the largest of its trials.
 """
 
 from __future__ import annotations
@@ -36,37 +36,48 @@ def measure(setup: dict[str, Any], trials: list[list[int]], repetitions: int) ->
     model.backend.synchronize()
     load_time = time.perf_counter() - start
     bench = Bench(model, chosen.batch, wanted)
-    samples: dict[Trial, list[float]] = {trial: [] for trial in wanted}
+    samples: dict[Trial, list[list[float]]] = {trial: [] for trial in wanted}
     for turn in range(repetitions + 1):
         for trial in wanted:
             what = f"round {turn} of {repetitions}" if turn else "warm-up"
             yield {"progress": f"{trial}, {what}"}
-            seconds = bench.run(trial)
-            if turn:
-                samples[trial].append(seconds)
+            samples[trial].append(bench.run(trial))
     size, read = weights_bytes(model)
-    how = model.config.quantization  # of the files, where nothing was asked for
     shared = chosen.facts | {
-        "dtype": f"int{how.bits}" if how else model.backend.dtype,
+        "dtype": dtype_of(model),
         "parameters": model.config.n_parameters,
         "size": size,
         "read": read,
         "load_time": load_time,
         "peak_memory": model.backend.peak_memory(),
+        "kernels": getattr(model.gpt2.forward, "kernels_per_token", None),
     }
-    for trial, seconds_each in samples.items():
-        yield shared | record(trial, chosen.batch, seconds_each) | about(model.backend)
+    for trial, (first, *others) in samples.items():
+        yield shared | record(trial, chosen.batch, first, others) | about(model.backend)
 
 
-def record(trial: Trial, batch: int, samples: list[float]) -> Event:
-    """The numbers of a trial, from the seconds of each of its runs."""
+def record(trial: Trial, batch: int, first: list[float], others: list[list[float]]) -> Event:
+    """The numbers of a trial, from the seconds of each step of its runs (see `Bench.run`).
+
+    Parameters
+    ----------
+    first
+        The run that may have to compile; it counts for `first_run` alone.
+    others
+        Those that are measured, at least one.
+    """
+    seconds = [sum(steps) for steps in others]
+    p50, p99 = np.percentile(np.concatenate(others), [50, 99]).tolist()
     return {
         "test": str(trial),
         "prompt": trial.prompt,
         "output": trial.output,
         "depth": trial.depth,
-        "time_to_first_token": float(np.mean(samples)) if trial.prompt else None,
-        **rates(batch * (trial.prompt or trial.output), samples),
+        "time_to_first_token": float(np.mean(seconds)) if trial.prompt else None,
+        "step_p50": p50 if trial.output else None,
+        "step_p99": p99 if trial.output else None,
+        "first_run": sum(first),
+        **rates(batch * (trial.prompt or trial.output), seconds),
     }
 
 
@@ -103,9 +114,9 @@ class Bench:
     def _texts(self, start: int, stop: int) -> list[list[int]]:
         return [text[start:stop] for text in self.texts]
 
-    def run(self, trial: Trial) -> float:
-        """Seconds of a trial."""
-        return self._read(trial) if trial.prompt else self._generate(trial)
+    def run(self, trial: Trial) -> list[float]:
+        """Seconds of each step of a trial: of one that reads, or of each new token."""
+        return [self._read(trial)] if trial.prompt else self._generate(trial)
 
     def _read(self, trial: Trial) -> float:
         model, backend = self.model, self.model.backend
@@ -121,7 +132,7 @@ class Bench:
             backend.synchronize()
             return time.perf_counter() - start
 
-    def _generate(self, trial: Trial) -> float:
+    def _generate(self, trial: Trial) -> list[float]:
         steps = iter(
             Generation(
                 self.model.gpt2,
@@ -133,11 +144,21 @@ class Bench:
         )
         next(steps)  # the prompt, and the first token
         self.model.backend.synchronize()
-        start = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(trial.output):
             next(steps)
+            times.append(time.perf_counter())
         self.model.backend.synchronize()
-        return time.perf_counter() - start
+        times[-1] = time.perf_counter()
+        return np.diff(times).tolist()
+
+
+def dtype_of(model: Model) -> str:
+    """What the grid calls it; files may be quantized where nothing was asked for."""
+    how, dtype = model.config.quantization, model.backend.dtype
+    if how is None:
+        return dtype
+    return f"int{how.bits}" if dtype == "float32" else f"int{how.bits}/{dtype}"
 
 
 def weights_bytes(model: Model) -> tuple[int, int]:

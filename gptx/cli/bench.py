@@ -64,8 +64,8 @@ def _list(*names: str, help: str, least: int | None = None) -> Callable[[Any], A
 @_list(
     "--dtype",
     "dtypes",
-    help=f"float32, float16, bfloat16, float64; or, of the weights alone, {', '.join(BITS)}.  "
-    "[default: float32]",
+    help=f"float32, float16, bfloat16, float64; or, of the weights alone, {', '.join(BITS)}; or "
+    "both, int4/bfloat16.  [default: float32]",
 )
 @_list("-t", "--threads", least=1, help="CPU threads.  [default: one for each core]")
 @_list("--batch", "batches", least=1, help="Sequences at once.  [default: 1]")
@@ -115,6 +115,7 @@ def bench(
     \b
     gptx bench -m random:124M -t 1,2 --dtype float32,int8,int4 -d 0,900
     gptx bench -b numpy,mlx -p 19 -n 20 -o json
+    gptx bench -b cupy --dtype bfloat16,int4/bfloat16 --batch 1,128
     gptx bench --preset ablation        what each thing that is reused saves
     gptx bench --preset threads         1, 2, 4 ... threads
     gptx bench --preset budget          how much fits a second, with what

@@ -1,0 +1,185 @@
+// The rows of x that `linear.cu` multiplies: how they come into shared memory.
+//
+// The parts (16 bytes) of x that meet the same part of 8 neighboring vectors of weights lie side by
+// side, so that reading them has no bank conflict; turned by the number of the part, so that writing
+// has none either. Every block brings them, and normalizes them, for itself.
+
+namespace few {
+
+constexpr bool BY_MMA = BITS == 0 && sizeof(REAL) == 2;
+template <bool> struct KeptAs { using Type = float; };
+template <> struct KeptAs<true> { using Type = REAL; };
+using Kept = typename KeptAs<BY_MMA>::Type;  // x in shared memory
+
+constexpr int WEIGHT_BITS = BITS ? BITS : 8 * sizeof(REAL);
+constexpr int NUMBERS = 128 / WEIGHT_BITS;             // weights in a vector
+constexpr int PARTS = NUMBERS / PER_LOAD<Kept>;        // 16 bytes of x each, that meet a vector
+constexpr int MOST_WARPS = 12;
+
+using Four = Several<float, 4>;
+
+DEVICE unsigned thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
+DEVICE unsigned lane() { return thread() % WARP; }
+
+// Rows of x in shared memory.
+template <int R> struct Inputs {
+    Bytes16* x;               // [vectors / 8, PARTS, R, 8]
+    Several<float, R>* sums;  // over a vector, [vectors]; only with codes
+
+    DEVICE Bytes16& at(int row, int vector, int part) const {
+        const int place = vector % 8 ^ part * (8 / PARTS);
+        return x[((vector / 8 * PARTS + part) * R + row) * 8 + place];
+    }
+
+    // Numbers 4i to 4i + 3 of a row, if they are there; neighboring lanes come with neighboring i.
+    DEVICE void put(int row, int i, const Four& y, bool there) const {
+        constexpr int IN_PLACE = PER_LOAD<Kept> / 4;
+        Several<Kept, 4> kept;
+#pragma unroll
+        for (int j = 0; j < 4; j++) kept.x[j] = from_float<Kept>(y.x[j]);
+        const int place = i / IN_PLACE;
+        auto* to = (Several<Kept, 4>*)&at(row, place / PARTS, place % PARTS);
+        if (there) to[i % IN_PLACE] = kept;
+        if constexpr (BITS > 0) {
+            float sum = y.x[0] + y.x[1] + y.x[2] + y.x[3];
+#pragma unroll
+            for (int other = 1; other < PARTS; other *= 2)
+                sum += __shfl_xor_sync(ALL_LANES, sum, other);
+            if (there && i % PARTS == 0) sums[i / PARTS].x[row] = sum;
+        }
+    }
+};
+
+// Which rows, and which numbers of a row, are a warp's: one of the `n_warps` that share a row, or
+// the only one, with every `step`th row.
+struct Share {
+    int first, step, n_warps, number;
+
+    DEVICE Share(int n_rows) {
+        const int warp = thread() / WARP, n = blockDim.x * blockDim.y / WARP;
+        step = min(n_rows, n);
+        first = warp % step;
+        number = warp / step;
+        n_warps = (n - first + step - 1) / step;
+    }
+
+    // f(i, numbers 4i to 4i + 3 of a row, whether they are there), loaded some at a time; the lanes
+    // of a warp stay together.
+    template <class X, class F> DEVICE void read(const X* row, int n_in, F f) const {
+        constexpr int AHEAD = 8 / sizeof(X);
+#pragma unroll 1
+        for (int i = number * WARP; i < n_in / 4; i += AHEAD * n_warps * WARP) {
+            Several<X, 4> four[AHEAD] = {};
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const int at = i + j * n_warps * WARP + lane();
+                if (at < n_in / 4) four[j] = ((const Several<X, 4>*)row)[at];
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const int at = i + j * n_warps * WARP;
+                if (at < n_in / 4) f(at + lane(), four[j], at + lane() < n_in / 4);
+            }
+        }
+    }
+    // f(i, whether there is such an i), in the same order.
+    template <class F> DEVICE void each(int n_in, F f) const {
+#pragma unroll 1
+        for (int i = number * WARP; i < n_in / 4; i += n_warps * WARP)
+            f(i + lane(), i + lane() < n_in / 4);
+    }
+};
+
+// Rows of x as they are.
+template <int R> struct Plain {
+    const REAL* x;
+
+    DEVICE void begin(unsigned char*, int) const {}
+
+    DEVICE void bring(const Inputs<R>& inputs, long long first_row, int n_rows, int n_in) const {
+        const Share share(n_rows);
+        for (int row = share.first; row < n_rows; row += share.step)
+            share.read(x + (first_row + row) * n_in, n_in, [&](int i, auto four, bool there) {
+                Four y;
+#pragma unroll
+                for (int j = 0; j < 4; j++) y.x[j] = to_float(four.x[j]);
+                inputs.put(row, i, y, there);
+            });
+        __syncthreads();
+    }
+};
+
+// Rows of the residual stream after their layer norm.
+template <int R> struct Normalized {
+    const float* x;
+    const REAL *weight, *bias;
+    float epsilon;
+    // In shared memory:
+    REAL* norm;  // weight and bias [2, n_in]
+    Four* raw;   // x [R, n_in / 4]
+
+    DEVICE void begin(unsigned char* room, int n_in) {
+        norm = (REAL*)room;
+        raw = (Four*)(norm + 2 * n_in);
+        for (int i = thread(); i < n_in / PER_LOAD<REAL>; i += blockDim.x * blockDim.y) {
+            copy_async(norm + i * PER_LOAD<REAL>, weight + i * PER_LOAD<REAL>);
+            copy_async(norm + n_in + i * PER_LOAD<REAL>, bias + i * PER_LOAD<REAL>);
+        }
+        copy_async_commit();
+    }
+
+    DEVICE void bring(const Inputs<R>& inputs, long long first_row, int n_rows, int n_in) const {
+        __shared__ Four seen[R][MOST_WARPS];  // by a warp: how many numbers, mean, squares
+        const Share share(n_rows);
+        for (int row = share.first; row < n_rows; row += share.step) {
+            Four* own = raw + row * (n_in / 4);
+            float n = 0.0f, sum = 0.0f, squares = 0.0f;
+            share.read(x + (first_row + row) * n_in, n_in, [&](int i, Four y, bool there) {
+                if (!there) return;
+                own[i] = y;
+                n += 4.0f;
+                sum += y.x[0] + y.x[1] + y.x[2] + y.x[3];
+            });
+            n = warp_sum(n);
+            const float mean = warp_sum(sum) / fmaxf(n, 1.0f);
+            share.each(n_in, [&](int i, bool there) {
+                if (!there) return;
+                const Four y = own[i];
+#pragma unroll
+                for (int j = 0; j < 4; j++)  // differences: the mean may be large beside them
+                    squares += (y.x[j] - mean) * (y.x[j] - mean);
+            });
+            squares = warp_sum(squares);
+            if (lane() == 0) seen[row][share.number] = {n, mean, squares};
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+        for (int row = share.first; row < n_rows; row += share.step) {
+            float sum = 0.0f, squares = 0.0f;
+#pragma unroll 4
+            for (int i = 0; i < share.n_warps; i++) sum += seen[row][i].x[0] * seen[row][i].x[1];
+            const float mean = sum / n_in;
+#pragma unroll 4
+            for (int i = 0; i < share.n_warps; i++) {
+                const Four part = seen[row][i];
+                squares += part.x[2] + part.x[0] * (part.x[1] - mean) * (part.x[1] - mean);
+            }
+            const float scale = 1.0f / sqrtf(squares / n_in + epsilon);
+            share.each(n_in, [&](int i, bool there) {
+                Four y = {};
+                if (there) {
+                    const auto w = ((const Several<REAL, 4>*)norm)[i];
+                    const auto b = ((const Several<REAL, 4>*)(norm + n_in))[i];
+                    y = raw[row * (n_in / 4) + i];
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        y.x[j] = (y.x[j] - mean) * scale * to_float(w.x[j]) + to_float(b.x[j]);
+                }
+                inputs.put(row, i, y, there);
+            });
+        }
+        __syncthreads();
+    }
+};
+
+}  // namespace few

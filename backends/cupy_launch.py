@@ -1,0 +1,113 @@
+"""Which kernel multiplies a number of rows with a matrix, and with what grid, on which device.
+
+The constants are those of `cuda/linear.cu` and `cuda/linear_tiles.cu`, where the reasons are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ROWS = (1, 2, 4, 8)  # that a block of `linear_R` has
+SHARED_BYTES = 158 * 1024  # that a block may have on every device with tensor cores for bfloat16
+WARP = 32
+TEAMS = (8, 16, *range(WARP, 385, WARP))  # threads that may share an output
+
+# linear_tiles_N: parts of the inputs, stages and threads of a block.
+TILES = {16: (4, 4, 128), 32: (4, 3, 128), 64: (2, 3, 256), 128: (1, 3, 256)}
+SLICE = 64  # inputs
+
+
+class Launch(NamedTuple):
+    """A kernel's name, blocks along x and y, threads of a block along x and y, and the bytes of
+    dynamic shared memory that it needs."""
+
+    name: str
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    shared_bytes: int
+
+
+def few_rows(
+    n_rows: int,
+    n_in: int,
+    n_out: int,
+    multiprocessors: int,
+    *,
+    itemsize: int,
+    bits: int = 0,
+    normed: bool = False,
+) -> Launch:
+    """`linear_R` or, if `normed`, `norm_linear_R`: every row of weights is read once for R rows.
+
+    Parameters
+    ----------
+    n_rows, n_in, n_out
+        Shapes: x [n_rows, n_in], weights [n_out, n_in].
+    multiprocessors
+        Of the device.
+    itemsize
+        Bytes of an activation.
+    bits
+        Of a weight's code; 0: it is of the activations' type.
+    normed
+        Whether the layer norm comes first.
+    """
+    numbers = 128 // (bits or 8 * itemsize)
+    vectors = n_in // numbers  # of 16 bytes, of a row of weights
+
+    def shared_bytes(R: int) -> int:
+        x = R * _ceil(vectors, 8) * 8 * numbers * 4
+        return x + (R * vectors * 4 if bits else 0) + (2 * n_in * itemsize if normed else 0)
+
+    fitting = [R for R in ROWS if shared_bytes(R) <= SHARED_BYTES] or [1]
+    R = next((R for R in fitting if R >= n_rows), fitting[-1])
+    outputs = 4 if R == 8 and not bits else 2
+    depth = (3 if R == 1 else 2) if bits else 1 if R == 8 else 4
+    threads = 384 if R < 4 else 256
+    narrowest = max(8, R * outputs)
+
+    # One block to a multiprocessor, if it can have all weights there on their way at once.
+    in_flight = multiprocessors * threads * depth * outputs * 16
+    blocks = multiprocessors if n_out * vectors * 16 <= in_flight else 2 * multiprocessors
+    tiles = _ceil(n_rows, R)
+    groups = _ceil(n_out, outputs)
+    per_block = _ceil(groups, max(1, blocks // tiles))
+    rounds = _ceil(per_block * narrowest, threads)
+    teams = _ceil(per_block, rounds)
+    # As wide as there is room for, but no wider than makes the steps fewer.
+    widest = max(team for team in TEAMS if team * teams <= threads)
+    steps = _ceil(vectors, widest)
+    team = min(team for team in TEAMS if team >= narrowest and team * steps >= vectors)
+    teams = _ceil(teams * team, WARP) * WARP // team  # whole warps
+    name = f"norm_linear_{R}" if normed else f"linear_{R}"
+    return Launch(name, (tiles, _ceil(groups, teams * rounds)), (team, teams), shared_bytes(R))
+
+
+def tiles(
+    n_rows: int, n_in: int, n_out: int, multiprocessors: int, *, bits: int = 0, group: int = 0
+) -> Launch:
+    """`linear_tiles_N`, for activations of 16 bits; parameters as in `few_rows`.
+
+    `group` is the number of weights with the same scale, if there are codes.
+    """
+
+    def blocks(N: int) -> tuple[int, int]:
+        return _ceil(n_rows, N), _ceil(n_out, N)
+
+    def cycles(N: int) -> float:
+        # For each input: a multiprocessor multiplies 1,024 pairs and receives 64 bytes in a cycle.
+        x, y = blocks(N)
+        one = N * N / 1024 + 2 * (N + min(N, n_rows)) / 64
+        return _ceil(x * y, multiprocessors) * one
+
+    N = min(TILES, key=cycles)
+    parts, stages, threads = TILES[N]
+    numbers = parts * N * SLICE * ((bits or 16) + 16) // 8
+    scales = parts * N * max(1, SLICE // group) * 8 if bits else 0
+    sums = parts * N * (N + 4) * 4
+    shared_bytes = max(stages * (numbers + scales), sums)
+    return Launch(f"linear_tiles_{N}", blocks(N), (threads, 1), shared_bytes)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,308 @@
+"""What the CuPy backend launches for each instruction of `tape.py`, and the memory that it needs.
+
+The residual stream is float32; what else passes from kernel to kernel is of the backend's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gptx.backends import cupy_attention
+from gptx.backends.cupy_codes import Codes
+from gptx.backends.cupy_kernels import ROW, Kinds, kernel
+from gptx.backends.cupy_launch import Launch, few_rows, tiles
+from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown
+
+Array = Any
+FEW = 8  # rows that are multiplied without the matrix unit
+MANY = 256  # rows above which cuBLAS gains more than a kernel that also does what follows
+MULTIPLE = 8  # of which every width has to be one: 16 bytes of the shortest type
+
+
+class Program:
+    """What a forward pass launches, in order.
+
+    Attributes
+    ----------
+    ops
+        One operation for each instruction; each is called with the memory that it works in.
+    kinds
+        What its kernels are compiled for.
+    row_bytes
+        Of a row of each buffer of the tape, at most.
+    widest
+        Numbers to a row of the widest input of a product.
+
+    Raises
+    ------
+    gptx.backends.tape.Unknown
+        The kernels do not cover it.
+    """
+
+    def __init__(self, instructions: list[Instruction], model: Any) -> None:
+        config = model.config
+        self.kinds: Kinds = model.backend.kinds._replace(head=config.head_dim)
+        self.n_head, self.n_layer = config.n_head, config.n_layer
+        self.n_positions = config.n_positions
+        self.row_bytes = [0] * (1 + max(i.target for i in instructions))
+        self.ops: list[Embed | Attention | Linear] = []
+        is_stream: dict[int | None, bool] = {}  # what a buffer holds at this point
+        n_out = 0
+        for i in instructions:
+            op: Embed | Attention | Linear
+            if is_stream.get(i.source, False) != (i.norm is not None):
+                raise Unknown("a product of the residual stream without a norm, or the reverse")
+            if i.kind == "embed":
+                op = Embed(Matrix.of(i.weight, self.kinds), i.table, i.target)
+                n_out = op.table.n_in
+            elif i.kind == "attention":
+                op = Attention(i.source or 0, i.target, i.layer, i.scale)
+                n_out = config.n_embd
+            else:
+                op = Linear.of(i, self.kinds)
+                n_out = op.weight.n_out
+            is_stream[i.target] = i.kind == "embed" or i.residual is not None
+            self.row_bytes[i.target] = max(self.row_bytes[i.target], 4 * n_out)
+            self.ops.append(op)
+        self.widest = max(op.weight.n_in for op in self.ops if isinstance(op, Linear))
+        self.vocab_size = n_out
+
+    def launch(self, memory: Memory) -> None:
+        """Launch all of it on the current stream."""
+        for op in self.ops:
+            op(memory)
+
+
+class Memory:
+    """What a forward pass of B sequences with T new tokens works in, besides weights and cache.
+
+    Attributes
+    ----------
+    ids, index
+        Tokens and their positions, int64 [B, T].
+    caches
+        Addresses of the keys of each layer, of the values, and the cache's room, int64 [2L + 1].
+    normed
+        Room for rows after their layer norm [B·T, widest].
+    partial, arrived
+        What `attend_step` needs (see `cupy_attention.py`).
+    early
+        Whether kernels may begin before the one ahead has ended.
+    """
+
+    def __init__(self, program: Program, B: int, T: int) -> None:
+        self.program, self.B, self.T = program, B, T
+        self.early = False
+        self.ids, self.index = (cupy.zeros((B, T), cupy.int64) for _ in range(2))
+        self.caches = cupy.zeros(2 * program.n_layer + 1, cupy.int64)
+        self.multiprocessors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+        self.normed = cupy.empty((B * T, program.widest), program.kinds.real)
+        self._buffers = [cupy.empty(B * T * n, cupy.uint8) for n in program.row_bytes]
+        self._addresses: list[int] = []
+        self.splits = cupy_attention.splits(
+            B, program.n_head, program.n_positions, self.multiprocessors
+        )
+        self.partial, self.arrived = cupy_attention.scratch(
+            B, program.n_head, self.splits, program.kinds.head
+        )
+
+    def fill(self, ids: Array, index: Array, cache: Any) -> None:
+        """Set tokens and positions [B, T], and the addresses of a cache if they are others."""
+        self.ids[...] = ids
+        self.index[...] = index
+        addresses = [x.data.ptr for x in (*cache.keys, *cache.values)]
+        addresses.append(cache.keys[0].shape[2])
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.caches.set(np.array(addresses, np.int64))
+
+    def launch(
+        self,
+        file: str,
+        name: str,
+        kinds: Kinds,
+        grid: Sequence[int],
+        block: Sequence[int],
+        *args: Any,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Launch a kernel (see `cupy_kernels.py`), as early as this memory allows."""
+        launch = kernel(file, name, kinds)
+        launch(grid, block, *args, shared_bytes=shared_bytes, early=self.early)
+
+    def view(self, buffer: int, n_rows: int, n: int, dtype: Any) -> Array:
+        """The first rows of a buffer [n_rows, n]."""
+        return cupy.ndarray((n_rows, n), dtype, memptr=self._buffers[buffer].data)
+
+    @property
+    def logits(self) -> Array:
+        """What the last operation writes, float32 [B, V] or [B·T, V]."""
+        head = self.program.ops[-1]
+        assert isinstance(head, Linear)
+        n_rows = self.B if head.last else self.B * self.T
+        return self.view(head.target, n_rows, self.program.vocab_size, cupy.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight [O, I] as kernels take it: numbers, or codes with scales and offsets."""
+
+    weight: Array
+    scales: Array | None
+    offsets: Array | None
+    n_out: int
+    n_in: int
+    kinds: Kinds
+
+    @classmethod
+    def of(cls, weight: Any, kinds: Kinds, *, is_table: bool = True) -> Matrix:
+        """From what `CupyBackend.matrix`, `asarray` (a table) or `quantized` made."""
+        if isinstance(weight, Codes):
+            kinds = kinds._replace(bits=weight.kinds.bits, group=weight.kinds.group)
+            parts = weight.weight, weight.scales, weight.offsets
+            return cls._checked(*parts, *weight.shape, kinds)
+        rows = cupy.ascontiguousarray(weight if is_table else weight.T)
+        return cls._checked(rows, None, None, *rows.shape, kinds)
+
+    @classmethod
+    def _checked(cls, *fields: Any) -> Matrix:
+        matrix = cls(*fields)
+        if matrix.n_in % MULTIPLE:
+            raise Unknown(f"{matrix.n_in} inputs")
+        return matrix
+
+    @property
+    def parts(self) -> tuple[Array | None, ...]:
+        """The first arguments of the kernels that multiply."""
+        return self.weight, self.scales, self.offsets
+
+    def floats(self) -> Array:
+        """Numbers [O, I]."""
+        if self.scales is None:
+            return self.weight
+        shape = self.n_out, self.n_in
+        return Codes(self.weight, self.scales, self.offsets, shape, self.kinds).floats()
+
+
+@dataclass(frozen=True, eq=False)
+class Embed:
+    """Token's row + position's row -> stream."""
+
+    table: Matrix
+    positions: Array
+    target: int
+
+    def __call__(self, memory: Memory) -> None:
+        n_rows, n = memory.B * memory.T, self.table.n_in
+        out = memory.view(self.target, n_rows, n, cupy.float32)
+        arguments = (memory.ids, memory.index, *self.table.parts, self.positions, out, np.int32(n))
+        memory.launch("rows.cu", "embed", self.table.kinds, (n_rows,), ROW, *arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Keys and values into the cache, then attention over all of it."""
+
+    source: int
+    target: int
+    layer: int
+    scale: float
+
+    def __call__(self, memory: Memory) -> None:
+        program = memory.program
+        kinds, n_rows = program.kinds, memory.B * memory.T
+        n = program.n_head * kinds.head
+        qkv = memory.view(self.source, n_rows, 3 * n, kinds.real)
+        out = memory.view(self.target, n_rows, n, kinds.real)
+        cupy_attention.launch(self, memory, qkv, out)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Layer norm, product, bias, activation, residual: what the instruction has of them."""
+
+    source: int
+    target: int
+    weight: Matrix
+    bias: Array | None
+    norm: tuple[Array, Array, float] | None
+    activation: int
+    residual: int | None
+    is_head: bool
+    last: bool
+
+    @classmethod
+    def of(cls, i: Instruction, kinds: Kinds) -> Linear:
+        """From an instruction of the tape."""
+        activation = 0 if i.activation is None else 1 + ACTIVATIONS.index(i.activation)
+        weight = Matrix.of(i.weight, kinds, is_table=i.is_head)
+        source = i.source or 0
+        return cls(
+            source, i.target, weight, i.bias, i.norm, activation, i.residual, i.is_head, i.last
+        )
+
+    def __call__(self, memory: Memory) -> None:
+        w, real = self.weight, self.weight.kinds.real
+        n_rows = memory.B * memory.T
+        x = memory.view(self.source, n_rows, w.n_in, cupy.float32 if self.norm else real)
+        if self.last:
+            n_rows = memory.B
+            x = cupy.ascontiguousarray(x.reshape(memory.B, memory.T, w.n_in)[:, -1])
+        wide = self.is_head or self.residual is not None
+        out = memory.view(self.target, n_rows, w.n_out, cupy.float32 if wide else real)
+        residual = None
+        if self.residual is not None:
+            residual = memory.view(self.residual, n_rows, w.n_out, cupy.float32)
+        shape = n_rows, w.n_in, w.n_out, memory.multiprocessors
+        in_graph = memory.T == 1  # where cuBLAS may not be
+        if n_rows <= FEW or (in_graph and real == cupy.float32):
+            size = np.dtype(real).itemsize
+            normed = self.norm is not None
+            launch = few_rows(*shape, itemsize=size, bits=w.kinds.bits, normed=normed)
+            inputs = (x,)
+            if self.norm:
+                weight, bias, epsilon = self.norm
+                inputs = x, weight, bias, np.float32(epsilon)
+            self._multiply("linear.cu", launch, inputs, residual, out, memory)
+            return
+        if self.norm:
+            x = self._normalized(x, memory)
+        if real != cupy.float32 and (n_rows <= MANY or self.is_head or in_graph):
+            launch = tiles(*shape, bits=w.kinds.bits, group=w.kinds.group)
+            self._multiply("linear_tiles.cu", launch, (x,), residual, out, memory)
+        else:
+            y = x @ w.floats().T
+            flags = np.int32(self.activation), np.int32(wide)
+            arguments = y, self.bias, residual, out, np.int32(w.n_out), *flags
+            memory.launch("rows.cu", "finish", w.kinds, (n_rows,), ROW, *arguments)
+
+    def _multiply(
+        self,
+        file: str,
+        launch: Launch,
+        inputs: tuple[Any, ...],
+        residual: Array | None,
+        out: Array,
+        memory: Memory,
+    ) -> None:
+        w, wide = self.weight, out.dtype == cupy.float32
+        numbers = len(out), w.n_in, w.n_out, self.activation, wide
+        arguments = *inputs, *w.parts, self.bias, residual, out, *map(np.int32, numbers)
+        grid, block, shared_bytes = launch.grid, launch.block, launch.shared_bytes
+        memory.launch(
+            file, launch.name, w.kinds, grid, block, *arguments, shared_bytes=shared_bytes
+        )
+
+    def _normalized(self, x: Array, memory: Memory) -> Array:
+        assert self.norm is not None
+        weight, bias, epsilon = self.norm
+        kinds = self.weight.kinds
+        out = cupy.ndarray(x.shape, kinds.real, memptr=memory.normed.data)
+        arguments = x, weight, bias, np.float32(epsilon), out, np.int32(x.shape[1])
+        memory.launch("rows.cu", "normalize", kinds, (len(x),), ROW, *arguments)
+        return out

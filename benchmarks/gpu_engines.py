@@ -1,0 +1,152 @@
+"""What `gpu.py` times: gptx in its layers here, PyTorch's ways in `gpu_peers.py`."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from gptx.backends import get_backend
+from gptx.bench.speed import weights_bytes
+from gptx.cache import KVCache
+from gptx.config import GPT2Config
+from gptx.engine import Generation, prefill
+from gptx.model import GPT2
+from gptx.sampling import Sampler, SamplingParams
+from gptx.weights import Tensor, to_backend
+
+GREEDY = SamplingParams(seed=0)
+
+
+class Engine:
+    """Continues prompts, greedily.
+
+    Attributes
+    ----------
+    weights_bytes
+        What its weights take on the device.
+    kernels
+        How many a decode step launches, where the engine itself knows.
+    """
+
+    name: str
+    weights_bytes: int
+    kernels: int | None = None
+
+    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
+        """Get ready for prompts and continuations of so many tokens; what that takes counts as
+        time to compile."""
+
+    def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
+        """`n` new tokens after prompts [B, T]: B of them a step, when they are on the host."""
+        raise NotImplementedError
+
+    def device_seconds(self, prompts: np.ndarray, n: int) -> tuple[float, float]:
+        """Seconds until the first tokens, and seconds of a step, by the device's own clock; no
+        token is read on the host."""
+        raise NotImplementedError
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        """Seconds that some work takes the device."""
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Those of the next token [V]."""
+        raise NotImplementedError
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that this engine's library holds, and the most since `release`."""
+        return 0, 0
+
+    def release(self) -> None:
+        """Give memory that nobody uses back to the device."""
+
+
+class Gptx(Engine):
+    """gptx: its engine as a user has it.
+
+    Parameters
+    ----------
+    backend
+        Its name.
+    options
+        Of `get_backend`: which layer, which types.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: GPT2Config,
+        weights: Mapping[str, Tensor],
+        *,
+        backend: str,
+        **options: Any,
+    ) -> None:
+        self.name = name
+        self.backend = get_backend(backend, **options)
+        with self.backend.scope():
+            self.model = GPT2(config, to_backend(weights, self.backend), self.backend)
+        self.weights_bytes = weights_bytes(SimpleNamespace(gpt2=self.model, config=config))[0]
+        self._cupy = importlib.import_module("cupy") if self.backend.name == "cupy" else None
+
+    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
+        with self.backend.scope():
+            self.kernels = getattr(self.model.forward, "kernels_per_token", None)
+
+    def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
+        for step in Generation(self.model, prompts.tolist(), GREEDY, max_tokens=n):
+            yield [-1 if token.id is None else token.id for token in step]
+
+    def device_seconds(self, prompts: np.ndarray, n: int) -> tuple[float, float]:
+        backend, texts = self.backend, prompts.tolist()
+        B, T = prompts.shape
+        with backend.scope():
+            cache = KVCache(self.model.config, backend, B, T + n - 1)
+            sampler = Sampler(GREEDY, backend, texts, list(range(B)), self.model.config.vocab_size)
+            ids: Any = None
+
+            def first() -> None:
+                nonlocal ids
+                ids = sampler(prefill(self.model, texts, cache))
+
+            def steps() -> None:
+                nonlocal ids
+                for _ in range(n - 1):
+                    positions = cache.extend([1] * B)
+                    ids = backend.xp.reshape(ids, (-1, 1))
+                    ids = sampler(self.model.forward(ids, positions, cache)[:, -1, :])
+
+            return self.elapsed(first), self.elapsed(steps) / max(n - 1, 1)
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        if self._cupy is None:
+            return super().elapsed(work)
+        start, end = (self._cupy.cuda.Event() for _ in range(2))
+        self.backend.synchronize()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        with self.backend.scope():
+            cache = KVCache(self.model.config, self.backend, 1, len(ids))
+            return self.backend.to_numpy(prefill(self.model, [ids], cache))[0]
+
+    def memory(self) -> tuple[int, int]:
+        if self._cupy is None:
+            return super().memory()
+        pool = self._cupy.get_default_memory_pool()
+        return pool.used_bytes(), pool.total_bytes()
+
+    def release(self) -> None:
+        if self._cupy is not None:
+            with self.backend.scope():
+                self._cupy.get_default_memory_pool().free_all_blocks()

@@ -1,0 +1,201 @@
+// The names of backends/cuda/device.cuh for the CPU: the same meaning, and faults where a GPU
+// has one.
+#include "cuda.h"
+
+#define DEVICE inline
+#define DYNAMIC_SHARED(name) unsigned char* name = emulator::dynamic_shared
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int WARP = 32;
+
+struct half_t { unsigned short bits; };
+struct bf16_t { unsigned short bits; };
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(half_t x) {
+    unsigned sign = (unsigned)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    float y = __uint_as_float(rest << 13) * 0x1p112f;  // the exponents differ by 112
+    return __uint_as_float(sign | __float_as_uint(y));
+}
+DEVICE float to_float(bf16_t x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+// To the nearest, ties to even; every NaN becomes the device's one.
+template <class T> DEVICE T from_float(float x);
+template <> DEVICE float from_float<float>(float x) { return x; }
+template <> DEVICE half_t from_float<half_t>(float x) {
+    unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return {0x7fff};
+    if (rest >= 0x477ff000) return {(unsigned short)(sign | 0x7c00)};  // from 65520: infinity
+    if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds where its last place is
+        unsigned place = __float_as_uint(fabsf(x) + 0.5f) - __float_as_uint(0.5f);
+        return {(unsigned short)(sign | place)};
+    }
+    rest += 0xfff + (rest >> 13 & 1) - (112u << 23);
+    return {(unsigned short)(sign | rest >> 13)};
+}
+template <> DEVICE bf16_t from_float<bf16_t>(float x) {
+    unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};
+    return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <class T> DEVICE unsigned pack(float low, float high) {
+    return (unsigned)from_float<T>(low).bits | (unsigned)from_float<T>(high).bits << 16;
+}
+
+DEVICE float exp2_approx(float x) {
+    float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
+template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several {
+    T x[N];
+};
+
+DEVICE float product(float a, float b) {
+    volatile float rounded = a * b;
+    return rounded;
+}
+
+struct alignas(16) Bytes16 { unsigned word[4]; };
+
+DEVICE void check_aligned(const void* p, emulator::Site site) {
+    if ((uintptr_t)p % 16) emulator::fail(site, "16 bytes at %p, which is no multiple of 16", p);
+}
+DEVICE void check_shared(const void* p, emulator::Site site) {
+    check_aligned(p, site);
+    if (!emulator::is_shared(p)) emulator::fail(site, "%p is not in shared memory", p);
+}
+DEVICE void check_global(const void* p, emulator::Site site) {
+    check_aligned(p, site);
+    if (emulator::is_shared(p)) emulator::fail(site, "%p is in shared memory", p);
+}
+
+DEVICE Bytes16 load(const void* p, emulator::Site site = HERE) {
+    check_global(p, site);
+    Bytes16 x;
+    memcpy(&x, p, 16);
+    return x;
+}
+DEVICE Bytes16 load_weight(const void* p, bool there, emulator::Site site = HERE) {
+    return there ? load(p, site) : Bytes16{};
+}
+
+DEVICE void unpack(Bytes16 x, float (&y)[4], float) { memcpy(y, &x, 16); }
+template <class T> DEVICE void unpack(Bytes16 x, float (&y)[8], T) {
+    for (int i = 0; i < 8; i++) {
+        T half;
+        half.bits = (unsigned short)(x.word[i / 2] >> (i % 2 * 16));
+        y[i] = to_float(half);
+    }
+}
+
+DEVICE void unpack_codes(unsigned word, float (&y)[4]) {
+    for (int i = 0; i < 4; i++) y[i] = word >> 8 * i & 255;
+}
+DEVICE void unpack_codes(unsigned word, float (&y)[8]) {
+    for (int i = 0; i < 8; i++) y[i] = 16 + (word >> 4 * i & 15);
+}
+
+template <class T> constexpr int PER_LOAD = 16 / sizeof(T);
+
+// One exchange in place of five; the order of the sum is that of the device.
+template <class F> DEVICE float over_warp(const char* what, float x, emulator::Site site, F f) {
+    auto slots = emulator::exchange(what, site, x);
+    float all[WARP];
+    for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
+    for (int n = WARP / 2; n; n /= 2)
+        for (int lane = 0; lane < n; lane++) all[lane] = f(all[lane], all[lane + n]);
+    return all[0];
+}
+DEVICE float warp_sum(float x, emulator::Site site = HERE) {
+    return over_warp("warp_sum", x, site, [](float a, float b) { return a + b; });
+}
+DEVICE float warp_max(float x, emulator::Site site = HERE) {
+    return over_warp("warp_max", x, site, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// A lane's part of a [16, 16] and b [16, 8] as floats: registers in order, low half first.
+struct Fragments { float a[8], b[4]; };
+
+template <class T> DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                   T, emulator::Site site = HERE) {
+    Fragments mine;
+    for (int i = 0; i < 8; i++)
+        mine.a[i] = to_float(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
+    for (int i = 0; i < 4; i++)
+        mine.b[i] = to_float(T{(unsigned short)(b[i / 2] >> i % 2 * 16)});
+    auto slots = emulator::exchange("mma", site, mine);
+    const auto of = [&](int lane) { return *(const Fragments*)slots[lane].bytes; };
+    int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
+    for (int k = 0; k < 16; k++) {
+        int low = k % 2, high = k / 8, from = k % 8 / 2;  // who has column k of a, row k of b
+        Fragments row = of(group * 4 + from);
+        for (int i = 0; i < 4; i++) {
+            float weight = of((2 * t + i % 2) * 4 + from).b[2 * high + low];
+            c[i] += row.a[4 * high + 2 * (i / 2) + low] * weight;
+        }
+    }
+}
+
+template <bool TRANSPOSED>
+DEVICE void load_tiles_as(const char* what, unsigned (&x)[4], const void* row,
+                          emulator::Site site) {
+    check_shared(row, site);
+    auto slots = emulator::exchange(what, site, row);
+    int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
+    const auto at = [&](int tile, int i, int j) {
+        return (unsigned)emulator::value_of<const unsigned short*>(slots, tile * 8 + i)[j];
+    };
+    for (int tile = 0; tile < 4; tile++)
+        x[tile] = TRANSPOSED ? at(tile, 2 * t, group) | at(tile, 2 * t + 1, group) << 16
+                             : at(tile, group, 2 * t) | at(tile, group, 2 * t + 1) << 16;
+}
+DEVICE void load_tiles(unsigned (&x)[4], const void* row, emulator::Site site = HERE) {
+    load_tiles_as<false>("load_tiles", x, row, site);
+}
+DEVICE void load_tiles_transposed(unsigned (&x)[4], const void* row, emulator::Site site = HERE) {
+    load_tiles_as<true>("load_tiles_transposed", x, row, site);
+}
+
+// As late as can be: garbage until the wait for it.
+DEVICE void copy_later(void* shared, const void* global, int n_bytes, bool there,
+                       emulator::Site site) {
+    memset(shared, emulator::GARBAGE, n_bytes);
+    emulator::Fiber& fiber = *emulator::current;
+    if (fiber.n_copies == emulator::MAX_COPIES) emulator::fail(site, "too many copies on their way");
+    fiber.copies[fiber.n_copies++] = {shared, there ? global : nullptr, n_bytes, fiber.n_groups};
+}
+DEVICE void copy_async(void* shared, const void* global, bool there = true,
+                       emulator::Site site = HERE) {
+    check_shared(shared, site);
+    if (there) check_global(global, site);
+    copy_later(shared, global, 16, there, site);
+}
+DEVICE void copy_async_word(void* shared, const void* global, bool there = true,
+                            emulator::Site site = HERE) {
+    if (((uintptr_t)shared | (uintptr_t)global) % 4 || !emulator::is_shared(shared) ||
+        emulator::is_shared(global))
+        emulator::fail(site, "a word from %p to %p", global, shared);
+    copy_later(shared, global, 4, there, site);
+}
+DEVICE void copy_async_commit() { emulator::current->n_groups++; }
+template <int N> DEVICE void copy_async_wait() {
+    emulator::Fiber& fiber = *emulator::current;
+    int n_done = 0;
+    for (; n_done < fiber.n_copies; n_done++) {
+        const emulator::Copy& copy = fiber.copies[n_done];
+        if (copy.group >= fiber.n_groups - N) break;
+        if (copy.from) memcpy(copy.to, copy.from, copy.n_bytes);
+        else memset(copy.to, 0, copy.n_bytes);
+    }
+    fiber.n_copies -= n_done;
+    memmove(fiber.copies, fiber.copies + n_done, fiber.n_copies * sizeof(emulator::Copy));
+}
+
+// One kernel runs after the other here.
+DEVICE void let_next_start() {}
+DEVICE void wait_for_previous() {}
+
+DEVICE unsigned arrive(unsigned* counter, unsigned n) { return atomicInc(counter, n - 1); }

@@ -1,0 +1,116 @@
+"""CuPy's RawModule on the emulator of `cuda_on_cpu`."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda_on_cpu import KERNELS, compile_text
+
+from cupy_on_cpu.arrays import ndarray
+from cupy_on_cpu.streams import ATTRIBUTES, CUDADriverError, Stream, get_current_stream
+
+HEADER = (KERNELS / "device.cuh").read_text()
+INVALID_VALUE = 1
+
+
+class RawModule:
+    """Kernels, compiled when the first is asked for."""
+
+    def __init__(
+        self,
+        *,
+        code: str,
+        options: tuple[str, ...] = (),
+        backend: str = "nvrtc",
+        enable_cooperative_groups: bool = False,
+        name_expressions: Any = None,
+    ) -> None:
+        assert HEADER in code, "the emulator has its own device.cuh, in place of this one"
+        assert isinstance(options, tuple)
+        macros = [option.removeprefix("-D") for option in options if option.startswith("-D")]
+        assert {*options} - {f"-D{macro}" for macro in macros} <= {"-std=c++17"}
+        self._code = code.replace(HEADER, "")
+        self._macros = dict(macro.split("=") for macro in macros)
+
+    def get_function(self, name: str) -> RawKernel:
+        """A kernel by its name."""
+        return RawKernel(compile_text(self._code, self._macros), name)
+
+
+class Function:
+    """What the driver knows of a kernel: `ptr` is its handle."""
+
+    def __init__(self, kernel: RawKernel) -> None:
+        self.ptr = id(self)
+        functions[self.ptr] = kernel
+
+
+class RawKernel:
+    """A kernel; its arguments are held to its parameters' types."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        assert name in module.kernels, f"named symbol not found: {name}"
+        self._module, self.name = module, name
+        self._shared_bytes = ATTRIBUTES["MaxSharedMemoryPerBlock"]
+        self.kernel = Function(self)
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """What a launch may ask for."""
+        return self._shared_bytes
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, n_bytes: int) -> None:
+        if n_bytes > ATTRIBUTES["MaxSharedMemoryPerBlockOptin"]:
+            raise CUDADriverError(INVALID_VALUE)
+        self._shared_bytes = n_bytes
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Any,
+        *,
+        shared_mem: int = 0,
+        stream: Stream | None = None,
+    ) -> None:
+        """Launch on a stream."""
+        for size in (grid, block):
+            if not isinstance(size, tuple):
+                raise TypeError(f"a grid and a block are tuples, not {size!r}")
+        if shared_mem > self._shared_bytes:
+            raise CUDADriverError(INVALID_VALUE)
+        sizes = [tuple(max(1, operator.index(n)) for n in (*s, 1, 1)[:3]) for s in (grid, block)]
+        values = [_borrow(arg) for arg in args]
+        self._module.check(self.name, [value() for value in values])
+
+        def launch() -> None:
+            self._module.launch(self.name, *sizes, [value() for value in values], shared_mem)
+
+        (stream or get_current_stream()).do(launch)
+
+
+def _borrow(arg: Any) -> Callable[[], Any]:
+    """An argument as it will be at a launch: it is not kept alive."""
+    if arg is None or isinstance(arg, np.generic):
+        return lambda: arg
+    if not isinstance(arg, ndarray):
+        raise TypeError(f"Unsupported type {type(arg)}: the C type would not be plain")
+    memory = weakref.ref(arg.data.mem)
+    offset = arg.data.ptr - arg.data.mem.ctypes.data
+    layout = arg.shape, arg.dtype
+
+    def array() -> np.ndarray:
+        alive = memory()
+        assert alive is not None, "the memory of a kernel's argument was given back"
+        return np.ndarray(layout[0], layout[1], alive, offset, strides)
+
+    strides = arg.strides
+    return array
+
+
+functions: weakref.WeakValueDictionary[int, RawKernel] = weakref.WeakValueDictionary()
