@@ -17,6 +17,7 @@ from gptx.backends import cupy_early
 
 FOLDER = Path(__file__).parent / "cuda"
 HEADERS = ("device.cuh", "activation.cuh")
+PARTS = {"linear.cu": ("linear_input.cuh",)}  # further headers of a file
 TYPES = {"float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
 ROW = (256,)  # threads of a block that works on one row
 
@@ -67,7 +68,8 @@ class Kinds(NamedTuple):
 
 def source(file: str) -> str:
     """The code of one module: the headers and `file` of the folder `cuda`."""
-    return "\n".join((FOLDER / name).read_text() for name in (*HEADERS, file))
+    names = *HEADERS, *PARTS.get(file, ()), file
+    return "\n".join((FOLDER / name).read_text() for name in names)
 
 
 @cache

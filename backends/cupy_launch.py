@@ -10,7 +10,8 @@ from typing import NamedTuple
 ROWS = (1, 2, 4, 8)  # that a block of `linear_R` has
 SHARED_BYTES = 158 * 1024  # that a block may have on every device with tensor cores for bfloat16
 WARP = 32
-TEAMS = (8, 16, *range(WARP, 385, WARP))  # threads that may share an output
+OUTPUTS = 2  # of a team of threads
+TEAMS = (8, 16, *range(WARP, 385, WARP))  # threads that a team may have
 
 # linear_tiles_N: parts of the inputs, stages and threads of a block.
 TILES = {16: (4, 4, 128), 32: (4, 3, 128), 64: (2, 3, 256), 128: (1, 3, 256)}
@@ -56,21 +57,22 @@ def few_rows(
     vectors = n_in // numbers  # of 16 bytes, of a row of weights
 
     def shared_bytes(R: int) -> int:
-        x = R * _ceil(vectors, 8) * 8 * numbers * 4
-        return x + (R * vectors * 4 if bits else 0) + (2 * n_in * itemsize if normed else 0)
+        x = R * _ceil(vectors, 8) * 8 * numbers * (4 if bits else itemsize)
+        sums = _ceil(R * vectors, 4) * 16 if bits else 0
+        norm = 2 * n_in * itemsize + R * n_in * 4 if normed else 0
+        return x + sums + norm
 
     fitting = [R for R in ROWS if shared_bytes(R) <= SHARED_BYTES] or [1]
     R = next((R for R in fitting if R >= n_rows), fitting[-1])
-    outputs = 4 if R == 8 and not bits else 2
-    depth = (3 if R == 1 else 2) if bits else 1 if R == 8 else 4
+    depth = 4 if not bits else 3 if R == 1 else 2
     threads = 384 if R < 4 else 256
-    narrowest = max(8, R * outputs)
+    narrowest = max(8, R * OUTPUTS)
 
     # One block to a multiprocessor, if it can have all weights there on their way at once.
-    in_flight = multiprocessors * threads * depth * outputs * 16
+    in_flight = multiprocessors * threads * depth * OUTPUTS * 16
     blocks = multiprocessors if n_out * vectors * 16 <= in_flight else 2 * multiprocessors
     tiles = _ceil(n_rows, R)
-    groups = _ceil(n_out, outputs)
+    groups = _ceil(n_out, OUTPUTS)
     per_block = _ceil(groups, max(1, blocks // tiles))
     rounds = _ceil(per_block * narrowest, threads)
     teams = _ceil(per_block, rounds)

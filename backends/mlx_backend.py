@@ -122,7 +122,8 @@ class MlxBackend(Backend):
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
     def start(self, x: Array) -> Array:
-        mx.async_eval(x)
+        begin: Any = mx.async_eval  # it is declared without types
+        begin(x)
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:

@@ -111,24 +111,24 @@ def records_of(job: Any, seconds: float, log: Any) -> Iterator[Record]:
     """What a job reports from a process of its own, and how that ended if not well."""
     print(f"--- {job.name}", file=log, flush=True)
     start = time.time()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(job, start + seconds),
         stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
         process_group=0,  # so that its own children are ended with it
-    )
-    timer = threading.Timer(seconds + GRACE, kill, [process])
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            yield {"job": job.name, **json.loads(line)}
-        code = process.wait()
-    finally:
-        timer.cancel()
-        kill(process)
+    ) as process:
+        timer = threading.Timer(seconds + GRACE, kill, [process])
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield {"job": job.name, **json.loads(line)}
+            code = process.wait()
+        finally:
+            timer.cancel()
+            kill(process)
     if code:
         spent = time.time() - start
         how = "was ended: it took too long" if spent > seconds + GRACE else f"ended with {code}"

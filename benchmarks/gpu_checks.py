@@ -16,7 +16,6 @@ import numpy as np
 from gpu_times import told
 
 from gptx.backends import Backend, Positions, get_backend
-from gptx.backends.base import OPS
 from gptx.cache import KVCache, pad
 from gptx.config import GPT2Config
 from gptx.engine import Generation, prefill
@@ -29,7 +28,8 @@ from gptx.weights import quantize_weights, to_backend
 Finding = tuple[str, float, float]  # what, the error, its limit
 
 LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # of an op
-MODEL_LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}  # of the logits
+TRAINED_LIMITS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # of a trained model's logits
+RANDOM_LIMITS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}  # attention is sharper there
 EXACT = 0.0  # an error is the part of the tokens that differ
 
 # Real heads; a vocabulary and a number of rows that are multiples of nothing.
@@ -84,11 +84,12 @@ def ops(where: Where, dtype: str) -> Iterator[Finding]:
     """Each op by itself."""
     backend, exact = where.make(dtype), reference()
     for op, cases in _cases(np.random.default_rng(0)).items():
-        error = 0.0
-        for host in cases:
-            rounded = _rounded(backend, host)
-            error = max(error, relative(_run(backend, op, host), _run(exact, op, rounded)))
-        yield f"{op} {dtype}", error, LIMITS[where.has(dtype)]
+        errors = [
+            relative(_run(backend, op, host), _run(exact, op, _rounded(backend, host)))
+            for host in cases
+        ]
+        # NumPy's maximum, since Python's may overlook a NaN
+        yield f"{op} {dtype}", float(np.max(errors)), LIMITS[where.has(dtype)]
 
 
 def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
@@ -176,7 +177,7 @@ def forward(
     backend = where.make(dtype, **options)
     config = replace(config, quantization=how)
     model = _model(config, gpu_models.random_weights(config, how), backend)
-    limit = MODEL_LIMITS[where.has(options.get("cache_dtype", dtype))]
+    limit = RANDOM_LIMITS[where.has(options.get("cache_dtype", dtype))]
     for lengths in (*BATCHES, LONG):
         if max(lengths) < config.n_positions:
             error = relative(_logits(model, lengths), _expected(config, lengths))
@@ -265,9 +266,9 @@ def embedded(where: Where) -> Iterator[Finding]:
         yield f"sampled tokens, {name}", _differing(got, model.tokens(numpy, params)), EXACT
     for dtype in ("float16", "bfloat16"):
         error = relative(model.logits(where.make(dtype)), exact)
-        yield f"logits, {dtype}", error, MODEL_LIMITS[dtype]
+        yield f"logits, {dtype}", error, TRAINED_LIMITS[dtype]
     error = relative(model.logits(where.make(cache_dtype="float16")), exact)
-    yield "logits, float16 cache", error, MODEL_LIMITS["float16"]
+    yield "logits, float16 cache", error, TRAINED_LIMITS["float16"]
 
 
 def embedded_codes(where: Where) -> Iterator[Finding]:
@@ -345,8 +346,3 @@ def run(
                 yield {"group": title, "check": what, "error": error, "limit": limit, "ok": ok}
         except Exception as error:
             yield {"group": title, "check": title, "error": told(error), "limit": 0.0, "ok": False}
-
-
-def all_ops_are_there() -> bool:
-    """Whether `_cases` knows every op."""
-    return set(_cases(np.random.default_rng(0))) == set(OPS)

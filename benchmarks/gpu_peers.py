@@ -24,6 +24,7 @@ GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
 # Every shape is compiled for itself, and so is every engine.
 torch._dynamo.config.recompile_limit = 64
+COMPILER = "inductor"
 
 
 class Block(nn.Module):
@@ -214,7 +215,7 @@ class Plain(TorchEngine):
         self._read: Callable[..., Tensor] = self.model.best
         if self.compiled:
             self._best = torch.compile(
-                self.model.best, mode=self.compiled, fullgraph=True, dynamic=False
+                self.model.best, mode=self.compiled, fullgraph=True, dynamic=False, backend=COMPILER
             )
             if n_tokens == 1:  # a compiler for the prompt, too, where that is all there is to do
                 self._read = self._best
@@ -287,7 +288,11 @@ class Transformers(TorchEngine):
         if self.compiled:
             self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=room)
             self._best = torch.compile(
-                self._uncompiled, mode=self.compiled, fullgraph=True, dynamic=False
+                self._uncompiled,
+                mode=self.compiled,
+                fullgraph=True,
+                dynamic=False,
+                backend=COMPILER,
             )
 
     def _uncompiled(self, ids: Tensor) -> Tensor:
@@ -348,4 +353,5 @@ def _tensors(
     weights: Mapping[str, np.ndarray], dtype: str, device: str
 ) -> Iterator[tuple[str, Tensor]]:
     for name, x in weights.items():
-        yield name, torch.from_numpy(x).to(device, getattr(torch, dtype))
+        writable = np.require(x, requirements="W")  # which PyTorch wants, though nobody writes
+        yield name, torch.from_numpy(writable).to(device, getattr(torch, dtype))

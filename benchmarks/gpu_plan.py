@@ -55,9 +55,11 @@ def _goals() -> list[Job]:
         times("124M", (*BESIDE, "transformers"), [SHORT, MANY, PREFILL, DEEP], 90),
         times("124M", ("gptx", "torch compile"), [SHORT, PREFILL, MANY, DEEP], 120, "compiled"),
         times("1558M", BESIDE, [SHORT, DEEP], 80),
-        Job("kernels", "kernels", 50, {"setting": {"size": "124M", "dtype": "bfloat16"},
+        Job("kernels", "kernels", 50, {"setting": {"size": "124M", "dtype": "float32"},
                                        "names": (*layers, "torch graph")}),
-        times("124M", layers, [SHORT], 40, "layers"),
+        # CuPy has no products of bfloat16 in more than two dimensions, which the generic ops want.
+        times("124M", layers, [SHORT], 40, "layers", dtype="float32"),
+        times("124M", layers[:2], [SHORT], 30, "layers"),
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int4"),
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int8"),
         Job("other checks", "checks", 150, {"which": "rest"}),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import numpy as np
 import pytest
 from conftest import make_backend, make_model
@@ -171,7 +172,20 @@ def test_quantized_files_are_named_so(tmp_path: Path) -> None:
     assert event["dtype"] == "int8"
 
 
-@pytest.mark.parametrize("name", ["numpy", "mlx"])
+def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
+    with cupy_on_cpu.installed():
+        setup = {"model": "m", "folder": str(folder("124M")), "backend": "cupy"}
+        *_, read, generated = speed.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
+    assert read["threads"] is None
+    assert read["library"].startswith("cupy ")
+    assert read["size"] == 4 * CASES["124M"].n_parameters
+    assert read["peak_memory"] > read["size"]  # of the pool
+    assert read["time_to_first_token"] > 0
+    assert 0 < generated["step_p50"] <= generated["step_p99"]
+    assert generated["kernels"] > 0
+
+
+@pytest.mark.parametrize("name", ["numpy", "mlx", "cupy-cpu"])
 def test_bandwidth_of_a_backend(name: str) -> None:
     backend = make_backend(name)
     assert 1e7 < bandwidth.read(backend, 1_000_000) < 1e13

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cupy_on_cpu
 import pytest
 from bench_helpers import BOTH, READ, in_this_process, parsed, table
 from cli_helpers import error_lines, posix, run, start
@@ -52,6 +53,19 @@ def test_the_grid_for_machines(tiny: str, output_format: str) -> None:
         assert record["tokens_per_second"] > 0
         for name in ("date", "cpu", "gptx", "python", "numpy", "library"):
             assert record[name]
+
+
+def test_a_gpu_in_the_table(tiny: str) -> None:
+    with cupy_on_cpu.installed():
+        done = run("bench", "-m", tiny, "-b", "cupy", "-r", "1", "-p", "3", "-n", "2")
+    assert (done.code, done.err) == (0, "")
+    rows = table(done.out)
+    assert [(row["backend"], row["threads"], row["test"]) for row in rows] == [
+        ("cupy", "–", "pp3"),
+        ("cupy", "–", "tg2"),
+    ]
+    assert all(int(row["kernels a token"]) > 0 for row in rows)
+    assert re.search(r"^memory read at [\d.]+ GB/s \(cupy\)$", done.out, re.MULTILINE)
 
 
 def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:

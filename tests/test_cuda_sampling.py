@@ -193,18 +193,6 @@ def test_those_equal_to_the_last_are_kept_and_no_others(kernels: Module) -> None
         assert set(sequences(x)) == {1, 3, 4, 5}
 
 
-def test_penalties_are_rounded_as_the_generic_ones(
-    kernels: Module, random: np.random.Generator
-) -> None:
-    y = random.normal(0, 1, (64, 1)).astype(np.float32)
-    penalized = y - np.float32(0.1) * np.float32(3)
-    # Equal numbers, of which the first is taken.
-    for x, token in ((np.hstack([y, penalized]), 0), (np.hstack([penalized, y]), 1)):
-        sequences = Sequences(kernels, x.shape, frequency_penalty=0.1)
-        sequences.counts[:, token] = 3
-        assert sequences(x) == [0] * 64
-
-
 def test_infinite_logits_after_the_temperature(kernels: Module) -> None:
     x = np.tile(np.array([3e38, -3e38, 3.1e38, 0], np.float32), (30, 1))
     assert Sequences(kernels, x.shape)(x) == [2] * 30

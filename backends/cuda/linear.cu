@@ -191,14 +191,13 @@ DEVICE void multiply(
     DYNAMIC_SHARED(shared);
     __shared__ float partial[2][MOST_WARPS][N];
     const int team = blockDim.x, warp = thread() / WARP;
-    const long long first_row = (long long)blockIdx.x * R;
-    const int n_here = (int)min((long long)R, n_rows - first_row);
+    const int first_row = blockIdx.x * R, n_here = min(R, n_rows - first_row);
     const int x_bytes = (m.n_vectors + 7) / 8 * 8 * PARTS * R * sizeof(Bytes16);
     const Inputs<R> inputs = {(Bytes16*)shared, (Several<float, R>*)(shared + x_bytes)};
 
     // Thread i of a team ends sum i: of row i / OUTPUTS and output i % OUTPUTS.
     const bool ends = threadIdx.x < N && (int)threadIdx.x / OUTPUTS < n_here;
-    const long long row = (first_row + threadIdx.x / OUTPUTS) * m.n_out;
+    const long long row = (long long)(first_row + threadIdx.x / OUTPUTS) * m.n_out;
     const auto has = [&](int output) { return ends && output < m.n_out; };
     const auto bias_of = [&](int output) {  // not made a float before it has come
         return bias && has(output) ? bias[output] : REAL{};
@@ -212,7 +211,8 @@ DEVICE void multiply(
     int mine = output + threadIdx.x % OUTPUTS;
     Loaded<R> loaded;
     loaded.load(m, output, threadIdx.x);
-    source.begin(shared + x_bytes + (BITS ? (m.n_vectors * R + 3) / 4 * 16 : 0), m.n_in);
+    const int sums_bytes = BITS ? (m.n_vectors * R + 3) / 4 * 16 : 0;
+    source.begin(shared + x_bytes + sums_bytes, n_here, m.n_in);
     REAL b = bias_of(mine);
     let_next_start();
     wait_for_previous();
@@ -266,7 +266,7 @@ DEVICE void multiply(
         int activation, int wide                                                                  \
     ) {                                                                                           \
         const few::Matrix m(weight, scales, offsets, n_in, n_out);                                \
-        few::multiply<R>(few::Plain<R>{x}, m, bias, residual, out, n_rows, activation, wide);     \
+        few::multiply<R>(few::Plain<R>(x), m, bias, residual, out, n_rows, activation, wide);     \
     }                                                                                             \
     extern "C" __global__ void __launch_bounds__(few::THREADS<R>, 2) norm_linear_##R(             \
         const float* x, const REAL* norm_weight, const REAL* norm_bias, float epsilon,            \
@@ -275,7 +275,7 @@ DEVICE void multiply(
         int wide                                                                                  \
     ) {                                                                                           \
         const few::Matrix m(weight, scales, offsets, n_in, n_out);                                \
-        const few::Normalized<R> source = {x, norm_weight, norm_bias, epsilon};                   \
+        const few::Normalized<R> source(x, norm_weight, norm_bias, epsilon);                      \
         few::multiply<R>(source, m, bias, residual, out, n_rows, activation, wide);               \
     }
 

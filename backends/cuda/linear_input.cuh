@@ -12,8 +12,8 @@ template <> struct KeptAs<true> { using Type = REAL; };
 using Kept = typename KeptAs<BY_MMA>::Type;  // x in shared memory
 
 constexpr int WEIGHT_BITS = BITS ? BITS : 8 * sizeof(REAL);
-constexpr int NUMBERS = 128 / WEIGHT_BITS;             // weights in a vector
-constexpr int PARTS = NUMBERS / PER_LOAD<Kept>;        // 16 bytes of x each, that meet a vector
+constexpr int NUMBERS = 128 / WEIGHT_BITS;       // weights in a vector
+constexpr int PARTS = NUMBERS / PER_LOAD<Kept>;  // 16 bytes of x each, that meet a vector
 constexpr int MOST_WARPS = 12;
 
 using Four = Several<float, 4>;
@@ -50,23 +50,24 @@ template <int R> struct Inputs {
     }
 };
 
-// Which rows, and which numbers of a row, are a warp's: one of the `n_warps` that share a row, or
-// the only one, with every `step`th row.
+// Which rows, and which numbers of a row, are a warp's: one of the `n_warps` that share a row, at
+// most `most`, or the only one, with every `step`th row.
 struct Share {
     int first, step, n_warps, number;
 
-    DEVICE Share(int n_rows) {
+    DEVICE Share() {}
+    DEVICE Share(int n_rows, int most) {
         const int warp = thread() / WARP, n = blockDim.x * blockDim.y / WARP;
         step = min(n_rows, n);
-        first = warp % step;
         number = warp / step;
-        n_warps = (n - first + step - 1) / step;
+        first = number < most ? warp % step : n_rows;
+        n_warps = min((n - warp % step + step - 1) / step, most);
     }
 
     // f(i, numbers 4i to 4i + 3 of a row, whether they are there), loaded some at a time; the lanes
     // of a warp stay together.
     template <class X, class F> DEVICE void read(const X* row, int n_in, F f) const {
-        constexpr int AHEAD = 8 / sizeof(X);
+        constexpr int AHEAD = 4;
 #pragma unroll 1
         for (int i = number * WARP; i < n_in / 4; i += AHEAD * n_warps * WARP) {
             Several<X, 4> four[AHEAD] = {};
@@ -90,35 +91,45 @@ struct Share {
     }
 };
 
-// Rows of x as they are.
+// Rows of x [n_rows, n_in] as they are.
 template <int R> struct Plain {
     const REAL* x;
+    Share share;
 
-    DEVICE void begin(unsigned char*, int) const {}
+    DEVICE Plain(const REAL* x) : x(x) {}
 
-    DEVICE void bring(const Inputs<R>& inputs, long long first_row, int n_rows, int n_in) const {
-        const Share share(n_rows);
-        for (int row = share.first; row < n_rows; row += share.step)
-            share.read(x + (first_row + row) * n_in, n_in, [&](int i, auto four, bool there) {
+    // What can be done before the kernel ahead has ended, with room in shared memory.
+    DEVICE void begin(unsigned char*, int n_rows, int) { share = Share(n_rows, MOST_WARPS); }
+
+    DEVICE void bring(const Inputs<R>& inputs, int first_row, int n_rows, int n_in) const {
+        for (int row = share.first; row < n_rows; row += share.step) {
+            const REAL* from = x + (long long)(first_row + row) * n_in;
+            share.read(from, n_in, [&](int i, auto four, bool there) {
                 Four y;
 #pragma unroll
                 for (int j = 0; j < 4; j++) y.x[j] = to_float(four.x[j]);
                 inputs.put(row, i, y, there);
             });
+        }
         __syncthreads();
     }
 };
 
-// Rows of the residual stream after their layer norm.
+// Rows of the residual stream x [n_rows, n_in] after their layer norm.
 template <int R> struct Normalized {
+    static constexpr int MOST = 4;  // warps that share a row: more lose time over their sums
     const float* x;
     const REAL *weight, *bias;
-    float epsilon;
+    float epsilon, part;  // 1 / n_in
+    Share share;
     // In shared memory:
     REAL* norm;  // weight and bias [2, n_in]
     Four* raw;   // x [R, n_in / 4]
 
-    DEVICE void begin(unsigned char* room, int n_in) {
+    DEVICE Normalized(const float* x, const REAL* weight, const REAL* bias, float epsilon)
+        : x(x), weight(weight), bias(bias), epsilon(epsilon) {}
+
+    DEVICE void begin(unsigned char* room, int n_rows, int n_in) {
         norm = (REAL*)room;
         raw = (Four*)(norm + 2 * n_in);
         for (int i = thread(); i < n_in / PER_LOAD<REAL>; i += blockDim.x * blockDim.y) {
@@ -126,15 +137,17 @@ template <int R> struct Normalized {
             copy_async(norm + n_in + i * PER_LOAD<REAL>, bias + i * PER_LOAD<REAL>);
         }
         copy_async_commit();
+        share = Share(n_rows, MOST);
+        part = 1.0f / n_in;
     }
 
-    DEVICE void bring(const Inputs<R>& inputs, long long first_row, int n_rows, int n_in) const {
-        __shared__ Four seen[R][MOST_WARPS];  // by a warp: how many numbers, mean, squares
-        const Share share(n_rows);
+    DEVICE void bring(const Inputs<R>& inputs, int first_row, int n_rows, int n_in) const {
+        __shared__ Four seen[R][MOST];  // by a warp: how many numbers, mean, squares
         for (int row = share.first; row < n_rows; row += share.step) {
+            const float* from = x + (long long)(first_row + row) * n_in;
             Four* own = raw + row * (n_in / 4);
             float n = 0.0f, sum = 0.0f, squares = 0.0f;
-            share.read(x + (first_row + row) * n_in, n_in, [&](int i, Four y, bool there) {
+            share.read(from, n_in, [&](int i, Four y, bool there) {
                 if (!there) return;
                 own[i] = y;
                 n += 4.0f;
@@ -155,16 +168,19 @@ template <int R> struct Normalized {
         copy_async_wait<0>();
         __syncthreads();
         for (int row = share.first; row < n_rows; row += share.step) {
-            float sum = 0.0f, squares = 0.0f;
-#pragma unroll 4
-            for (int i = 0; i < share.n_warps; i++) sum += seen[row][i].x[0] * seen[row][i].x[1];
-            const float mean = sum / n_in;
-#pragma unroll 4
-            for (int i = 0; i < share.n_warps; i++) {
-                const Four part = seen[row][i];
-                squares += part.x[2] + part.x[0] * (part.x[1] - mean) * (part.x[1] - mean);
+            Four by_warp[MOST];
+            float mean = 0.0f, variance = 0.0f;
+#pragma unroll
+            for (int i = 0; i < MOST; i++) {
+                by_warp[i] = i < share.n_warps ? seen[row][i] : Four();
+                mean += by_warp[i].x[0] * by_warp[i].x[1] * part;
             }
-            const float scale = 1.0f / sqrtf(squares / n_in + epsilon);
+#pragma unroll
+            for (int i = 0; i < MOST; i++) {
+                const float d = by_warp[i].x[1] - mean;
+                variance += (by_warp[i].x[2] + by_warp[i].x[0] * d * d) * part;
+            }
+            const float scale = rsqrtf(variance + epsilon);
             share.each(n_in, [&](int i, bool there) {
                 Four y = {};
                 if (there) {

@@ -12,6 +12,7 @@ template <class T> struct Name;
 template <> struct Name<void> { static constexpr const char* is = "void"; };
 template <> struct Name<bool> { static constexpr const char* is = "bool"; };
 template <> struct Name<float> { static constexpr const char* is = "float32"; };
+template <> struct Name<double> { static constexpr const char* is = "float64"; };
 template <> struct Name<half_t> { static constexpr const char* is = "float16"; };
 template <> struct Name<bf16_t> { static constexpr const char* is = "bfloat16"; };
 template <> struct Name<unsigned char> { static constexpr const char* is = "uint8"; };

@@ -77,7 +77,7 @@ def _modules() -> dict[str, ModuleType]:
         setattr(cupy, arrays.parse(line)[0], arrays.make_function(line))
     special = _module("cupyx.scipy.special", erf=arrays.erf)
     scipy = _module("cupyx.scipy", special=special)
-    cupyx = _module("cupyx", scipy=scipy)
+    cupyx = _module("cupyx", scipy=scipy, empty_pinned=arrays.empty_pinned)
     made = (cupy, cuda, runtime, memory, driver, device, linalg, fft, cupyx, scipy, special)
     return {module.__name__: module for module in made}
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from cuda_on_cpu import KERNELS, compile_text
 
+from cupy_on_cpu import streams
 from cupy_on_cpu.arrays import ndarray
 from cupy_on_cpu.streams import ATTRIBUTES, CUDADriverError, Stream, get_current_stream
 
 HEADER = (KERNELS / "device.cuh").read_text()
-INVALID_VALUE = 1
+INVALID_VALUE = 1  # the driver's error
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # its attribute of a launch
 
 
 class RawModule:
@@ -33,7 +37,7 @@ class RawModule:
         assert isinstance(options, tuple)
         macros = [option.removeprefix("-D") for option in options if option.startswith("-D")]
         assert {*options} - {f"-D{macro}" for macro in macros} <= {"-std=c++17"}
-        self._code = code.replace(HEADER, "")
+        self._code = _named(code.replace(HEADER, ""))
         self._macros = dict(macro.split("=") for macro in macros)
 
     def get_function(self, name: str) -> RawKernel:
@@ -41,12 +45,21 @@ class RawModule:
         return RawKernel(compile_text(self._code, self._macros), name)
 
 
+def _named(code: str) -> str:
+    """Say where each file of the kernels begins: a fault is told by its file and line."""
+    for path in KERNELS.glob("*.cu*"):
+        text = path.read_text()
+        code = code.replace(text, f'#line 1 "{path.name}"\n{text}')
+    return code
+
+
 class Function:
     """What the driver knows of a kernel: `ptr` is its handle."""
 
     def __init__(self, kernel: RawKernel) -> None:
         self.ptr = id(self)
-        functions[self.ptr] = kernel
+        self.raw_kernel = kernel
+        functions[self.ptr] = self
 
 
 class RawKernel:
@@ -113,4 +126,38 @@ def _borrow(arg: Any) -> Callable[[], Any]:
     return array
 
 
-functions: weakref.WeakValueDictionary[int, RawKernel] = weakref.WeakValueDictionary()
+class Driver:
+    """What is used of the driver's library itself, past CuPy: all that it gets are addresses."""
+
+    def cuLaunchKernelEx(self, config: Any, function: int, pointers: Any, extra: None) -> int:
+        """Launch a kernel by its handle; the arguments are where `pointers` points to."""
+        attributes = [config.attributes[i] for i in range(config.n_attributes)]
+        if [(a.id, a.value) for a in attributes] != [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)]:
+            return INVALID_VALUE
+        kernel = functions[function].raw_kernel
+        types = kernel._module.kernels[kernel.name]
+        args = [_read(pointers[i], wanted) for i, wanted in enumerate(types)]
+        stream = streams.by_ptr[config.stream or 0]
+        sizes = tuple(config.grid), tuple(config.block)
+        kernel(*sizes, args, shared_mem=config.shared_bytes, stream=stream)
+        return 0
+
+
+def _read(pointer: int, wanted: str) -> Any:
+    """An argument of a type from where it is: a number, or an address within some memory."""
+    if "*" not in wanted:
+        dtype = np.dtype(wanted)
+        return np.frombuffer(ctypes.string_at(pointer, dtype.itemsize), dtype)[0]
+    address = ctypes.c_void_p.from_address(pointer).value
+    if address is None:
+        return None
+    start = max(start for start in streams.memories if start <= address)
+    memory = streams.memories[start]
+    name = wanted.partition("*")[2]
+    dtype = np.dtype({"void": "uint8", "bfloat16": ml_dtypes.bfloat16}.get(name, name))
+    n = (start + memory.nbytes - address) // dtype.itemsize
+    assert n > 0, f"no memory is at {address:#x}"
+    return ndarray((n,), dtype, streams.MemoryPointer(memory, address - start))
+
+
+functions: weakref.WeakValueDictionary[int, Function] = weakref.WeakValueDictionary()

@@ -99,7 +99,7 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        refuse_in_capture()
+        get_current_stream().synchronize()
 
     @property
     def compute_capability(self) -> str:
@@ -125,6 +125,8 @@ class Stream:
         self.device_id = -1 if null else current.device
         self._noted: list[Callable[[], None]] | None = None
         self._is_spoiled = False
+        self.arriving: list[Callable[[], None]] = []  # copies to the host
+        by_ptr[self.ptr] = self
 
     def __enter__(self) -> Stream:
         if self.device_id not in (-1, current.device):
@@ -138,6 +140,7 @@ class Stream:
     def synchronize(self) -> None:
         """Wait for what was launched."""
         refuse_in_capture(self)
+        arrive(self.arriving)
 
     def record(self, event: Event | None = None) -> Event:
         """Note the time."""
@@ -193,10 +196,13 @@ class Event:
     ) -> None:
         self._timing = not disable_timing
         self._time: float | None = None
+        self._arriving: list[Callable[[], None]] = []
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note it."""
-        (stream or get_current_stream()).do(self._note)
+        """Note it, and which copies have been asked for."""
+        stream = stream or get_current_stream()
+        self._arriving = stream.arriving[:]
+        stream.do(self._note)
 
     def _note(self) -> None:
         self._time = time.perf_counter()
@@ -209,6 +215,13 @@ class Event:
     def synchronize(self) -> None:
         """Wait for it."""
         refuse_in_capture()
+        arrive(self._arriving)
+
+
+def arrive(copies: list[Callable[[], None]]) -> None:
+    """Finish copies to the host, each once."""
+    while copies:
+        copies.pop(0)()
 
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
@@ -261,6 +274,7 @@ class MemoryPool:
             raise OutOfMemoryError(size, self._held, self._limit)
         self._held, self._used = held, self._used + size
         memory = np.full(size, GARBAGE, np.uint8)
+        memories[memory.ctypes.data] = memory
         weakref.finalize(memory, self._free, size).atexit = False
         return MemoryPointer(memory, 0)
 
@@ -304,6 +318,8 @@ def using_allocator(allocator: Callable[[int], MemoryPointer] | None = None) -> 
 
 
 pools: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
+memories: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+by_ptr: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 Stream.null = Stream(null=True)
 default_pool = MemoryPool()
 current = _Thread()
