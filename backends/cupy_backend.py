@@ -8,6 +8,7 @@ device for what they do; the array-API names come from array_api_compat.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class CupyBackend(Backend):
             raise BackendError(f"device is {device!r}, expected a number from 0 to {n_devices - 1}")
         super().__init__(_Namespace(), dtype=dtype, device=cupy.cuda.Device(device), **options)
         self.kinds = Kinds(self.dtype, self.cache_dtype, device=device)
+        self._arriving: deque[Arriving] = deque()
         self._has_kernels = self.dtype in TYPES and self.cache_dtype in TYPES
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
@@ -138,9 +140,13 @@ class CupyBackend(Backend):
     def start(self, x: Array) -> Any:
         if x.dtype.kind not in "fiub":
             return x
+        # Memory of a copy that nobody waits for must not be used again before it has ended.
+        while self._arriving and self._arriving[0].arrived.done:
+            self._arriving.popleft()
         host = cupyx.empty_pinned(x.shape, x.dtype)
         x.get(out=host, blocking=False)
-        return Arriving(host, cupy.cuda.get_current_stream().record())
+        self._arriving.append(Arriving(host, cupy.cuda.get_current_stream().record()))
+        return self._arriving[-1]
 
     def to_numpy(self, x: Any) -> np.ndarray:
         if isinstance(x, Arriving):
@@ -155,6 +161,9 @@ class CupyBackend(Backend):
 
     def synchronize(self) -> None:
         self.device.synchronize()
+
+    def device_name(self) -> str:
+        return str(cupy.cuda.runtime.getDeviceProperties(self.device.id)["name"].decode())
 
     def peak_memory(self) -> int:
         """Bytes that CuPy's pool has taken from the device; it does not shrink by itself."""
@@ -179,6 +188,11 @@ class Arriving(NamedTuple):
 
     host: np.ndarray
     arrived: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.host.shape
 
 
 class _Namespace:

@@ -63,7 +63,7 @@ def few_rows(
         return x + sums + norm
 
     fitting = [R for R in ROWS if shared_bytes(R) <= SHARED_BYTES] or [1]
-    R = next((R for R in fitting if R >= n_rows), fitting[-1])
+    R = next((R for R in fitting if n_rows <= R), fitting[-1])
     depth = 4 if not bits else 3 if R == 1 else 2
     threads = 384 if R < 4 else 256
     narrowest = max(8, R * OUTPUTS)

@@ -80,6 +80,7 @@ def make_importable(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+    os.environ.setdefault("TORCH_LOGS", "perf_hints")  # says why it makes no graph of a step
 
 
 def run(jobs: list[Any], out: Path, until: float) -> int:

@@ -6,9 +6,9 @@ is expected. The weights are random, or those of the embedded model.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import gpu_models
@@ -184,7 +184,7 @@ def forward(
             yield f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}", error, limit
 
 
-@functools.cache
+@cache
 def _expected(config: GPT2Config, lengths: tuple[int, ...]) -> np.ndarray:
     weights = gpu_models.random_weights(config, config.quantization)
     return _logits(_model(config, weights, reference()), lengths)
@@ -252,12 +252,11 @@ def embedded(where: Where) -> Iterator[Finding]:
     model, numpy = Embedded(), get_backend("numpy", generic=True)
     exact = model.logits(reference())
     greedy = model.tokens(numpy, SamplingParams(seed=0))
-    for name, options in (
-        ("compiled", {}),
-        ("ops", {"compile": False}),
-        ("generic", {"generic": True}),
+    for name, backend in (
+        ("compiled", where.make()),
+        ("ops", where.make(compile=False)),
+        ("generic", where.make(generic=True)),
     ):
-        backend = where.make(**options)
         yield f"logits, {name}", float(np.abs(model.logits(backend) - exact).max()), 1e-4
         got = model.tokens(backend, SamplingParams(seed=0))
         yield f"greedy tokens, {name}", _differing(got, greedy), EXACT
@@ -306,36 +305,33 @@ def memory(where: Where) -> Iterator[Finding]:
     yield "the call after it", float(np.abs(ones - 1).max()), EXACT
 
 
-def first(where: Where) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]]]:
-    """What has to be right before times mean anything: a title, and what yields the findings."""
-    yield "embedded model", lambda: embedded(where)
+Group = tuple[str, Callable[[], Iterator[Finding]]]  # a title, and what yields the findings
+
+
+def first(where: Where) -> Iterator[Group]:
+    """What has to be right before times mean anything."""
+    yield "embedded model", partial(embedded, where)
     for dtype in ("bfloat16", "float32"):
-        yield f"forward pass {dtype}", lambda dtype=dtype: forward(where, dtype)
-    yield "out of memory", lambda: memory(where)
+        yield f"forward pass {dtype}", partial(forward, where, dtype)
+    yield "out of memory", partial(memory, where)
 
 
-def rest(where: Where) -> Iterator[tuple[str, Callable[[], Iterator[Finding]]]]:
+def rest(where: Where) -> Iterator[Group]:
     """Every other kernel and variant."""
     for dtype in ("float32", "bfloat16", "float16"):
-        yield f"ops {dtype}", lambda dtype=dtype: ops(where, dtype)
-    yield "embedded model, codes", lambda: embedded_codes(where)
-    for how in (
-        Quantization(64, 4),
-        Quantization(64, 8),
-        Quantization(32, 4),
-        Quantization(128, 4),
-    ):
-        yield f"forward pass {how}", lambda how=how: forward(where, "bfloat16", how)
-    yield "forward pass float16", lambda: forward(where, "float16")
-    yield "float16 cache", lambda: forward(where, "float32", cache_dtype="float16")
-    yield "op by op", lambda: forward(where, "bfloat16", compile=False)
-    yield "narrow heads", lambda: forward(where, "float32", config=NARROW)
-    yield "int8 float32", lambda: forward(where, "float32", Quantization(64, 8))
+        yield f"ops {dtype}", partial(ops, where, dtype)
+    yield "embedded model, codes", partial(embedded_codes, where)
+    for group_size, bits in ((64, 4), (64, 8), (32, 4), (128, 4)):
+        how = Quantization(group_size, bits)
+        yield f"forward pass {how}", partial(forward, where, "bfloat16", how)
+    yield "forward pass float16", partial(forward, where, "float16")
+    yield "float16 cache", partial(forward, where, "float32", cache_dtype="float16")
+    yield "op by op", partial(forward, where, "bfloat16", compile=False)
+    yield "narrow heads", partial(forward, where, "float32", config=NARROW)
+    yield "int8 float32", partial(forward, where, "float32", Quantization(64, 8))
 
 
-def run(
-    groups: Iterator[tuple[str, Callable[[], Iterator[Finding]]]], go_on: Callable[[], bool]
-) -> Iterator[dict[str, Any]]:
+def run(groups: Iterable[Group], go_on: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """A record for each finding; what raises is one that failed."""
     for title, find in groups:
         if not go_on():

@@ -56,7 +56,8 @@ def missing() -> str:
             absent[name] = f"{name} ({who}: {error})"
     if not absent:
         return ""
-    packages = " ".join(name.replace("_", "-") for name in absent)
+    names = {"cupy": "cupy-cuda13x"}
+    packages = " ".join(names.get(name, name.replace("_", "-")) for name in absent)
     return (
         f"missing: {', '.join(absent.values())}. Elsewhere: pip download --no-deps "
         f"--only-binary=:all: --python-version {platform.python_version().rpartition('.')[0]} "

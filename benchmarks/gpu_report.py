@@ -175,7 +175,9 @@ def tables(records: Iterable[Record]) -> str:
 
 
 def _about(results: Results) -> str:
-    facts = {k: v for r in results.of("device") for k, v in r.items() if k != "section"}
+    facts = {
+        k: v for r in results.of("device") for k, v in r.items() if k not in ("section", "job")
+    }
     lines = [", ".join(f"{name} {value}" for name, value in facts.items())] if facts else []
     units = {
         "copy": ("device to device copy", 1e12, "TB/s read and written"),

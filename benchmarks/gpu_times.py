@@ -115,18 +115,15 @@ class Loaded:
     def agreement(self) -> dict[str, float]:
         """How far each engine's logits are from those of the first, relative to their size."""
         ids = random_ids(self.config, 1, COMPARED)[0].tolist()
-        found: dict[str, float] = {}
-        expected = None
+        logits: dict[str, np.ndarray] = {}
         for engine in self.engines:
             try:
-                logits = engine.logits(ids).astype(np.float64)
+                logits[engine.name] = engine.logits(ids).astype(np.float64)
             except Exception as error:
                 self.failed.append({"engine": engine.name, "error": told(error)})
-                continue
-            expected = logits if expected is None else expected
-            error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
-            found[engine.name] = float(error)
-        return found
+        expected = next(iter(logits.values()), np.zeros(0))
+        size = np.linalg.norm(expected)
+        return {name: float(np.linalg.norm(x - expected) / size) for name, x in logits.items()}
 
 
 def run(
@@ -173,7 +170,7 @@ def measure(row: Row, loaded: Loaded, until: float) -> Iterator[Record]:
             except Exception as error:
                 yield {"engine": engine.name, "error": told(error)}
                 del ready[engine]
-    expected = next((facts["tokens"] for facts in ready.values()), [])
+    expected: list[int] = next((facts["tokens"] for facts in ready.values()), [])
     for engine, facts in ready.items():
         if times[engine]:
             same = _common(facts.pop("tokens"), expected)

@@ -28,6 +28,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str
 
     monkeypatch.setattr(grid, "fresh", fresh)
     monkeypatch.setattr(bandwidth, "SMALLEST", 4_000_000)
+    monkeypatch.setattr(bandwidth, "LARGEST", 4_000_000)
     monkeypatch.setattr(bandwidth, "largest_cache", lambda: 0)
     return ran
 

@@ -143,7 +143,7 @@ def test_bytes_of_the_weights(
     config = CASES[case]
     model = make_model(config, make_backend("mlx" if how else "numpy"), how=how)
     shapes = config.tensor_shapes()
-    whole, step = weights_bytes(model)
+    whole, step = weights_bytes(model.gpt2)
     skipped = 4 * int(np.prod(shapes["wpe.weight"]))
     if "wte" in read:
         skipped += 4 * int(np.prod(shapes["wte.weight"]))
@@ -178,6 +178,7 @@ def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
         *_, read, generated = speed.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
     assert read["threads"] is None
     assert read["library"].startswith("cupy ")
+    assert read["device"] == "a stand-in, number 0"
     assert read["size"] == 4 * CASES["124M"].n_parameters
     assert read["peak_memory"] > read["size"]  # of the pool
     assert read["time_to_first_token"] > 0

@@ -65,6 +65,7 @@ def test_a_gpu_in_the_table(tiny: str) -> None:
         ("cupy", "–", "tg2"),
     ]
     assert all(int(row["kernels a token"]) > 0 for row in rows)
+    assert "; a stand-in, number 0, " in done.out
     assert re.search(r"^memory read at [\d.]+ GB/s \(cupy\)$", done.out, re.MULTILINE)
 
 

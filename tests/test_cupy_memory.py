@@ -1,6 +1,7 @@
 """Memory that runs out on a CUDA device: what is said, and that it is given back.
 
-CuPy is replaced by the few names that are used of it: its errors can be made without a device.
+CuPy is replaced by the few names that are used of it, since its errors can be made without a
+device; and at the end by the stand-in that runs the whole backend.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import make_backend, make_model
+from random_models import CASES
 
 import gptx.backends
 from gptx.errors import DeviceOutOfMemory
@@ -119,3 +122,17 @@ def test_other_errors_are_none_of_its_business(cupy: Any, error: Exception) -> N
     cupy.cuda.runtime.memGetInfo = None  # which would fail, too, after an illegal access
     assert translated(error) is None
     assert cupy.calls == []
+
+
+def test_the_call_after_one_that_did_not_fit_works() -> None:
+    ids = [3, 1, 4, 1, 5]
+    expected = make_model(CASES["124M"], make_backend("numpy-generic")).generate(ids, max_tokens=4)
+    model = make_model(CASES["124M"], make_backend("cupy-cpu"))
+    pool = sys.modules["cupy"].get_default_memory_pool()
+    pool.set_limit(size=pool.used_bytes() + 4_000_000)
+    try:
+        with pytest.raises(DeviceOutOfMemory, match=r"[\d,]{9,} bytes are needed, [\d,]+ of the"):
+            model.generate([ids * 12] * 64, max_tokens=4, batch_size=64)
+        assert model.generate(ids, max_tokens=4).tokens == expected.tokens
+    finally:
+        pool.set_limit()

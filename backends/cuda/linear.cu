@@ -4,19 +4,20 @@
 // byte takes to come. So what counts is to ask for everything at once and to wait for nothing else:
 //
 // - A team of threads has OUTPUTS neighboring outputs: each thread loads 16 bytes (a vector) of
-//   each of their rows, DEPTH times, into registers. 9 to 12 warps so hold all that a multiprocessor
-//   has to read of a small matrix, and two blocks of 12 about 90 KB of a large one, which is more
-//   than enough to keep the memory busy.
+//   each of their rows, DEPTH times, into registers. 9 to 12 warps so hold all that a
+//   multiprocessor has to read of a small matrix, and two blocks of 12 about 90 KB of a large one,
+//   which is more than enough to keep the memory busy.
 // - Then only does it wait for the kernel ahead, on which weights do not depend, and bring the rows
 //   of x into shared memory, normalized if asked to: every block for itself, while its weights are
 //   on their way. The next weights are asked for before these are summed up.
 // - One block to a multiprocessor, two for large matrices, so that x is read once for each, of
-//   blockDim (team, teams). A team is wide where outputs are few, and narrow where they are many: 8,
-//   16 or a multiple of 32 threads, at least R · OUTPUTS. `backends/cupy_launch.py` chooses.
+//   blockDim (team, teams). A team is wide where outputs are few, and narrow where they are many:
+//   8, 16 or a multiple of 32 threads, at least R · OUTPUTS. `backends/cupy_launch.py` chooses.
 // - Numbers of 16 bits are multiplied by the matrix unit, for want of instructions, not of
 //   multiplications: `mma` on vectors of x and of weights just as the lanes hold them has, on its
-//   diagonal, the products that are wanted, each summed over four lanes; and the other seven eighths
-//   are ignored. That takes 2 instructions for each vector and two rows, in place of 16 for a row.
+//   diagonal, the products that are wanted, each summed over four lanes; and the other seven
+//   eighths are ignored. That takes 2 instructions for each vector and two rows, in place of 16 for
+//   a row.
 //
 // Codes: a vector lies within a group, so that it adds scale · (codes · x) + offset · (sum of x);
 // the sum of x over each vector is made once for the block.
@@ -60,7 +61,8 @@ template <int R> struct Sums {
 #pragma unroll
                 for (int chain = 0; chain < CHAINS; chain++)
 #pragma unroll
-                    for (int j = 0; j < 2; j++) c[j] += x[row / 2][o][chain][row % 2 * 2 + j];
+                    for (int j = 0; j < 2; j++)
+                        c[j] += x[row / 2][o][chain][(R == 1 ? chain : row % 2) * 2 + j];
                 y[i] = t != g / 2 ? 0.0f : g % 2 ? c[1] : c[0];  // on the diagonal
             } else {
                 y[i] = x[row][o][0][0];
@@ -123,16 +125,15 @@ template <int R> struct Loaded {
             const int at = min(v, m.n_vectors - 1);
             if constexpr (BY_MMA) {
 #pragma unroll
-                for (int r = 0; r < R; r += 2) {
-                    const Bytes16 x = inputs.at(r, at, 0);
-                    const Bytes16 next = R > 1 ? inputs.at(r + 1, at, 0) : Bytes16();
+                for (int i = 0; i < (R == 1 ? 2 : R); i++) {
+                    const Bytes16 x = inputs.at(R == 1 ? 0 : i, at, 0);
+                    const int half = i % 2;  // of the vectors
 #pragma unroll
-                    for (int o = 0; o < O; o++)
-#pragma unroll
-                        for (int i = 0; i < 4; i += 2)
-                            mma(sums.x[r / 2][o][i / 2 % Sums<R>::CHAINS],
-                                {x.word[i], next.word[i], x.word[i + 1], next.word[i + 1]},
-                                {vector[d][o].word[i], vector[d][o].word[i + 1]}, REAL());
+                    for (int o = 0; o < O; o++) {
+                        const auto& w = vector[d][o].word;
+                        mma(sums.x[i / 2][o][half % Sums<R>::CHAINS], x.word,
+                            {w[2 * half], w[2 * half + 1]}, REAL());
+                    }
                 }
             } else {
                 float product[R][O] = {};
@@ -255,10 +256,10 @@ DEVICE void multiply(
 
 }  // namespace few
 
-// out [n_rows, n_out] = activation(x [n_rows, n_in] · weight [n_out, n_in] + bias) + residual, for R
-// rows of x to a block; norm_linear_R: of the layer norm of x. out is float32 if `wide`, else REAL.
-// bias and residual may be null. n_in is a multiple of 8 (codes: of GROUP); all arrays begin at
-// multiples of 16 bytes. Grid (n_rows / R, rounded up; any), block (team, teams) as above.
+// out [n_rows, n_out] = activation(x [n_rows, n_in] · weight [n_out, n_in] + bias) + residual, for
+// R rows of x to a block; norm_linear_R: of the layer norm of x. out is float32 if `wide`, else
+// REAL. bias and residual may be null. n_in is a multiple of 8 (codes: of GROUP); all arrays begin
+// at multiples of 16 bytes. Grid (n_rows / R, rounded up; any), block (team, teams) as above.
 #define LINEAR(R)                                                                                 \
     extern "C" __global__ void __launch_bounds__(few::THREADS<R>, 2) linear_##R(                  \
         const REAL* x, const void* weight, const float* scales, const float* offsets,             \

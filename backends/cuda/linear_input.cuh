@@ -1,19 +1,14 @@
 // The rows of x that `linear.cu` multiplies: how they come into shared memory.
 //
 // The parts (16 bytes) of x that meet the same part of 8 neighboring vectors of weights lie side by
-// side, so that reading them has no bank conflict; turned by the number of the part, so that writing
-// has none either. Every block brings them, and normalizes them, for itself.
+// side, so that reading them has no bank conflict; turned by the number of the part, so that
+// writing has none either. Every block brings them, and normalizes them, for itself.
 
 namespace few {
 
-constexpr bool BY_MMA = BITS == 0 && sizeof(REAL) == 2;
-template <bool> struct KeptAs { using Type = float; };
-template <> struct KeptAs<true> { using Type = REAL; };
-using Kept = typename KeptAs<BY_MMA>::Type;  // x in shared memory
-
-constexpr int WEIGHT_BITS = BITS ? BITS : 8 * sizeof(REAL);
-constexpr int NUMBERS = 128 / WEIGHT_BITS;       // weights in a vector
-constexpr int PARTS = NUMBERS / PER_LOAD<Kept>;  // 16 bytes of x each, that meet a vector
+constexpr bool BY_MMA = BITS == 0 && sizeof(REAL) == 2;  // else x becomes floats
+constexpr int NUMBERS = 128 / (BITS ? BITS : 8 * (int)sizeof(REAL));  // weights in a vector
+constexpr int PARTS = NUMBERS / (BY_MMA ? 8 : 4);  // 16 bytes of x each, that meet a vector
 constexpr int MOST_WARPS = 12;
 
 using Four = Several<float, 4>;
@@ -21,7 +16,11 @@ using Four = Several<float, 4>;
 DEVICE unsigned thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
 DEVICE unsigned lane() { return thread() % WARP; }
 
-// Rows of x in shared memory.
+// R rows of x in shared memory.
+//
+// As floats, a place holds 4 numbers of a row. For `mma` it holds a lane's operand: of 4 numbers
+// from a vector, those of two rows; or, if there is but one row, the first 4 numbers of the vector
+// as if of one row and the last 4 as if of the other.
 template <int R> struct Inputs {
     Bytes16* x;               // [vectors / 8, PARTS, R, 8]
     Several<float, R>* sums;  // over a vector, [vectors]; only with codes
@@ -33,13 +32,16 @@ template <int R> struct Inputs {
 
     // Numbers 4i to 4i + 3 of a row, if they are there; neighboring lanes come with neighboring i.
     DEVICE void put(int row, int i, const Four& y, bool there) const {
-        constexpr int IN_PLACE = PER_LOAD<Kept> / 4;
-        Several<Kept, 4> kept;
-#pragma unroll
-        for (int j = 0; j < 4; j++) kept.x[j] = from_float<Kept>(y.x[j]);
-        const int place = i / IN_PLACE;
-        auto* to = (Several<Kept, 4>*)&at(row, place / PARTS, place % PARTS);
-        if (there) to[i % IN_PLACE] = kept;
+        if constexpr (BY_MMA) {
+            const int half = i % 2, first = R == 1 ? half : row % 2;
+            if (there) {
+                auto* pairs = (Several<REAL, 2>*)&at(R == 1 ? 0 : row / 2 * 2 + half, i / 2, 0);
+                pairs[first] = {from_float<REAL>(y.x[0]), from_float<REAL>(y.x[1])};
+                pairs[first + 2] = {from_float<REAL>(y.x[2]), from_float<REAL>(y.x[3])};
+            }
+        } else if (there) {
+            *(Four*)&at(row, i / PARTS, i % PARTS) = y;
+        }
         if constexpr (BITS > 0) {
             float sum = y.x[0] + y.x[1] + y.x[2] + y.x[3];
 #pragma unroll

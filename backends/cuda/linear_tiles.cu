@@ -6,15 +6,16 @@
 // the one with which the least comes to any multiprocessor (`backends/cupy_launch.py`). In small
 // tiles KS groups of warps share the inputs, and their sums are added in the end.
 //
-// Weights and x come through shared memory in STAGES stages of KS slices of 64 inputs, some on their
-// way while one is multiplied; the first weights before the kernel ahead has ended. Of each half of a
-// slice, lane 4g + t of a warp takes numbers 8t to 8t + 7 of rows g, g + 8, ... of weights and x
-// alike. That is another order of the inputs than `mma` has in mind, but the same in both; and so 16
-// bytes read at once are a lane's part of two products, and codes stay codes in shared memory. The
-// halves of some rows change places, so that the lanes that read together meet different banks.
+// Weights and x come through shared memory in STAGES stages of KS slices of 64 inputs, some on
+// their way while one is multiplied; the first weights before the kernel ahead has ended. Of each
+// half of a slice, lane 4g + t of a warp takes numbers 8t to 8t + 7 of rows g, g + 8, ... of
+// weights and x alike. That is another order of the inputs than `mma` has in mind, but the same in
+// both; and so 16 bytes read at once are a lane's part of two products, and codes stay codes in
+// shared memory. The halves of some rows change places, so that the lanes that read together meet
+// different banks.
 //
-// Codes are whole numbers, which 16 bits hold exactly. Each group of inputs has a sum of its own, to
-// which scale and offset are applied in float32; the sums of x are a product with ones.
+// Codes are whole numbers, which 16 bits hold exactly. Each group of inputs has a sum of its own,
+// to which scale and offset are applied in float32; the sums of x are a product with ones.
 
 #define IS_16_BITS_half_t 1
 #define IS_16_BITS_bf16_t 1
@@ -277,9 +278,10 @@ using Shape128 = Shape<128, 128, 2, 4, 1, 3>;
 }  // namespace tiles
 
 // out [n_rows, n_out] = activation(x [n_rows, n_in] · weight [n_out, n_in] + bias) + residual, a
-// tile of N x N to a block. out is float32 if `wide`, else REAL; bias and residual may be null. n_in
-// is a multiple of 8 (codes: of GROUP); all arrays begin at multiples of 16 bytes. Grid (n_rows / N,
-// n_out / N), rounded up: the blocks that read the same weights come together. Block: THREADS.
+// tile of N x N to a block. out is float32 if `wide`, else REAL; bias and residual may be null.
+// n_in is a multiple of 8 (codes: of GROUP); all arrays begin at multiples of 16 bytes. Grid
+// (n_rows / N, n_out / N), rounded up: the blocks that read the same weights come together. Block:
+// THREADS.
 #define LINEAR_TILES(N)                                                                           \
     extern "C" __global__ void __launch_bounds__(tiles::Shape##N::THREADS, 1) linear_tiles_##N(   \
         const REAL* x, const void* weight, const float* scales, const float* offsets,             \

@@ -81,7 +81,8 @@ extern "C" __global__ void embed(
 ) {
     let_next_start();
     wait_for_previous();
-    long long id = ids[blockIdx.x], position = index[blockIdx.x];
+    // -1 stands for a token that could not be chosen: what follows it is thrown away.
+    long long id = max(ids[blockIdx.x], 0ll), position = index[blockIdx.x];
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
 #if BITS
         float token = decode((const unsigned*)table, scales, offsets, id, i, n);

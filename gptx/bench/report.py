@@ -74,8 +74,8 @@ def _footer(records: Sequence[Event]) -> list[str]:
     facts = records[0]
     libraries = dict.fromkeys([*(record["library"] for record in records), facts["blas"]])
     made = [f"gptx {facts['gptx']}", f"Python {facts['python']}", *filter(None, libraries)]
-    where = filter(None, dict.fromkeys(record.get("device") for record in records))
-    where = [*where, facts["cpu"], f"{facts['cores']} cores"]
+    devices = filter(None, dict.fromkeys(record.get("device") for record in records))
+    where = [*devices, facts["cpu"], f"{facts['cores']} cores"]
     lines = ["", f"{', '.join(made)}; {', '.join(where)}; {facts['date'][:10]}"]
     speeds = {
         (record["backend"], record["threads"]): record["bandwidth"]

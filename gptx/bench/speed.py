@@ -23,6 +23,7 @@ from gptx.bench.process import Event, Events
 from gptx.cache import KVCache
 from gptx.engine import Generation, prefill
 from gptx.generation import Model
+from gptx.model import GPT2
 from gptx.sampling import Sampler, SamplingParams
 
 GREEDY = SamplingParams(seed=0)
@@ -42,7 +43,7 @@ def measure(setup: dict[str, Any], trials: list[list[int]], repetitions: int) ->
             what = f"round {turn} of {repetitions}" if turn else "warm-up"
             yield {"progress": f"{trial}, {what}"}
             samples[trial].append(bench.run(trial))
-    size, read = weights_bytes(model)
+    size, read = weights_bytes(model.gpt2)
     shared = chosen.facts | {
         "dtype": dtype_of(model),
         "parameters": model.config.n_parameters,
@@ -161,12 +162,12 @@ def dtype_of(model: Model) -> str:
     return f"int{how.bits}" if dtype == "float32" else f"int{how.bits}/{dtype}"
 
 
-def weights_bytes(model: Model) -> tuple[int, int]:
+def weights_bytes(model: GPT2) -> tuple[int, int]:
     """Bytes of all weights as the backend holds them, and of those that a decode step reads.
 
     A step reads a row or so of the tables of positions and (where the head is another) of tokens.
     """
-    weights = model.gpt2.weights
+    weights = model.weights
     skipped = [weights.wpe] if model.config.tie_word_embeddings else [weights.wpe, weights.wte]
     size = _bytes(weights)
     return size, size - sum(map(_bytes, skipped))

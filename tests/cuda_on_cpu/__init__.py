@@ -30,10 +30,10 @@ from cuda_on_cpu.memory import Copy, find, guard
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "backends" / "cuda"
-COMPILE = [
-    *("-std=c++17", "-O1", "-fPIC", "-w", "-march=native", "-ffp-contract=fast", "-I", str(HERE)),
-    *("-fvisibility=hidden", "-U_FORTIFY_SOURCE"),  # it takes a change of stacks for an attack
-    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",  # faults.h has what this calls
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+KERNEL_FLAGS = [
+    *(*FLAGS, "-O1", "-w", "-march=native", "-ffp-contract=fast", "-I", str(HERE)),
+    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",  # fibers.cpp has what this calls
 ]
 BOUNDS = r"(?:__launch_bounds__\s*\(([^;{]*?)\)\s*)?"
 KERNEL = re.compile(rf'extern\s*"C"\s*__global__\s*{BOUNDS}void\s*{BOUNDS}(\w+)\s*\(')
@@ -79,11 +79,19 @@ def _compile(text: str, macros: tuple[tuple[str, str], ...]) -> Module:
     (folder / "module.cpp").write_text(
         '#include "cuda.h"\n'
         'namespace {\n#include "device.h"\n#include "kernels.cu"\n}\n'
-        f'#define KERNELS{rows}\n#include "launch.h"\n'
+        f'#define KERNELS{rows}\n#include "table.h"\n'
     )
-    _run([compiler, *COMPILE, *defines, "-c", "module.cpp"], folder)
-    _run([compiler, "-shared", "module.o", "-o", "module.so"], folder)
+    _run([compiler, *KERNEL_FLAGS, *defines, "-c", "module.cpp"], folder)
+    _run([compiler, "-shared", "module.o", str(_fibers(compiler)), "-o", "module.so"], folder)
     return Module(folder / "module.so")
+
+
+@functools.cache
+def _fibers(compiler: str) -> Path:
+    """What every module is linked with."""
+    target = Path(_folder()) / "fibers.o"
+    _run([compiler, *FLAGS, "-O2", "-c", str(HERE / "fibers.cpp"), "-o", str(target)], HERE)
+    return target
 
 
 @functools.cache

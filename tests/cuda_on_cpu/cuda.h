@@ -13,7 +13,9 @@
 #define __global__
 #define __launch_bounds__(...)
 
-static void __syncthreads(emulator::Site site = HERE) { emulator::block_barrier(site); }
+#define INLINE [[gnu::always_inline]] inline
+
+static void __syncthreads(emulator::Site site = HERE) { emulator::wait_for_block(site); }
 
 static void check_mask(unsigned mask, emulator::Site site) {
     if (mask != emulator::ALL) emulator::fail(site, "a mask of fewer than all lanes: %#x", mask);
@@ -38,7 +40,7 @@ static int __all_sync(unsigned mask, int predicate, emulator::Site site = HERE) 
 }
 
 // Lane `from` of the lanes of the same part of `width`; outside of the part: its own.
-template <class T> static T shuffle(const char* what, unsigned mask, T x, int from, int width,
+template <class T> INLINE T shuffle(const char* what, unsigned mask, T x, int from, int width,
                                     emulator::Site site) {
     check_mask(mask, site);
     auto slots = emulator::exchange(what, site, x);
@@ -46,20 +48,20 @@ template <class T> static T shuffle(const char* what, unsigned mask, T x, int fr
     return from < first || from >= first + width ? x : emulator::value_of<T>(slots, from);
 }
 #define LANE ((int)emulator::current->lane)
-template <class T> static T __shfl_sync(unsigned mask, T x, int from, int width = 32,
+template <class T> INLINE T __shfl_sync(unsigned mask, T x, int from, int width = 32,
                                         emulator::Site site = HERE) {
     int first = LANE / width * width;
     return shuffle("__shfl_sync", mask, x, first + (from & (width - 1)), width, site);
 }
-template <class T> static T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32,
+template <class T> INLINE T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32,
                                             emulator::Site site = HERE) {
     return shuffle("__shfl_xor_sync", mask, x, LANE ^ bits, width, site);
 }
-template <class T> static T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32,
+template <class T> INLINE T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32,
                                              emulator::Site site = HERE) {
     return shuffle("__shfl_down_sync", mask, x, LANE + (int)by, width, site);
 }
-template <class T> static T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32,
+template <class T> INLINE T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32,
                                            emulator::Site site = HERE) {
     return shuffle("__shfl_up_sync", mask, x, LANE - (int)by, width, site);
 }
@@ -108,7 +110,12 @@ static unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static int __ffs(int x) { return __builtin_ffs(x); }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-#define __expf expf  // the C library has a function of that name
+// The C library's names are taken, or slow.
+static float larger(float a, float b) { return a > b || b != b ? a : b; }
+static float smaller(float a, float b) { return a < b || b != b ? a : b; }
+#define fmaxf larger
+#define fminf smaller
+#define __expf expf
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 template <class T> static T min(T a, Same<T> b) { return b < a ? b : a; }
 template <class T> static T max(T a, Same<T> b) { return a < b ? b : a; }

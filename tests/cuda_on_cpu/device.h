@@ -45,8 +45,7 @@ template <class T> DEVICE unsigned pack(float low, float high) {
 }
 
 DEVICE float exp2_approx(float x) {
-    float y = exp2f(x);
-    return y < 0x1p-126f ? 0.0f : y;
+    return x < -126 ? 0.0f : exp2f(x);
 }
 
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several {
@@ -100,14 +99,20 @@ DEVICE void unpack_codes(unsigned word, float (&y)[8]) {
 
 template <class T> constexpr int PER_LOAD = 16 / sizeof(T);
 
-// One exchange in place of five; the order of the sum is that of the device.
+// One exchange in place of five, and one lane works for all; the order is that of the device.
 template <class F> DEVICE float over_warp(const char* what, float x, emulator::Site site, F f) {
+    emulator::Warp& warp = *emulator::current->warp;
+    unsigned turn = warp.turn + 1;
     auto slots = emulator::exchange(what, site, x);
-    float all[WARP];
-    for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
-    for (int n = WARP / 2; n; n /= 2)
-        for (int lane = 0; lane < n; lane++) all[lane] = f(all[lane], all[lane + n]);
-    return all[0];
+    if (warp.reduced_turn != turn) {
+        float all[WARP];
+        for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
+        for (int n = WARP / 2; n; n /= 2)
+            for (int lane = 0; lane < n; lane++) all[lane] = f(all[lane], all[lane + n]);
+        warp.reduced = all[0];
+        warp.reduced_turn = turn;
+    }
+    return warp.reduced;
 }
 DEVICE float warp_sum(float x, emulator::Site site = HERE) {
     return over_warp("warp_sum", x, site, [](float a, float b) { return a + b; });
@@ -127,11 +132,11 @@ template <class T> DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const 
     for (int i = 0; i < 4; i++)
         mine.b[i] = to_float(T{(unsigned short)(b[i / 2] >> i % 2 * 16)});
     auto slots = emulator::exchange("mma", site, mine);
-    const auto of = [&](int lane) { return *(const Fragments*)slots[lane].bytes; };
+    const auto of = [&](int lane) -> const Fragments& { return *(Fragments*)slots[lane].bytes; };
     int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
     for (int k = 0; k < 16; k++) {
         int low = k % 2, high = k / 8, from = k % 8 / 2;  // who has column k of a, row k of b
-        Fragments row = of(group * 4 + from);
+        const Fragments& row = of(group * 4 + from);
         for (int i = 0; i < 4; i++) {
             float weight = of((2 * t + i % 2) * 4 + from).b[2 * high + low];
             c[i] += row.a[4 * high + 2 * (i / 2) + low] * weight;
@@ -164,7 +169,8 @@ DEVICE void copy_later(void* shared, const void* global, int n_bytes, bool there
                        emulator::Site site) {
     memset(shared, emulator::GARBAGE, n_bytes);
     emulator::Fiber& fiber = *emulator::current;
-    if (fiber.n_copies == emulator::MAX_COPIES) emulator::fail(site, "too many copies on their way");
+    if (fiber.n_copies == emulator::MAX_COPIES)
+        emulator::fail(site, "too many copies on their way");
     fiber.copies[fiber.n_copies++] = {shared, there ? global : nullptr, n_bytes, fiber.n_groups};
 }
 DEVICE void copy_async(void* shared, const void* global, bool there = true,

@@ -49,6 +49,7 @@ def _modules() -> dict[str, ModuleType]:
         CUDARuntimeError=streams.CUDARuntimeError,
         getDeviceCount=lambda: streams.N_DEVICES,
         getDevice=lambda: streams.current.device,
+        getDeviceProperties=lambda device: {"name": f"a stand-in, number {device}".encode()},
         memGetInfo=lambda: (streams.free_bytes(), streams.TOTAL_BYTES),
     )
     memory = _module(
