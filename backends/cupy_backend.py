@@ -30,10 +30,18 @@ from gptx.quantization import Quantized
 
 
 class CupyBackend(Backend):
-    """CuPy arrays on one CUDA device; `device` is its number (default: the current one)."""
+    """CuPy arrays on one CUDA device; `device` is its number (default: the current one).
+
+    Attributes
+    ----------
+    early
+        Whether kernels of a decode step may begin before the one ahead has ended, where the device
+        can do that (`cupy_early.py`). Off until a GPU has shown what it gains.
+    """
 
     name = "cupy"
     asynchronous = True
+    early = False
     dtypes = ("float32", "float64", "float16", "bfloat16")
 
     def __init__(

@@ -20,7 +20,6 @@ from gptx.backends.tape import Unknown, record
 
 Array = Any
 GRAPHS = 4  # are kept at most
-EARLY = False  # whether kernels of a graph begin before the one ahead has ended, where they can
 
 
 class Step:
@@ -38,7 +37,7 @@ class Step:
         self._programs = [
             Program(record(forward, model, last_only=x), model) for x in (False, True)
         ]
-        self._decode = Decode(self._programs[False])
+        self._decode = Decode(self._programs[False], model.backend)
 
     def __call__(
         self, ids: Array, positions: Positions, cache: Any, *, last_only: bool = False
@@ -55,15 +54,15 @@ class Step:
 
     @property
     def kernels_per_token(self) -> int:
-        """How many kernels a decode step launches."""
+        """How many kernels a decode step of a few sequences launches."""
         return len(self._programs[False].ops)
 
 
 class Decode:
     """Decode steps: launched kernel by kernel at first, as a graph when they come again."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, program: Program, backend: Any) -> None:
+        self._program, self._backend = program, backend
         self._lock = threading.Lock()  # of the memory that graphs work in
         self._graphs: dict[int, tuple[Memory, Any]] = {}  # by B, the newest last
 
@@ -88,7 +87,7 @@ class Decode:
 
     def _capture(self, memory: Memory) -> Any:
         stream = cupy.cuda.Stream(non_blocking=True)
-        memory.early = EARLY and cupy_early.is_possible()
+        memory.early = self._backend.early and cupy_early.is_possible()
         with stream:
             stream.begin_capture()
             try:

@@ -74,6 +74,8 @@ class Gptx(Engine):
     ----------
     backend
         Its name.
+    early
+        Set the attribute of that name (see `CupyBackend`).
     options
         Of `get_backend`: which layer, which types.
     """
@@ -85,10 +87,13 @@ class Gptx(Engine):
         weights: Mapping[str, Tensor],
         *,
         backend: str,
+        early: bool = False,
         **options: Any,
     ) -> None:
         self.name = name
         self.backend = get_backend(backend, **options)
+        if early:
+            vars(self.backend)["early"] = True
         with self.backend.scope():
             self.model = GPT2(config, to_backend(weights, self.backend), self.backend)
         self.weights_bytes = weights_bytes(self.model)[0]

@@ -38,7 +38,7 @@ class Job:
 
 # Batch, prompt, new tokens
 SHORT, DEEP, PREFILL, MANY = (1, 16, 128), (1, 1000, 25), (1, 1024, 1), (128, 128, 128)
-BESIDE = ("gptx", "torch graph")
+BESIDE = ("gptx", "gptx early", "torch graph")
 
 
 def plan(dry_run: bool) -> list[Job]:

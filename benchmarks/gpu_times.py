@@ -28,6 +28,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 GPTX: dict[str, dict[str, Any]] = {
     "gptx": {},  # layer c: the compiled step, a CUDA graph
+    "gptx early": {"early": True},  # its kernels begin before those ahead have ended
     "gptx ops": {"compile": False},  # layer b
     "gptx generic": {"generic": True},  # layer a
 }
@@ -106,7 +107,8 @@ class Loaded:
 
         kind = gpu_peers.plain_model if name in PLAIN else gpu_peers.transformers_model
         if kind.__name__ not in self._models:
-            self._models[kind.__name__] = kind(config, weights, dtype, self.setting.device)
+            floats = {n: x for n, x in weights.items() if isinstance(x, np.ndarray)}
+            self._models[kind.__name__] = kind(config, floats, dtype, self.setting.device)
         model = self._models[kind.__name__]
         if name in PLAIN:
             return gpu_peers.Plain(name, model, **PLAIN[name])

@@ -80,9 +80,9 @@ def test_a_graph_of_early_launches_computes_the_same(
     )
     texts = []
     for is_early in (False, True):
-        model = make_model(CASES["124M"], make_backend("cupy-cpu"))
-        step = importlib.import_module("gptx.backends.cupy_step")
-        monkeypatch.setattr(step, "EARLY", is_early)
+        backend = make_backend("cupy-cpu")
+        monkeypatch.setattr(backend, "early", is_early)
+        model = make_model(CASES["124M"], backend)
         texts.append(model.generate([1, 2, 3], max_tokens=6, ignore_eos=True).tokens)
         assert bool(calls) == is_early
     assert texts[0] == texts[1]

@@ -90,7 +90,7 @@ def _compile(text: str, macros: tuple[tuple[str, str], ...]) -> Module:
 def _fibers(compiler: str) -> Path:
     """What every module is linked with."""
     target = Path(_folder()) / "fibers.o"
-    _run([compiler, *FLAGS, "-O2", "-c", str(HERE / "fibers.cpp"), "-o", str(target)], HERE)
+    _run([compiler, *FLAGS, "-O3", "-c", str(HERE / "fibers.cpp"), "-o", str(target)], HERE)
     return target
 
 

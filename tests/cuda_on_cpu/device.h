@@ -101,18 +101,13 @@ template <class T> constexpr int PER_LOAD = 16 / sizeof(T);
 
 // One exchange in place of five, and one lane works for all; the order is that of the device.
 template <class F> DEVICE float over_warp(const char* what, float x, emulator::Site site, F f) {
-    emulator::Warp& warp = *emulator::current->warp;
-    unsigned turn = warp.turn + 1;
-    auto slots = emulator::exchange(what, site, x);
-    if (warp.reduced_turn != turn) {
+    return emulator::reduce(what, site, x, [&](const emulator::Slot* slots, float* result) {
         float all[WARP];
         for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
         for (int n = WARP / 2; n; n /= 2)
             for (int lane = 0; lane < n; lane++) all[lane] = f(all[lane], all[lane + n]);
-        warp.reduced = all[0];
-        warp.reduced_turn = turn;
-    }
-    return warp.reduced;
+        *result = all[0];
+    })[0];
 }
 DEVICE float warp_sum(float x, emulator::Site site = HERE) {
     return over_warp("warp_sum", x, site, [](float a, float b) { return a + b; });
@@ -121,27 +116,30 @@ DEVICE float warp_max(float x, emulator::Site site = HERE) {
     return over_warp("warp_max", x, site, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// A lane's part of a [16, 16] and b [16, 8] as floats: registers in order, low half first.
-struct Fragments { float a[8], b[4]; };
+struct Fragments { unsigned a[4], b[2]; };
+
+// a [16, 16] · b [16, 8] of a warp's fragments -> product [16, 8].
+template <class T> void multiply_fragments(const emulator::Slot* slots, float* product) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < WARP; lane++) {
+        const Fragments& from = *(const Fragments*)slots[lane].bytes;
+        const int group = lane / 4, t = lane % 4;
+        for (int i = 0; i < 8; i++)  // registers in order, the low half first
+            a[group + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] =
+                to_float(T{(unsigned short)(from.a[i / 2] >> i % 2 * 16)});
+        for (int i = 0; i < 4; i++)
+            b[2 * t + i % 2 + i / 2 * 8][group] =
+                to_float(T{(unsigned short)(from.b[i / 2] >> i % 2 * 16)});
+    }
+    emulator::multiply(a, b, product);
+}
 
 template <class T> DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                    T, emulator::Site site = HERE) {
-    Fragments mine;
-    for (int i = 0; i < 8; i++)
-        mine.a[i] = to_float(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    for (int i = 0; i < 4; i++)
-        mine.b[i] = to_float(T{(unsigned short)(b[i / 2] >> i % 2 * 16)});
-    auto slots = emulator::exchange("mma", site, mine);
-    const auto of = [&](int lane) -> const Fragments& { return *(Fragments*)slots[lane].bytes; };
-    int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
-    for (int k = 0; k < 16; k++) {
-        int low = k % 2, high = k / 8, from = k % 8 / 2;  // who has column k of a, row k of b
-        const Fragments& row = of(group * 4 + from);
-        for (int i = 0; i < 4; i++) {
-            float weight = of((2 * t + i % 2) * 4 + from).b[2 * high + low];
-            c[i] += row.a[4 * high + 2 * (i / 2) + low] * weight;
-        }
-    }
+    const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const float* product = emulator::reduce("mma", site, mine, multiply_fragments<T>);
+    const int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
+    for (int i = 0; i < 4; i++) c[i] += product[(group + i / 2 * 8) * 8 + 2 * t + i % 2];
 }
 
 template <bool TRANSPOSED>

@@ -196,6 +196,15 @@ void wait_for_warp(const char* what, Site site) {
     give_way();
 }
 
+void multiply(const float (&a)[16][16], const float (&b)[16][8], float* product) {
+    for (int row = 0; row < 16; row++) {
+        float sum[8] = {};
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++) sum[column] += a[row][k] * b[k][column];
+        memcpy(product + row * 8, sum, sizeof sum);
+    }
+}
+
 // Shared memory ends where no memory is; nobody may change the strip in front of it.
 static void make_shared() {
     if (!shared_end) {

@@ -33,8 +33,8 @@ struct Warp {
     unsigned arrived;  // lanes that wait for an exchange
     unsigned turn;     // exchanges so far; their slots alternate, as some lanes read late
     Slot slot[2][LANES];
-    unsigned reduced_turn;  // whose values are reduced to
-    float reduced;
+    unsigned reduced;  // the exchange whose values were reduced to the result
+    float result[128];
 };
 
 struct alignas(64) Fiber {
@@ -62,6 +62,9 @@ void wait_for_warp(const char* what, Site site);
 
 bool is_shared(const void* p);
 
+// a · b -> product [16, 8]
+void multiply(const float (&a)[16][16], const float (&b)[16][8], float* product);
+
 // Give a value to the other lanes of the warp: the values of all 32.
 template <class T>
 [[gnu::always_inline]] inline const Slot* exchange(const char* what, Site site, const T& mine) {
@@ -76,6 +79,17 @@ template <class T> T value_of(const Slot* slots, unsigned lane) {
     T x;
     memcpy(&x, slots[lane % LANES].bytes, sizeof x);
     return x;
+}
+
+// Give a value to the warp, one lane of which makes the result for all.
+template <class T, class F>
+const float* reduce(const char* what, Site site, const T& mine, F make) {
+    Warp& warp = *current->warp;
+    const unsigned turn = warp.turn + 1;
+    const Slot* slots = exchange(what, site, mine);
+    if (warp.reduced != turn) make(slots, warp.result);
+    warp.reduced = turn;
+    return warp.result;
 }
 
 }  // namespace emulator
