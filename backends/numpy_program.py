@@ -142,3 +142,9 @@ def embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
                 g = (tile * (n_in // group) + k // group) * LANES + lane
                 value = np.float32(code) * scales[g] + offsets[g]
             y[n * op[TARGET_WIDTH] + k] = value + positions[index[n] * n_in + k]
+
+
+@compiled
+def share(n: int, t: int, threads: int) -> tuple[int, int]:
+    """From where to where, of n, is thread t's part."""
+    return n * t // threads, n * (t + 1) // threads

@@ -13,10 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from gptx.backends import amx
+from gptx.backends import amx, amx_attend, amx_codes, amx_linear
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
+from gptx.backends.numpy_linear import DEPTH
 from gptx.backends.numpy_memory import Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.processor import HALF
@@ -66,7 +67,7 @@ class Tiles:
         instruction = Instruction("linear", source=0, target=1, weight=self, bias=bias)
         program = Program([instruction], inputs=[n_in])
         padded, y = (
-            aligned((_round(n_rows, BLOCK), width), np.float32) for width in program.widths
+            aligned((_round(n_rows, amx.ROWS), width), np.float32) for width in program.widths
         )
         padded[:n_rows, :n_in] = rows
         program.run({0: padded, 1: y}, (1, n_rows, 0, 0, 0), threads)
@@ -119,7 +120,7 @@ class Step:
         last_only = last_only and T > 1  # else there is but one
         program = self.programs[last_only]
         n_logits = B if last_only else B * T
-        logits = aligned((_round(n_logits, BLOCK), program.widths[-1]), np.float32)
+        logits = aligned((_round(n_logits, amx.ROWS), program.widths[-1]), np.float32)
         # The caller keeps the logits, which are the last buffer.
         given = {len(program.widths) - 1: logits}
         program.run(given, (B, T, H, D, room), self.threads, ids, positions.index, cache)
@@ -158,7 +159,7 @@ class Program:
         index: Array = NOTHING,
         cache: Any = None,
     ) -> None:
-        """Run on `given` buffers, made for whole blocks of rows, and on others of its own.
+        """Run on `given` buffers, made for whole tiles of rows, and on others of its own.
 
         `shape` is (B, T, H, D, room in the cache).
         """
@@ -191,15 +192,18 @@ class Program:
         if self._room_for == (shape, threads):
             return self._room
         B, T, _, D, room = shape
-        rows = _round(B * T, BLOCK)
+        rows = _round(B * T, amx.ROWS)
         arrays = [aligned((rows, width), np.float32) for width in self.widths]
-        # All rows; or for each thread the only one and, behind it, what `prepare_row` adds: with
+        # All rows; or for each thread the only one and, behind it, what `prepare_one` adds: with
         # groups of at least 32, no more than another row.
         n_in = int(self.table[:, columns.N_IN].max())
-        arrays.append(aligned((max(_round(rows, amx.ROWS), 2 * threads) * n_in,), np.float32))
-        amx_room = amx.ROOM + 4 * n_in if amx.allowed() else 0
-        attention = BLOCK * (2 * D + room) + 2 * 16
-        size = max(kernels.DEPTH * TILE, *self.widths, attention, amx_room)
+        normed = max(rows, 2 * threads) * n_in
+        size = max(DEPTH * TILE, *self.widths, BLOCK * (2 * D + room) + 2 * LANES)
+        if B * T > 1 and amx.allowed():
+            normed = max(normed, amx_linear.size_of_rows(rows, n_in))
+            heads = amx_attend.room_for(D, room)
+            size = max(size, amx_linear.ROOM, amx_codes.ROOM + 4 * n_in, heads)
+        arrays.append(aligned((normed,), np.float32))
         arrays.append(aligned((threads, _round(size, LANES)), np.float32))
         if T == 1:
             self._room_for, self._room = (shape, threads), arrays

@@ -11,7 +11,8 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
-from gptx.backends import amx
+from gptx.backends import amx_codes as amx
+from gptx.backends.amx import allowed
 from gptx.backends.numpy_products import BLOCK
 from gptx.backends.numpy_step import Tiles
 from gptx.backends.simd import LANES
@@ -133,7 +134,7 @@ def test_what_is_not_finite_makes_the_factor_a_nan(column: int, bad: float) -> N
 # Products
 
 unit = pytest.mark.skipif(
-    not amx.allowed(), reason="this processor has no AMX, or the system does not lend it"
+    not allowed(), reason="this processor has no AMX, or the system does not lend it"
 )
 
 
