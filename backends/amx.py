@@ -72,15 +72,15 @@ def release(context: Any) -> Any:
 
 
 @intrinsic
-def zero(context: Any) -> Any:
-    """Let tiles 0 to 3, which are for sums, be zero."""
+def zero(context: Any, count: Any) -> Any:
+    """Let so many tiles (a constant) be zero, from the first on."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        for tile in range(4):
+        for tile in range(count.literal_value):
             instruction(builder, "tilezero", tile)
         return context.get_dummy_value()
 
-    return types.void(), generate
+    return (types.void(count), generate) if isinstance(count, types.IntegerLiteral) else None
 
 
 @compiled

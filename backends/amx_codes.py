@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -28,9 +29,12 @@ from gptx.backends.amx import (
     zero,
 )
 from gptx.backends.fixed_point import PARTS, digits, measure
-from gptx.backends.numpy_products import AHEAD, BLOCK, compiled, outer_4x1
+from gptx.backends.numpy_products import AHEAD, BLOCK, TILE, compiled, outer_4x1
 from gptx.backends.simd import (
+    FLOATS,
+    INTS,
     LANES,
+    floats,
     int64,
     load,
     nearest,
@@ -39,10 +43,13 @@ from gptx.backends.simd import (
     spread,
     store,
     to_bytes,
-    to_floats,
 )
 
-ROOM = 2 * PARTS * SQUARE  # numbers that `multiply` needs, and 4 for each input
+COLUMNS = TILE // LANES  # tiles of outputs that are multiplied at once
+WHOLE = COLUMNS * PARTS * SQUARE  # numbers of their sums
+SUMS = WHOLE + TILE * 128 // 4  # where, in room to work in, they are added up; between, codes
+CHUNK = 128  # rows at once, at most
+ROOM = SUMS + CHUNK * TILE
 
 
 @compiled
@@ -66,33 +73,42 @@ def cut(row: Any, n_in: int, group: int, bits: int, x: Any, n: int, rows: int) -
 
 
 @compiled
-def _unpack(codes: Any, tile: int, n_in: int, words: Any, i: int) -> None:
-    """A tile of codes of 4 bits as bytes: of each word first the even codes, then the odd ones."""
-    for j in range(n_in // 8):
-        at = (tile * n_in // 8 + j) * LANES
-        prefetch(codes, at + AHEAD // 4)
-        packed = load(codes, at)
-        store(words, i + 2 * j * LANES, to_bytes(packed, 0))
-        store(words, i + (2 * j + 1) * LANES, to_bytes(packed, 1))
+def _unpack(codes: Any, first: int, group: int, words: Any, i: int) -> None:
+    """Codes of 4 bits as bytes: of each word first the even codes, then the odd ones."""
+    for j in range(0, group // 8 * LANES, LANES):
+        prefetch(codes, first + j + AHEAD // 4)
+        packed = load(codes, first + j)
+        store(words, i + 2 * j, to_bytes(packed, 0))
+        store(words, i + 2 * j + LANES, to_bytes(packed, 1))
 
 
 @intrinsic
-def _step(context: Any, x: Any, xi: Any, depth: Any, w: Any, wi: Any) -> Any:
-    """Add to tiles 0 to 2 the products of the three bytes of 16 rows, of so many inputs, and 16
-    outputs."""
+def _fetch(context: Any, x: Any, i: Any, depth: Any) -> Any:
+    """The three bytes of 16 rows, of so many inputs, to tiles 3 to 5."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         first = place(context, builder, sig.args[:2], args[:2])
         depth = int64(context, builder, args[2], sig.args[2])
-        codes = place(context, builder, sig.args[3:], args[3:])
-        instruction(builder, "tileloadd64", 6, codes, I64(DEPTH))
         for part in range(PARTS):
             here = builder.gep(first, [builder.mul(depth, I64(ROWS * part))])
             instruction(builder, "tileloadd64", 3 + part, here, depth)
+        return context.get_dummy_value()
+
+    return types.void(x, i, depth), generate
+
+
+@intrinsic
+def _add_up(context: Any, words: Any, i: Any) -> Any:
+    """Add to tiles 0 to 2 the products of tiles 3 to 5 with codes of 16 outputs."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        here = place(context, builder, sig.args, args)
+        instruction(builder, "tileloadd64", 6, here, I64(DEPTH))
+        for part in range(PARTS):
             instruction(builder, "tdpbsud", part, 3 + part, 6)  # x signed, codes not
         return context.get_dummy_value()
 
-    return types.void(x, xi, depth, w, wi), generate
+    return types.void(words, i), generate
 
 
 @intrinsic
@@ -109,71 +125,87 @@ def _put(context: Any, whole: Any, i: Any) -> Any:
     return types.void(whole, i), generate
 
 
+@intrinsic
+def _join(context: Any, low: Any, middle: Any, high: Any) -> Any:
+    """low + 2**8 middle + 2**16 high of ints, as floats."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        low, middle, high = args
+        middle = builder.shl(middle, ir.Constant(INTS, [8] * LANES))
+        low = builder.sitofp(builder.add(low, middle), FLOATS)
+        high = builder.fmul(builder.sitofp(high, FLOATS), ir.Constant(FLOATS, [2.0**16] * LANES))
+        return builder.fadd(high, low, flags=("contract",))
+
+    return floats(low, middle, high), generate
+
+
 @compiled
-def _add_up(
-    digits: Any, i: int, words: Any, wi: int, group: int, depth: int, whole: Any, at: int
+def _multiply_group(
+    digits: Any, i: int, words: Any, wi: int, wide: int, group: int, depth: int, whole: Any
 ) -> None:
-    """Whole sums of a group for 16 rows and 16 outputs, [3, 16, 16] to whole[at] on."""
-    zero()
-    for k in range(0, group, depth):
-        _step(digits, i + k * PARTS * ROWS, depth, words, wi + k // 4 * LANES)
-    _put(whole, at)
+    """Whole sums of a group for 16 rows and 64 outputs, [4, 3, 16, 16]; the codes of 16 outputs
+    begin at wi and every `wide` words."""
+    for c in range(COLUMNS):
+        zero(PARTS)
+        for k in range(0, group, depth):
+            if c == 0 or depth < group:
+                _fetch(digits, i + k * PARTS * ROWS, depth)
+            _add_up(words, wi + c * wide + k // 4 * LANES)
+        _put(whole, c * PARTS * SQUARE)
 
 
 @compiled
-def _scale(
-    whole: Any, at: int, scale: Any, count: int, y: Any, yi: int, y_width: int, fresh: bool
-) -> None:
-    """y += scale · the sums of a group, for `count` rows and 16 outputs."""
-    for r in range(count):
-        low = to_floats(load(whole, at + r * ROWS))
-        middle = to_floats(load(whole, at + SQUARE + r * ROWS))
-        high = to_floats(load(whole, at + 2 * SQUARE + r * ROWS))
-        whole_sum = (high * splat(2.0**8) + middle) * splat(2.0**8) + low
-        j = yi + r * y_width
-        store(y, j, whole_sum * scale if fresh else load(y, j) + whole_sum * scale)
+def _add_scaled(whole: Any, i: int, scale: Any, sums: Any, j: int, fresh: bool) -> None:
+    """scale · whole sums [3, 16, 16] for 16 rows of 16 outputs, in rows of 64; added, or fresh."""
+    for r in range(ROWS):
+        k, n = i + r * LANES, j + r * TILE
+        z = _join(load(whole, k), load(whole, k + SQUARE), load(whole, k + 2 * SQUARE)) * scale
+        store(sums, n, z if fresh else load(sums, n) + z)
 
 
 @compiled
-def _multiply_rows(
+def _multiply(
     codes: Any, scales: Any, offsets: Any, bits: int, tile: int, n_in: int, group: int, x: Any,
     rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
 ) -> None:  # fmt: skip
-    """Rows first to last of 16 outputs of y = x·W; x is what `cut` made of `rows` rows.
+    """Rows first to last of 64 outputs of y = x·W; x is what `cut` made of `rows` rows.
 
     In y there is room up to a whole block of rows after the last.
     """
     groups, depth = n_in // group, min(group, DEPTH)
     padded = (rows + ROWS - 1) // ROWS * ROWS
-    digits, whole = x.view(np.int8), room.view(np.int32)
-    factors = x[PARTS * padded * n_in // 4 :]
-    words, base = codes, tile * n_in // 4 * LANES
-    if bits == 4:
-        words, base = room.view(np.uint32), ROOM
-        _unpack(codes, tile, n_in, words, base)
+    digits, whole, unpacked = x.view(np.int8), room.view(np.int32), room.view(np.uint32)
+    factors, part = x[PARTS * padded * n_in // 4 :], tile * COLUMNS
     set_up(room, depth)
-    s = tile * groups * LANES
-    for row in range(first, last, ROWS):
-        count, yi = min(ROWS, last - row), row * y_width + tile * LANES
-        # The sums of one group are scaled while the tiles work at the next.
-        for g in range(groups + 1):
-            if g < groups:
-                k = g * group
-                i, wi = row * n_in * PARTS + k * PARTS * ROWS, base + k // 4 * LANES
-                if row == first and bits == 8:
-                    for line in range(wi + AHEAD // 4, wi + (AHEAD + group * LANES) // 4, LANES):
-                        prefetch(words, line)
-                _add_up(digits, i, words, wi, group, depth, whole, g % 2 * PARTS * SQUARE)
-            if g > 0:
-                at, scale = (g - 1) % 2 * PARTS * SQUARE, load(scales, s + (g - 1) * LANES)
-                _scale(whole, at, scale, count, y, yi, y_width, g == 1)
-        for r in range(count):
-            j = yi + r * y_width
-            store(y, j, load(y, j) * spread(factors, row + r))
-        for r in range(0, count, BLOCK):
-            outer_4x1(factors, padded + (row + r) * groups, offsets, s, LANES, groups, y,
-                      yi + r * y_width, y_width, False)  # fmt: skip
+    for g in range(groups):
+        words, wi, wide = codes, (part * n_in + g * group) // 4 * LANES, n_in // 4 * LANES
+        if bits == 8:
+            for c in range(COLUMNS):
+                for line in range(wi + c * wide, wi + c * wide + group // 4 * LANES, LANES):
+                    prefetch(codes, line + AHEAD // 4)
+        else:
+            words, wi, wide = unpacked, WHOLE, group // 4 * LANES
+            for c in range(COLUMNS):
+                here = ((part + c) * n_in + g * group) // 8 * LANES
+                _unpack(codes, here, group, unpacked, WHOLE + c * wide)
+        for row in range(first, last, ROWS):
+            i = (row * n_in + g * group * ROWS) * PARTS
+            _multiply_group(digits, i, words, wi, wide, group, depth, whole)
+            sums = SUMS + (row - first) * TILE
+            for c in range(COLUMNS):
+                scale = load(scales, ((part + c) * groups + g) * LANES)
+                _add_scaled(whole, c * PARTS * SQUARE, scale, room, sums + c * LANES, g == 0)
     release()
+    for row in range(first, last):
+        factor, j = spread(factors, row), row * y_width + tile * TILE
+        i = SUMS + (row - first) * TILE
+        for c in range(0, TILE, LANES):
+            store(y, j + c, load(room, i + c) * factor)
+    for c in range(COLUMNS):
+        s = (part + c) * groups * LANES
+        for row in range(first, last, BLOCK):
+            outer_4x1(factors, padded + row * groups, offsets, s, LANES, groups, y,
+                      row * y_width + tile * TILE + c * LANES, y_width, False)  # fmt: skip
 
 
 @compiled
@@ -184,4 +216,4 @@ def _nothing(
     """Where there is no such unit the compiler knows no tiles; nobody calls this."""
 
 
-multiply = _multiply_rows if COMPILED else _nothing
+multiply = _multiply if COMPILED else _nothing

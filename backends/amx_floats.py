@@ -140,7 +140,7 @@ def _multiply(
 ) -> None:
     """y [16, 64] += x·w, or = x·w: x of `cut_row` and w of `cut_panel`, from xi and wi on."""
     if fresh:
-        zero()
+        zero(COLUMNS)
     else:
         _fetch(y, yi, y_width)
     for k in range(0, depth, STEP):

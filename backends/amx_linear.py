@@ -35,10 +35,8 @@ from gptx.backends.numpy_program import (
 from gptx.backends.simd import float_array, word_array
 
 DEPTH = 64  # inputs of a panel of floats: 24 KB
-MANY = (
-    64  # rows from which on floats are cut: with fewer, reading them takes longer than vectors do
-)
-CODES_CHUNK, FLOATS_CHUNK = 128, 256  # rows that share a panel
+MANY = 64  # rows from which on floats go here: for fewer, vectors read the matrix faster
+CHUNK = 256  # rows that share a panel of floats
 
 # A thread's room for floats: a panel, and what it is cut from at the end of a matrix.
 EDGE = DEPTH * PANEL_SIZE
@@ -83,12 +81,12 @@ def multiply_floats(
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + TILE))
     x, panel, edge = normed.view(np.uint32), room.view(np.uint32), room[EDGE:]
-    chunks, tiles = (rows + FLOATS_CHUNK - 1) // FLOATS_CHUNK, (n_out + TILE - 1) // TILE
+    chunks, tiles = (rows + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
     first, last = share(tiles * chunks, t, threads)
     set_up(room)
     for chunk in range(chunks):
         here, there = max(first - chunk * tiles, 0), min(last - chunk * tiles, tiles)
-        begin, end = chunk * FLOATS_CHUNK, min((chunk + 1) * FLOATS_CHUNK, rows)
+        begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, rows)
         for k in range(0, n_in, DEPTH):
             depth = min(DEPTH, n_in - k)
             for tile in range(here, there):
@@ -115,13 +113,12 @@ def multiply_codes(
     size, bits = n_in * (n_out + TILE), 8 if op[FORMAT] == INT8 else 4
     codes = word_array(op[WEIGHT], size)
     scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
-    chunks, tiles = (rows + CODES_CHUNK - 1) // CODES_CHUNK, (n_out + TILE - 1) // TILE
+    chunks, tiles = (rows + amx_codes.CHUNK - 1) // amx_codes.CHUNK, (n_out + TILE - 1) // TILE
     first, last = share(tiles * chunks, t, threads)
     for task in range(first, last):
         chunk, tile = task // tiles, task % tiles
-        begin, end = chunk * CODES_CHUNK, min((chunk + 1) * CODES_CHUNK, rows)
-        for part in range(4 * tile, 4 * tile + 4):
-            amx_codes.multiply(codes, scales, offsets, bits, part, n_in, op[GROUP], normed, rows,
-                               begin, end, y, width, room)  # fmt: skip
+        begin, end = chunk * amx_codes.CHUNK, min((chunk + 1) * amx_codes.CHUNK, rows)
+        amx_codes.multiply(codes, scales, offsets, bits, tile, n_in, op[GROUP], normed, rows, begin,
+                           end, y, width, room)  # fmt: skip
         for row in range(begin, end):
             finish(op, y, row * width, tile, residual)

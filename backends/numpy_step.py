@@ -202,7 +202,7 @@ class Program:
         if B * T > 1 and amx.allowed():
             normed = max(normed, amx_linear.size_of_rows(rows, n_in))
             heads = amx_attend.room_for(D, room)
-            size = max(size, amx_linear.ROOM, amx_codes.ROOM + 4 * n_in, heads)
+            size = max(size, amx_linear.ROOM, amx_codes.ROOM, heads)
         arrays.append(aligned((normed,), np.float32))
         arrays.append(aligned((threads, _round(size, LANES)), np.float32))
         if T == 1:

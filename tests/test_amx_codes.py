@@ -13,9 +13,8 @@ pytest.importorskip("numba", reason="the compiled kernels need Numba (pip instal
 
 from gptx.backends import amx_codes as amx
 from gptx.backends.amx import allowed
-from gptx.backends.numpy_products import BLOCK
+from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.numpy_step import Tiles
-from gptx.backends.simd import LANES
 
 # Of a row's largest number, about 2**23 units, this much may be lost: half a unit by rounding to
 # whole numbers, and half a unit each by the factor, by its inverse and by the product with that.
@@ -143,7 +142,7 @@ def multiply(
 ) -> None:
     cut = Cut(rows, tiles.group, tiles.bits)
     n_in = rows.shape[1]
-    room = np.full(amx.ROOM + 4 * n_in, np.nan, np.float32)
+    room = np.full(amx.ROOM, np.nan, np.float32)
     amx.multiply(
         *(x.reshape(-1) for x in (tiles.weight, tiles.scales, tiles.offsets)),
         *(tiles.bits, tile, n_in, tiles.group, cut.x, len(rows), first, last),
@@ -162,14 +161,14 @@ def exact(rows: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products(bits: int, group: int, random: np.random.Generator) -> None:
-    """Any number of rows, and each of the four tiles of 16 outputs, whatever y was before."""
-    q = quantize(random.standard_normal((64, 256)).astype(np.float32), bits, group)
+    """Any number of rows, and any 64 outputs, whatever y was before."""
+    q = quantize(random.standard_normal((128, 256)).astype(np.float32), bits, group)
     tiles, w = Tiles(q), dequantize(q)
     for count in range(1, 41):
         rows = random.standard_normal((count, 256)).astype(np.float32)
         wanted, size = exact(rows, w)
-        y = np.full((count + -count % BLOCK, 64), np.nan, np.float32)
-        for tile in range(4):
+        y = np.full((count + -count % BLOCK, 128), np.nan, np.float32)
+        for tile in range(2):
             multiply(rows, tiles, tile, 0, count, y)
         assert np.max(np.abs(y[:count] - wanted) / size) < 1e-6
 
@@ -179,13 +178,13 @@ def test_products(bits: int, group: int, random: np.random.Generator) -> None:
 @pytest.mark.parametrize(("first", "last"), [(0, 16), (16, 32), (16, 40), (32, 37), (0, 3)])
 def test_a_range_of_rows(first: int, last: int, bits: int, random: np.random.Generator) -> None:
     """It changes these rows, up to a whole block, and these outputs alone."""
-    q = quantize(random.standard_normal((64, 128)).astype(np.float32), bits, 64)
+    q = quantize(random.standard_normal((128, 128)).astype(np.float32), bits, 64)
     rows = random.standard_normal((40, 128)).astype(np.float32)
     wanted, size = exact(rows, dequantize(q))
-    y, here, columns = np.full((40, 96), 7, np.float32), slice(first, last), slice(32, 48)
-    multiply(rows, Tiles(q), 2, first, last, y)
+    y, here, columns = np.full((40, 160), 7, np.float32), slice(first, last), slice(64, 128)
+    multiply(rows, Tiles(q), 1, first, last, y)
     assert np.max(np.abs(y[here, columns] - wanted[here, columns]) / size[here, columns]) < 1e-6
-    assert (np.delete(y, np.arange(32, 48), axis=1) == 7).all()
+    assert (np.delete(y, np.arange(64, 128), axis=1) == 7).all()
     assert (y[:first] == 7).all()
     assert (y[last + -last % BLOCK :] == 7).all()
 
@@ -196,7 +195,7 @@ def test_a_nan_in_a_product(random: np.random.Generator) -> None:
     q = quantize(random.standard_normal((64, 128)).astype(np.float32), 4, 64)
     rows = random.standard_normal((5, 128)).astype(np.float32)
     rows[3, 77] = np.nan
-    y = np.zeros((8, LANES), np.float32)
+    y = np.zeros((8, TILE), np.float32)
     multiply(rows, Tiles(q), 0, 0, 5, y)
     np.testing.assert_array_equal(np.isnan(y[:5]).all(axis=1), [False, False, False, True, False])
     np.testing.assert_array_equal(np.isnan(y[:5]).any(axis=1), [False, False, False, True, False])
