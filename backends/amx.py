@@ -41,9 +41,13 @@ def allowed() -> bool:
 
 
 def instruction(builder: Any, name: str, *operands: Any) -> None:
-    """An instruction of the unit; numbers are those of tiles."""
+    """An instruction of the unit; numbers are those of tiles.
+
+    None where there is no such unit: the compiler does not know it, and nobody calls what is made.
+    """
     values = [I8(x) if isinstance(x, int) else x for x in operands]
-    call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
+    if COMPILED:
+        call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
 def place(context: Any, builder: Any, given: Any, args: Any) -> Any:

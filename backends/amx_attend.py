@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends import amx
-from gptx.backends.amx import COMPILED, ROWS, SQUARE
+from gptx.backends.amx import ROWS, SQUARE
 from gptx.backends.amx_floats import (
     PANEL_SIZE,
     ROWS_SIZE,
@@ -153,7 +153,7 @@ def _softmax(row: Any, seen: int, end: int, words: Any, i: int) -> float:
 
 
 @compiled
-def _attend(
+def attend_16(
     x: Any, x_width: int, first: int, count: int, head: int, D: int, index: Any, length: int,
     scale: float, y: Any, y_width: int, work: Any,
 ) -> None:  # fmt: skip
@@ -184,14 +184,3 @@ def _attend(
             for j in range(0, TILE, LANES):
                 store(y, i + j, load(work, r * TILE + j) * factor)
     amx.release()
-
-
-@compiled
-def _nothing(
-    x: Any, x_width: int, first: int, count: int, head: int, D: int, index: Any, length: int,
-    scale: float, y: Any, y_width: int, work: Any,
-) -> None:  # fmt: skip
-    """Where there is no such unit the compiler knows no tiles; nobody calls this."""
-
-
-attend_16 = _attend if COMPILED else _nothing

@@ -17,7 +17,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.amx import (
-    COMPILED,
     DEPTH,
     I64,
     ROWS,
@@ -164,7 +163,7 @@ def _add_scaled(whole: Any, i: int, scale: Any, sums: Any, j: int, fresh: bool) 
 
 
 @compiled
-def _multiply(
+def multiply(
     codes: Any, scales: Any, offsets: Any, bits: int, tile: int, n_in: int, group: int, x: Any,
     rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
 ) -> None:  # fmt: skip
@@ -206,14 +205,3 @@ def _multiply(
         for row in range(first, last, BLOCK):
             outer_4x1(factors, padded + row * groups, offsets, s, LANES, groups, y,
                       row * y_width + tile * TILE + c * LANES, y_width, False)  # fmt: skip
-
-
-@compiled
-def _nothing(
-    codes: Any, scales: Any, offsets: Any, bits: int, tile: int, n_in: int, group: int, x: Any,
-    rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
-) -> None:  # fmt: skip
-    """Where there is no such unit the compiler knows no tiles; nobody calls this."""
-
-
-multiply = _multiply if COMPILED else _nothing

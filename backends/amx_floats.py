@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.amx import COMPILED, DEPTH, I64, ROWS, SQUARE, instruction, place, zero
+from gptx.backends.amx import DEPTH, I64, ROWS, SQUARE, instruction, place, zero
 from gptx.backends.numpy_products import TILE, compiled
 from gptx.backends.simd import (
     FLOATS,
@@ -135,7 +135,7 @@ _fetch, _put = _access("tileloadd64"), _access("tilestored64")
 
 
 @compiled
-def _multiply(
+def multiply(
     x: Any, xi: int, w: Any, wi: int, depth: int, y: Any, yi: int, y_width: int, fresh: bool
 ) -> None:
     """y [16, 64] += x·w, or = x·w: x of `cut_row` and w of `cut_panel`, from xi and wi on."""
@@ -146,13 +146,3 @@ def _multiply(
     for k in range(0, depth, STEP):
         _step(x, xi + k * ROWS_SIZE, w, wi + k * PANEL_SIZE)
     _put(y, yi, y_width)
-
-
-@compiled
-def _nothing(
-    x: Any, xi: int, w: Any, wi: int, depth: int, y: Any, yi: int, y_width: int, fresh: bool
-) -> None:
-    """Where there is no such unit the compiler knows no tiles; nobody calls this."""
-
-
-multiply = _multiply if COMPILED else _nothing
