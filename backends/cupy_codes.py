@@ -53,8 +53,10 @@ class Codes:
 
     def rows(self, ids: Array) -> Codes:
         """Some of the rows, integers [N] -> [N, I]."""
-        parts = (cupy.take(x, ids, axis=0) for x in (self.weight, self.scales, self.offsets))
-        return Codes(*parts, (ids.size, self.shape[1]), self.kinds)
+        weight, scales, offsets = (
+            cupy.take(x, ids, axis=0) for x in (self.weight, self.scales, self.offsets)
+        )
+        return Codes(weight, scales, offsets, (ids.size, self.shape[1]), self.kinds)
 
     def floats(self) -> Array:
         """All of it as numbers of the backend's dtype [O, I]."""

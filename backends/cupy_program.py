@@ -150,13 +150,9 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight [O, I] as kernels take it: numbers, or codes with scales and offsets."""
+    """A weight [O, I] as kernels take it: numbers, each output's together, or codes."""
 
-    weight: Array
-    scales: Array | None
-    offsets: Array | None
-    n_out: int
-    n_in: int
+    rows: Array | Codes
     kinds: Kinds
 
     @classmethod
@@ -164,29 +160,32 @@ class Matrix:
         """From what `CupyBackend.matrix`, `asarray` (a table) or `quantized` made."""
         if isinstance(weight, Codes):
             kinds = kinds._replace(bits=weight.kinds.bits, group=weight.kinds.group)
-            parts = weight.weight, weight.scales, weight.offsets
-            return cls._checked(*parts, *weight.shape, kinds)
-        rows = cupy.ascontiguousarray(weight if is_table else weight.T)
-        return cls._checked(rows, None, None, *rows.shape, kinds)
+        else:
+            weight = cupy.ascontiguousarray(weight if is_table else weight.T)
+        if weight.shape[1] % MULTIPLE:
+            raise Unknown(f"{weight.shape[1]} inputs")
+        return cls(weight, kinds)
 
-    @classmethod
-    def _checked(cls, *fields: Any) -> Matrix:
-        matrix = cls(*fields)
-        if matrix.n_in % MULTIPLE:
-            raise Unknown(f"{matrix.n_in} inputs")
-        return matrix
+    @property
+    def n_out(self) -> int:
+        """O."""
+        return int(self.rows.shape[0])
+
+    @property
+    def n_in(self) -> int:
+        """I."""
+        return int(self.rows.shape[1])
 
     @property
     def parts(self) -> tuple[Array | None, ...]:
-        """The first arguments of the kernels that multiply."""
-        return self.weight, self.scales, self.offsets
+        """Weight, scales and offsets, as kernels take them."""
+        if isinstance(self.rows, Codes):
+            return self.rows.weight, self.rows.scales, self.rows.offsets
+        return self.rows, None, None
 
     def floats(self) -> Array:
         """Numbers [O, I]."""
-        if self.scales is None:
-            return self.weight
-        shape = self.n_out, self.n_in
-        return Codes(self.weight, self.scales, self.offsets, shape, self.kinds).floats()
+        return self.rows.floats() if isinstance(self.rows, Codes) else self.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +263,7 @@ class Linear:
             size = np.dtype(real).itemsize
             normed = self.norm is not None
             launch = few_rows(*shape, itemsize=size, bits=w.kinds.bits, normed=normed)
-            inputs = (x,)
+            inputs: tuple[Any, ...] = (x,)
             if self.norm:
                 weight, bias, epsilon = self.norm
                 inputs = x, weight, bias, np.float32(epsilon)

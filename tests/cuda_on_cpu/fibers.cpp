@@ -16,7 +16,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr size_t STACK = 128 << 10, MAX_SHARED = 227 << 10, STRIP = 256;
+constexpr size_t STACK = 33 << 12, MAX_SHARED = 227 << 10, STRIP = 256;
 enum End { BLOCK_ENDED = 1, FAILED };
 
 Fiber* current;
@@ -118,7 +118,9 @@ static void run_thread();
     static ucontext_t start;
     getcontext(&start);
     start.uc_stack.ss_sp = stacks + i * STACK;
-    start.uc_stack.ss_size = STACK - i % LANES * 448;  // so that a cache can hold all their tops
+    // Their tops differ in where a cache keeps them (and an odd number of pages in each, in where
+    // a translation buffer does): stacks that all begin alike push each other out.
+    start.uc_stack.ss_size = STACK - i % LANES * 448;
     makecontext(&start, run_thread, 0);
     next->begun = true;
     setcontext(&start);
