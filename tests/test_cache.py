@@ -78,7 +78,7 @@ def test_keep_drops_and_reorders(small: Model) -> None:
     got = next_logits(small, cache, [[3], [5]])
     for row, (prompt, new) in enumerate(((prompts[2], 3), (prompts[0], 5))):
         alone = next_logits(small, filled(small, [prompt], 20), [[new]])
-        np.testing.assert_allclose(got[row], alone[0], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(got[row], alone[0], rtol=0, atol=5e-5)
 
 
 def test_prefix_is_a_copy(small: Model) -> None:
@@ -88,15 +88,16 @@ def test_prefix_is_a_copy(small: Model) -> None:
         part = cache.prefix(6, 30)
     got = next_logits(small, part, [[1, 2]])
     expected = next_logits(small, filled(small, [ids[:6]], 30), [[1, 2]])
-    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5)
     with small.backend.scope():
         again = cache.prefix(9, 10)
     expected = next_logits(small, filled(small, [ids], 30), [[3]])
-    np.testing.assert_allclose(next_logits(small, again, [[3]]), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(next_logits(small, again, [[3]]), expected, rtol=0, atol=5e-5)
 
 
-KINDS = [name for name in BACKENDS if "generic" not in name]
-PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b and {a, b} != {"cupy", "cupy-cpu"}]
+KINDS = [name for name in BACKENDS if "generic" not in name and name != "cupy-cpu"]
+PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b]
+PAIRS += [("numpy", "cupy-cpu"), ("cupy-cpu", "numpy")]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)

@@ -129,6 +129,7 @@ def test_the_call_after_one_that_did_not_fit_works() -> None:
     expected = make_model(CASES["124M"], make_backend("numpy-generic")).generate(ids, max_tokens=4)
     model = make_model(CASES["124M"], make_backend("cupy-cpu"))
     pool = sys.modules["cupy"].get_default_memory_pool()
+    pool.free_all_blocks()
     pool.set_limit(size=pool.used_bytes() + 4_000_000)
     try:
         with pytest.raises(DeviceOutOfMemory, match=r"[\d,]{9,} bytes are needed, [\d,]+ of the"):

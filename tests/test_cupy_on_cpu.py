@@ -55,6 +55,19 @@ def test_it_is_there_only_while_it_is_installed() -> None:
         assert sys.modules["array_api_compat.cupy"] is xp
 
 
+def test_it_leaves_in_any_order() -> None:
+    before = own_modules()
+    one, other = installed(), installed()
+    with one, other:
+        assert "cupy" in own_modules()
+    for context in (one := installed(), other := installed()):
+        context.__enter__()
+    for context in (one, other):  # the first to come is the first to go
+        assert "cupy" in own_modules()
+        context.__exit__(None, None, None)
+    assert own_modules() == before
+
+
 def test_parts_of_an_array_share_its_memory(cupy: Any) -> None:
     x = cupy.arange(12, dtype=cupy.float32).reshape(3, 4)
     row = x[1]
@@ -233,6 +246,24 @@ def test_events_measure_time(cupy: Any) -> None:
     start.record()
     end.record()
     assert cupy.cuda.get_elapsed_time(start, end) >= 0
+
+
+def test_a_copy_that_is_not_waited_for_is_not_there(cupy: Any) -> None:
+    import cupyx
+
+    x = cupy.arange(3, dtype=cupy.int64)
+    host = cupyx.empty_pinned(x.shape, x.dtype)
+    x.get(out=host, blocking=False)
+    arrived = cupy.cuda.get_current_stream().record()
+    x[...] = 7  # comes after it
+    assert host.tolist() == [-1, -1, -1]
+    arrived.synchronize()
+    assert host.tolist() == [0, 1, 2]
+    host[0] = 5
+    cupy.cuda.Device().synchronize()
+    assert host[0] == 5
+    x.get(out=host)
+    assert host.tolist() == [7, 7, 7]
 
 
 def test_a_pool_counts_and_is_limited(cupy: Any) -> None:

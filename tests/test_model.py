@@ -98,7 +98,7 @@ def test_last_only_is_the_last_row(small: Model) -> None:
     np.testing.assert_allclose(last[:, 0], whole[:, -1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mlx", "cupy"])
+@pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_come_close(dtype: str, name: str) -> None:
     config = CASES["124M"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -13,8 +15,22 @@ NO_ACCESS = 0  # PROT_NONE
 GARBAGE = 0xFF  # as bytes: a NaN in each of the float types
 
 
+class Room:
+    """Pages of memory between two that nobody may touch."""
+
+    def __init__(self, n_pages: int) -> None:
+        self.memory = mmap.mmap(-1, (n_pages + 2) * PAGE)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + PAGE
+        self.stop = self.start + n_pages * PAGE
+        for page in (self.start - PAGE, self.stop):
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, NO_ACCESS) == 0
+
+
+free: defaultdict[int, list[Room]] = defaultdict(list)  # by their numbers of pages
+
+
 class Copy:
-    """A copy of the memory [start, stop) between two pages that nobody may touch.
+    """A copy of the memory [start, stop).
 
     Its address leaves the same rest when it is divided by 16, and that is all that it has in
     common with the original's.
@@ -23,20 +39,21 @@ class Copy:
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
         self.n_bytes = stop - start
-        pages = -(-(self.n_bytes + 16) // PAGE) * PAGE
-        self._memory = mmap.mmap(-1, pages + 2 * PAGE)
-        first = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + PAGE
-        self.address = first + pages - self.n_bytes
+        self.n_pages = -(-(self.n_bytes + 16) // PAGE)
+        self.room = free[self.n_pages].pop() if free[self.n_pages] else Room(self.n_pages)
+        self.address = self.room.stop - self.n_bytes
         self.address -= (self.address - start) % 16
-        ctypes.memset(first, GARBAGE, pages)
+        self._around = (
+            (self.room.start, self.address),
+            (self.address + self.n_bytes, self.room.stop),
+        )
+        for first, last in self._around:
+            ctypes.memset(first, GARBAGE, last - first)
         ctypes.memmove(self.address, start, self.n_bytes)
-        self._around = [(first, self.address), (self.address + self.n_bytes, first + pages)]
-        for page in (first - PAGE, first + pages):
-            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, NO_ACCESS) == 0
 
     def is_clean_around(self) -> bool:
         """Whether nothing was written between the copy and those pages."""
-        strips = (ctypes.string_at(start, stop - start) for start, stop in self._around)
+        strips = (ctypes.string_at(first, last - first) for first, last in self._around)
         return not any(strip.strip(bytes([GARBAGE])) for strip in strips)
 
     def copy_back(self) -> None:
@@ -44,7 +61,8 @@ class Copy:
         ctypes.memmove(self.start, self.address, self.n_bytes)
 
 
-def guard(arrays: Iterable[np.ndarray]) -> list[Copy]:
+@contextmanager
+def guarded(arrays: Iterable[np.ndarray]) -> Iterator[list[Copy]]:
     """Copies of all these arrays; arrays that overlap lie in one."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays):
@@ -52,7 +70,10 @@ def guard(arrays: Iterable[np.ndarray]) -> list[Copy]:
             merged[-1] = merged[-1][0], max(stop, merged[-1][1])
         elif (start, stop) not in merged[-1:]:  # an empty array, twice
             merged.append((start, stop))
-    return [Copy(*span) for span in merged]
+    copies = [Copy(*span) for span in merged]
+    yield copies
+    for copy in copies:
+        free[copy.n_pages].append(copy.room)
 
 
 def find(copies: Sequence[Copy], array: np.ndarray) -> Copy:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_on_cpu import arrays, kernels, streams
+from cupy_on_cpu import arrays, kernels, signatures, streams
 
 __all__ = ["installed"]
 
@@ -72,10 +72,10 @@ def _modules() -> dict[str, ModuleType]:
         setattr(cupy, name, getattr(np, name))
     for name in MADE_OF_NUMPY.split():
         setattr(cupy, name, getattr(arrays, name))
-    for name in arrays.UFUNCS.split():
+    for name in signatures.UFUNCS.split():
         setattr(cupy, name, arrays.make_ufunc(name))
-    for line in arrays.SIGNATURES.strip().splitlines():
-        setattr(cupy, arrays.parse(line)[0], arrays.make_function(line))
+    for line in signatures.SIGNATURES.strip().splitlines():
+        setattr(cupy, signatures.parse(line)[0], arrays.make_function(line))
     special = _module("cupyx.scipy.special", erf=arrays.erf)
     scipy = _module("cupyx.scipy", special=special)
     cupyx = _module("cupyx", scipy=scipy, empty_pinned=arrays.empty_pinned)
@@ -106,15 +106,23 @@ def _swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
 
 
 _here: dict[str, ModuleType] = {}  # the stand-in, and what was imported with it
+_elsewhere: dict[str, ModuleType] = {}  # what it replaces while it is installed
+_depth = 0  # how often it is
 
 
 @contextmanager
 def installed() -> Iterator[ModuleType]:
     """While it lasts, `import cupy` gives the stand-in, and "cupy" is a backend."""
+    global _depth
     if not _here:
         _here.update(_modules())
-    before = _swap(_here)
+    if not _depth:
+        _elsewhere.update(_swap(_here))
+    _depth += 1
     try:
         yield _here["cupy"]
     finally:
-        _here.update(_swap(before))
+        _depth -= 1
+        if not _depth:
+            _here.update(_swap(_elsewhere))
+            _elsewhere.clear()

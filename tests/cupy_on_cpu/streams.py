@@ -21,8 +21,6 @@ TOTAL_BYTES = 80 * 2**30
 GARBAGE = 0xFF  # as bytes: a NaN in each of the float types
 ROUNDING = 512  # bytes: what the pool hands out comes in multiples of it
 ATTRIBUTES = {
-    "ComputeCapabilityMajor": 9,
-    "ComputeCapabilityMinor": 0,
     "MaxSharedMemoryPerBlock": 48 * 1024,
     "MaxSharedMemoryPerBlockOptin": 227 * 1024,
     "MultiProcessorCount": 2,
@@ -103,8 +101,8 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """Of the architecture, as "90"."""
-        return "{ComputeCapabilityMajor}{ComputeCapabilityMinor}".format(**ATTRIBUTES)
+        """Of the architecture."""
+        return "90"
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -270,7 +268,7 @@ class MemoryPool:
         """Memory of at least so many bytes."""
         size = -(-size // ROUNDING) * ROUNDING
         held = max(self._held, self._used + size)
-        if held > (self._limit or free_bytes() + self._held):
+        if held > max(self._held, self._limit or free_bytes() + self._held):
             raise OutOfMemoryError(size, self._held, self._limit)
         self._held, self._used = held, self._used + size
         memory = np.full(size, GARBAGE, np.uint8)
