@@ -27,11 +27,14 @@ from gptx.backends.amx_floats import (
     multiply,
     put_parts,
 )
-from gptx.backends.numpy_products import TILE, compiled
+from gptx.backends.numpy_products import (
+    TILE,
+)
 from gptx.backends.simd import (
     I32,
     INTS,
     LANES,
+    compiled,
     exp,
     get,
     largest,

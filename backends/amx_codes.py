@@ -28,11 +28,18 @@ from gptx.backends.amx import (
     zero,
 )
 from gptx.backends.fixed_point import PARTS, digits, measure
-from gptx.backends.numpy_products import AHEAD, BLOCK, TILE, compiled, outer_4x1
+from gptx.backends.numpy_groups import scale_and_offset
+from gptx.backends.numpy_products import (
+    BLOCK,
+    TILE,
+    outer_4x1,
+)
 from gptx.backends.simd import (
+    AHEAD,
     FLOATS,
     INTS,
     LANES,
+    compiled,
     floats,
     int64,
     load,
@@ -49,6 +56,7 @@ WHOLE = COLUMNS * PARTS * SQUARE  # numbers of their sums
 SUMS = WHOLE + TILE * 128 // 4  # where, in room to work in, they are added up; between, codes
 CHUNK = 128  # rows at once, at most
 ROOM = SUMS + CHUNK * TILE
+OFFSETS = ROOM // LANES  # groups whose offsets go there when the sums are done
 
 
 @compiled
@@ -140,16 +148,16 @@ def _join(context: Any, low: Any, middle: Any, high: Any) -> Any:
 
 @compiled
 def _multiply_group(
-    digits: Any, i: int, words: Any, wi: int, wide: int, group: int, depth: int, whole: Any
+    digits: Any, i: int, words: Any, wi: int, apart: int, group: int, depth: int, whole: Any
 ) -> None:
     """Whole sums of a group for 16 rows and 64 outputs, [4, 3, 16, 16]; the codes of 16 outputs
-    begin at wi and every `wide` words."""
+    begin at wi and every `apart` words."""
     for c in range(COLUMNS):
         zero(PARTS)
         for k in range(0, group, depth):
             if c == 0 or depth < group:
                 _fetch(digits, i + k * PARTS * ROWS, depth)
-            _add_up(words, wi + c * wide + k // 4 * LANES)
+            _add_up(words, wi + c * apart + k // 4 * LANES)
         _put(whole, c * PARTS * SQUARE)
 
 
@@ -164,7 +172,7 @@ def _add_scaled(whole: Any, i: int, scale: Any, sums: Any, j: int, fresh: bool) 
 
 @compiled
 def multiply(
-    codes: Any, scales: Any, offsets: Any, bits: int, tile: int, n_in: int, group: int, x: Any,
+    codes: Any, scales: Any, wide: bool, bits: int, tile: int, n_in: int, group: int, x: Any,
     rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
 ) -> None:  # fmt: skip
     """Rows first to last of 64 outputs of y = x·W; x is what `cut` made of `rows` rows.
@@ -177,22 +185,22 @@ def multiply(
     factors, part = x[PARTS * padded * n_in // 4 :], tile * COLUMNS
     set_up(room, depth)
     for g in range(groups):
-        words, wi, wide = codes, (part * n_in + g * group) // 4 * LANES, n_in // 4 * LANES
+        words, wi, apart = codes, (part * n_in + g * group) // 4 * LANES, n_in // 4 * LANES
         if bits == 8:
             for c in range(COLUMNS):
-                for line in range(wi + c * wide, wi + c * wide + group // 4 * LANES, LANES):
+                for line in range(wi + c * apart, wi + c * apart + group // 4 * LANES, LANES):
                     prefetch(codes, line + AHEAD // 4)
         else:
-            words, wi, wide = unpacked, WHOLE, group // 4 * LANES
+            words, wi, apart = unpacked, WHOLE, group // 4 * LANES
             for c in range(COLUMNS):
                 here = ((part + c) * n_in + g * group) // 8 * LANES
-                _unpack(codes, here, group, unpacked, WHOLE + c * wide)
+                _unpack(codes, here, group, unpacked, WHOLE + c * apart)
         for row in range(first, last, ROWS):
             i = (row * n_in + g * group * ROWS) * PARTS
-            _multiply_group(digits, i, words, wi, wide, group, depth, whole)
+            _multiply_group(digits, i, words, wi, apart, group, depth, whole)
             sums = SUMS + (row - first) * TILE
             for c in range(COLUMNS):
-                scale = load(scales, ((part + c) * groups + g) * LANES)
+                scale = scale_and_offset(scales, (part + c) * groups + g, wide)[0]
                 _add_scaled(whole, c * PARTS * SQUARE, scale, room, sums + c * LANES, g == 0)
     release()
     for row in range(first, last):
@@ -201,7 +209,11 @@ def multiply(
         for c in range(0, TILE, LANES):
             store(y, j + c, load(room, i + c) * factor)
     for c in range(COLUMNS):
-        s = (part + c) * groups * LANES
-        for row in range(first, last, BLOCK):
-            outer_4x1(factors, padded + row * groups, offsets, s, LANES, groups, y,
-                      row * y_width + tile * TILE + c * LANES, y_width, False)  # fmt: skip
+        for begin in range(0, groups, OFFSETS):
+            count = min(OFFSETS, groups - begin)
+            for g in range(count):
+                n = (part + c) * groups + begin + g
+                store(room, g * LANES, scale_and_offset(scales, n, wide)[1])
+            for row in range(first, last, BLOCK):
+                outer_4x1(factors, padded + row * groups + begin * BLOCK, room, 0, LANES, count, y,
+                          row * y_width + tile * TILE + c * LANES, y_width, False)  # fmt: skip

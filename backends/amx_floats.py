@@ -17,11 +17,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.amx import DEPTH, I64, ROWS, SQUARE, instruction, place, zero
-from gptx.backends.numpy_products import TILE, compiled
+from gptx.backends.numpy_products import (
+    TILE,
+)
 from gptx.backends.simd import (
     FLOATS,
     INTS,
     LANES,
+    compiled,
     floats,
     int64,
     ints,

@@ -21,12 +21,12 @@ from gptx.backends.numpy_program import (
     MATRIX,
     N_IN,
     N_OUT,
-    OFFSETS,
     SCALES,
     SOURCE_WIDTH,
     TABLE,
     TARGET_WIDTH,
     WEIGHT,
+    WIDE,
     finish,
     inlined,
     norm_row,
@@ -100,7 +100,7 @@ def multiply_floats(
                     amx_floats.multiply(x, xi, panel, 0, depth, y, yi, width, k == 0)
         for row in range(begin, end):
             for tile in range(here, there):
-                finish(op, y, row * width, tile, residual)
+                finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
     release()
 
 
@@ -112,13 +112,13 @@ def multiply_codes(
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     size, bits = n_in * (n_out + TILE), 8 if op[FORMAT] == INT8 else 4
     codes = word_array(op[WEIGHT], size)
-    scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
+    scales, wide = word_array(op[SCALES], 2 * size), op[WIDE] == 1
     chunks, tiles = (rows + amx_codes.CHUNK - 1) // amx_codes.CHUNK, (n_out + TILE - 1) // TILE
     first, last = share(tiles * chunks, t, threads)
     for task in range(first, last):
         chunk, tile = task // tiles, task % tiles
         begin, end = chunk * amx_codes.CHUNK, min((chunk + 1) * amx_codes.CHUNK, rows)
-        amx_codes.multiply(codes, scales, offsets, bits, tile, n_in, op[GROUP], normed, rows, begin,
+        amx_codes.multiply(codes, scales, wide, bits, tile, n_in, op[GROUP], normed, rows, begin,
                            end, y, width, room)  # fmt: skip
         for row in range(begin, end):
-            finish(op, y, row * width, tile, residual)
+            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)

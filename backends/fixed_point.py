@@ -13,8 +13,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.numpy_products import compiled
-from gptx.backends.simd import I8, INTS, LANES, int64, largest, load, maximum, pointer, splat, total
+from gptx.backends.simd import (
+    I8,
+    INTS,
+    LANES,
+    compiled,
+    int64,
+    largest,
+    load,
+    maximum,
+    pointer,
+    splat,
+    total,
+)
 
 PARTS = 3  # bytes to a number
 LARGEST = np.float32(127 * 2**16)  # three digits of -128 to 127 hold it, and what rounds to above

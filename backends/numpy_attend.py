@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.numpy_products import (
-    AHEAD,
-    compiled,
     dots_1x1,
     dots_1x4,
     dots_4x1,
@@ -18,7 +16,17 @@ from gptx.backends.numpy_products import (
     outer_4x1,
     outer_4x4,
 )
-from gptx.backends.simd import exp, load, maximum, number, prefetch, splat, store
+from gptx.backends.simd import (
+    AHEAD,
+    compiled,
+    exp,
+    load,
+    maximum,
+    number,
+    prefetch,
+    splat,
+    store,
+)
 
 
 def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any) -> Any:

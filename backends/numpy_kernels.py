@@ -25,7 +25,10 @@ from gptx.backends.numpy_linear import (
     prepare_one,
     prepare_rows,
 )
-from gptx.backends.numpy_products import BLOCK, TILE, compiled
+from gptx.backends.numpy_products import (
+    BLOCK,
+    TILE,
+)
 from gptx.backends.numpy_program import (
     ATTENTION,
     EMBED,
@@ -47,7 +50,15 @@ from gptx.backends.numpy_program import (
     share,
 )
 from gptx.backends.processor import HALF
-from gptx.backends.simd import FAST, float_array, half_array, load, put_number, store
+from gptx.backends.simd import (
+    FAST,
+    compiled,
+    float_array,
+    half_array,
+    load,
+    put_number,
+    store,
+)
 
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 
@@ -207,8 +218,8 @@ def _runner(sources: int) -> Any:
 
 
 COMPILED = """
-amx amx_attend amx_codes amx_floats amx_linear fixed_point numpy_attend numpy_kernels numpy_linear
-numpy_products numpy_program simd vnni
+amx amx_attend amx_codes amx_floats amx_linear fixed_point numpy_attend numpy_groups numpy_kernels
+numpy_linear numpy_products numpy_program simd vnni
 """
 FILES = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
 run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in FILES)))

@@ -25,19 +25,19 @@ from gptx.backends.numpy_program import (
     MATRIX,
     N_IN,
     N_OUT,
-    OFFSETS,
     SCALES,
     SOURCE_WIDTH,
     TABLE,
     TARGET_WIDTH,
     WEIGHT,
+    WIDE,
     expand,
     finish,
     inlined,
     norm_row,
     share,
 )
-from gptx.backends.simd import float_array, load, splat, store, word_array
+from gptx.backends.simd import LANES, float_array, load, splat, store, word_array
 
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
@@ -80,15 +80,15 @@ def multiply_one(
         first, last = share(n_in, t, threads)
         times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
     else:
-        scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
-        first, last = share(tiles, t, threads)
-        codes = word_array(op[WEIGHT], size)
-        for tile in range(first, last):
+        scales, wide = word_array(op[SCALES], 2 * size), op[WIDE] == 1
+        codes, at_once = word_array(op[WEIGHT], size), 4 if op[FORMAT] == INT8 else 1
+        first, last = share(tiles * (4 // at_once), t, threads)
+        for tile in range(first * at_once, last * at_once, at_once):
             if op[FORMAT] == INT8:
-                times_int8(codes, scales, offsets, normed, tile, n_in, group, y)
+                times_int8(codes, scales, wide, normed, tile, n_in, group, y)
             else:
-                times_int4(codes, scales, offsets, normed, tile, n_in, group, y)
-            finish(op, y, 0, tile, residual)
+                times_int4(codes, scales, wide, normed, tile, n_in, group, y)
+            finish(op, y, 0, tile * LANES, (tile + at_once) * LANES, residual)
 
 
 @inlined
@@ -101,7 +101,7 @@ def add_one(op: Any, y: Any, residual: Any, work: Any, t: int, threads: int) -> 
             for part in range(threads):
                 s += load(work[part], j)
             store(y, j, s)
-        finish(op, y, 0, tile, residual)
+        finish(op, y, 0, tile * TILE, (tile + 1) * TILE, residual)
 
 
 @inlined
@@ -141,7 +141,7 @@ def _multiply_floats(
                     outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
         for row in range(begin * BLOCK, min(end * BLOCK, rows)):
             for tile in range(here, there):
-                finish(op, y, row * width, tile, residual)
+                finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
 
 
 @inlined
@@ -177,4 +177,4 @@ def multiply_rows(
                 yi = block * BLOCK * width + tile * TILE
                 outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
         for row in range(begin * BLOCK, min(end * BLOCK, rows)):
-            finish(op, y, row * width, tile, residual)
+            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)

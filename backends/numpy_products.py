@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from gptx.backends.numpy_groups import fetch_group, scale_and_offset
 from gptx.backends.simd import (
-    FAST,
+    AHEAD,
     LANES,
     code,
+    compiled,
     get,
     load,
     number,
@@ -35,7 +36,6 @@ from gptx.backends.simd import (
 
 TILE = 64  # outputs of a panel, and of four quantized tiles
 BLOCK = 4  # rows of a block
-AHEAD = 8192  # bytes by which a stream of weights is fetched before it is needed
 
 # What makes up for `code`, by bits.
 SHRINK = {
@@ -44,8 +44,6 @@ SHRINK = {
 }
 
 SHRINK_4, SHRINK_8 = SHRINK[4], SHRINK[8]
-
-compiled = njit(fastmath=FAST, error_model="numpy")
 
 
 def outer(rows: int, columns: int) -> Callable[..., None]:
@@ -136,45 +134,45 @@ def shrink_row(x: Any, n_in: int, group: int, bits: int) -> None:
 
 
 def times_codes(bits: int, streams: int) -> Callable[..., None]:
-    """Make 64 outputs of y = W·x for codes of so many bits; x is what `shrink_row` has made.
+    """Make outputs of y = W·x for codes of so many bits; x is what `shrink_row` has made.
 
-    So many tiles are read at once. More streams bring more from memory than one does, until there
-    is so much to compute that it is the other way round (both were tried for both).
+    So many tiles of 16 outputs, from `first` on, are read at once. More streams bring more from
+    memory than one does, until there is so much to compute that it is the other way round (both
+    were tried for both).
     """
     per_word, sums = 32 // bits, 4 // streams
 
     @compiled
     def times(
-        w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, wide: bool, x: Any, first: int, n_in: int, group: int, y: Any
     ) -> None:
         groups = n_in // group
-        for first in range(4 * tile, 4 * tile + 4, streams):
-            result = vectors(streams)
-            for c in range(streams):
-                put(result, c, splat(0.0))
-            for g in range(groups):
-                acc = vectors(4)  # several to a tile, which need not wait for each other
-                for n in range(4):
-                    put(acc, n, splat(0.0))
-                for k in range(g * group, (g + 1) * group, per_word):
-                    for c in range(streams):
-                        i = ((first + c) * n_in + k) // per_word * LANES
-                        prefetch(w, i + AHEAD // 4)
-                        words = load(w, i)
-                        for n in range(per_word):
-                            a = c * sums + n % sums
-                            put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
+        result = vectors(streams)
+        for c in range(streams):
+            put(result, c, splat(0.0))
+        for g in range(groups):
+            acc = vectors(4)  # several to a tile, which need not wait for each other
+            for n in range(4):
+                put(acc, n, splat(0.0))
+            for k in range(g * group, (g + 1) * group, per_word):
                 for c in range(streams):
-                    i = ((first + c) * groups + g) * LANES
-                    prefetch(scales, i + AHEAD // 16)
-                    prefetch(offsets, i + AHEAD // 16)
-                    whole = get(acc, c * sums)
-                    for n in range(1, sums):
-                        whole += get(acc, c * sums + n)
-                    scaled = load(scales, i) * whole + load(offsets, i) * spread(x, n_in + g)
-                    put(result, c, get(result, c) + scaled)
+                    i = ((first + c) * n_in + k) // per_word * LANES
+                    prefetch(w, i + AHEAD // 4)
+                    words = load(w, i)
+                    for n in range(per_word):
+                        a = c * sums + n % sums
+                        put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
             for c in range(streams):
-                store(y, (first + c) * LANES, get(result, c))
+                n = (first + c) * groups + g
+                fetch_group(scales, n, wide)
+                whole = get(acc, c * sums)
+                for a in range(1, sums):
+                    whole += get(acc, c * sums + a)
+                scale, offset = scale_and_offset(scales, n, wide)
+                scaled = scale * whole + offset * spread(x, n_in + g)
+                put(result, c, get(result, c) + scaled)
+        for c in range(streams):
+            store(y, (first + c) * LANES, get(result, c))
 
     return times
 
@@ -193,6 +191,7 @@ def times_rows(w: Any, x: Any, first: int, last: int, n_out: int, y: Any) -> Non
         for j in range(0, whole, 16):
             acc = load(y, j)
             for r in range(4):
+                prefetch(w, i + (r + 4) * n_out + j)  # longer than a row, and it pays
                 acc += load(w, i + r * n_out + j) * spread(x, k + r)
             store(y, j, acc)
     for k in range(first, last):
@@ -227,16 +226,16 @@ def expand_codes(bits: int) -> Callable[..., None]:
 
     @compiled
     def expand(
-        w: Any, scales: Any, offsets: Any, tile: int, n_in: int, group: int, first: int,
+        w: Any, scales: Any, wide: bool, tile: int, n_in: int, group: int, first: int,
         depth: int, panel: Any,
     ) -> None:  # fmt: skip
         for c in range(4):
             part = 4 * tile + c
             for k in range(first, first + depth, per_word):
                 i = (part * n_in + k) // per_word * LANES
-                g = (part * (n_in // group) + k // group) * LANES
                 prefetch(w, i + AHEAD // 4)
-                words, scale, offset = load(w, i), load(scales, g), load(offsets, g)
+                words = load(w, i)
+                scale, offset = scale_and_offset(scales, part * (n_in // group) + k // group, wide)
                 for n in range(per_word):
                     value = code(words, n, bits) * spread(shrink, n) * scale + offset
                     store(panel, (k + n - first) * TILE + LANES * c, value)

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gptx.backends.numpy_groups import lane, scale_and_offset
 from gptx.backends.numpy_products import (
     TILE,
-    compiled,
     expand_int4,
     expand_int8,
 )
 from gptx.backends.simd import (
     LANES,
+    compiled,
     exp,
     float_array,
     load,
@@ -44,7 +45,8 @@ FIELDS = 23
 KIND, FORMAT, ACTIVATION, LAST, LAYER = range(5)  # LAST: take each sequence's last token only
 SOURCE, TARGET, RESIDUAL = range(5, 8)  # buffers, by number; a residual of -1 is none
 SOURCE_WIDTH, TARGET_WIDTH, N_IN, N_OUT, GROUP = range(8, 13)  # of a buffer's row; of a matrix
-WEIGHT, SCALES, OFFSETS, BIAS = range(13, 17)  # addresses; 0 is none; a bias fills whole tiles
+WEIGHT, SCALES, BIAS = range(13, 16)  # addresses; 0 is none; a bias fills whole tiles
+WIDE = 16  # whether scales and offsets are floats; see `numpy_groups.py`
 NORM_WEIGHT, NORM_BIAS, POSITIONS = range(17, 20)
 EPSILON, SCALE = range(20, 22)  # float64
 WORK = 22  # multiplications to a row, about
@@ -55,12 +57,11 @@ def expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
     """Inputs from `first` on of 64 outputs, codes as floats, panel [depth, TILE]."""
     n_in, group = op[N_IN], op[GROUP]
     size = n_in * (op[N_OUT] + TILE)
-    scales, offsets = float_array(op[SCALES], size), float_array(op[OFFSETS], size)
-    codes = word_array(op[WEIGHT], size)
+    codes, scales, wide = word_array(op[WEIGHT], size), word_array(op[SCALES], size), op[WIDE] == 1
     if op[FORMAT] == INT8:
-        expand_int8(codes, scales, offsets, tile, n_in, group, first, depth, panel)
+        expand_int8(codes, scales, wide, tile, n_in, group, first, depth, panel)
     else:
-        expand_int4(codes, scales, offsets, tile, n_in, group, first, depth, panel)
+        expand_int4(codes, scales, wide, tile, n_in, group, first, depth, panel)
 
 
 @compiled
@@ -106,11 +107,10 @@ def activate(activation: int, x: Any) -> Any:
 
 
 @compiled
-def finish(op: Any, y: Any, row: int, tile: int, residual: Any) -> None:
-    """Bias, activation and residual for one row of a tile; `row` is where the row begins."""
+def finish(op: Any, y: Any, row: int, first: int, last: int, residual: Any) -> None:
+    """Bias, activation and residual for outputs of one row, which begins at `row`."""
     bias = float_array(op[BIAS], op[N_OUT] + TILE)
-    for c in range(4):
-        j = tile * TILE + 16 * c
+    for j in range(first, last, LANES):
         x = load(y, row + j)
         if op[BIAS] != 0:
             x += load(bias, j)
@@ -126,21 +126,24 @@ def embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
     """Rows of the token table, wherever its format puts them, plus rows of the position table."""
     n_in, group = op[N_IN], op[GROUP]
     size = n_in * (op[N_OUT] + TILE)
-    floats, scales = float_array(op[WEIGHT], size), float_array(op[SCALES], size)
-    offsets, positions = float_array(op[OFFSETS], size), float_array(op[POSITIONS], size)
-    words, bits = word_array(op[WEIGHT], size), 8 if op[FORMAT] == INT8 else 4
+    floats, words = float_array(op[WEIGHT], size), word_array(op[WEIGHT], size)
+    scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
+    positions, bits = float_array(op[POSITIONS], size), 8 if op[FORMAT] == INT8 else 4
     per_word = 32 // bits
     for n in range(len(tokens)):
         token = tokens[n]
-        tile, lane = token // LANES, token % LANES
+        tile, column = token // LANES, token % LANES
+        scale, offset = np.float32(0), np.float32(0)
         for k in range(n_in):
             if op[FORMAT] == TABLE:
                 value = floats[token * n_in + k]
             else:
-                word = words[(tile * n_in + k) // per_word * LANES + lane]
+                if k % group == 0:
+                    both = scale_and_offset(scales, (tile * n_in + k) // group, wide)
+                    scale, offset = lane(both[0], column), lane(both[1], column)
+                word = words[(tile * n_in + k) // per_word * LANES + column]
                 code = (word >> np.uint32(k % per_word * bits)) & np.uint32((1 << bits) - 1)
-                g = (tile * (n_in // group) + k // group) * LANES + lane
-                value = np.float32(code) * scales[g] + offsets[g]
+                value = np.float32(code) * scale + offset
             y[n * op[TARGET_WIDTH] + k] = value + positions[index[n] * n_in + k]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from gptx.backends import amx, amx_attend, amx_codes, amx_linear
+from gptx.backends import amx, amx_attend, amx_codes, amx_linear, numpy_groups
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
@@ -44,8 +44,10 @@ class Tiles:
         (O, I).
     weight
         uint32 [O / 16, I * bits / 32, 16]: codes of four or eight inputs of an output to a word.
-    scales, offsets
-        float32 [O / 16, I / group, 16]; a weight is scale * code + offset.
+    scales
+        uint32 [O / 16, I / group, n]: scales and offsets of 16 outputs (see `numpy_groups.py`).
+    wide
+        Whether those are floats; a weight is scale * code + offset.
     """
 
     def __init__(self, q: Quantized, pool: Pool | None = None) -> None:
@@ -55,8 +57,14 @@ class Tiles:
         self.format = FORMATS[q.bits]
         self.group = q.group_size
         self.weight = _tiled(q.weight, pool)
-        self.scales = _tiled(q.scales.astype(np.float32, copy=False), pool)
-        self.offsets = _tiled(q.biases.astype(np.float32, copy=False), pool)
+        words = numpy_groups.words(q.scales, q.biases) if q.bits == 4 else None
+        self.wide = words is None
+        if words is None:
+            parts = [_tiled(x.view(np.uint32), Pool()) for x in (q.scales, q.biases)]
+            self.scales = pool.array((*parts[0].shape[:2], 2 * LANES), np.uint32)
+            np.concatenate(parts, axis=-1, out=self.scales)
+        else:
+            self.scales = _tiled(words, pool)
 
     def product(self, x: Array, bias: Array | None, threads: int | None) -> Array:
         """x [..., I] times the matrix, plus a bias [O], if any: [..., O]."""
@@ -80,9 +88,12 @@ class Tiles:
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         codes = codes[..., None] >> shifts & np.uint32(2**self.bits - 1)
         codes = codes.reshape(len(tile), -1, self.group).astype(np.float32)
-        rows = (
-            self.scales[tile, :, lane][..., None] * codes + self.offsets[tile, :, lane][..., None]
-        )
+        if self.wide:
+            parts = self.scales.view(np.float32)
+            scales, offsets = parts[tile, :, lane], parts[tile, :, LANES + lane]
+        else:
+            scales, offsets = numpy_groups.unpacked(self.scales[tile, :, lane])
+        rows = scales[..., None] * codes + offsets[..., None]
         return rows.reshape(*ids.shape, -1)
 
 
@@ -249,7 +260,7 @@ class Program:
             op[columns.FORMAT], op[columns.GROUP] = weight.format, weight.group
             op[columns.N_OUT], op[columns.N_IN] = weight.shape
             op[columns.SCALES] = self._address(weight.scales)
-            op[columns.OFFSETS] = self._address(weight.offsets)
+            op[columns.WIDE] = weight.wide
             op[columns.WEIGHT] = self._address(weight.weight)
         else:
             is_table = instruction.is_head or instruction.kind == "embed"

@@ -16,12 +16,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.fixed_point import PARTS, digits, measure
-from gptx.backends.numpy_products import AHEAD, compiled
+from gptx.backends.numpy_groups import fetch_group, scale_and_offset
 from gptx.backends.processor import has
 from gptx.backends.simd import (
+    AHEAD,
     INTS,
     LANES,
     call,
+    compiled,
     get,
     int64,
     ints,
@@ -77,52 +79,51 @@ def cut_row(x: Any, n_in: int, group: int, bits: int) -> None:
 
 
 def times_codes(bits: int, streams: int) -> Callable[..., None]:
-    """Make 64 outputs of y = W·x for codes of so many bits; x is what `cut_row` has made."""
+    """Make outputs of y = W·x for codes of so many bits; x is what `cut_row` has made.
+
+    So many tiles of 16 outputs, from `first` on, are read at once.
+    """
     per_word, sums = 32 // bits, PARTS * streams
 
     @compiled
     def times(
-        w: Any, scales: Any, offsets: Any, x: Any, tile: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, wide: bool, x: Any, first: int, n_in: int, group: int, y: Any
     ) -> None:
         groups, part, bytes_of_x = n_in // group, n_in // 4, x.view(np.uint32)
         factor, low = spread(x, n_in + groups), n_in + groups + 1
-        for first in range(4 * tile, 4 * tile + 4, streams):
-            result = vectors(streams)
-            for c in range(streams):
-                put(result, c, splat(0.0))
-            for g in range(groups):
-                acc = vectors(sums)
-                for n in range(sums):
-                    put(acc, n, splat(0.0))  # whose bits are those of the whole number
-                for k in range(g * group, (g + 1) * group, per_word):
-                    at = low + k // 4
-                    for c in range(streams):
-                        i = ((first + c) * n_in + k) // per_word * LANES
-                        prefetch(w, i + AHEAD // 4)
-                        words = load(w, i)
-                        if bits == 8:
-                            for p in range(PARTS):
-                                _add_dots(
-                                    acc, PARTS * c + p, words, spread(bytes_of_x, at + p * part)
-                                )
-                        else:
-                            even, odd = to_bytes(words, 0), to_bytes(words, 1)
-                            for p in range(PARTS):
-                                j = at + p * part
-                                _add_dots(acc, PARTS * c + p, even, spread(bytes_of_x, j))
-                                _add_dots(acc, PARTS * c + p, odd, spread(bytes_of_x, j + 1))
+        result = vectors(streams)
+        for c in range(streams):
+            put(result, c, splat(0.0))
+        for g in range(groups):
+            acc = vectors(sums)
+            for n in range(sums):
+                put(acc, n, splat(0.0))  # whose bits are those of the whole number
+            for k in range(g * group, (g + 1) * group, per_word):
+                at = low + k // 4
                 for c in range(streams):
-                    i = ((first + c) * groups + g) * LANES
-                    prefetch(scales, i + AHEAD // 16)
-                    prefetch(offsets, i + AHEAD // 16)
-                    whole = to_floats(_as_ints(get(acc, PARTS * c)))
-                    whole += to_floats(_as_ints(get(acc, PARTS * c + 1))) * splat(2.0**8)
-                    whole += to_floats(_as_ints(get(acc, PARTS * c + 2))) * splat(2.0**16)
-                    scaled = load(scales, i) * (whole * factor)
-                    scaled += load(offsets, i) * spread(x, n_in + g)
-                    put(result, c, get(result, c) + scaled)
+                    i = ((first + c) * n_in + k) // per_word * LANES
+                    prefetch(w, i + AHEAD // 4)
+                    words = load(w, i)
+                    if bits == 8:
+                        for p in range(PARTS):
+                            _add_dots(acc, PARTS * c + p, words, spread(bytes_of_x, at + p * part))
+                    else:
+                        even, odd = to_bytes(words, 0), to_bytes(words, 1)
+                        for p in range(PARTS):
+                            j = at + p * part
+                            _add_dots(acc, PARTS * c + p, even, spread(bytes_of_x, j))
+                            _add_dots(acc, PARTS * c + p, odd, spread(bytes_of_x, j + 1))
             for c in range(streams):
-                store(y, (first + c) * LANES, get(result, c))
+                n = (first + c) * groups + g
+                fetch_group(scales, n, wide)
+                whole = to_floats(_as_ints(get(acc, PARTS * c)))
+                whole += to_floats(_as_ints(get(acc, PARTS * c + 1))) * splat(2.0**8)
+                whole += to_floats(_as_ints(get(acc, PARTS * c + 2))) * splat(2.0**16)
+                scale, offset = scale_and_offset(scales, n, wide)
+                scaled = scale * (whole * factor) + offset * spread(x, n_in + g)
+                put(result, c, get(result, c) + scaled)
+        for c in range(streams):
+            store(y, (first + c) * LANES, get(result, c))
 
     return times
 

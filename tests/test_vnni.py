@@ -34,9 +34,9 @@ def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, Tiles], np.
         x[:n_in] = row
         prepare(x, n_in, tiles.group, tiles.bits)
         times: Any = times_int8 if tiles.bits == 8 else times_int4
-        parts = [part.reshape(-1) for part in (tiles.weight, tiles.scales, tiles.offsets)]
+        parts = tiles.weight.reshape(-1), tiles.scales.reshape(-1), tiles.wide
         y = np.full(tiles.weight.shape[0] * 16, np.nan, np.float32)
-        for tile in range(len(y) // 64):
+        for tile in range(0, len(y) // 16, 4 if tiles.bits == 8 else 1):
             times(*parts, x, tile, n_in, tiles.group, y)
         return y[:n_out]
 
@@ -68,10 +68,11 @@ def test_the_largest_numbers_at_every_place_do_not_wrap_around(bits: int, produc
     """The sums of a group are whole numbers of 32 bits: the worst case is all of one sign."""
     w = np.ones((64, 128), np.float32)
     w[:, ::128] = 0  # codes from 0 to the largest, of which almost all are the largest
+    # A word's scale has a bit less than a float's, and here its errors have one sign, too.
     q = quantize(w, bits, 128)
     for sign in (1, -1):
         row = np.full(128, sign * 3.7, np.float32)
-        assert error(product(row, Tiles(q)), dequantize(q), row) < 1e-7
+        assert error(product(row, Tiles(q)), dequantize(q), row) < 2e-7
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e20])
