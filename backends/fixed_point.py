@@ -44,14 +44,15 @@ def digits(context: Any, array: Any, i: Any, step: Any, x: Any, bits: Any) -> An
         step = int64(context, builder, args[2], sig.args[2])
         even_first = builder.icmp_signed("==", args[4], ir.Constant(args[4].type, 4))
         place = pointer(context, builder, sig.args, args)
-        rest = builder.fptosi(args[3], INTS)
-        for _ in range(PARTS):
-            digit = builder.and_(builder.add(rest, constant(128)), constant(255))
-            digit = builder.sub(digit, constant(128))
-            rest = builder.ashr(builder.sub(rest, digit), constant(8))
+        # With 128 more in each digit none is negative, and they are the bytes; a byte whose upper
+        # bit is turned over is 128 less again.
+        middle = constant(0x808080)
+        whole = builder.xor(builder.add(builder.fptosi(args[3], INTS), middle), middle)
+        mixed = builder.shuffle_vector(whole, whole, ir.Constant(INTS, order))
+        whole = builder.select(even_first, mixed, whole)
+        for part in range(PARTS):
+            digit = builder.lshr(whole, constant(8 * part))
             values = builder.trunc(digit, ir.VectorType(I8, LANES))
-            mixed = builder.shuffle_vector(values, values, ir.Constant(INTS, order))
-            values = builder.select(even_first, mixed, values)
             builder.store(values, builder.bitcast(place, values.type.as_pointer()), align=1)
             place = builder.gep(place, [step])
         return context.get_dummy_value()

@@ -26,7 +26,7 @@ from gptx.backends.simd import (
     compiled,
     floats,
     load,
-    prefetch,
+    prefetch_once,
     splat,
 )
 
@@ -105,7 +105,7 @@ def scale_and_offset(groups: Any, n: int, wide: bool) -> tuple[Any, Any]:
 def fetch_group(groups: Any, n: int, wide: bool) -> None:
     """Begin to bring what comes some records after n."""
     if wide:
-        prefetch(groups, 2 * LANES * n + AHEAD // 8)
-        prefetch(groups, 2 * LANES * n + LANES + AHEAD // 8)
+        prefetch_once(groups, 2 * LANES * n + AHEAD // 8)
+        prefetch_once(groups, 2 * LANES * n + LANES + AHEAD // 8)
     else:
-        prefetch(groups, LANES * n + AHEAD // 16)
+        prefetch_once(groups, LANES * n + AHEAD // 16)

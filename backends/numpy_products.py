@@ -25,6 +25,7 @@ from gptx.backends.simd import (
     load,
     number,
     prefetch,
+    prefetch_once,
     put,
     splat,
     spread,
@@ -157,7 +158,7 @@ def times_codes(bits: int, streams: int) -> Callable[..., None]:
             for k in range(g * group, (g + 1) * group, per_word):
                 for c in range(streams):
                     i = ((first + c) * n_in + k) // per_word * LANES
-                    prefetch(w, i + AHEAD // 4)
+                    prefetch_once(w, i + AHEAD // 4)
                     words = load(w, i)
                     for n in range(per_word):
                         a = c * sums + n % sums
@@ -191,7 +192,7 @@ def times_rows(w: Any, x: Any, first: int, last: int, n_out: int, y: Any) -> Non
         for j in range(0, whole, 16):
             acc = load(y, j)
             for r in range(4):
-                prefetch(w, i + (r + 4) * n_out + j)  # longer than a row, and it pays
+                prefetch_once(w, i + (r + 4) * n_out + j)  # longer than a row, and it pays
                 acc += load(w, i + r * n_out + j) * spread(x, k + r)
             store(y, j, acc)
     for k in range(first, last):

@@ -27,7 +27,6 @@ HALVES = ir.VectorType(F16, LANES)  # in memory only, and there uint16 for Numba
 # Sums may be reordered and fused, but a NaN stays one: the sampler looks for it.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 compiled = njit(fastmath=FAST, error_model="numpy")
-
 AHEAD = 8192  # bytes by which a stream of weights is fetched before it is needed
 
 
@@ -149,17 +148,22 @@ def put_number(context: Any, array: Any, i: Any, value: Any) -> Any:
     return types.void(array, i, types.float32), generate
 
 
-@intrinsic
-def prefetch(context: Any, array: Any, i: Any) -> Any:
-    """Begin to bring array[i] to the second cache, which brings more from memory at a time than the
-    first; it may lie past the end."""
+def _prefetch(cache: int) -> Callable[..., Any]:
+    @intrinsic
+    def prefetch(context: Any, array: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            place = builder.bitcast(pointer(context, builder, sig.args, args), I8.as_pointer())
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(4 - cache), I32(1))
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = builder.bitcast(pointer(context, builder, sig.args, args), I8.as_pointer())
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(2), I32(1))
-        return context.get_dummy_value()
+        return types.void(array, i), generate
 
-    return types.void(array, i), generate
+    return prefetch
+
+
+# Begin to bring array[i], which may lie past the end, to the first cache; or, what is read but
+# once, to the second, which has more on its way at a time.
+prefetch, prefetch_once = _prefetch(1), _prefetch(2)
 
 
 @intrinsic

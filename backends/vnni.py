@@ -29,7 +29,7 @@ from gptx.backends.simd import (
     ints,
     load,
     nearest,
-    prefetch,
+    prefetch_once,
     put,
     splat,
     spread,
@@ -102,7 +102,7 @@ def times_codes(bits: int, streams: int) -> Callable[..., None]:
                 at = low + k // 4
                 for c in range(streams):
                     i = ((first + c) * n_in + k) // per_word * LANES
-                    prefetch(w, i + AHEAD // 4)
+                    prefetch_once(w, i + AHEAD // 4)
                     words = load(w, i)
                     if bits == 8:
                         for p in range(PARTS):
