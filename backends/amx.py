@@ -18,12 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.processor import has
-from gptx.backends.simd import (
-    I8,
-    call,
-    compiled,
-    pointer,
-)
+from gptx.backends.simd import I8, call, compiled, pointer
 
 ROWS = 16  # of a tile
 DEPTH = 64  # bytes to a row of a tile

@@ -27,9 +27,7 @@ from gptx.backends.amx_floats import (
     multiply,
     put_parts,
 )
-from gptx.backends.numpy_products import (
-    TILE,
-)
+from gptx.backends.numpy_products import TILE
 from gptx.backends.simd import (
     I32,
     INTS,

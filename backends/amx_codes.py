@@ -29,11 +29,7 @@ from gptx.backends.amx import (
 )
 from gptx.backends.fixed_point import PARTS, digits, measure
 from gptx.backends.numpy_groups import scale_and_offset
-from gptx.backends.numpy_products import (
-    BLOCK,
-    TILE,
-    outer_4x1,
-)
+from gptx.backends.numpy_products import BLOCK, TILE, outer_4x1
 from gptx.backends.simd import (
     AHEAD,
     FLOATS,
@@ -56,7 +52,7 @@ WHOLE = COLUMNS * PARTS * SQUARE  # numbers of their sums
 SUMS = WHOLE + TILE * 128 // 4  # where, in room to work in, they are added up; between, codes
 CHUNK = 128  # rows at once, at most
 ROOM = SUMS + CHUNK * TILE
-OFFSETS = ROOM // LANES  # groups whose offsets go there when the sums are done
+GROUPS = ROOM // LANES  # whose offsets go there at once, when the sums are done
 
 
 @compiled
@@ -209,8 +205,8 @@ def multiply(
         for c in range(0, TILE, LANES):
             store(y, j + c, load(room, i + c) * factor)
     for c in range(COLUMNS):
-        for begin in range(0, groups, OFFSETS):
-            count = min(OFFSETS, groups - begin)
+        for begin in range(0, groups, GROUPS):
+            count = min(GROUPS, groups - begin)
             for g in range(count):
                 n = (part + c) * groups + begin + g
                 store(room, g * LANES, scale_and_offset(scales, n, wide)[1])

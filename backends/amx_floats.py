@@ -17,20 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.amx import DEPTH, I64, ROWS, SQUARE, instruction, place, zero
-from gptx.backends.numpy_products import (
-    TILE,
-)
-from gptx.backends.simd import (
-    FLOATS,
-    INTS,
-    LANES,
-    compiled,
-    floats,
-    int64,
-    ints,
-    load,
-    store,
-)
+from gptx.backends.numpy_products import TILE
+from gptx.backends.simd import FLOATS, INTS, LANES, compiled, floats, int64, ints, load, store
 
 PARTS = 3  # bfloat16 to a float
 STEP = 32  # inputs to a tile

@@ -112,7 +112,7 @@ def multiply_codes(
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     size, bits = n_in * (n_out + TILE), 8 if op[FORMAT] == INT8 else 4
     codes = word_array(op[WEIGHT], size)
-    scales, wide = word_array(op[SCALES], 2 * size), op[WIDE] == 1
+    scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
     chunks, tiles = (rows + amx_codes.CHUNK - 1) // amx_codes.CHUNK, (n_out + TILE - 1) // TILE
     first, last = share(tiles * chunks, t, threads)
     for task in range(first, last):

@@ -16,17 +16,7 @@ from gptx.backends.numpy_products import (
     outer_4x1,
     outer_4x4,
 )
-from gptx.backends.simd import (
-    AHEAD,
-    compiled,
-    exp,
-    load,
-    maximum,
-    number,
-    prefetch,
-    splat,
-    store,
-)
+from gptx.backends.simd import AHEAD, compiled, exp, load, maximum, number, prefetch, splat, store
 
 
 def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any) -> Any:

@@ -36,7 +36,7 @@ LOWEST = 103  # the exponent, as float32 writes it, that is written as 0: of 2**
 CLOSE = 2.0**-21  # relative: an offset is rounded, and so is the scale that it is divided by
 
 
-def words(scales: Array, offsets: Array) -> Array | None:
+def as_words(scales: Array, offsets: Array) -> Array | None:
     """Float32 scales and offsets [...] as words [...]; None if one of them does not go into one."""
     with np.errstate(all="ignore"):  # what is not finite does not go into them either
         steps = np.rint(-offsets / scales)
@@ -50,8 +50,13 @@ def words(scales: Array, offsets: Array) -> Array | None:
     return sign | exponent << np.uint32(26) | fraction << np.uint32(3) | steps.astype(np.uint32)
 
 
-def unpacked(words: Array) -> tuple[Array, Array]:
-    """Scales and offsets [...] of words [...]."""
+def of_lanes(groups: Array, lanes: Array) -> tuple[Array, Array]:
+    """Scales and offsets [..., G] of one output each of records [..., G, 16 or 32]."""
+    lanes = lanes[..., None, None]
+    words = np.take_along_axis(groups, lanes, -1)[..., 0]
+    if groups.shape[-1] > LANES:
+        offsets = np.take_along_axis(groups, lanes + LANES, -1)[..., 0]
+        return words.view(np.float32), offsets.view(np.float32)
     bits = (words >> np.uint32(3) & np.uint32(2**28 - 2)) + np.uint32(LOWEST << 23)
     scales = (bits | words & np.uint32(1 << 31)).view(np.float32)
     return scales, -scales * (words & np.uint32(15)).astype(np.float32)

@@ -25,10 +25,7 @@ from gptx.backends.numpy_linear import (
     prepare_one,
     prepare_rows,
 )
-from gptx.backends.numpy_products import (
-    BLOCK,
-    TILE,
-)
+from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.numpy_program import (
     ATTENTION,
     EMBED,
@@ -50,15 +47,7 @@ from gptx.backends.numpy_program import (
     share,
 )
 from gptx.backends.processor import HALF
-from gptx.backends.simd import (
-    FAST,
-    compiled,
-    float_array,
-    half_array,
-    load,
-    put_number,
-    store,
-)
+from gptx.backends.simd import FAST, compiled, float_array, half_array, load, put_number, store
 
 LITTLE = 2**18  # multiplications that are done before another thread has begun
 

@@ -80,7 +80,7 @@ def multiply_one(
         first, last = share(n_in, t, threads)
         times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
     else:
-        scales, wide = word_array(op[SCALES], 2 * size), op[WIDE] == 1
+        scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
         codes, at_once = word_array(op[WEIGHT], size), 4 if op[FORMAT] == INT8 else 1
         first, last = share(tiles * (4 // at_once), t, threads)
         for tile in range(first * at_once, last * at_once, at_once):

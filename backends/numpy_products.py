@@ -192,7 +192,7 @@ def times_rows(w: Any, x: Any, first: int, last: int, n_out: int, y: Any) -> Non
         for j in range(0, whole, 16):
             acc = load(y, j)
             for r in range(4):
-                prefetch_once(w, i + (r + 4) * n_out + j)  # longer than a row, and it pays
+                prefetch_once(w, i + (r + 4) * n_out + j)  # of the next four rows
                 acc += load(w, i + r * n_out + j) * spread(x, k + r)
             store(y, j, acc)
     for k in range(first, last):

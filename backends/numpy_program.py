@@ -15,11 +15,7 @@ import numpy as np
 from numba import njit
 
 from gptx.backends.numpy_groups import lane, scale_and_offset
-from gptx.backends.numpy_products import (
-    TILE,
-    expand_int4,
-    expand_int8,
-)
+from gptx.backends.numpy_products import TILE, expand_int4, expand_int8
 from gptx.backends.simd import (
     LANES,
     compiled,

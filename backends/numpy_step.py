@@ -13,10 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from gptx.backends import amx, amx_attend, amx_codes, amx_linear, numpy_groups
+from gptx.backends import amx, amx_attend, amx_codes, amx_linear
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
+from gptx.backends.numpy_groups import as_words, of_lanes
 from gptx.backends.numpy_linear import DEPTH
 from gptx.backends.numpy_memory import Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
@@ -56,15 +57,11 @@ class Tiles:
         self.bits = q.bits
         self.format = FORMATS[q.bits]
         self.group = q.group_size
-        self.weight = _tiled(q.weight, pool)
-        words = numpy_groups.words(q.scales, q.biases) if q.bits == 4 else None
+        self.weight = _tiled(pool, q.weight)
+        words = as_words(q.scales, q.biases) if q.bits == 4 else None
         self.wide = words is None
-        if words is None:
-            parts = [_tiled(x.view(np.uint32), Pool()) for x in (q.scales, q.biases)]
-            self.scales = pool.array((*parts[0].shape[:2], 2 * LANES), np.uint32)
-            np.concatenate(parts, axis=-1, out=self.scales)
-        else:
-            self.scales = _tiled(words, pool)
+        numbers = (q.scales, q.biases) if words is None else (words,)
+        self.scales = _tiled(pool, *(x.view(np.uint32) for x in numbers))
 
     def product(self, x: Array, bias: Array | None, threads: int | None) -> Array:
         """x [..., I] times the matrix, plus a bias [O], if any: [..., O]."""
@@ -88,22 +85,19 @@ class Tiles:
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         codes = codes[..., None] >> shifts & np.uint32(2**self.bits - 1)
         codes = codes.reshape(len(tile), -1, self.group).astype(np.float32)
-        if self.wide:
-            parts = self.scales.view(np.float32)
-            scales, offsets = parts[tile, :, lane], parts[tile, :, LANES + lane]
-        else:
-            scales, offsets = numpy_groups.unpacked(self.scales[tile, :, lane])
+        scales, offsets = of_lanes(self.scales[tile], lane)
         rows = scales[..., None] * codes + offsets[..., None]
         return rows.reshape(*ids.shape, -1)
 
 
-def _tiled(x: Array, pool: Pool) -> Array:
-    """[O, N] -> [O / 16, N, 16], with zeros past the last output, up to 64 of them."""
-    n_out, n = x.shape
-    if n_out % TILE:
-        x = np.concatenate([x, np.zeros((-n_out % TILE, n), x.dtype)])
-    tiles = pool.array((len(x) // LANES, n, LANES), x.dtype)
-    tiles[:] = x.reshape(-1, LANES, n).swapaxes(1, 2)
+def _tiled(pool: Pool, *parts: Array) -> Array:
+    """Parts [O, N] -> [O / 16, N, 16 to a part], with zeros past the last output, up to 64."""
+    n_out, n = parts[0].shape
+    tiles = pool.array((_round(n_out, TILE) // LANES, n, len(parts) * LANES), parts[0].dtype)
+    for i, x in enumerate(parts):
+        if n_out % TILE:
+            x = np.concatenate([x, np.zeros((-n_out % TILE, n), x.dtype)])
+        tiles[..., i * LANES : (i + 1) * LANES] = x.reshape(-1, LANES, n).swapaxes(1, 2)
     return tiles
 
 

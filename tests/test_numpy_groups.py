@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the kernels need Numba")
 
-from gptx.backends.numpy_groups import unpacked, words
+from gptx.backends.numpy_groups import as_words, of_lanes
 from gptx.backends.numpy_step import Tiles
 from gptx.quantization import Quantized, dequantize, quantize
 
@@ -20,10 +20,10 @@ def test_what_quantize_makes_goes_into_words(
     w = (size * random.standard_normal((200, 3 * group))).astype(np.float32)
     w[7] = 0
     q = quantize(w, 4, group)
-    packed = words(q.scales, q.biases)
+    packed = as_words(q.scales, q.biases)
     assert packed is not None
     assert packed.dtype == np.uint32
-    scales, offsets = unpacked(packed)
+    scales, offsets = of_lanes(packed[..., None], np.zeros(200, int))
     np.testing.assert_allclose(scales, q.scales, rtol=2**-23)
     np.testing.assert_allclose(offsets, q.biases, rtol=2**-21)
 
@@ -47,9 +47,9 @@ def test_what_does_not_fit_stays_in_floats(
     scale: float, offset: float, random: np.random.Generator
 ) -> None:
     scales, biases = (np.full((16, 2), x, np.float32) for x in (0.1, -0.8))
-    assert words(scales, biases) is not None
+    assert as_words(scales, biases) is not None
     scales[5, 1], biases[5, 1] = scale, offset
-    assert words(scales, biases) is None
+    assert as_words(scales, biases) is None
     codes = random.integers(0, 2**32, (16, 8), np.uint32)
     tiles = Tiles(Quantized(codes, scales, biases, 32, 4))
     assert tiles.wide
