@@ -1,14 +1,15 @@
 """Products of quantized weights with several rows on Intel's matrix unit, AMX.
 
 The unit multiplies tiles of bytes, too, 16 x 64 by 64 x 16 at once, and adds in whole numbers.
-Codes are bytes already, and the rows of x are cut into three (`fixed_point.py`): a product takes
-three tile instructions a group. Then the sum is made a float and is scaled.
+Codes are bytes already, and a row of x is cut into three rows of bytes (`fixed_point.py`), which
+lie side by side: 16 rows are three tiles, and 5 are one. The sums are made floats and are scaled.
 
 Without this unit, panels of floats do the same (`numpy_products.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ GROUPS = ROOM // LANES  # whose offsets go there at once, when the sums are done
 def cut(row: Any, n_in: int, group: int, bits: int, x: Any, n: int, rows: int) -> None:
     """Put a row [I] of floats into x as row n of `rows`: its bytes, its factor, its sums.
 
-    x holds tiles of bytes, [rows / 16, I / depth, 3, 16, depth], factors [rows] and the sums of the
+    x holds tiles of bytes, [rows / 16, I / depth, 16, 3, depth], factors [rows] and the sums of the
     groups, [rows / 4, G, 4]. In codes of 4 bits the even inputs of a word come before the odd ones,
     and so they do here.
     """
@@ -68,11 +69,11 @@ def cut(row: Any, n_in: int, group: int, bits: int, x: Any, n: int, rows: int) -
     factor, inverse = measure(row, n_in, group, sums, BLOCK)
     x[first + n] = factor
     grow = splat(inverse)
-    tiles, i = x.view(np.int8), n // ROWS * n_in * PARTS * ROWS + n % ROWS * depth
+    tiles, i = x.view(np.int8), PARTS * (n // ROWS * n_in * ROWS + n % ROWS * depth)
     for k in range(0, n_in, depth):
         for j in range(0, depth, LANES):
             at = i + k * PARTS * ROWS + j
-            digits(tiles, at, ROWS * depth, nearest(load(row, k + j) * grow), bits)
+            digits(tiles, at, depth, nearest(load(row, k + j) * grow), bits)
 
 
 @compiled
@@ -86,46 +87,52 @@ def _unpack(codes: Any, first: int, group: int, words: Any, i: int) -> None:
 
 
 @intrinsic
-def _fetch(context: Any, x: Any, i: Any, depth: Any) -> Any:
-    """The three bytes of 16 rows, of so many inputs, to tiles 3 to 5."""
+def _fetch(context: Any, x: Any, i: Any, depth: Any, count: Any) -> Any:
+    """Up to three tiles (a constant) of bytes, of so many inputs, to tiles 3 to 5."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         first = place(context, builder, sig.args[:2], args[:2])
         depth = int64(context, builder, args[2], sig.args[2])
-        for part in range(PARTS):
-            here = builder.gep(first, [builder.mul(depth, I64(ROWS * part))])
-            instruction(builder, "tileloadd64", 3 + part, here, depth)
+        for n in range(count.literal_value):
+            here = builder.gep(first, [builder.mul(depth, I64(ROWS * n))])
+            instruction(builder, "tileloadd64", 3 + n, here, depth)
         return context.get_dummy_value()
 
-    return types.void(x, i, depth), generate
+    return types.void(x, i, depth, count), generate
 
 
 @intrinsic
-def _add_up(context: Any, words: Any, i: Any) -> Any:
+def _add_up(context: Any, words: Any, i: Any, count: Any) -> Any:
     """Add to tiles 0 to 2 the products of tiles 3 to 5 with codes of 16 outputs."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        here = place(context, builder, sig.args, args)
+        here = place(context, builder, sig.args[:2], args[:2])
         instruction(builder, "tileloadd64", 6, here, I64(DEPTH))
-        for part in range(PARTS):
-            instruction(builder, "tdpbsud", part, 3 + part, 6)  # x signed, codes not
+        for n in range(count.literal_value):
+            instruction(builder, "tdpbsud", n, 3 + n, 6)  # x signed, codes not
         return context.get_dummy_value()
 
-    return types.void(words, i), generate
+    return types.void(words, i, count), generate
 
 
 @intrinsic
-def _put(context: Any, whole: Any, i: Any) -> Any:
+def _put(context: Any, whole: Any, i: Any, count: Any) -> Any:
     """Tiles 0 to 2, one after the other."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        first = place(context, builder, sig.args, args)
-        for part in range(PARTS):
-            here = builder.gep(first, [I64(4 * SQUARE * part)])
-            instruction(builder, "tilestored64", part, here, I64(DEPTH))
+        first = place(context, builder, sig.args[:2], args[:2])
+        for n in range(count.literal_value):
+            here = builder.gep(first, [I64(4 * SQUARE * n)])
+            instruction(builder, "tilestored64", n, here, I64(DEPTH))
         return context.get_dummy_value()
 
-    return types.void(whole, i), generate
+    return types.void(whole, i, count), generate
 
 
 @intrinsic
@@ -142,27 +149,34 @@ def _join(context: Any, low: Any, middle: Any, high: Any) -> Any:
     return floats(low, middle, high), generate
 
 
-@compiled
-def _multiply_group(
-    digits: Any, i: int, words: Any, wi: int, apart: int, group: int, depth: int, whole: Any
-) -> None:
-    """Whole sums of a group for 16 rows and 64 outputs, [4, 3, 16, 16]; the codes of 16 outputs
-    begin at wi and every `apart` words."""
-    for c in range(COLUMNS):
-        zero(PARTS)
-        for k in range(0, group, depth):
-            if c == 0 or depth < group:
-                _fetch(digits, i + k * PARTS * ROWS, depth)
-            _add_up(words, wi + c * apart + k // 4 * LANES)
-        _put(whole, c * PARTS * SQUARE)
+def _group(count: int) -> Callable[..., None]:
+    """Make whole sums of a group for so many tiles of bytes and 64 outputs."""
+
+    @compiled
+    def multiply_group(
+        digits: Any, i: int, words: Any, wi: int, apart: int, group: int, depth: int, whole: Any
+    ) -> None:
+        """Sums [4, 16, 3, 16]; the codes of 16 outputs begin at wi and every `apart` words."""
+        for c in range(COLUMNS):
+            zero(count)
+            for k in range(0, group, depth):
+                if c == 0 or depth < group:
+                    _fetch(digits, i + k * PARTS * ROWS, depth, count)
+                _add_up(words, wi + c * apart + k // 4 * LANES, count)
+            _put(whole, c * PARTS * SQUARE, count)
+
+    return multiply_group
+
+
+_multiply_1, _multiply_2, _multiply_3 = _group(1), _group(2), _group(3)
 
 
 @compiled
-def _add_scaled(whole: Any, i: int, scale: Any, sums: Any, j: int, fresh: bool) -> None:
-    """scale · whole sums [3, 16, 16] for 16 rows of 16 outputs, in rows of 64; added, or fresh."""
-    for r in range(ROWS):
-        k, n = i + r * LANES, j + r * TILE
-        z = _join(load(whole, k), load(whole, k + SQUARE), load(whole, k + 2 * SQUARE)) * scale
+def _add_scaled(whole: Any, i: int, rows: int, scale: Any, sums: Any, j: int, fresh: bool) -> None:
+    """scale · whole sums [rows, 3, 16] for rows of 16 outputs, in rows of 64; added, or fresh."""
+    for r in range(rows):
+        k, n = i + r * PARTS * LANES, j + r * TILE
+        z = _join(load(whole, k), load(whole, k + LANES), load(whole, k + 2 * LANES)) * scale
         store(sums, n, z if fresh else load(sums, n) + z)
 
 
@@ -192,12 +206,18 @@ def multiply(
                 here = ((part + c) * n_in + g * group) // 8 * LANES
                 _unpack(codes, here, group, unpacked, WHOLE + c * apart)
         for row in range(first, last, ROWS):
-            i = (row * n_in + g * group * ROWS) * PARTS
-            _multiply_group(digits, i, words, wi, apart, group, depth, whole)
+            i, count = (row * n_in + g * group * ROWS) * PARTS, min(ROWS, last - row)
+            if count > ROWS * 2 // PARTS:
+                _multiply_3(digits, i, words, wi, apart, group, depth, whole)
+            elif count > ROWS // PARTS:
+                _multiply_2(digits, i, words, wi, apart, group, depth, whole)
+            else:
+                _multiply_1(digits, i, words, wi, apart, group, depth, whole)
             sums = SUMS + (row - first) * TILE
             for c in range(COLUMNS):
                 scale = scale_and_offset(scales, (part + c) * groups + g, wide)[0]
-                _add_scaled(whole, c * PARTS * SQUARE, scale, room, sums + c * LANES, g == 0)
+                _add_scaled(whole, c * PARTS * SQUARE, count, scale, room, sums + c * LANES,
+                            g == 0)  # fmt: skip
     release()
     for row in range(first, last):
         factor, j = spread(factors, row), row * y_width + tile * TILE

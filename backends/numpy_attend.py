@@ -39,9 +39,9 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             if rows == 1:
                 for i in range(ki + s * D, ki + (s + 4) * D, 16):
                     prefetch(keys, i + AHEAD // 8)
-            dots_x4(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows)
+            dots_x4(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
         for s in range(seen // 4 * 4, seen):
-            dots_x1(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows)
+            dots_x1(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
         for r in range(rows):
             for s in range(index[first + min(r, count - 1)] + 1, seen):
                 work[pi + s * rows + r] = -np.inf

@@ -19,11 +19,13 @@ from gptx.backends.amx_attend import attend_16, cut_head
 from gptx.backends.amx_linear import cut_rows, fits, multiply_codes, multiply_floats
 from gptx.backends.numpy_attend import attend_1, attend_4
 from gptx.backends.numpy_linear import (
-    add_one,
+    add_parts,
+    multiply_few,
     multiply_one,
     multiply_rows,
     prepare_one,
     prepare_rows,
+    shares_inputs,
 )
 from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.numpy_program import (
@@ -33,7 +35,6 @@ from gptx.backends.numpy_program import (
     KIND,
     LAST,
     LAYER,
-    LINEAR,
     MATRIX,
     RESIDUAL,
     SCALE,
@@ -141,8 +142,8 @@ def _part(
         own = normed[t * (len(normed) // threads) :]
         prepare_one(op, x, (step - 1) * op[SOURCE_WIDTH], own)
         multiply_one(op, own, y, residual, work, t, threads)
-    elif rows == 1:
-        add_one(op, y, residual, work, t, threads)
+    elif stage == (1 if rows == 1 else 2):
+        add_parts(op, rows, y, residual, work, t, threads)
     elif amx and fits(op, rows):
         if stage == 0:
             cut_rows(op, x, rows, step, normed, work[t], t, threads)
@@ -152,8 +153,20 @@ def _part(
             multiply_codes(op, rows, normed, y, residual, work[t], t, threads)
     elif stage == 0:
         prepare_rows(op, x, rows, step, normed, t, threads)
+    elif shares_inputs(op, rows, threads):
+        multiply_few(op, rows, normed, work[t], t, threads)
     else:
         multiply_rows(op, rows, normed, y, residual, work[t], t, threads)
+
+
+@compiled
+def _stages(op: Any, shape: Any, amx: bool, threads: int) -> int:
+    """How many stages an instruction has."""
+    B, T = shape[0], shape[1]
+    rows = B if op[LAST] else B * T
+    if op[KIND] == ATTENTION or (amx and rows > 1 and fits(op, rows)):
+        return 2
+    return (1 if rows == 1 else 2) + shares_inputs(op, rows, threads)
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy")
@@ -189,9 +202,8 @@ def _runner(sources: int) -> Any:
                 y = float_array(buffers[op[TARGET]], B * T * op[TARGET_WIDTH])
                 embed(op, tokens, index, y)
                 continue
-            one_row = op[KIND] == LINEAR and B == 1 and (T == 1 or op[LAST] == 1)
             alone = threads == 1 or B * T * op[WORK] < LITTLE
-            for stage in range(1 if one_row and op[FORMAT] != MATRIX else 2):
+            for stage in range(_stages(op, shape, amx, 1 if alone else threads)):
                 if alone:
                     _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
                           0, 1)  # fmt: skip

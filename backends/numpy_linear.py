@@ -37,10 +37,20 @@ from gptx.backends.numpy_program import (
     norm_row,
     share,
 )
-from gptx.backends.simd import LANES, float_array, load, splat, store, word_array
+from gptx.backends.simd import (
+    LANES,
+    float_array,
+    load,
+    prefetch_once,
+    splat,
+    store,
+    word_array,
+)
 
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
+PART = 16  # inputs of a panel for few rows: more streams than this a processor does not follow
+FEW = 64  # rows up to which the threads may share the inputs of a float matrix
 
 # One row times codes: in bytes if the processor has that, else in floats.
 by_bytes = vnni.COMPILED
@@ -72,9 +82,9 @@ def multiply_one(
         w = float_array(op[WEIGHT], size)
         first, last = share(n_out // 4, t, threads)
         for o in range(first * 4, last * 4, 4):
-            dots_1x4(normed, 0, w, o * n_in, n_in, y, o, 0, 1)
+            dots_1x4(normed, 0, w, o * n_in, n_in, y, o, 0, 1, False)
         for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
-            dots_1x1(normed, 0, w, o * n_in, n_in, y, o, 0, 1)
+            dots_1x1(normed, 0, w, o * n_in, n_in, y, o, 0, 1, False)
     elif op[FORMAT] == MATRIX:
         # Whole rows, since that is how they lie; `_add_row` adds what the threads have.
         first, last = share(n_in, t, threads)
@@ -92,16 +102,20 @@ def multiply_one(
 
 
 @inlined
-def add_one(op: Any, y: Any, residual: Any, work: Any, t: int, threads: int) -> None:
+def add_parts(
+    op: Any, rows: int, y: Any, residual: Any, work: Any, t: int, threads: int
+) -> None:
     """For a share of the outputs, the sum of what the threads made of a float matrix's inputs."""
+    width = op[TARGET_WIDTH]
     first, last = share((op[N_OUT] + TILE - 1) // TILE, t, threads)
-    for tile in range(first, last):
-        for j in range(tile * TILE, tile * TILE + TILE, 16):
-            s = splat(0.0)
-            for part in range(threads):
-                s += load(work[part], j)
-            store(y, j, s)
-        finish(op, y, 0, tile * TILE, (tile + 1) * TILE, residual)
+    for row in range(rows):
+        for tile in range(first, last):
+            for j in range(row * width + tile * TILE, row * width + (tile + 1) * TILE, LANES):
+                s = splat(0.0)
+                for part in range(threads):
+                    s += load(work[part], j)
+                store(y, j, s)
+            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
 
 
 @inlined
@@ -115,6 +129,38 @@ def prepare_rows(op: Any, x: Any, rows: int, step: int, normed: Any, t: int, thr
             norm_row(op, x, i, normed, row * n_in, 1)
         else:
             norm_row(op, x, i, normed, row // BLOCK * BLOCK * n_in + row % BLOCK, BLOCK)
+
+
+@inlined
+def shares_inputs(op: Any, rows: int, threads: int) -> bool:
+    """Whether each thread takes some of the inputs, for all the outputs: as long as the sums of all
+    threads are small beside the matrix."""
+    few = rows <= FEW and rows * threads * 8 <= op[N_IN]
+    return op[FORMAT] == MATRIX and (rows == 1 or few)
+
+
+@inlined
+def multiply_few(op: Any, rows: int, normed: Any, room: Any, t: int, threads: int) -> None:
+    """A share of the inputs of few rows and a float matrix, for `add_parts`.
+
+    So a thread reads whole rows of the matrix, as they lie, some of them side by side. While a
+    panel of those is multiplied with one block of rows after the other, the panel below it comes.
+    """
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    w = float_array(op[WEIGHT], n_in * (n_out + TILE))
+    blocks, tiles = (rows + BLOCK - 1) // BLOCK, (n_out + TILE - 1) // TILE
+    panel = room[blocks * BLOCK * width :]
+    first, last = share(n_in, t, threads)
+    for k in range(first, last, PART):
+        depth = min(PART, last - k)
+        for tile in range(tiles):
+            expand_floats(w, n_out, tile, k, depth, panel)
+            for block in range(blocks):
+                for i in range(PART * block // blocks, PART * (block + 1) // blocks):
+                    for c in range(4):
+                        prefetch_once(w, (k + PART + i) * n_out + tile * TILE + LANES * c)
+                xi, yi = (block * n_in + k) * BLOCK, block * BLOCK * width + tile * TILE
+                outer_4x4(normed, xi, panel, 0, TILE, depth, room, yi, width, k == first)
 
 
 @inlined
@@ -155,10 +201,10 @@ def multiply_rows(
         first, last = share(n_out // 4, t, threads)
         for o in range(first * 4, last * 4, 4):
             for row in range(0, rows, BLOCK):
-                dots_4x4(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1)
+                dots_4x4(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1, row == 0)
         for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
             for row in range(0, rows, BLOCK):
-                dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1)
+                dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1, row == 0)
         return
     if op[FORMAT] == MATRIX:
         _multiply_floats(op, rows, normed, y, residual, room, t, threads)

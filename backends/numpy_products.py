@@ -85,8 +85,9 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
 
     @compiled
     def dots(
-        x: Any, xi: int, w: Any, wi: int, depth: int, y: Any, yi: int, y_row: int, y_column: int
-    ) -> None:
+        x: Any, xi: int, w: Any, wi: int, depth: int, y: Any, yi: int, y_row: int, y_column: int,
+        ahead: bool,
+    ) -> None:  # fmt: skip
         """x [rows, depth] and w [columns, depth], y with strides y_row and y_column."""
         acc = vectors(size)
         for n in range(size):
@@ -94,6 +95,8 @@ def dots(rows: int, columns: int) -> Callable[..., None]:
         whole = depth // 16 * 16
         for k in range(0, whole, 16):
             for c in range(columns):
+                if ahead:  # bring the next columns
+                    prefetch_once(w, wi + (columns + c) * depth + k)
                 column = load(w, wi + c * depth + k)
                 for r in range(rows):
                     n = c * rows + r

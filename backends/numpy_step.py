@@ -18,8 +18,8 @@ from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
 from gptx.backends.base import Positions
 from gptx.backends.numpy_groups import as_words, of_lanes
-from gptx.backends.numpy_linear import DEPTH
-from gptx.backends.numpy_memory import Pool, aligned
+from gptx.backends.numpy_linear import DEPTH, FEW
+from gptx.backends.numpy_memory import PIECE, Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
 from gptx.backends.processor import HALF
 from gptx.backends.simd import LANES
@@ -173,7 +173,7 @@ class Program:
         keys, values = ([], []) if cache is None else (cache.keys, cache.values)
         with LOCK:
             _announce()
-            *buffers, normed, work = self._own(shape, threads)
+            *buffers, normed, work = self._own(shape, threads, given)
             for number, buffer in given.items():
                 buffers[number] = buffer
             numba.set_num_threads(threads)
@@ -192,27 +192,38 @@ class Program:
                 threads,
             )
 
-    def _own(self, shape: tuple[int, int, int, int, int], threads: int) -> list[Array]:
-        """Buffers and room to work in, kept from one decode step to the next."""
+    def _own(
+        self, shape: tuple[int, int, int, int, int], threads: int, given: dict[int, Array]
+    ) -> list[Array]:
+        """Buffers but for those given, and room to work in; for the next call, too, if small."""
         if self._room_for == (shape, threads):
             return self._room
         B, T, _, D, room = shape
         rows = _round(B * T, amx.ROWS)
-        arrays = [aligned((rows, width), np.float32) for width in self.widths]
+        arrays = [
+            aligned((0 if n in given else rows, width), np.float32)
+            for n, width in enumerate(self.widths)
+        ]
         # All rows; or for each thread the only one and, behind it, what `prepare_one` adds: with
         # groups of at least 32, no more than another row.
         n_in = int(self.table[:, columns.N_IN].max())
         normed = max(rows, 2 * threads) * n_in
-        size = max(DEPTH * TILE, *self.widths, BLOCK * (2 * D + room) + 2 * LANES)
+        size = max(self._parts(B * T) + DEPTH * TILE, BLOCK * (2 * D + room) + 2 * LANES)
         if B * T > 1 and amx.allowed():
             normed = max(normed, amx_linear.size_of_rows(rows, n_in))
             heads = amx_attend.room_for(D, room)
             size = max(size, amx_linear.ROOM, amx_codes.ROOM, heads)
         arrays.append(aligned((normed,), np.float32))
         arrays.append(aligned((threads, _round(size, LANES)), np.float32))
-        if T == 1:
+        if sum(x.nbytes for x in arrays) <= PIECE:
             self._room_for, self._room = (shape, threads), arrays
         return arrays
+
+    def _parts(self, rows: int) -> int:
+        """Numbers that a thread makes of its share of a float matrix's inputs, if rows are few."""
+        matrices = self.table[:, columns.FORMAT] == columns.MATRIX
+        width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
+        return _round(rows, BLOCK) * width if rows <= FEW else 0
 
     def _encode(self, op: Any, instruction: Instruction) -> None:
         op[columns.KIND] = ("embed", "linear", "attention").index(instruction.kind)

@@ -45,8 +45,8 @@ class Cut:
         """Whole numbers [3, R, I], the lowest digit first, in the order of the inputs."""
         count, n_in = self.rows.shape
         depth = min(self.group, amx.DEPTH)
-        tiles = self.bytes.reshape(-1, n_in // depth, amx.PARTS, amx.ROWS, depth)
-        digits = tiles.transpose(2, 0, 3, 1, 4).reshape(amx.PARTS, -1, n_in)[:, :count]
+        tiles = self.bytes.reshape(-1, n_in // depth, amx.ROWS, amx.PARTS, depth)
+        digits = tiles.transpose(3, 0, 2, 1, 4).reshape(amx.PARTS, -1, n_in)[:, :count]
         if self.bits == 4:  # eight inputs to a word: first the even ones, then the odd ones
             words = digits.reshape(amx.PARTS, count, n_in // 8, 2, 4)
             digits = words.swapaxes(-1, -2).reshape(amx.PARTS, count, n_in)
