@@ -16,7 +16,16 @@ from gptx.backends.numpy_products import (
     outer_4x1,
     outer_4x4,
 )
-from gptx.backends.simd import AHEAD, compiled, exp, load, maximum, number, prefetch, splat, store
+from gptx.backends.simd import compiled, exp, load, maximum, number, prefetch, splat, store
+
+AHEAD = 16  # tokens by which keys and values are fetched before they are needed
+
+
+@compiled
+def _fetch(array: Any, i: int, count: int) -> None:
+    """Begin to bring numbers i to i + count."""
+    for j in range(i, i + count, 16):
+        prefetch(array, j)
 
 
 def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any) -> Any:
@@ -25,7 +34,7 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
     @compiled
     def attend(
         x: Any, x_width: int, first: int, count: int, head: int, D: int, index: Any, keys: Any,
-        values: Any, ki: int, scale: float, y: Any, y_width: int, work: Any,
+        values: Any, ki: int, room: int, scale: float, y: Any, y_width: int, work: Any,
     ) -> None:  # fmt: skip
         yi, ti = rows * D, 2 * rows * D  # in `work`: queries, results, one vector, weights
         pi = ti + 16
@@ -35,10 +44,11 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             seen = max(seen, index[n] + 1)
             for d in range(D):
                 work[r * D + d] = x[n * x_width + head * D + d] * scale
+        if rows == 1:
+            _fetch(values, ki, min(AHEAD, seen) * D)
         for s in range(0, seen - 3, 4):
-            if rows == 1:
-                for i in range(ki + s * D, ki + (s + 4) * D, 16):
-                    prefetch(keys, i + AHEAD // 8)
+            if rows == 1:  # there is nothing to do but to wait for memory
+                _fetch(keys, ki + min(s + AHEAD, seen - 4) * D, 4 * D)
             dots_x4(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
         for s in range(seen // 4 * 4, seen):
             dots_x1(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
@@ -65,6 +75,8 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             sums += e
         store(work, ti, sums)
 
+        if rows == 1:
+            _fetch(keys, ki + room * D, min(AHEAD, seen) * D)  # of the next head
         for d in range(0, D - 63, 64):
             outer_x4(work, pi, values, ki + d, D, seen, work, yi + d, D, True)
         for d in range(D // 64 * 64, D - 15, 16):

@@ -63,13 +63,13 @@ cached_half = half_array if HALF else float_array
 def _write(
     op: Any, x: Any, index: Any, keys: Any, values: Any, shape: Any, t: int, threads: int
 ) -> None:
-    """Keys and values of a share of the new tokens into the cache."""
+    """The new tokens' keys and values of a share of the heads into the cache."""
     B, T, H, D, room = shape
-    first, last = share(B * T, t, threads)
-    for n in range(first, last):
-        for h in range(H):
-            i = ((n // T * H + h) * room + index[n]) * D
-            j = n * op[SOURCE_WIDTH] + h * D
+    first, last = share(B * H, t, threads)
+    for head in range(first, last):
+        for n in range(head // H * T, (head // H + 1) * T):
+            i = (head * room + index[n]) * D
+            j = n * op[SOURCE_WIDTH] + head % H * D
             for d in range(0, D - 15, 16):
                 store(keys, i + d, load(x, j + H * D + d))
                 store(values, i + d, load(x, j + 2 * H * D + d))
@@ -101,11 +101,25 @@ def _read(
                 length = cut_head(keys, values, ki, D, seen, work)
             attend_16(x, x_width, n, count, head % H, D, index, length, scale, y, y_width, work)
         elif T == 1:
-            attend_1(x, x_width, n, count, head % H, D, index, keys, values, ki, scale, y,
-                      y_width, work)  # fmt: skip
+            attend_1(x, x_width, n, count, head % H, D, index, keys, values, ki, room, scale, y,
+                     y_width, work)  # fmt: skip
         else:
-            attend_4(x, x_width, n, count, head % H, D, index, keys, values, ki, scale, y,
-                      y_width, work)  # fmt: skip
+            attend_4(x, x_width, n, count, head % H, D, index, keys, values, ki, room, scale, y,
+                     y_width, work)  # fmt: skip
+
+
+@inlined
+def _attend(
+    op: Any, stage: int, x: Any, y: Any, index: Any, keys: Any, values: Any, shape: Any, work: Any,
+    amx: bool, t: int, threads: int,
+) -> None:  # fmt: skip
+    """One stage of ATTENTION. A thread reads the heads that it has written if there is one token to
+    each; else the threads wait for each other in between."""
+    one = shape[1] == 1
+    if stage == 0:
+        _write(op, x, index, keys, values, shape, t, threads)
+    if stage == 1 or one:
+        _read(op, x, y, index, keys, values, shape, work, amx, t, threads)
 
 
 # The program
@@ -128,16 +142,10 @@ def _part(
         k, v, size = keys[op[LAYER]], values[op[LAYER]], B * H * room * D
         if half:
             k16, v16 = cached_half(k, size), cached_half(v, size)
-            if stage == 0:
-                _write(op, x, index, k16, v16, shape, t, threads)
-            else:
-                _read(op, x, y, index, k16, v16, shape, work[t], amx, t, threads)
+            _attend(op, stage, x, y, index, k16, v16, shape, work[t], amx, t, threads)
         else:
             k32, v32 = float_array(k, size), float_array(v, size)
-            if stage == 0:
-                _write(op, x, index, k32, v32, shape, t, threads)
-            else:
-                _read(op, x, y, index, k32, v32, shape, work[t], amx, t, threads)
+            _attend(op, stage, x, y, index, k32, v32, shape, work[t], amx, t, threads)
     elif rows == 1 and stage == 0:
         own = normed[t * (len(normed) // threads) :]
         prepare_one(op, x, (step - 1) * op[SOURCE_WIDTH], own)
@@ -164,7 +172,9 @@ def _stages(op: Any, shape: Any, amx: bool, threads: int) -> int:
     """How many stages an instruction has."""
     B, T = shape[0], shape[1]
     rows = B if op[LAST] else B * T
-    if op[KIND] == ATTENTION or (amx and rows > 1 and fits(op, rows)):
+    if op[KIND] == ATTENTION:
+        return 1 if T == 1 else 2
+    if amx and rows > 1 and fits(op, rows):
         return 2
     return (1 if rows == 1 else 2) + shares_inputs(op, rows, threads)
 

@@ -67,7 +67,7 @@ def outer(rows: int, columns: int) -> Callable[..., None]:
         for k in range(depth):
             for c in range(columns):
                 if rows == 1:  # there is nothing to do but to wait for memory
-                    prefetch(w, wi + k * w_stride + 16 * c + AHEAD // 8)
+                    prefetch(w, wi + min(k + 16, depth - 1) * w_stride + 16 * c)
                 column = load(w, wi + k * w_stride + 16 * c)
                 for r in range(rows):
                     n = r * columns + c
