@@ -185,7 +185,8 @@ def _everywhere(
     work: Any, amx: bool, half: bool, threads: int,
 ) -> None:  # fmt: skip
     for t in prange(threads):
-        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half, t, threads)
+        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
+              np.int64(t), threads)  # fmt: skip
 
 
 def _runner(sources: int) -> Any:

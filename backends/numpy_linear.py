@@ -102,9 +102,7 @@ def multiply_one(
 
 
 @inlined
-def add_parts(
-    op: Any, rows: int, y: Any, residual: Any, work: Any, t: int, threads: int
-) -> None:
+def add_parts(op: Any, rows: int, y: Any, residual: Any, work: Any, t: int, threads: int) -> None:
     """For a share of the outputs, the sum of what the threads made of a float matrix's inputs."""
     width = op[TARGET_WIDTH]
     first, last = share((op[N_OUT] + TILE - 1) // TILE, t, threads)
@@ -201,10 +199,12 @@ def multiply_rows(
         first, last = share(n_out // 4, t, threads)
         for o in range(first * 4, last * 4, 4):
             for row in range(0, rows, BLOCK):
-                dots_4x4(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1, row == 0)
+                yi = row * width + o
+                dots_4x4(normed, row * n_in, w, o * n_in, n_in, y, yi, width, 1, row == 0)
         for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
             for row in range(0, rows, BLOCK):
-                dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, row * width + o, width, 1, row == 0)
+                yi = row * width + o
+                dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, yi, width, 1, row == 0)
         return
     if op[FORMAT] == MATRIX:
         _multiply_floats(op, rows, normed, y, residual, room, t, threads)

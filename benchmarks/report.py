@@ -125,11 +125,12 @@ PAIRS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # our precision -> l
 def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
     """What is asked for, the sign, the limit, and what this run has.
 
-    llama.cpp's time is that of its faster variant.
+    llama.cpp's time is that of its faster variant. It keeps keys and values in float16: where they
+    are many, at a long context and in the larger models, so does what it meets.
     """
     if run.about["size"] in ("355M", "774M", "1558M"):
-        ratio = run.ratio("decode", "gptx int4", "llama.cpp Q4_0")
-        return [("decode int4 / llama.cpp Q4_0", "≤", 0.75, ratio)]
+        ratio = run.ratio("decode", "gptx int4, f16 cache", "llama.cpp Q4_0")
+        return [("decode int4, f16 cache / llama.cpp Q4_0", "≤", 0.75, ratio)]
     goals: list[tuple[str, str, float, float | None]] = []
     for key, title, limits in (
         ("decode", "decode", (1.00, 0.72, 0.65)),
@@ -138,7 +139,6 @@ def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
         ("prefill19", "prefill 19", (1.00, 1.00, 1.00)),
     ):
         for (ours, theirs), limit in zip(PAIRS.items(), limits, strict=True):
-            # llama.cpp keeps keys and values in float16: at a long context, so does what it meets.
             kind = f"gptx {ours}, f16 cache" if key == "deep" else f"gptx {ours}"
             ratio = run.ratio(key, kind, f"llama.cpp {theirs}")
             what = f"{title} {kind.removeprefix('gptx ')} / llama.cpp {theirs}"

@@ -18,7 +18,8 @@ from gptx.weights import to_backend
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
 from gptx.backends import amx
-from gptx.backends.numpy_step import Step, Tiles
+from gptx.backends.numpy_step import Program, Step, Tiles
+from gptx.backends.tape import Instruction
 
 GENERIC = get_backend("numpy", generic=True, threads=1)
 
@@ -70,6 +71,35 @@ def test_products_with_codes(
         wanted = x @ exact.T + bias
         for threads in (1, 2, 3):
             close(tiles.product(x, bias, threads), wanted, size)
+
+
+@pytest.mark.parametrize("is_head", [False, True])
+@pytest.mark.parametrize(
+    ("n_in", "n_out"),
+    [(768, 2304), (1600, 520), (3072, 768), (768, 65), (520, 130), (40, 63), (7, 1)],
+    ids=lambda n: str(n),
+)
+def test_products_with_floats(
+    n_in: int, n_out: int, is_head: bool, unit: str, random: np.random.Generator
+) -> None:
+    """Rows that the threads share the inputs for, and one more; weights as they lie in a file."""
+    shape = (n_out, n_in) if is_head else (n_in, n_out)
+    weight = np.empty(n_in * n_out * 4 + 8, np.uint8)[8:].view(np.float32).reshape(shape)
+    weight[:] = random.standard_normal(shape)
+    bias = None if is_head else random.standard_normal(n_out).astype(np.float32)
+    exact = (weight.T if is_head else weight).astype(np.float64)
+    instruction = Instruction("linear", 0, 1, weight=weight, bias=bias, is_head=is_head)
+    for rows in (1, 2, 5, 8, 19, 32, 33, 48, 49, 64, 65, 130):
+        x = random.standard_normal((rows, n_in)).astype(np.float32)
+        wanted, size = x @ exact, np.abs(x) @ np.abs(exact)
+        if bias is not None:
+            wanted, size = wanted + bias, size + np.abs(bias)
+        for threads in (1, 2, 3):
+            program = Program([instruction], inputs=[n_in])
+            given, y = (np.full((144, width), np.nan, np.float32) for width in program.widths)
+            given[:rows, :n_in] = x
+            program.run({0: given, 1: y}, (1, rows, 0, 0, 0), threads)
+            close(y[:rows, :n_out], wanted, size)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -43,8 +43,8 @@ def _gptx(precision: str, *skips: str, **options: str) -> Row:
 
 
 def _gptx_f16_cache(precision: str, **options: str) -> Row:
-    """With keys and values in float16, as llama.cpp has them; it matters at a long context."""
-    skips = ("decode", "prefill19", "prefill512", "batch", "process")
+    """With keys and values in float16, as llama.cpp has them."""
+    skips = ("prefill19", "prefill512", "batch", "process")
     return _gptx(precision, *skips, cache_dtype="float16", **options)
 
 
