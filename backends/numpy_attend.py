@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.numpy_products import (
+    NEXT,
     dots_1x1,
     dots_1x4,
     dots_4x1,
@@ -17,8 +18,6 @@ from gptx.backends.numpy_products import (
     outer_4x4,
 )
 from gptx.backends.simd import compiled, exp, load, maximum, number, prefetch, splat, store
-
-AHEAD = 16  # tokens by which keys and values are fetched before they are needed
 
 
 @compiled
@@ -45,10 +44,10 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
             for d in range(D):
                 work[r * D + d] = x[n * x_width + head * D + d] * scale
         if rows == 1:
-            _fetch(values, ki, min(AHEAD, seen) * D)
+            _fetch(values, ki, min(NEXT, seen) * D)
         for s in range(0, seen - 3, 4):
             if rows == 1:  # there is nothing to do but to wait for memory
-                _fetch(keys, ki + min(s + AHEAD, seen - 4) * D, 4 * D)
+                _fetch(keys, ki + min(s + NEXT, seen - 4) * D, 4 * D)
             dots_x4(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
         for s in range(seen // 4 * 4, seen):
             dots_x1(work, 0, keys, ki + s * D, D, work, pi + s * rows, 1, rows, False)
@@ -76,7 +75,7 @@ def _attend(rows: int, dots_x4: Any, dots_x1: Any, outer_x4: Any, outer_x1: Any)
         store(work, ti, sums)
 
         if rows == 1:
-            _fetch(keys, ki + room * D, min(AHEAD, seen) * D)  # of the next head
+            _fetch(keys, ki + room * D, min(NEXT, seen) * D)  # of the next head
         for d in range(0, D - 63, 64):
             outer_x4(work, pi, values, ki + d, D, seen, work, yi + d, D, True)
         for d in range(D // 64 * 64, D - 15, 16):

@@ -49,7 +49,7 @@ from gptx.backends.simd import (
 
 DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
 CHUNK = 32  # blocks of rows that share a panel
-PART = 16  # inputs of a panel for few rows: more streams than this a processor does not follow
+PART = 16  # inputs of a panel for few rows: about as many streams as a processor follows
 FEW = 64  # rows up to which the threads may share the inputs of a float matrix
 
 # One row times codes: in bytes if the processor has that, else in floats.

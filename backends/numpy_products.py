@@ -37,6 +37,7 @@ from gptx.backends.simd import (
 
 TILE = 64  # outputs of a panel, and of four quantized tiles
 BLOCK = 4  # rows of a block
+NEXT = 16  # inputs by which `outer` fetches for a single row, before they are needed
 
 # What makes up for `code`, by bits.
 SHRINK = {
@@ -67,7 +68,7 @@ def outer(rows: int, columns: int) -> Callable[..., None]:
         for k in range(depth):
             for c in range(columns):
                 if rows == 1:  # there is nothing to do but to wait for memory
-                    prefetch(w, wi + min(k + 16, depth - 1) * w_stride + 16 * c)
+                    prefetch(w, wi + min(k + NEXT, depth - 1) * w_stride + 16 * c)
                 column = load(w, wi + k * w_stride + 16 * c)
                 for r in range(rows):
                     n = r * columns + c

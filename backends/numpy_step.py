@@ -220,10 +220,10 @@ class Program:
         return arrays
 
     def _parts(self, rows: int) -> int:
-        """Numbers that a thread makes of its share of a float matrix's inputs, if rows are few."""
+        """Numbers that a thread makes of its share of a float matrix's inputs, for few rows."""
         matrices = self.table[:, columns.FORMAT] == columns.MATRIX
         width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
-        return _round(rows, BLOCK) * width if rows <= FEW else 0
+        return _round(min(rows, FEW), BLOCK) * width
 
     def _encode(self, op: Any, instruction: Instruction) -> None:
         op[columns.KIND] = ("embed", "linear", "attention").index(instruction.kind)
