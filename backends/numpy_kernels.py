@@ -185,6 +185,7 @@ def _everywhere(
     work: Any, amx: bool, half: bool, threads: int,
 ) -> None:  # fmt: skip
     for t in prange(threads):
+        # An int64 here and below: for a uint64, or a constant, all of `_part` is compiled anew.
         _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
               np.int64(t), threads)  # fmt: skip
 
@@ -217,7 +218,7 @@ def _runner(sources: int) -> Any:
             for stage in range(_stages(op, shape, amx, 1 if alone else threads)):
                 if alone:
                     _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
-                          0, 1)  # fmt: skip
+                          np.int64(0), np.int64(1))  # fmt: skip
                 else:
                     _everywhere(op, stage, buffers, index, keys, values, shape, normed, work, amx,
                                 half, threads)  # fmt: skip

@@ -331,7 +331,8 @@ def load(
     files = locate(model, revision=revision, offline=offline, token=token)
     config = GPT2Config.from_file(files.config)
     with made.scope():
-        found, config = quantize_weights(read_weights(files.weights, config), config, wanted)
+        found = read_weights(files.weights, config)
+        found, config = quantize_weights(found, config, wanted, threads)
         gpt2 = GPT2(config, to_backend(found, made), made)
     return Model(gpt2, files, fingerprint(found))
 

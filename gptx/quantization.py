@@ -9,6 +9,7 @@ Shapes: O outputs (rows), I inputs, G = I / group_size groups a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -176,8 +177,14 @@ def check_group_size(n_in: int, group_size: int, name: str) -> None:
         )
 
 
-@np.errstate(all="ignore")  # what is not finite is refused, not warned of
-def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix") -> Quantized:
+def quantize(
+    w: np.ndarray,
+    bits: int,
+    group_size: int,
+    *,
+    name: str = "matrix",
+    threads: int | None = None,
+) -> Quantized:
     """Quantize a matrix w [O, I] of floats as `mx.quantize` does: the result is the same.
 
     The end of a group that is farther from zero is met exactly, and so is zero, to which the step
@@ -187,6 +194,8 @@ def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix")
     ----------
     name
         What errors call the matrix.
+    threads
+        How many work at it; None is as many as there are processors.
 
     Raises
     ------
@@ -195,13 +204,17 @@ def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix")
     WeightsError
         A weight is not finite, or beyond 1e30.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     Quantization(group_size, bits)
     n_out, n_in = w.shape
     check_group_size(n_in, group_size, name)
     n_groups = n_in // group_size
     codes = np.empty((n_out, n_in * bits // 8), np.uint8)
     scales, biases = (np.empty((n_out, n_groups), np.float32) for _ in range(2))
-    for rows in _blocks(n_out, n_in):
+
+    @np.errstate(all="ignore")  # what is not finite is refused, not warned of
+    def fill(rows: slice) -> None:
         x = np.empty((len(w[rows]), n_groups, group_size), np.float32)
         for group in range(n_groups):  # a transposed w is copied six times faster like this
             x[:, group] = w[rows, group * group_size : (group + 1) * group_size]
@@ -222,6 +235,10 @@ def quantize(w: np.ndarray, bits: int, group_size: int, *, name: str = "matrix")
         np.clip(x, 0, 2**bits - 1, out=x)
         code = x.astype(np.uint8).reshape(-1, n_in)
         codes[rows] = code if bits == 8 else code[:, 0::2] | code[:, 1::2] << 4
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # NumPy lets others run meanwhile
+        for _ in pool.map(fill, _blocks(n_out, n_in)):
+            pass  # but for what it raises
     return Quantized(codes.view("<u4"), scales, biases, group_size, bits)
 
 

@@ -148,7 +148,10 @@ def takes_codes(name: str) -> bool:
 
 
 def quantize_weights(
-    found: Mapping[str, Tensor], config: GPT2Config, how: Quantization | None
+    found: Mapping[str, Tensor],
+    config: GPT2Config,
+    how: Quantization | None,
+    threads: int | None = None,
 ) -> tuple[dict[str, Tensor], GPT2Config]:
     """Quantize every linear layer and table of tokens; positions, norms and biases stay floats.
 
@@ -175,7 +178,7 @@ def quantize_weights(
     for name, array in found.items():
         if isinstance(array, np.ndarray) and takes_codes(name):
             w = widened(array).T if LINEAR.fullmatch(name) else widened(array)
-            quantized[name] = quantize(w, how.bits, how.group_size, name=name)
+            quantized[name] = quantize(w, how.bits, how.group_size, name=name, threads=threads)
         else:
             quantized[name] = array
     return quantized, replace(config, quantization=how)
