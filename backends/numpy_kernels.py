@@ -2,7 +2,7 @@
 
 `run` reads a program (see `numpy_program.py`). Rows are the N = B·T new tokens. LINEAR and
 ATTENTION go through stages, between which the threads wait for each other. A stage says what thread
-t does; `_everywhere` is the only parallel loop there is.
+t does; `_everywhere` is the only parallel loop there is, around all of a program.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ from gptx.backends.numpy_program import (
     inlined,
     share,
 )
+from gptx.backends.numpy_threads import all_begin, meet
 from gptx.backends.processor import HALF
 from gptx.backends.simd import FAST, compiled, float_array, half_array, load, put_number, store
 
-LITTLE = 2**18  # multiplications that are done before another thread has begun
+LITTLE = 2**14  # multiplications that are done before threads have met
 
 # Keys and values in float16, if the processor converts them.
 cached_half = half_array if HALF else float_array
@@ -127,10 +128,10 @@ def _attend(
 
 @compiled
 def _part(
-    op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, amx: bool, half: bool, t: int, threads: int,
+    op: Any, stage: int, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
+    normed: Any, work: Any, amx: bool, half: bool, t: int, threads: int,
 ) -> None:  # fmt: skip
-    """What thread t does in one stage of LINEAR or ATTENTION."""
+    """What thread t does in one stage of an instruction."""
     B, T, H, D, room = shape
     step = T if op[LAST] else 1
     rows = B * T // step
@@ -138,7 +139,9 @@ def _part(
     x = float_array(buffers[op[SOURCE]], padded * op[SOURCE_WIDTH])
     y = float_array(buffers[op[TARGET]], padded * op[TARGET_WIDTH])
     residual = float_array(buffers[max(op[RESIDUAL], 0)], padded * op[TARGET_WIDTH])
-    if op[KIND] == ATTENTION:
+    if op[KIND] == EMBED:
+        embed(op, tokens, index, y)
+    elif op[KIND] == ATTENTION:
         k, v, size = keys[op[LAYER]], values[op[LAYER]], B * H * room * D
         if half:
             k16, v16 = cached_half(k, size), cached_half(v, size)
@@ -172,22 +175,49 @@ def _stages(op: Any, shape: Any, amx: bool, threads: int) -> int:
     """How many stages an instruction has."""
     B, T = shape[0], shape[1]
     rows = B if op[LAST] else B * T
+    if op[KIND] == EMBED or (op[KIND] == ATTENTION and T == 1):
+        return 1
     if op[KIND] == ATTENTION:
-        return 1 if T == 1 else 2
+        return 2
     if amx and rows > 1 and fits(op, rows):
         return 2
     return (1 if rows == 1 else 2) + shares_inputs(op, rows, threads)
 
 
+@inlined
+def _is_little(work: int, threads: int) -> bool:
+    """Whether one thread does so many multiplications by itself."""
+    return work < LITTLE * threads
+
+
+@inlined
+def _thread(
+    program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
+    normed: Any, work: Any, amx: bool, half: bool, counter: Any, t: int, threads: int,
+) -> None:  # fmt: skip
+    """What thread t does, from the first instruction to the last."""
+    goal = threads  # of the counter: all have begun
+    for i in range(len(program)):
+        op = program[i]
+        some = 1 if _is_little(shape[0] * shape[1] * op[WORK], threads) else threads
+        for stage in range(_stages(op, shape, amx, some)):
+            if t < some:
+                _part(op, stage, buffers, tokens, index, keys, values, shape, normed, work, amx,
+                      half, t, some)  # fmt: skip
+            goal += threads
+            meet(counter, goal)
+
+
 @njit(parallel=True, fastmath=FAST, error_model="numpy")
 def _everywhere(
-    op: Any, stage: int, buffers: Any, index: Any, keys: Any, values: Any, shape: Any, normed: Any,
-    work: Any, amx: bool, half: bool, threads: int,
+    program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
+    normed: Any, work: Any, amx: bool, half: bool, counter: Any, threads: int,
 ) -> None:  # fmt: skip
     for t in prange(threads):
-        # An int64 here and below: for a uint64, or a constant, all of `_part` is compiled anew.
-        _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
-              np.int64(t), threads)  # fmt: skip
+        if all_begin(counter, threads):
+            # An int64 here and below: for a uint64, or a constant, all would be compiled anew.
+            _thread(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
+                    counter, np.int64(t), threads)  # fmt: skip
 
 
 def _runner(sources: int) -> Any:
@@ -207,21 +237,15 @@ def _runner(sources: int) -> Any:
         """
         if sources < 0:  # it never is
             return
-        B, T = shape[0], shape[1]
-        for i in range(len(program)):
-            op = program[i]
-            if op[KIND] == EMBED:
-                y = float_array(buffers[op[TARGET]], B * T * op[TARGET_WIDTH])
-                embed(op, tokens, index, y)
-                continue
-            alone = threads == 1 or B * T * op[WORK] < LITTLE
-            for stage in range(_stages(op, shape, amx, 1 if alone else threads)):
-                if alone:
-                    _part(op, stage, buffers, index, keys, values, shape, normed, work, amx, half,
-                          np.int64(0), np.int64(1))  # fmt: skip
-                else:
-                    _everywhere(op, stage, buffers, index, keys, values, shape, normed, work, amx,
-                                half, threads)  # fmt: skip
+        counter = np.zeros(1, np.int64)
+        most = shape[0] * shape[1] * program[:, WORK].max()
+        if threads > 1 and not _is_little(most, threads):
+            _everywhere(program, buffers, tokens, index, keys, values, shape, normed, work, amx,
+                        half, counter, threads)  # fmt: skip
+        if counter[0] <= 0:  # not begun, or given up since not all threads came
+            counter[0] = 1
+            _thread(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
+                    counter, np.int64(0), np.int64(1))  # fmt: skip
 
     options = {"fastmath": FAST, "error_model": "numpy", "nogil": True}
     try:
@@ -232,7 +256,7 @@ def _runner(sources: int) -> Any:
 
 COMPILED = """
 amx amx_attend amx_codes amx_floats amx_linear fixed_point numpy_attend numpy_groups numpy_kernels
-numpy_linear numpy_products numpy_program simd vnni
+numpy_linear numpy_products numpy_program numpy_threads simd vnni
 """
 FILES = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
 run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in FILES)))

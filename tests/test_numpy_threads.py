@@ -1,0 +1,67 @@
+"""Threads that wait for each other, and those that wait in vain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+
+import numba
+
+from gptx.backends import numpy_step
+from gptx.backends.numpy_threads import NEVER, all_begin, meet
+from gptx.backends.tape import Instruction
+
+
+@numba.njit(parallel=True)
+def sums_of_others(counter: Any, numbers: Any, sums: Any, threads: int) -> None:
+    """In each stage n, a number by each thread; in the next, the sum of what all have written."""
+    for t in numba.prange(threads):
+        if all_begin(counter, threads):
+            goal = threads
+            for n in range(len(numbers)):
+                numbers[n, t] = n + t
+                goal += threads
+                meet(counter, goal)
+                sums[n, t] = numbers[n].sum()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_what_was_written_before_is_seen_after(threads: int) -> None:
+    threads = min(threads, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    counter, numbers, sums = np.zeros(1, np.int64), *np.zeros((2, 2000, threads))
+    sums_of_others(counter, numbers, sums, threads)
+    assert counter[0] == threads * 2001
+    all_numbers = np.arange(2000)[:, None] + np.arange(threads)
+    np.testing.assert_array_equal(sums, all_numbers.sum(axis=1, keepdims=True) + 0 * sums)
+
+
+def test_a_thread_that_never_comes_is_given_up() -> None:
+    counter = np.zeros(1, np.int64)
+    assert not all_begin(counter, 2)
+    assert counter[0] == 1 + NEVER
+    assert not all_begin(counter, 2)  # it comes too late, and does not wait
+    assert all_begin(np.ones(1, np.int64), 2)
+
+
+def test_with_fewer_threads_than_asked_for(
+    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator
+) -> None:
+    """As with a limit on threads that Numba does not know: one does what several should have."""
+    w = random.standard_normal((768, 2304)).astype(np.float32)
+    x = random.standard_normal((1, 768)).astype(np.float32)
+    program = numpy_step.Program([Instruction("linear", 0, 1, weight=w)], inputs=[768])
+    found = []
+    for most in (2, 1):
+        numba.set_num_threads(min(most, numba.config.NUMBA_NUM_THREADS))
+        monkeypatch.setattr(numba, "set_num_threads", lambda threads: None)
+        y = np.zeros((1, program.widths[1]), np.float32)
+        program.run({0: x, 1: y}, (1, 1, 0, 0, 0), 2)
+        found.append(y)
+        monkeypatch.undo()
+    np.testing.assert_allclose(found[0], x @ w, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
