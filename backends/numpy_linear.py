@@ -91,14 +91,14 @@ def multiply_one(
         times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
     else:
         scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
-        codes, at_once = word_array(op[WEIGHT], size), 4 if op[FORMAT] == INT8 else 1
-        first, last = share(tiles * (4 // at_once), t, threads)
-        for tile in range(first * at_once, last * at_once, at_once):
+        codes = word_array(op[WEIGHT], size)
+        first, last = share(tiles * TILE // LANES, t, threads)
+        for tile in range(first, last):
             if op[FORMAT] == INT8:
                 times_int8(codes, scales, wide, normed, tile, n_in, group, y)
             else:
                 times_int4(codes, scales, wide, normed, tile, n_in, group, y)
-            finish(op, y, 0, tile * LANES, (tile + at_once) * LANES, residual)
+            finish(op, y, 0, tile * LANES, (tile + 1) * LANES, residual)
 
 
 @inlined

@@ -138,51 +138,42 @@ def shrink_row(x: Any, n_in: int, group: int, bits: int) -> None:
             x[k] *= SHRINK_4[k % 8]
 
 
-def times_codes(bits: int, streams: int) -> Callable[..., None]:
-    """Make outputs of y = W·x for codes of so many bits; x is what `shrink_row` has made.
+def times_codes(bits: int) -> Callable[..., None]:
+    """Make 16 outputs of y = W·x for codes of so many bits; x is what `shrink_row` has made.
 
-    So many tiles of 16 outputs, from `first` on, are read at once. More streams bring more from
-    memory than one does, until there is so much to compute that it is the other way round (both
-    were tried for both).
+    One tile after the other: several at once bring less from memory (two and four were tried).
     """
-    per_word, sums = 32 // bits, 4 // streams
+    per_word = 32 // bits
 
     @compiled
     def times(
-        w: Any, scales: Any, wide: bool, x: Any, first: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, wide: bool, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
         groups = n_in // group
-        result = vectors(streams)
-        for c in range(streams):
-            put(result, c, splat(0.0))
+        result = splat(0.0)
         for g in range(groups):
-            acc = vectors(4)  # several to a tile, which need not wait for each other
+            acc = vectors(4)  # several, which need not wait for each other
             for n in range(4):
                 put(acc, n, splat(0.0))
             for k in range(g * group, (g + 1) * group, per_word):
-                for c in range(streams):
-                    i = ((first + c) * n_in + k) // per_word * LANES
-                    prefetch_once(w, i + AHEAD // 4)
-                    words = load(w, i)
-                    for n in range(per_word):
-                        a = c * sums + n % sums
-                        put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
-            for c in range(streams):
-                n = (first + c) * groups + g
-                fetch_group(scales, n, wide)
-                whole = get(acc, c * sums)
-                for a in range(1, sums):
-                    whole += get(acc, c * sums + a)
-                scale, offset = scale_and_offset(scales, n, wide)
-                scaled = scale * whole + offset * spread(x, n_in + g)
-                put(result, c, get(result, c) + scaled)
-        for c in range(streams):
-            store(y, (first + c) * LANES, get(result, c))
+                i = (tile * n_in + k) // per_word * LANES
+                prefetch_once(w, i + AHEAD // 4)
+                words = load(w, i)
+                for n in range(per_word):
+                    a = n % 4
+                    put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
+            fetch_group(scales, tile * groups + g, wide)
+            whole = get(acc, 0)
+            for a in range(1, 4):
+                whole += get(acc, a)
+            scale, offset = scale_and_offset(scales, tile * groups + g, wide)
+            result += scale * whole + offset * spread(x, n_in + g)
+        store(y, tile * LANES, result)
 
     return times
 
 
-times_int8, times_int4 = times_codes(8, 4), times_codes(4, 1)
+times_int8, times_int4 = times_codes(8), times_codes(4)
 
 
 @compiled

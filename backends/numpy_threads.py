@@ -21,7 +21,7 @@ from gptx.backends.simd import I32, call, compiled, int64, pointer
 I64 = ir.IntType(64)
 SPINS = 2000  # looks at the counter, before the processor is offered to others at each
 PATIENCE = 20_000  # looks until a thread that has not begun is given up
-NEVER = -(2**40)  # makes the counter negative, whoever else comes
+NEVER = -(2**40)  # a counter that stays negative, whoever else comes
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
@@ -47,6 +47,19 @@ def _look(context: Any, array: Any, i: Any) -> Any:
         return builder.load_atomic(pointer(context, builder, sig.args, args), "acquire", 8)
 
     return types.int64(array, i), generate
+
+
+@intrinsic
+def _give_up(context: Any, array: Any, i: Any, here: Any) -> Any:
+    """Let array[i] be NEVER if it is `here` still, and say whether it was; all at once."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        here = int64(context, builder, args[2], sig.args[2])
+        place = pointer(context, builder, sig.args, args)
+        both = builder.cmpxchg(place, here, I64(NEVER), "acq_rel", "acquire")
+        return builder.extract_value(both, 1)
+
+    return types.boolean(array, i, here), generate
 
 
 @intrinsic
@@ -86,16 +99,13 @@ def _wait(looks: int) -> None:
 @compiled
 def all_begin(counter: Any, threads: int) -> bool:
     """Whether so many threads have called this, at about the same time, for a counter [1] of 0."""
-    here = _add(counter, 0, 1)
-    looks = 0
+    here, looks = _add(counter, 0, 1), 0
     while 0 < here < threads:
         _wait(looks)
         looks += 1
+        if looks == PATIENCE and not _give_up(counter, 0, here):
+            looks = 0  # another one came
         here = _look(counter, 0)
-        if looks == PATIENCE:
-            here = _add(counter, 0, NEVER)
-            if here - NEVER >= threads:  # the last one came after all
-                here = _add(counter, 0, -NEVER)
     return here >= threads
 
 

@@ -78,54 +78,42 @@ def cut_row(x: Any, n_in: int, group: int, bits: int) -> None:
         digits(where, k, n_in, nearest(load(x, k) * splat(inverse)), bits)
 
 
-def times_codes(bits: int, streams: int) -> Callable[..., None]:
-    """Make outputs of y = W·x for codes of so many bits; x is what `cut_row` has made.
-
-    So many tiles of 16 outputs, from `first` on, are read at once.
-    """
-    per_word, sums = 32 // bits, PARTS * streams
+def times_codes(bits: int) -> Callable[..., None]:
+    """Make 16 outputs of y = W·x for codes of so many bits; x is what `cut_row` has made."""
+    per_word = 32 // bits
 
     @compiled
     def times(
-        w: Any, scales: Any, wide: bool, x: Any, first: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, wide: bool, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
         groups, part, bytes_of_x = n_in // group, n_in // 4, x.view(np.uint32)
         factor, low = spread(x, n_in + groups), n_in + groups + 1
-        result = vectors(streams)
-        for c in range(streams):
-            put(result, c, splat(0.0))
+        result = splat(0.0)
         for g in range(groups):
-            acc = vectors(sums)
-            for n in range(sums):
-                put(acc, n, splat(0.0))  # whose bits are those of the whole number
+            acc = vectors(PARTS)
+            for p in range(PARTS):
+                put(acc, p, splat(0.0))  # whose bits are those of the whole number
             for k in range(g * group, (g + 1) * group, per_word):
-                at = low + k // 4
-                for c in range(streams):
-                    i = ((first + c) * n_in + k) // per_word * LANES
-                    prefetch_once(w, i + AHEAD // 4)
-                    words = load(w, i)
-                    if bits == 8:
-                        for p in range(PARTS):
-                            _add_dots(acc, PARTS * c + p, words, spread(bytes_of_x, at + p * part))
-                    else:
-                        even, odd = to_bytes(words, 0), to_bytes(words, 1)
-                        for p in range(PARTS):
-                            j = at + p * part
-                            _add_dots(acc, PARTS * c + p, even, spread(bytes_of_x, j))
-                            _add_dots(acc, PARTS * c + p, odd, spread(bytes_of_x, j + 1))
-            for c in range(streams):
-                n = (first + c) * groups + g
-                fetch_group(scales, n, wide)
-                whole = to_floats(_as_ints(get(acc, PARTS * c)))
-                whole += to_floats(_as_ints(get(acc, PARTS * c + 1))) * splat(2.0**8)
-                whole += to_floats(_as_ints(get(acc, PARTS * c + 2))) * splat(2.0**16)
-                scale, offset = scale_and_offset(scales, n, wide)
-                scaled = scale * (whole * factor) + offset * spread(x, n_in + g)
-                put(result, c, get(result, c) + scaled)
-        for c in range(streams):
-            store(y, (first + c) * LANES, get(result, c))
+                at, i = low + k // 4, (tile * n_in + k) // per_word * LANES
+                prefetch_once(w, i + AHEAD // 4)
+                words = load(w, i)
+                if bits == 8:
+                    for p in range(PARTS):
+                        _add_dots(acc, p, words, spread(bytes_of_x, at + p * part))
+                else:
+                    even, odd = to_bytes(words, 0), to_bytes(words, 1)
+                    for p in range(PARTS):
+                        _add_dots(acc, p, even, spread(bytes_of_x, at + p * part))
+                        _add_dots(acc, p, odd, spread(bytes_of_x, at + p * part + 1))
+            fetch_group(scales, tile * groups + g, wide)
+            whole = to_floats(_as_ints(get(acc, 0)))
+            whole += to_floats(_as_ints(get(acc, 1))) * splat(2.0**8)
+            whole += to_floats(_as_ints(get(acc, 2))) * splat(2.0**16)
+            scale, offset = scale_and_offset(scales, tile * groups + g, wide)
+            result += scale * (whole * factor) + offset * spread(x, n_in + g)
+        store(y, tile * LANES, result)
 
     return times
 
 
-times_int8, times_int4 = times_codes(8, 4), times_codes(4, 1)
+times_int8, times_int4 = times_codes(8), times_codes(4)

@@ -36,7 +36,7 @@ def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, Tiles], np.
         times: Any = times_int8 if tiles.bits == 8 else times_int4
         parts = tiles.weight.reshape(-1), tiles.scales.reshape(-1), tiles.wide
         y = np.full(tiles.weight.shape[0] * 16, np.nan, np.float32)
-        for tile in range(0, len(y) // 16, 4 if tiles.bits == 8 else 1):
+        for tile in range(len(y) // 16):
             times(*parts, x, tile, n_in, tiles.group, y)
         return y[:n_out]
 
