@@ -7,7 +7,6 @@ numbers, 0 to 7. It multiplies two of them at once, of bytes or of bfloat16, and
 from __future__ import annotations
 
 import ctypes
-import platform
 import sys
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.processor import has
+from gptx.backends.processor import X86, has
 from gptx.backends.simd import I8, call, compiled, pointer
 
 ROWS = 16  # of a tile
@@ -34,7 +33,7 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 @cache
 def allowed() -> bool:
     """Ask Linux for the tiles, whose state it has to keep for each thread; False if it refuses."""
-    if not COMPILED or sys.platform != "linux" or platform.machine() != "x86_64":
+    if not COMPILED or sys.platform != "linux" or not X86:
         return False
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 

@@ -86,53 +86,50 @@ def _unpack(codes: Any, first: int, group: int, words: Any, i: int) -> None:
         store(words, i + 2 * j + LANES, to_bytes(packed, 1))
 
 
-@intrinsic
-def _fetch(context: Any, x: Any, i: Any, depth: Any, count: Any) -> Any:
-    """Up to three tiles (a constant) of bytes, of so many inputs, to tiles 3 to 5."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
+def _instructions(count: int) -> tuple[Any, Any, Any]:
+    """Make what is done with so many tiles of bytes, up to three."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        first = place(context, builder, sig.args[:2], args[:2])
-        depth = int64(context, builder, args[2], sig.args[2])
-        for n in range(count.literal_value):
-            here = builder.gep(first, [builder.mul(depth, I64(ROWS * n))])
-            instruction(builder, "tileloadd64", 3 + n, here, depth)
-        return context.get_dummy_value()
+    @intrinsic
+    def fetch(context: Any, x: Any, i: Any, depth: Any) -> Any:
+        """They, of so many inputs, to tiles 3 to 5."""
 
-    return types.void(x, i, depth, count), generate
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first = place(context, builder, sig.args[:2], args[:2])
+            depth = int64(context, builder, args[2], sig.args[2])
+            for n in range(count):
+                here = builder.gep(first, [builder.mul(depth, I64(ROWS * n))])
+                instruction(builder, "tileloadd64", 3 + n, here, depth)
+            return context.get_dummy_value()
 
+        return types.void(x, i, depth), generate
 
-@intrinsic
-def _add_up(context: Any, words: Any, i: Any, count: Any) -> Any:
-    """Add to tiles 0 to 2 the products of tiles 3 to 5 with codes of 16 outputs."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
+    @intrinsic
+    def add_up(context: Any, words: Any, i: Any) -> Any:
+        """Add to tiles 0 to 2 the products of tiles 3 to 5 with codes of 16 outputs."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        here = place(context, builder, sig.args[:2], args[:2])
-        instruction(builder, "tileloadd64", 6, here, I64(DEPTH))
-        for n in range(count.literal_value):
-            instruction(builder, "tdpbsud", n, 3 + n, 6)  # x signed, codes not
-        return context.get_dummy_value()
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            here = place(context, builder, sig.args, args)
+            instruction(builder, "tileloadd64", 6, here, I64(DEPTH))
+            for n in range(count):
+                instruction(builder, "tdpbsud", n, 3 + n, 6)  # x signed, codes not
+            return context.get_dummy_value()
 
-    return types.void(words, i, count), generate
+        return types.void(words, i), generate
 
+    @intrinsic
+    def put(context: Any, whole: Any, i: Any) -> Any:
+        """Tiles 0 to 2, one after the other."""
 
-@intrinsic
-def _put(context: Any, whole: Any, i: Any, count: Any) -> Any:
-    """Tiles 0 to 2, one after the other."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first = place(context, builder, sig.args, args)
+            for n in range(count):
+                here = builder.gep(first, [I64(4 * SQUARE * n)])
+                instruction(builder, "tilestored64", n, here, I64(DEPTH))
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        first = place(context, builder, sig.args[:2], args[:2])
-        for n in range(count.literal_value):
-            here = builder.gep(first, [I64(4 * SQUARE * n)])
-            instruction(builder, "tilestored64", n, here, I64(DEPTH))
-        return context.get_dummy_value()
+        return types.void(whole, i), generate
 
-    return types.void(whole, i, count), generate
+    return fetch, add_up, put
 
 
 @intrinsic
@@ -151,6 +148,7 @@ def _join(context: Any, low: Any, middle: Any, high: Any) -> Any:
 
 def _group(count: int) -> Callable[..., None]:
     """Make whole sums of a group for so many tiles of bytes and 64 outputs."""
+    fetch, add_up, put = _instructions(count)
 
     @compiled
     def multiply_group(
@@ -161,9 +159,9 @@ def _group(count: int) -> Callable[..., None]:
             zero(count)
             for k in range(0, group, depth):
                 if c == 0 or depth < group:
-                    _fetch(digits, i + k * PARTS * ROWS, depth, count)
-                _add_up(words, wi + c * apart + k // 4 * LANES, count)
-            _put(whole, c * PARTS * SQUARE, count)
+                    fetch(digits, i + k * PARTS * ROWS, depth)
+                add_up(words, wi + c * apart + k // 4 * LANES)
+            put(whole, c * PARTS * SQUARE)
 
     return multiply_group
 

@@ -86,7 +86,7 @@ def multiply_one(
         for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
             dots_1x1(normed, 0, w, o * n_in, n_in, y, o, 0, 1, False)
     elif op[FORMAT] == MATRIX:
-        # Whole rows, since that is how they lie; `_add_row` adds what the threads have.
+        # Whole rows, since that is how they lie; `add_parts` adds what the threads have.
         first, last = share(n_in, t, threads)
         times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
     else:

@@ -8,7 +8,6 @@ and its settings: so they count themselves first.
 
 from __future__ import annotations
 
-import platform
 import sys
 from typing import Any
 
@@ -16,15 +15,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.processor import ARM, X86
 from gptx.backends.simd import I32, call, compiled, int64, pointer
 
 I64 = ir.IntType(64)
 SPINS = 2000  # looks at the counter, before the processor is offered to others at each
 PATIENCE = 20_000  # looks until a thread that has not begun is given up
 NEVER = -(2**40)  # a counter that stays negative, whoever else comes
-
-X86 = platform.machine() in ("x86_64", "AMD64")
-ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
 
 
 @intrinsic

@@ -6,6 +6,9 @@ import platform
 
 from numba.core import codegen, config
 
+X86 = platform.machine() in ("x86_64", "AMD64")
+ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
+
 
 def has(feature: str) -> bool:
     """Whether Numba compiles for a processor with this feature, under LLVM's name: that of this
@@ -16,4 +19,4 @@ def has(feature: str) -> bool:
 
 
 # Whether float16 is converted in registers; else LLVM would call a function that Numba has not.
-HALF = platform.machine() in ("aarch64", "arm64", "ARM64") or has("f16c")
+HALF = ARM or has("f16c")
