@@ -191,21 +191,24 @@ def _is_little(work: int, threads: int) -> bool:
 
 
 @inlined
-def _thread(
+def _parts(
     program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-    normed: Any, work: Any, amx: bool, half: bool, counter: Any, t: int, threads: int,
+    normed: Any, work: Any, amx: bool, half: bool, counter: Any, first: int, last: int,
+    threads: int,
 ) -> None:  # fmt: skip
-    """What thread t does, from the first instruction to the last."""
+    """A range of the threads' parts, from the first instruction to the last. Who does them all has
+    nobody to wait for, and gets the very numbers that they would."""
     goal = threads  # of the counter: all have begun
     for i in range(len(program)):
         op = program[i]
         some = 1 if _is_little(shape[0] * shape[1] * op[WORK], threads) else threads
         for stage in range(_stages(op, shape, amx, some)):
-            if t < some:
+            for t in range(first, min(last, some)):
                 _part(op, stage, buffers, tokens, index, keys, values, shape, normed, work, amx,
                       half, t, some)  # fmt: skip
-            goal += threads
-            meet(counter, goal)
+            if last - first < threads:
+                goal += threads
+                meet(counter, goal)
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy")
@@ -216,8 +219,9 @@ def _everywhere(
     for t in prange(threads):
         if all_begin(counter, threads):
             # An int64 here and below: for a uint64, or a constant, all would be compiled anew.
-            _thread(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
-                    counter, np.int64(t), threads)  # fmt: skip
+            first = np.int64(t)
+            _parts(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
+                   counter, first, first + 1, threads)  # fmt: skip
 
 
 def _runner(sources: int) -> Any:
@@ -243,9 +247,8 @@ def _runner(sources: int) -> Any:
             _everywhere(program, buffers, tokens, index, keys, values, shape, normed, work, amx,
                         half, counter, threads)  # fmt: skip
         if counter[0] <= 0:  # not begun, or given up since not all threads came
-            counter[0] = 1
-            _thread(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
-                    counter, np.int64(0), np.int64(1))  # fmt: skip
+            _parts(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
+                   counter, np.int64(0), threads, threads)  # fmt: skip
 
     options = {"fastmath": FAST, "error_model": "numpy", "nogil": True}
     try:

@@ -33,8 +33,13 @@ def sums_of_others(counter: Any, numbers: Any, sums: Any, threads: int) -> None:
 def test_what_was_written_before_is_seen_after(threads: int) -> None:
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
-    counter, numbers, sums = np.zeros(1, np.int64), *np.zeros((2, 2000, threads))
-    sums_of_others(counter, numbers, sums, threads)
+    for _ in range(100):  # on a busy machine not all threads may come
+        counter, numbers, sums = np.zeros(1, np.int64), *np.zeros((2, 2000, threads))
+        sums_of_others(counter, numbers, sums, threads)
+        if counter[0] > 0:
+            break
+        assert not numbers.any()
+        assert not sums.any()
     assert counter[0] == threads * 2001
     all_numbers = np.arange(2000)[:, None] + np.arange(threads)
     np.testing.assert_array_equal(sums, all_numbers.sum(axis=1, keepdims=True) + 0 * sums)
@@ -49,20 +54,23 @@ def test_a_thread_that_never_comes_is_given_up() -> None:
     assert all_begin(np.ones(1, np.int64), 2)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 40])
 def test_with_fewer_threads_than_asked_for(
-    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator
+    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator, rows: int
 ) -> None:
-    """As with a limit on threads that Numba does not know: one does what several should have."""
+    """As on a busy machine, or with a limit that Numba does not know: one does what several should
+    have, and the numbers are the same to the last bit."""
     w = random.standard_normal((768, 2304)).astype(np.float32)
-    x = random.standard_normal((1, 768)).astype(np.float32)
+    x = np.zeros((48, 768), np.float32)
+    x[:rows] = random.standard_normal((rows, 768))
     program = numpy_step.Program([Instruction("linear", 0, 1, weight=w)], inputs=[768])
     found = []
     for most in (2, 1):
         numba.set_num_threads(min(most, numba.config.NUMBA_NUM_THREADS))
         monkeypatch.setattr(numba, "set_num_threads", lambda threads: None)
-        y = np.zeros((1, program.widths[1]), np.float32)
-        program.run({0: x, 1: y}, (1, 1, 0, 0, 0), 2)
-        found.append(y)
+        y = np.zeros((48, program.widths[1]), np.float32)
+        program.run({0: x, 1: y}, (1, rows, 0, 0, 0), 2)
+        found.append(y[:rows])
         monkeypatch.undo()
-    np.testing.assert_allclose(found[0], x @ w, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[0], x[:rows] @ w, rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(found[1], found[0])
