@@ -261,5 +261,5 @@ COMPILED = """
 amx amx_attend amx_codes amx_floats amx_linear fixed_point numpy_attend numpy_groups numpy_kernels
 numpy_linear numpy_products numpy_program numpy_threads simd vnni
 """
-FILES = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
-run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in FILES)))
+_files = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
+run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in _files)))

@@ -6,12 +6,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core import event as events
 
 from gptx.backends import amx, amx_attend, amx_codes, amx_linear
 from gptx.backends import numpy_kernels as kernels
@@ -172,7 +171,6 @@ class Program:
         threads = min(threads or most, most)
         keys, values = ([], []) if cache is None else (cache.keys, cache.values)
         with LOCK:
-            _announce()
             *buffers, normed, work = self._own(shape, threads, given)
             for number, buffer in given.items():
                 buffers[number] = buffer
@@ -287,10 +285,15 @@ def _round(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-@cache
-def _announce() -> None:
-    """Say on standard error that the kernels are being compiled, if they are; the first time."""
-    newest = max(path.stat().st_mtime for path in kernels.FILES)
-    cached = Path(kernels.run.stats.cache_path or ".").glob("numpy_kernels.*run-*.nbi")
-    if not any(path.stat().st_mtime > newest for path in cached):
-        print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
+class _Announcement(events.Listener):  # type: ignore[misc]  # Numba has no types
+    """Says on standard error that the kernels are being compiled, when they are."""
+
+    def on_start(self, event: Any) -> None:
+        if event.data["dispatcher"] is kernels.run:
+            print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+events.register("numba:compile", _Announcement())

@@ -148,6 +148,8 @@ def goals_of(run: Run) -> list[tuple[str, str, float, float | None]]:
     one, eight = run.median("decode", "gptx int8"), run.median("batch", "gptx int8")
     gain = 8 * one / eight if one and eight else None
     goals.append(("batch of 8, int8: tokens per second / batch of 1", "≥", 3.0, gain))
+    whole = run.ratio("process", "gptx float32", "fastGPT float32")
+    goals.append(("whole process float32 / fastGPT", "≤", 0.75, whole))
     seconds = run.median("process", "gptx float32")
     whole = seconds / FASTGPT_SECONDS if seconds else None
     goals.append(("whole process float32 / fastGPT's 0.84 s elsewhere", "≤", 0.75, whole))

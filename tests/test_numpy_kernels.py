@@ -17,7 +17,9 @@ from gptx.weights import to_backend
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
-from gptx.backends import amx
+from numba.core import event
+
+from gptx.backends import amx, numpy_kernels
 from gptx.backends.numpy_step import Program, Step, Tiles
 from gptx.backends.tape import Instruction
 
@@ -311,3 +313,12 @@ def test_the_logits_are_the_callers() -> None:
     logits(compiled, [[[9, 9, 9]], [[9]], [[9]]], False)
     for a, b in zip(found, before, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_compiling_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    with event.trigger_event("numba:compile", data={"dispatcher": None}):
+        pass  # a function of someone else's
+    assert capsys.readouterr().err == ""
+    with event.trigger_event("numba:compile", data={"dispatcher": numpy_kernels.run}):
+        assert capsys.readouterr().err.startswith("gptx: compiling the kernels")
+    assert capsys.readouterr().err == ""

@@ -39,7 +39,8 @@ class Row:
 
 
 def _gptx(precision: str, *skips: str, **options: str) -> Row:
-    return Row(precision, "gptx_engine:GptxEngine", "'gptx[fast]'", options, skips=skips)
+    where, files = "gptx_engine:GptxEngine", options.get("quantize", "")
+    return Row(precision, where, "'gptx[fast]'", options, files and f"gptx-{files}", skips)
 
 
 def _gptx_f16_cache(precision: str, **options: str) -> Row:
@@ -69,14 +70,24 @@ def _llama(precision: str, dtype: str, flash: bool = True) -> Row:
     return Row(precision, where, "llama-cpp-python", options, f"llama.cpp-{dtype}")
 
 
+def _fastgpt(kernels: str = "") -> Row:
+    """A program that says what it computed when it ends."""
+    where, options = "fastgpt_engine:FastGptEngine", {"kernels": kernels}
+    skips = ("decode", "deep", "prefill19", "prefill512", "batch")
+    return Row("float32", where, "gptx", options, "fastgpt", skips)
+
+
 _ONNX = Row("float32", "onnx_engine:OnnxEngine", "onnx onnxruntime", files="onnx")
 
-# llama.cpp is there with its flash attention (its default) and without: which is faster depends.
+# llama.cpp is there with its flash attention (its default) and without, fastGPT with the kernels
+# that OpenBLAS chooses and with others: which is faster depends.
 TABLE = {
     "gptx float32": _gptx("float32"),
     "gptx float32, f16 cache": _gptx_f16_cache("float32"),
     "llama.cpp F32": _llama("float32", "F32"),
     "llama.cpp F32, fa off": _llama("float32", "F32", flash=False),
+    "fastGPT float32": _fastgpt(),
+    "fastGPT float32, Haswell": _fastgpt("Haswell"),
     "CTranslate2 float32": _ctranslate2("float32"),
     "onnxruntime float32": _ONNX,
     "transformers float32": _transformers("float32", "float32"),

@@ -60,8 +60,13 @@ class Engine(Measured, ABC):
         """
 
     @abstractmethod
-    def logits(self, ids: list[int]) -> list[float]:
-        """The logits after the last of `ids`."""
+    def logits(self, ids: list[int]) -> list[float] | None:
+        """The logits after the last of `ids`; None if it does not tell."""
+
+    def program(self, ids: list[int], n_tokens: int) -> tuple[list[str], Path] | None:
+        """A program that continues a prompt by itself, and the folder to start it in; None for a
+        library, which a process of Python is started for."""
+        return None
 
 
 def best(logits: Any) -> list[int]:

@@ -50,7 +50,7 @@ class Child:
             half = files.with_suffix(".part")
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()
-            self._finish("prepare", *self.arguments, str(half))
+            self._finish([*WORKER, "prepare", name, *self.arguments, str(half)])
             half.rename(files)
         self.arguments += [str(files)]
         with self.log.open("w") as log:
@@ -74,8 +74,10 @@ class Child:
 
     def whole_process(self, ids: list[int], n_tokens: int) -> float:
         """Seconds that another process takes from its start to its end."""
+        once = [*WORKER, "once", self.name, *self.arguments, json.dumps(ids), str(n_tokens)]
+        command, folder = self.ask("program", ids=ids, n_tokens=n_tokens) or (once, HERE)
         start = time.perf_counter()
-        self._finish("once", *self.arguments, json.dumps(ids), str(n_tokens))
+        self._finish(command, folder)
         return time.perf_counter() - start
 
     def close(self) -> None:
@@ -85,11 +87,10 @@ class Child:
             self.process.stdin.close()
         self.process.wait()
 
-    def _finish(self, task: str, *arguments: str) -> None:
-        command = [*WORKER, task, self.name, *arguments]
+    def _finish(self, command: list[str], folder: Path = HERE) -> None:
         with self.log.open("w") as log:
             env = self._environment()
-            code = subprocess.run(command, stdout=log, stderr=log, cwd=HERE, env=env).returncode
+            code = subprocess.run(command, stdout=log, stderr=log, cwd=folder, env=env).returncode
         if code:
             raise LeftOut(self._why(code))
 

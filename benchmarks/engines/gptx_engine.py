@@ -10,9 +10,12 @@ import numpy as np
 import gptx
 from engines.base import Engine, Tick
 from gptx.cache import KVCache
+from gptx.conversions import convert
 from gptx.engine import Generation
 from gptx.generation import load_once
 from gptx.sampling import SamplingParams
+
+FOLDER = "mlx"
 
 
 class GptxEngine(Engine):
@@ -20,10 +23,21 @@ class GptxEngine(Engine):
 
     version = gptx.__version__
 
+    @classmethod
+    def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
+        convert(folder, work / FOLDER, quantize=options["quantize"])
+
     def __init__(
-        self, folder: Path, threads: int, work: Path, n_tokens: int | None = None, **options: Any
+        self,
+        folder: Path,
+        threads: int,
+        work: Path,
+        n_tokens: int | None = None,
+        quantize: str = "",
+        **options: Any,
     ) -> None:
-        self.model = load_once(folder, n_tokens, threads=threads, **options)
+        path = work / FOLDER if quantize else folder
+        self.model = load_once(path, n_tokens, threads=threads, **options)
         self.n_bytes = size_of(self.model.gpt2.weights)
         self.known: KVCache | None = None
 

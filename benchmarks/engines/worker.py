@@ -45,6 +45,11 @@ class Worker:
         self.engine.generate([ids], n_tokens, tokens.extend)
         return {"logits": self.engine.logits(ids), "tokens": tokens}
 
+    def program(self, ids: list[int], n_tokens: int) -> Any:
+        """See `Engine`."""
+        program = self.engine.program(ids, n_tokens)
+        return program and [program[0], str(program[1])]
+
     def read(self) -> Any:
         """See `Reading`."""
         return self.engine.read()
