@@ -38,14 +38,17 @@ from gptx.backends.simd import (
     LANES,
     compiled,
     floats,
+    get,
     int64,
     load,
     nearest,
     prefetch,
+    put,
     splat,
     spread,
     store,
     to_bytes,
+    vectors,
 )
 
 COLUMNS = TILE // LANES  # tiles of outputs that are multiplied at once
@@ -180,7 +183,7 @@ def _add_scaled(whole: Any, i: int, rows: int, scale: Any, sums: Any, j: int, fr
 
 @compiled
 def multiply(
-    codes: Any, scales: Any, wide: bool, bits: int, tile: int, n_in: int, group: int, x: Any,
+    codes: Any, scales: Any, steps: int, bits: int, tile: int, n_in: int, group: int, x: Any,
     rows: int, first: int, last: int, y: Any, y_width: int, room: Any,
 ) -> None:  # fmt: skip
     """Rows first to last of 64 outputs of y = x·W; x is what `cut` made of `rows` rows.
@@ -191,6 +194,7 @@ def multiply(
     padded = (rows + ROWS - 1) // ROWS * ROWS
     digits, whole, unpacked = x.view(np.int8), room.view(np.int32), room.view(np.uint32)
     factors, part = x[PARTS * padded * n_in // 4 :], tile * COLUMNS
+    scale_of = vectors(COLUMNS)
     set_up(room, depth)
     for g in range(groups):
         words, wi, apart = codes, (part * n_in + g * group) // 4 * LANES, n_in // 4 * LANES
@@ -203,6 +207,8 @@ def multiply(
             for c in range(COLUMNS):
                 here = ((part + c) * n_in + g * group) // 8 * LANES
                 _unpack(codes, here, group, unpacked, WHOLE + c * apart)
+        for c in range(COLUMNS):
+            put(scale_of, c, scale_and_offset(scales, (part + c) * groups + g, steps)[0])
         for row in range(first, last, ROWS):
             i, count = (row * n_in + g * group * ROWS) * PARTS, min(ROWS, last - row)
             if count > ROWS * 2 // PARTS:
@@ -213,9 +219,8 @@ def multiply(
                 _multiply_1(digits, i, words, wi, apart, group, depth, whole)
             sums = SUMS + (row - first) * TILE
             for c in range(COLUMNS):
-                scale = scale_and_offset(scales, (part + c) * groups + g, wide)[0]
-                _add_scaled(whole, c * PARTS * SQUARE, count, scale, room, sums + c * LANES,
-                            g == 0)  # fmt: skip
+                _add_scaled(whole, c * PARTS * SQUARE, count, get(scale_of, c), room,
+                            sums + c * LANES, g == 0)  # fmt: skip
     release()
     for row in range(first, last):
         factor, j = spread(factors, row), row * y_width + tile * TILE
@@ -227,7 +232,7 @@ def multiply(
             count = min(GROUPS, groups - begin)
             for g in range(count):
                 n = (part + c) * groups + begin + g
-                store(room, g * LANES, scale_and_offset(scales, n, wide)[1])
+                store(room, g * LANES, scale_and_offset(scales, n, steps)[1])
             for row in range(first, last, BLOCK):
                 outer_4x1(factors, padded + row * groups + begin * BLOCK, room, 0, LANES, count, y,
                           row * y_width + tile * TILE + c * LANES, y_width, False)  # fmt: skip

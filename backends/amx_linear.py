@@ -23,10 +23,10 @@ from gptx.backends.numpy_program import (
     N_OUT,
     SCALES,
     SOURCE_WIDTH,
+    STEPS,
     TABLE,
     TARGET_WIDTH,
     WEIGHT,
-    WIDE,
     finish,
     inlined,
     norm_row,
@@ -112,13 +112,13 @@ def multiply_codes(
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     size, bits = n_in * (n_out + TILE), 8 if op[FORMAT] == INT8 else 4
     codes = word_array(op[WEIGHT], size)
-    scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
+    scales, steps = word_array(op[SCALES], size), op[STEPS]
     chunks, tiles = (rows + amx_codes.CHUNK - 1) // amx_codes.CHUNK, (n_out + TILE - 1) // TILE
     first, last = share(tiles * chunks, t, threads)
     for task in range(first, last):
         chunk, tile = task // tiles, task % tiles
         begin, end = chunk * amx_codes.CHUNK, min((chunk + 1) * amx_codes.CHUNK, rows)
-        amx_codes.multiply(codes, scales, wide, bits, tile, n_in, op[GROUP], normed, rows, begin,
+        amx_codes.multiply(codes, scales, steps, bits, tile, n_in, op[GROUP], normed, rows, begin,
                            end, y, width, room)  # fmt: skip
         for row in range(begin, end):
             finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)

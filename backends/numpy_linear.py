@@ -27,10 +27,10 @@ from gptx.backends.numpy_program import (
     N_OUT,
     SCALES,
     SOURCE_WIDTH,
+    STEPS,
     TABLE,
     TARGET_WIDTH,
     WEIGHT,
-    WIDE,
     expand,
     finish,
     inlined,
@@ -90,14 +90,14 @@ def multiply_one(
         first, last = share(n_in, t, threads)
         times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
     else:
-        scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
+        scales, steps = word_array(op[SCALES], size), op[STEPS]
         codes = word_array(op[WEIGHT], size)
         first, last = share(tiles * TILE // LANES, t, threads)
         for tile in range(first, last):
             if op[FORMAT] == INT8:
-                times_int8(codes, scales, wide, normed, tile, n_in, group, y)
+                times_int8(codes, scales, steps, normed, tile, n_in, group, y)
             else:
-                times_int4(codes, scales, wide, normed, tile, n_in, group, y)
+                times_int4(codes, scales, steps, normed, tile, n_in, group, y)
             finish(op, y, 0, tile * LANES, (tile + 1) * LANES, residual)
 
 

@@ -147,7 +147,7 @@ def times_codes(bits: int) -> Callable[..., None]:
 
     @compiled
     def times(
-        w: Any, scales: Any, wide: bool, x: Any, tile: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, steps: int, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
         groups = n_in // group
         result = splat(0.0)
@@ -162,11 +162,11 @@ def times_codes(bits: int) -> Callable[..., None]:
                 for n in range(per_word):
                     a = n % 4
                     put(acc, a, get(acc, a) + code(words, n, bits) * spread(x, k + n))
-            fetch_group(scales, tile * groups + g, wide)
+            fetch_group(scales, tile * groups + g, steps)
             whole = get(acc, 0)
             for a in range(1, 4):
                 whole += get(acc, a)
-            scale, offset = scale_and_offset(scales, tile * groups + g, wide)
+            scale, offset = scale_and_offset(scales, tile * groups + g, steps)
             result += scale * whole + offset * spread(x, n_in + g)
         store(y, tile * LANES, result)
 
@@ -222,7 +222,7 @@ def expand_codes(bits: int) -> Callable[..., None]:
 
     @compiled
     def expand(
-        w: Any, scales: Any, wide: bool, tile: int, n_in: int, group: int, first: int,
+        w: Any, scales: Any, steps: int, tile: int, n_in: int, group: int, first: int,
         depth: int, panel: Any,
     ) -> None:  # fmt: skip
         for c in range(4):
@@ -231,7 +231,7 @@ def expand_codes(bits: int) -> Callable[..., None]:
                 i = (part * n_in + k) // per_word * LANES
                 prefetch(w, i + AHEAD // 4)
                 words = load(w, i)
-                scale, offset = scale_and_offset(scales, part * (n_in // group) + k // group, wide)
+                scale, offset = scale_and_offset(scales, part * (n_in // group) + k // group, steps)
                 for n in range(per_word):
                     value = code(words, n, bits) * spread(shrink, n) * scale + offset
                     store(panel, (k + n - first) * TILE + LANES * c, value)

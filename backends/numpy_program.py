@@ -42,7 +42,7 @@ KIND, FORMAT, ACTIVATION, LAST, LAYER = range(5)  # LAST: take each sequence's l
 SOURCE, TARGET, RESIDUAL = range(5, 8)  # buffers, by number; a residual of -1 is none
 SOURCE_WIDTH, TARGET_WIDTH, N_IN, N_OUT, GROUP = range(8, 13)  # of a buffer's row; of a matrix
 WEIGHT, SCALES, BIAS = range(13, 16)  # addresses; 0 is none; a bias fills whole tiles
-WIDE = 16  # whether scales and offsets are floats; see `numpy_groups.py`
+STEPS = 16  # bits of a word that count an offset's scales; 0: floats (see `numpy_groups.py`)
 NORM_WEIGHT, NORM_BIAS, POSITIONS = range(17, 20)
 EPSILON, SCALE = range(20, 22)  # float64
 WORK = 22  # multiplications to a row, about
@@ -53,11 +53,11 @@ def expand(op: Any, tile: int, first: int, depth: int, panel: Any) -> None:
     """Inputs from `first` on of 64 outputs, codes as floats, panel [depth, TILE]."""
     n_in, group = op[N_IN], op[GROUP]
     size = n_in * (op[N_OUT] + TILE)
-    codes, scales, wide = word_array(op[WEIGHT], size), word_array(op[SCALES], size), op[WIDE] == 1
+    codes, scales, steps = word_array(op[WEIGHT], size), word_array(op[SCALES], size), op[STEPS]
     if op[FORMAT] == INT8:
-        expand_int8(codes, scales, wide, tile, n_in, group, first, depth, panel)
+        expand_int8(codes, scales, steps, tile, n_in, group, first, depth, panel)
     else:
-        expand_int4(codes, scales, wide, tile, n_in, group, first, depth, panel)
+        expand_int4(codes, scales, steps, tile, n_in, group, first, depth, panel)
 
 
 @compiled
@@ -123,7 +123,7 @@ def embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
     n_in, group = op[N_IN], op[GROUP]
     size = n_in * (op[N_OUT] + TILE)
     floats, words = float_array(op[WEIGHT], size), word_array(op[WEIGHT], size)
-    scales, wide = word_array(op[SCALES], size), op[WIDE] == 1
+    scales, steps = word_array(op[SCALES], size), op[STEPS]
     positions, bits = float_array(op[POSITIONS], size), 8 if op[FORMAT] == INT8 else 4
     per_word = 32 // bits
     for n in range(len(tokens)):
@@ -135,7 +135,7 @@ def embed(op: Any, tokens: Any, index: Any, y: Any) -> None:
                 value = floats[token * n_in + k]
             else:
                 if k % group == 0:
-                    both = scale_and_offset(scales, (tile * n_in + k) // group, wide)
+                    both = scale_and_offset(scales, (tile * n_in + k) // group, steps)
                     scale, offset = lane(both[0], column), lane(both[1], column)
                 word = words[(tile * n_in + k) // per_word * LANES + column]
                 code = (word >> np.uint32(k % per_word * bits)) & np.uint32((1 << bits) - 1)

@@ -45,9 +45,11 @@ class Tiles:
     weight
         uint32 [O / 16, I * bits / 32, 16]: codes of four or eight inputs of an output to a word.
     scales
-        uint32 [O / 16, I / group, n]: scales and offsets of 16 outputs (see `numpy_groups.py`).
-    wide
-        Whether those are floats; a weight is scale * code + offset.
+        uint32 [O / 16, I / group, n]: scales and offsets of 16 outputs; a weight is
+        scale * code + offset.
+    steps
+        Bits of a word of those that count an offset's scales; 0 if they are floats (see
+        `numpy_groups.py`).
     """
 
     def __init__(self, q: Quantized, pool: Pool | None = None) -> None:
@@ -57,8 +59,8 @@ class Tiles:
         self.format = FORMATS[q.bits]
         self.group = q.group_size
         self.weight = _tiled(pool, q.weight)
-        words = as_words(q.scales, q.biases) if q.bits == 4 else None
-        self.wide = words is None
+        words = as_words(q.scales, q.biases, q.bits)
+        self.steps = 0 if words is None else q.bits
         numbers = (q.scales, q.biases) if words is None else (words,)
         self.scales = _tiled(pool, *(x.view(np.uint32) for x in numbers))
 
@@ -84,7 +86,7 @@ class Tiles:
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         codes = codes[..., None] >> shifts & np.uint32(2**self.bits - 1)
         codes = codes.reshape(len(tile), -1, self.group).astype(np.float32)
-        scales, offsets = of_lanes(self.scales[tile], lane)
+        scales, offsets = of_lanes(self.scales[tile], lane, self.steps)
         rows = scales[..., None] * codes + offsets[..., None]
         return rows.reshape(*ids.shape, -1)
 
@@ -263,7 +265,7 @@ class Program:
             op[columns.FORMAT], op[columns.GROUP] = weight.format, weight.group
             op[columns.N_OUT], op[columns.N_IN] = weight.shape
             op[columns.SCALES] = self._address(weight.scales)
-            op[columns.WIDE] = weight.wide
+            op[columns.STEPS] = weight.steps
             op[columns.WEIGHT] = self._address(weight.weight)
         else:
             is_table = instruction.is_head or instruction.kind == "embed"

@@ -81,7 +81,7 @@ def pointer(context: Any, builder: Any, given: Any, args: Any) -> Any:
     return builder.gep(array.data, [int64(context, builder, args[1], given[1])])
 
 
-def _spread(builder: Any, value: Any, vector: Any) -> Any:
+def filled(builder: Any, value: Any, vector: Any) -> Any:
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
     return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
 
@@ -171,7 +171,7 @@ def splat(context: Any, x: Any) -> Any:
     """The number x in each lane."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _spread(builder, context.cast(builder, args[0], sig.args[0], types.float32), FLOATS)
+        return filled(builder, context.cast(builder, args[0], sig.args[0], types.float32), FLOATS)
 
     return floats(x), generate
 
@@ -183,7 +183,7 @@ def spread(context: Any, array: Any, i: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = builder.load(pointer(context, builder, sig.args, args))
-        return _spread(builder, value, result.llvm)
+        return filled(builder, value, result.llvm)
 
     return result(array, i), generate
 
@@ -203,8 +203,8 @@ def code(context: Any, words: Any, n: Any, bits: Any) -> Any:
         )
         shift = builder.mul(at, width)
         mask = builder.shl(builder.sub(builder.shl(I32(1), width), I32(1)), shift)
-        there = builder.and_(args[0], _spread(builder, mask, INTS))
-        last = builder.lshr(args[0], _spread(builder, shift, INTS))
+        there = builder.and_(args[0], filled(builder, mask, INTS))
+        last = builder.lshr(args[0], filled(builder, shift, INTS))
         is_last = builder.icmp_unsigned("==", builder.add(shift, width), I32(32))
         return builder.sitofp(builder.select(is_last, last, there), FLOATS)
 
@@ -229,7 +229,7 @@ def to_bytes(context: Any, words: Any, odd: Any) -> Any:
         shift = builder.shl(
             builder.trunc(int64(context, builder, args[1], sig.args[1]), I32), I32(2)
         )
-        moved = builder.lshr(args[0], _spread(builder, shift, INTS))
+        moved = builder.lshr(args[0], filled(builder, shift, INTS))
         return builder.and_(moved, ir.Constant(INTS, [0x0F0F0F0F] * LANES))
 
     return ints(words, odd), generate

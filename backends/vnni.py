@@ -84,7 +84,7 @@ def times_codes(bits: int) -> Callable[..., None]:
 
     @compiled
     def times(
-        w: Any, scales: Any, wide: bool, x: Any, tile: int, n_in: int, group: int, y: Any
+        w: Any, scales: Any, steps: int, x: Any, tile: int, n_in: int, group: int, y: Any
     ) -> None:
         groups, part, bytes_of_x = n_in // group, n_in // 4, x.view(np.uint32)
         factor, low = spread(x, n_in + groups), n_in + groups + 1
@@ -105,11 +105,11 @@ def times_codes(bits: int) -> Callable[..., None]:
                     for p in range(PARTS):
                         _add_dots(acc, p, even, spread(bytes_of_x, at + p * part))
                         _add_dots(acc, p, odd, spread(bytes_of_x, at + p * part + 1))
-            fetch_group(scales, tile * groups + g, wide)
+            fetch_group(scales, tile * groups + g, steps)
             whole = to_floats(_as_ints(get(acc, 0)))
             whole += to_floats(_as_ints(get(acc, 1))) * splat(2.0**8)
             whole += to_floats(_as_ints(get(acc, 2))) * splat(2.0**16)
-            scale, offset = scale_and_offset(scales, tile * groups + g, wide)
+            scale, offset = scale_and_offset(scales, tile * groups + g, steps)
             result += scale * (whole * factor) + offset * spread(x, n_in + g)
         store(y, tile * LANES, result)
 

@@ -144,7 +144,7 @@ def multiply(
     n_in = rows.shape[1]
     room = np.full(amx.ROOM, np.nan, np.float32)
     amx.multiply(
-        *(tiles.weight.reshape(-1), tiles.scales.reshape(-1), tiles.wide),
+        *(tiles.weight.reshape(-1), tiles.scales.reshape(-1), tiles.steps),
         *(tiles.bits, tile, n_in, tiles.group, cut.x, len(rows), first, last),
         *(y.reshape(-1), y.shape[1], room),
     )
