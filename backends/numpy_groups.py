@@ -3,7 +3,7 @@
 Those of a group of 16 outputs lie side by side: as floats, 16 scales and 16 offsets; or, since
 `mx.quantize` and those who do as it does make an offset a whole number of scales, as 16 words
 that hold a scale and that number. This saves a tenth of what is read with codes of 4 bits, and a
-twentieth with 8.
+twentieth with 8. Files whose scales and offsets were rounded to 16 bits stay with floats.
 
 A word is, from above: the scale's sign, 5 bits of its exponent, its fraction, and the number of
 scales that are subtracted, which can be as large as a code and has as many bits. For codes of 4

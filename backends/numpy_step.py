@@ -291,7 +291,7 @@ class _Announcement(events.Listener):  # type: ignore[misc]  # Numba has no type
     """Says on standard error that the kernels are being compiled, when they are."""
 
     def on_start(self, event: Any) -> None:
-        if event.data["dispatcher"] is kernels.run:
+        if (event.data or {}).get("dispatcher") is kernels.run:
             print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
 
     def on_end(self, event: Any) -> None:

@@ -24,7 +24,8 @@ class Run:
     engines
         For each engine its version, and the bytes of its weights.
     agreement
-        For each engine the error of its logits and how many greedy tokens are the reference's.
+        For each engine how many greedy tokens are the reference's, and the error of its logits if
+        it tells them.
     seconds
         By workload and engine, one number a round; for decoding, seconds a step.
     """

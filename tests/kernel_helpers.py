@@ -16,3 +16,10 @@ def as_kept(q: Quantized) -> Quantized:
     assert words is not None
     scales, biases = of_lanes(words[..., None], np.zeros(len(words), int), q.bits)
     return replace(q, scales=scales, biases=biases)
+
+
+def in_16_bits(q: Quantized) -> Quantized:
+    """With scales and offsets as files of 16 bits have them, which the kernels keep as floats."""
+    scales, biases = (x.astype(np.float16).astype(np.float32) for x in (q.scales, q.biases))
+    assert as_words(scales, biases, q.bits) is None
+    return replace(q, scales=scales, biases=biases)

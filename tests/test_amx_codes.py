@@ -11,6 +11,8 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
+from kernel_helpers import as_kept
+
 from gptx.backends import amx_codes as amx
 from gptx.backends.amx import allowed
 from gptx.backends.numpy_products import BLOCK, TILE
@@ -162,7 +164,7 @@ def exact(rows: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products(bits: int, group: int, random: np.random.Generator) -> None:
     """Any number of rows, and any 64 outputs, whatever y was before."""
-    q = quantize(random.standard_normal((128, 256)).astype(np.float32), bits, group)
+    q = as_kept(quantize(random.standard_normal((128, 256)).astype(np.float32), bits, group))
     tiles, w = Tiles(q), dequantize(q)
     for count in range(1, 41):
         rows = random.standard_normal((count, 256)).astype(np.float32)
@@ -178,7 +180,7 @@ def test_products(bits: int, group: int, random: np.random.Generator) -> None:
 @pytest.mark.parametrize(("first", "last"), [(0, 16), (16, 32), (16, 40), (32, 37), (0, 3)])
 def test_a_range_of_rows(first: int, last: int, bits: int, random: np.random.Generator) -> None:
     """It changes these rows, up to a whole block, and these outputs alone."""
-    q = quantize(random.standard_normal((128, 128)).astype(np.float32), bits, 64)
+    q = as_kept(quantize(random.standard_normal((128, 128)).astype(np.float32), bits, 64))
     rows = random.standard_normal((40, 128)).astype(np.float32)
     wanted, size = exact(rows, dequantize(q))
     y, here, columns = np.full((40, 160), 7, np.float32), slice(first, last), slice(64, 128)

@@ -31,6 +31,17 @@ def test_what_quantize_makes_goes_into_words(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_that_is_rounded_up_to_the_next_exponent(sign: int, bits: int) -> None:
+    scale = sign * np.nextafter(np.float32([[1.0, 2.0**-24]]), np.float32(0))
+    words = as_words(scale, -7 * scale, bits)
+    assert words is not None
+    scales, offsets = of_lanes(words[..., None], np.zeros(1, int), bits)
+    np.testing.assert_array_equal(scales, sign * np.float32([[1.0, 2.0**-24]]))
+    np.testing.assert_array_equal(offsets, -7 * scales)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("scale", "offset"),
     [
@@ -39,6 +50,7 @@ def test_what_quantize_makes_goes_into_words(
         (0.1, 0.1),  # one of the wrong sign
         (2.0**-25, -(2.0**-22)),
         (2.0**8, -(2.0**11)),
+        (np.nextafter(np.float32(2**8), 0), -(2.0**11)),  # it is rounded to that
         (0.0, 0.0),
         (0.0, 1.0),
         (np.inf, -np.inf),

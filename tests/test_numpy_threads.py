@@ -14,6 +14,7 @@ import numba
 from gptx.backends import numpy_step
 from gptx.backends.numpy_threads import NEVER, all_begin, meet
 from gptx.backends.tape import Instruction
+from gptx.quantization import dequantize, quantize
 
 
 @numba.njit(parallel=True)
@@ -55,15 +56,18 @@ def test_a_thread_that_never_comes_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_with_fewer_threads_than_asked_for(
-    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator, rows: int
+    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator, bits: int | None, rows: int
 ) -> None:
     """As on a busy machine, or with a limit that Numba does not know: one does what several should
     have, and the numbers are the same to the last bit."""
     w = random.standard_normal((768, 2304)).astype(np.float32)
     x = np.zeros((48, 768), np.float32)
     x[:rows] = random.standard_normal((rows, 768))
-    program = numpy_step.Program([Instruction("linear", 0, 1, weight=w)], inputs=[768])
+    q = quantize(np.ascontiguousarray(w.T), bits, 64) if bits else None
+    weight = w if q is None else numpy_step.Tiles(q)
+    program = numpy_step.Program([Instruction("linear", 0, 1, weight=weight)], inputs=[768])
     found = []
     for most in (2, 1):
         numba.set_num_threads(min(most, numba.config.NUMBA_NUM_THREADS))
@@ -72,5 +76,6 @@ def test_with_fewer_threads_than_asked_for(
         program.run({0: x, 1: y}, (1, rows, 0, 0, 0), 2)
         found.append(y[:rows])
         monkeypatch.undo()
-    np.testing.assert_allclose(found[0], x[:rows] @ w, rtol=0, atol=1e-3)
+    wanted = x[:rows] @ (w if q is None else dequantize(q).T)
+    np.testing.assert_allclose(found[0], wanted, rtol=0, atol=1e-3)
     np.testing.assert_array_equal(found[1], found[0])

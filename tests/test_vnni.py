@@ -12,7 +12,7 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
-from kernel_helpers import as_kept
+from kernel_helpers import as_kept, in_16_bits
 
 from gptx.backends import numpy_products, vnni
 from gptx.backends.numpy_step import Tiles
@@ -52,15 +52,16 @@ def error(y: np.ndarray, w: np.ndarray, row: np.ndarray) -> float:
     return float(np.max(np.abs(y - exact) / most))
 
 
+@pytest.mark.parametrize("scales", [as_kept, in_16_bits])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("n_in", [128, 768, 1600, 6400])
 def test_products(
-    n_in: int, bits: int, group: int, product: Any, random: np.random.Generator
+    n_in: int, bits: int, group: int, scales: Any, product: Any, random: np.random.Generator
 ) -> None:
     if n_in % group:
         n_in -= n_in % group
-    q = as_kept(quantize(random.standard_normal((100, n_in)).astype(np.float32), bits, group))
+    q = scales(quantize(random.standard_normal((100, n_in)).astype(np.float32), bits, group))
     row = random.standard_normal(n_in).astype(np.float32)
     assert error(product(row, Tiles(q)), dequantize(q), row) < 1e-7
 

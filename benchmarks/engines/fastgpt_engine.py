@@ -1,6 +1,6 @@
 """fastGPT (https://github.com/certik/fastGPT), a program that tells its tokens when it ends.
 
-FASTGPT is its path, as built with OpenBLAS.
+FASTGPT is its whole path, as built with OpenBLAS.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class FastGptEngine(Engine):
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
         """Convert the model, with a tokenizer of single letters: their tokens are 0 to 93, and the
         way from text to tokens is shorter than with GPT-2's own."""
+        installed()
         from gptx.conversions import fastgpt, hugging_face
         from gptx.conversions.token_lists import tokenizer_of
         from gptx.tokenizer import byte_of_letter
@@ -39,9 +40,7 @@ class FastGptEngine(Engine):
         fastgpt.write(replace(hugging_face.read(folder), tokenizer=letters), work / FILE)
 
     def __init__(self, folder: Path, threads: int, work: Path, kernels: str = "") -> None:
-        if "FASTGPT" not in os.environ:
-            sys.exit("let FASTGPT be the path of its program, gpt2")
-        self.path = os.path.abspath(os.environ["FASTGPT"])
+        self.path = installed()
         self.kernels = kernels
         self.work = work
         self.n_bytes = (work / FILE).stat().st_size
@@ -67,3 +66,11 @@ class FastGptEngine(Engine):
 
     def logits(self, ids: list[int]) -> None:
         """It tells none."""
+
+
+def installed() -> str:
+    """The program's path; ends this process, with a line that says why, if there is none."""
+    path = os.environ.get("FASTGPT", "")
+    if not (os.path.isabs(path) and os.path.isfile(path)):
+        sys.exit(f"FASTGPT is {path!r}, expected the whole path of its program, gpt2")
+    return path
