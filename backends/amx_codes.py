@@ -120,7 +120,7 @@ def _instructions(count: int) -> tuple[Any, Any, Any]:
         return types.void(words, i), generate
 
     @intrinsic
-    def put(context: Any, whole: Any, i: Any) -> Any:
+    def unload(context: Any, whole: Any, i: Any) -> Any:
         """Tiles 0 to 2, one after the other."""
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -132,7 +132,7 @@ def _instructions(count: int) -> tuple[Any, Any, Any]:
 
         return types.void(whole, i), generate
 
-    return fetch, add_up, put
+    return fetch, add_up, unload
 
 
 @intrinsic
@@ -151,7 +151,7 @@ def _join(context: Any, low: Any, middle: Any, high: Any) -> Any:
 
 def _group(count: int) -> Callable[..., None]:
     """Make whole sums of a group for so many tiles of bytes and 64 outputs."""
-    fetch, add_up, put = _instructions(count)
+    fetch, add_up, unload = _instructions(count)
 
     @compiled
     def multiply_group(
@@ -164,7 +164,7 @@ def _group(count: int) -> Callable[..., None]:
                 if c == 0 or depth < group:
                     fetch(digits, i + k * PARTS * ROWS, depth)
                 add_up(words, wi + c * apart + k // 4 * LANES)
-            put(whole, c * PARTS * SQUARE)
+            unload(whole, c * PARTS * SQUARE)
 
     return multiply_group
 

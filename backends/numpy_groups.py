@@ -50,11 +50,10 @@ def as_words(scales: Array, offsets: Array, bits: int) -> Array | None:
         fits &= np.abs(steps * scales + offsets) <= CLOSE * np.abs(offsets)
     lost = bits - SHIFT  # of the 23 bits of a fraction
     rounded = scales.view(np.uint32) + np.uint32(2 ** (lost - 1))
-    exponent = (rounded >> np.uint32(23) & np.uint32(255)) - np.uint32(LOWEST)
-    if not (fits & (exponent < 32)).all():  # one below LOWEST has wrapped around
+    number = (rounded & np.uint32(2**31 - 2**lost)) - np.uint32(LOWEST << 23)
+    if not (fits & (number < 2**28)).all():  # one below LOWEST has wrapped around
         return None
-    sign, fraction = rounded & np.uint32(2**31), rounded & np.uint32(2**23 - 2**lost)
-    number = exponent << np.uint32(23) | fraction
+    sign = rounded & np.uint32(2**31)
     return sign | number << np.uint32(SHIFT) | steps.astype(np.uint32)
 
 
@@ -66,7 +65,7 @@ def of_lanes(groups: Array, lanes: Array, steps: int) -> tuple[Array, Array]:
         offsets = np.take_along_axis(groups, lanes + LANES, -1)[..., 0]
         return words.view(np.float32), offsets.view(np.float32)
     low = np.uint32(2**steps - 1)
-    number = (words & ~low & np.uint32(2**31 - 1)) >> np.uint32(SHIFT)
+    number = (words & np.uint32(2**31 - 2**steps)) >> np.uint32(SHIFT)
     bits = number + np.uint32(LOWEST << 23) | words & np.uint32(2**31)
     scales = bits.view(np.float32)
     return scales, -scales * (words & low).astype(np.float32)

@@ -7,12 +7,14 @@ t does; `_everywhere` is the only parallel loop there is, around all of a progra
 
 from __future__ import annotations
 
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
+from numba.core import event as events
 
 from gptx.backends.amx import ROWS
 from gptx.backends.amx_attend import attend_16, cut_head
@@ -263,3 +265,17 @@ numpy_linear numpy_products numpy_program numpy_threads simd vnni
 """
 _files = [Path(__file__).with_name(f"{name}.py") for name in COMPILED.split()]
 run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in _files)))
+
+
+class _Announcement(events.Listener):
+    """Says on standard error that `run` is being compiled, when it is."""
+
+    def on_start(self, event: Any) -> None:
+        if (event.data or {}).get("dispatcher") is run:
+            print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+events.register("numba:compile", _Announcement())

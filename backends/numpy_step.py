@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
 import numpy as np
-from numba.core import event as events
 
 from gptx.backends import amx, amx_attend, amx_codes, amx_linear
 from gptx.backends import numpy_kernels as kernels
@@ -285,17 +283,3 @@ def _addresses(arrays: Sequence[Array]) -> Array:
 
 def _round(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-class _Announcement(events.Listener):  # type: ignore[misc]  # Numba has no types
-    """Says on standard error that the kernels are being compiled, when they are."""
-
-    def on_start(self, event: Any) -> None:
-        if (event.data or {}).get("dispatcher") is kernels.run:
-            print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-events.register("numba:compile", _Announcement())
