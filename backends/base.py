@@ -41,29 +41,38 @@ OPS = (
     "attention",
     "softmax",
 )
-OVERRIDABLE = (*OPS, "matrix", "quantized", "compile", "sampler")  # what `generic` puts back
+OVERRIDABLE = (*OPS, "matrix", "quantized", "compile", "decode", "sampler")  # `generic` undoes
 
 
 @dataclass(frozen=True)
 class Positions:
     """Where the new tokens of each sequence stand.
 
+    All of it is known on the host: a backend may take a shorter way without asking the device.
+
     Attributes
     ----------
-    index
-        Integers [B, T] on the device, rising by one along T. A sequence with fewer than T new
-        tokens repeats its last token at its last position: the same values are computed and
-        written again, so padding needs no mask, and column T-1 is every sequence's last token.
+    host
+        NumPy integers [B, T], rising by one along T. A sequence with fewer than T new tokens
+        repeats its last token at its last position: the same values are computed and written
+        again, so padding needs no mask, and column T-1 is every sequence's last token.
     stop
         S: how many positions the longest sequence fills, these tokens included.
     aligned
-        True if all sequences are equally long, so that `index` is stop-T ... stop-1 in each row.
-        Known on the host: a backend may take a shorter way without reading from the device.
+        True if all sequences are equally long, so that a row is stop-T ... stop-1.
+    bring
+        What brings `host` to the device, when it is asked for there: `Backend.asarray`.
     """
 
-    index: Array
+    host: np.ndarray
     stop: int
     aligned: bool
+    bring: Callable[[np.ndarray], Array]
+
+    @functools.cached_property
+    def index(self) -> Array:
+        """`host` on the device, in its default integers."""
+        return self.bring(self.host)
 
 
 class Backend:
@@ -282,11 +291,28 @@ class Backend:
         """
         return functools.partial(forward, model)
 
+    def decode(
+        self,
+        model: Any,
+        ids: Array,
+        positions: Positions,
+        cache: Any,
+        choose: Callable[[Array], Any],
+    ) -> Any:
+        """A decode step of a `gptx.model.GPT2`: what `choose` makes of its logits [B, V].
+
+        `ids` [B] are the tokens that are fed, as a sampler returned them. A backend may write the
+        logits of the next step over these, as soon as `choose` has returned.
+        """
+        logits = model.forward(self.xp.reshape(ids, (-1, 1)), positions, cache)
+        return choose(logits[:, -1, :])
+
     def sampler(
         self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
     ) -> Any:
         """What does the work of a `gptx.sampling.Sampler` of the same arguments: called with logits
-        [B, V] it returns ids [B], and it has `keep`. None, as here, leaves it to the generic ops.
+        [B, V] it returns ids [B], and it has `start` and `keep`. None, as here, leaves it to the
+        generic ops.
         """
         return None
 

@@ -8,10 +8,9 @@ device for what they do; the array-API names come from array_api_compat.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat.cupy as xp
 import cupy
@@ -19,6 +18,7 @@ import cupyx
 import numpy as np
 
 from gptx.backends.base import Array, Backend, Positions
+from gptx.backends.cupy_arrivals import Arrivals, Arriving
 from gptx.backends.cupy_codes import Codes
 from gptx.backends.cupy_kernels import ROW, TYPES, Kinds, kernel
 from gptx.backends.cupy_memory import out_of_memory
@@ -37,11 +37,16 @@ class CupyBackend(Backend):
     early
         Whether kernels of a decode step may begin before the one ahead has ended, where the device
         can do that (`cupy_early.py`). Off until a GPU has shown what it gains.
+    most_in_graph
+        Multiplications in a layer up to which a prompt is a CUDA graph. The host takes some 200 µs
+        to launch a layer one by one; above this, cuBLAS, which cannot be in a graph, gains more.
+        An estimate, until a GPU has shown it.
     """
 
     name = "cupy"
     asynchronous = True
     early = False
+    most_in_graph = 4 * 10**10
     dtypes = ("float32", "float64", "float16", "bfloat16")
 
     def __init__(
@@ -54,7 +59,7 @@ class CupyBackend(Backend):
             raise BackendError(f"device is {device!r}, expected a number from 0 to {n_devices - 1}")
         super().__init__(_Namespace(), dtype=dtype, device=cupy.cuda.Device(device), **options)
         self.kinds = Kinds(self.dtype, self.cache_dtype, device=device)
-        self._arriving: deque[Arriving] = deque()
+        self._arrivals = Arrivals()
         self._has_kernels = self.dtype in TYPES and self.cache_dtype in TYPES
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
@@ -64,6 +69,18 @@ class CupyBackend(Backend):
             except Unknown:  # a forward pass of someone's own, or widths that kernels do not take
                 pass
         return super().compile(forward, model)
+
+    def decode(
+        self,
+        model: Any,
+        ids: Array,
+        positions: Positions,
+        cache: Any,
+        choose: Callable[[Array], Any],
+    ) -> Any:
+        if isinstance(model.forward, Step):
+            return model.forward.decode(ids, positions, cache, choose)
+        return super().decode(model, ids, positions, cache, choose)
 
     def matrix(self, host: np.ndarray) -> Array:
         # Outputs one after the other, each with its inputs together: what the kernels read.
@@ -143,18 +160,14 @@ class CupyBackend(Backend):
     ) -> CupySampler | None:
         if self.dtype == "float64":  # its logits are, too
             return None
-        return CupySampler(self.kinds, params, prompts, streams, vocab_size)
+        return CupySampler(self.kinds, self._arrivals, params, prompts, streams, vocab_size)
 
     def start(self, x: Array) -> Any:
         if x.dtype.kind not in "fiub":
             return x
-        # Memory of a copy that nobody waits for must not be used again before it has ended.
-        while self._arriving and self._arriving[0].arrived.done:
-            self._arriving.popleft()
         host = cupyx.empty_pinned(x.shape, x.dtype)
         x.get(out=host, blocking=False)
-        self._arriving.append(Arriving(host, cupy.cuda.get_current_stream().record()))
-        return self._arriving[-1]
+        return self._arrivals.expect(host)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         if isinstance(x, Arriving):
@@ -189,18 +202,6 @@ class CupyBackend(Backend):
             if problem is None:
                 raise
             raise problem from error
-
-
-class Arriving(NamedTuple):
-    """An array on its way to the host, and the event that says when it is there."""
-
-    host: np.ndarray
-    arrived: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        return self.host.shape
 
 
 class _Namespace:

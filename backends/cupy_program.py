@@ -34,9 +34,13 @@ class Program:
     kinds
         What its kernels are compiled for.
     row_bytes
-        Of a row of each buffer of the tape, at most.
+        Of a row of each buffer of the tape, at most; the last one holds the logits.
     widest
         Numbers to a row of the widest input of a product.
+    n_weights
+        In the products of a layer, on average.
+    head
+        The last product, which makes the logits.
 
     Raises
     ------
@@ -69,7 +73,10 @@ class Program:
             is_stream[i.target] = i.kind == "embed" or i.residual is not None
             self.row_bytes[i.target] = max(self.row_bytes[i.target], 4 * n_out)
             self.ops.append(op)
-        self.widest = max(op.weight.n_in for op in self.ops if isinstance(op, Linear))
+        products = [op for op in self.ops if isinstance(op, Linear)]
+        *inner, self.head = products
+        self.widest = max(op.weight.n_in for op in products)
+        self.n_weights = sum(op.weight.n_in * op.weight.n_out for op in inner) // self.n_layer
         self.vocab_size = n_out
 
     def launch(self, memory: Memory) -> None:
@@ -83,27 +90,40 @@ class Memory:
 
     Attributes
     ----------
-    ids, index
-        Tokens and their positions, int64 [B, T].
+    ids
+        Tokens, int64 [B, T]; if T is 1, they lie where `token` says.
+    index
+        Positions of the tokens, int64 [B, T]; if T is 1, the pass itself goes on from those of the
+        tokens before.
     caches
         Addresses of the keys of each layer, of the values, and the cache's room, int64 [2L + 1].
-    normed
-        Room for rows after their layer norm [B·T, widest].
+    token
+        The address of the tokens, int64 [1].
+    in_graph
+        Whether this is launched as a graph, in which cuBLAS may not be.
+    normed, last
+        Room for rows after their layer norm [B·T, widest], and for a row of each sequence [B, C].
     partial, arrived
         What `attend_step` needs (see `cupy_attention.py`).
     early
         Whether kernels may begin before the one ahead has ended.
     """
 
-    def __init__(self, program: Program, B: int, T: int) -> None:
-        self.program, self.B, self.T = program, B, T
+    def __init__(self, program: Program, B: int, T: int, *, in_graph: bool) -> None:
+        self.program, self.B, self.T, self.in_graph = program, B, T, in_graph
         self.early = False
         self.ids, self.index = (cupy.zeros((B, T), cupy.int64) for _ in range(2))
-        self.caches = cupy.zeros(2 * program.n_layer + 1, cupy.int64)
+        n_addresses = 2 * program.n_layer + 1
+        table = cupy.zeros(n_addresses + 1, cupy.int64)
+        self._table, self.caches, self.token = table, table[:n_addresses], table[n_addresses:]
         self.multiprocessors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.normed = cupy.empty((B * T, program.widest), program.kinds.real)
-        self._buffers = [cupy.empty(B * T * n, cupy.uint8) for n in program.row_bytes]
+        self.last = cupy.empty((B, program.head.weight.n_in), cupy.float32)
+        *widths, logits = program.row_bytes
+        self._buffers = [cupy.empty(B * T * n, cupy.uint8) for n in widths]
+        self._buffers.append(cupy.empty(B * (1 if program.head.last else T) * logits, cupy.uint8))
         self._addresses: list[int] = []
+        self._positions: list[int] = []  # in `index`, if T is 1
         self.splits = cupy_attention.splits(
             B, program.n_head, program.n_positions, self.multiprocessors
         )
@@ -111,15 +131,29 @@ class Memory:
             B, program.n_head, self.splits, program.kinds.head
         )
 
-    def fill(self, ids: Array, index: Array, cache: Any) -> None:
-        """Set tokens and positions [B, T], and the addresses of a cache if they are others."""
-        self.ids[...] = ids
-        self.index[...] = index
+    def fill(self, ids: Array, positions: np.ndarray, cache: Any) -> None:
+        """Set tokens and positions [B, n], of which the last is repeated up to T; and the addresses
+        of a cache. What is as the pass before has left it is not sent again.
+
+        If T is 1, the tokens stay where they are, and have to until the pass has ended.
+        """
+        ids = cupy.ascontiguousarray(ids, cupy.int64)
+        if self.T == 1:
+            before = (positions[:, 0] - 1).tolist()
+            if before != self._positions:
+                self.index.set(np.array(before).reshape(self.B, 1))
+            self._positions = [position + 1 for position in before]
+        else:
+            n = ids.shape[1]
+            self.ids[:, :n] = ids
+            self.ids[:, n:] = ids[:, -1:]
+            repeated = np.repeat(positions[:, -1:], self.T - n, axis=1)
+            self.index.set(np.concatenate([positions, repeated], axis=1))
         addresses = [x.data.ptr for x in (*cache.keys, *cache.values)]
-        addresses.append(cache.keys[0].shape[2])
+        addresses += cache.keys[0].shape[2], ids.data.ptr
         if addresses != self._addresses:
             self._addresses = addresses
-            self.caches.set(np.array(addresses, np.int64))
+            self._table.set(np.array(addresses, np.int64))
 
     def launch(
         self,
@@ -142,10 +176,8 @@ class Memory:
     @property
     def logits(self) -> Array:
         """What the last operation writes, float32 [B, V] or [B·T, V]."""
-        head = self.program.ops[-1]
-        assert isinstance(head, Linear)
-        n_rows = self.B if head.last else self.B * self.T
-        return self.view(head.target, n_rows, self.program.vocab_size, cupy.float32)
+        head, n = self.program.head, self.program.vocab_size
+        return self.view(head.target, self.B * (1 if head.last else self.T), n, cupy.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +231,9 @@ class Embed:
     def __call__(self, memory: Memory) -> None:
         n_rows, n = memory.B * memory.T, self.table.n_in
         out = memory.view(self.target, n_rows, n, cupy.float32)
-        arguments = (memory.ids, memory.index, *self.table.parts, self.positions, out, np.int32(n))
-        memory.launch("rows.cu", "embed", self.table.kinds, (n_rows,), ROW, *arguments)
+        name, ids = ("embed_next", memory.token) if memory.T == 1 else ("embed", memory.ids)
+        arguments = (ids, memory.index, *self.table.parts, self.positions, out, np.int32(n))
+        memory.launch("rows.cu", name, self.table.kinds, (n_rows,), ROW, *arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,16 +283,14 @@ class Linear:
         n_rows = memory.B * memory.T
         x = memory.view(self.source, n_rows, w.n_in, cupy.float32 if self.norm else real)
         if self.last:
-            n_rows = memory.B
-            x = cupy.ascontiguousarray(x.reshape(memory.B, memory.T, w.n_in)[:, -1])
+            n_rows, x = memory.B, self._last(x, memory)
         wide = self.is_head or self.residual is not None
         out = memory.view(self.target, n_rows, w.n_out, cupy.float32 if wide else real)
         residual = None
         if self.residual is not None:
             residual = memory.view(self.residual, n_rows, w.n_out, cupy.float32)
         shape = n_rows, w.n_in, w.n_out, memory.multiprocessors
-        in_graph = memory.T == 1  # where cuBLAS may not be
-        if n_rows <= FEW or (in_graph and real == cupy.float32):
+        if n_rows <= FEW or (memory.in_graph and real == cupy.float32):
             size = np.dtype(real).itemsize
             normed = self.norm is not None
             launch = few_rows(*shape, itemsize=size, bits=w.kinds.bits, normed=normed)
@@ -271,7 +302,7 @@ class Linear:
             return
         if self.norm:
             x = self._normalized(x, memory)
-        if real != cupy.float32 and (n_rows <= MANY or self.is_head or in_graph):
+        if real != cupy.float32 and (n_rows <= MANY or self.is_head or memory.in_graph):
             launch = tiles(*shape, bits=w.kinds.bits, group=w.kinds.group)
             self._multiply("linear_tiles.cu", launch, (x,), residual, out, memory)
         else:
@@ -296,6 +327,14 @@ class Linear:
         memory.launch(
             file, launch.name, w.kinds, grid, block, *arguments, shared_bytes=shared_bytes
         )
+
+    def _last(self, x: Array, memory: Memory) -> Array:
+        """The last row of each sequence."""
+        if memory.B == 1:
+            return x[-1:]
+        shape, kinds = (np.int32(memory.T), np.int32(self.weight.n_in)), self.weight.kinds
+        memory.launch("rows.cu", "take_last", kinds, (memory.B,), ROW, x, memory.last, *shape)
+        return memory.last
 
     def _normalized(self, x: Array, memory: Memory) -> Array:
         assert self.norm is not None

@@ -1,7 +1,8 @@
 """CuPy: the whole sampler of `gptx.sampling` as one launch of `cuda/sampling.cu` a step.
 
 It reads nothing from the host but its arguments, which stay the same: random numbers are computed
-where they are used, and the device counts the steps.
+where they are used, and the device counts the steps. The tokens it writes twice: for the next step,
+and to the host's own memory, which takes no copy.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import math
 from typing import Any
 
 import cupy
+import cupyx
 import numpy as np
 
+from gptx.backends.cupy_arrivals import Arrivals, Arriving
 from gptx.backends.cupy_kernels import Kinds, kernel
 
 Array = Any
 WARP, MOST_THREADS = 32, 1024  # of a block, which works on one sequence
 ROOM_BYTES = 17 * 1024  # of shared memory that the kernel takes besides the logits
 AT_ONCE = 8  # logits that a thread reads in one go
+SLOTS = 4  # tokens of so many steps may be on their way to the host
 
 
 class CupySampler:
@@ -26,6 +30,7 @@ class CupySampler:
     def __init__(
         self,
         kinds: Kinds,
+        arrivals: Arrivals,
         params: Any,
         prompts: list[list[int]],
         streams: list[int],
@@ -50,6 +55,14 @@ class CupySampler:
         if params.presence_penalty or params.frequency_penalty:
             self._counts = cupy.zeros((B, V), np.int32)
         self._meetings = cupy.zeros((B, 2), np.uint64)
+        self._ids = cupy.empty(B, np.int64)
+        self._arrivals, self._n_calls = arrivals, 0
+        host = cupyx.empty_pinned((SLOTS, B), np.int64)  # where the device can write, too
+        memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, kinds.device)
+        self._slots = [
+            (row, cupy.ndarray(B, np.int64, cupy.cuda.MemoryPointer(memory, 8 * B * i)))
+            for i, row in enumerate(host)
+        ]
         self._n_processors = device.attributes["MultiProcessorCount"]
         self._threads = min(-(-V // WARP) * WARP, MOST_THREADS)
         self._shared_bytes = ROOM_BYTES
@@ -72,9 +85,12 @@ class CupySampler:
         )
 
     def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] in float32 -> token ids [B]; -1 where a logit is not finite."""
+        """Logits [B, V] in float32 -> token ids [B]; -1 where a logit is not finite.
+
+        It is the same array each time.
+        """
         B, V = logits.shape
-        ids = cupy.empty(B, np.int64)
+        self._n_calls += 1
         blocks = 1  # of a row; a greedy row has as many as there are processors and work for them
         if self._greedy:
             useful = -(-V // (AT_ONCE * self._threads))
@@ -92,15 +108,22 @@ class CupySampler:
             self._steps,
             self._scratch,
             self._meetings,
-            ids,
+            self._ids,
+            self._slots[self._n_calls % SLOTS][1],
             shared_bytes=self._shared_bytes,
         )
-        return ids
+        return self._ids
+
+    def start(self, ids: Array) -> Arriving:
+        """`Backend.start` of the ids that the last call returned: they are on their way."""
+        return self._arrivals.expect(self._slots[self._n_calls % SLOTS][0])
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`."""
         index = cupy.asarray(np.array(rows))
         self._streams, self._steps = self._streams[index], self._steps[index]
+        self._ids = cupy.empty(len(rows), np.int64)
+        self._slots = [(host[: len(rows)], device) for host, device in self._slots]
         if self._seen is not None:
             self._seen = self._seen[index]
         if self._counts is not None:

@@ -1,8 +1,10 @@
 """The CuPy backend's forward pass: what `tape.py` recorded, as launches of the kernels in `cuda/`.
 
 A decode step is captured in a CUDA graph, once for each number of sequences: its kernels read
-tokens, positions and the addresses of the cache from device memory, so that it stays valid. A
-prompt is launched kernel by kernel, with cuBLAS, which CuPy keeps out of graphs, for the products.
+tokens, positions and the addresses of the cache from device memory, so that it stays valid. So is a
+prompt, once for each length that prompts are filled up to, while the device would do its kernels
+faster than the host can launch them. A longer one is launched kernel by kernel, with cuBLAS, which
+CuPy keeps out of graphs, for the products.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from gptx.backends.cupy_program import MULTIPLE, Memory, Program
 from gptx.backends.tape import Unknown, record
 
 Array = Any
-GRAPHS = 4  # are kept at most
+GRAPHS = 4  # of a program are kept at most
+LENGTHS = (8, 16, 32, 64)  # of prompts in graphs; above, multiples of the last
+WITHOUT_MATRIX_UNIT = 40  # as long as with it, a multiplication takes
 
 
 class Step:
@@ -37,7 +41,8 @@ class Step:
         self._programs = [
             Program(record(forward, model, last_only=x), model) for x in (False, True)
         ]
-        self._decode = Decode(self._programs[False], model.backend)
+        self._decode, self._prompt = (Graphs(x, model.backend) for x in self._programs)
+        self._backend = model.backend
 
     def __call__(
         self, ids: Array, positions: Positions, cache: Any, *, last_only: bool = False
@@ -45,12 +50,31 @@ class Step:
         """Logits [B, T, V] or [B, 1, V], as `gptx.model.forward` returns them."""
         B, T = ids.shape
         if T == 1:
-            return self._decode(ids, positions.index, cache)
-        program = self._programs[last_only]
-        memory = Memory(program, B, T)
-        memory.fill(ids, positions.index, cache)
-        program.launch(memory)
-        return memory.logits.reshape(B, -1, program.vocab_size)
+            logits = self.decode(ids, positions, cache, cupy.copy)
+        elif last_only and (length := self._length_in_graph(B, T)):
+            logits = self._prompt.run(length, ids, positions, cache, cupy.copy)
+        else:
+            program = self._programs[last_only]
+            memory = Memory(program, B, T, in_graph=False)
+            memory.fill(ids, positions.host, cache)
+            program.launch(memory)
+            logits = memory.logits
+        return logits.reshape(B, -1, self._programs[0].vocab_size)
+
+    def decode(
+        self, ids: Array, positions: Positions, cache: Any, choose: Callable[[Array], Any]
+    ) -> Any:
+        """`Backend.decode` of this model."""
+        return self._decode.run(1, ids, positions, cache, choose)
+
+    def _length_in_graph(self, B: int, T: int) -> int:
+        """What prompts [B, T] are filled up to, or 0 if a graph would not be faster."""
+        program, last = self._programs[True], LENGTHS[-1]
+        length = next((n for n in LENGTHS if n >= T), -(-T // last) * last)
+        work = B * length * program.n_weights
+        if program.kinds.dtype == "float32":
+            work *= WITHOUT_MATRIX_UNIT
+        return length if work <= self._backend.most_in_graph else 0
 
     @property
     def kernels_per_token(self) -> int:
@@ -58,32 +82,45 @@ class Step:
         return len(self._programs[False].ops)
 
 
-class Decode:
-    """Decode steps: launched kernel by kernel at first, as a graph when they come again."""
+class Graphs:
+    """Passes of one program: kernel by kernel at first, as a graph when they come again."""
 
     def __init__(self, program: Program, backend: Any) -> None:
         self._program, self._backend = program, backend
         self._lock = threading.Lock()  # of the memory that graphs work in
-        self._graphs: dict[int, tuple[Memory, Any]] = {}  # by B, the newest last
+        self._passes: dict[tuple[int, int], tuple[Memory, Any]] = {}  # by B and T, the newest last
 
-    def __call__(self, ids: Array, index: Array, cache: Any) -> Array:
-        B = len(ids)
+    def run(
+        self,
+        T: int,
+        ids: Array,
+        positions: Positions,
+        cache: Any,
+        choose: Callable[[Array], Any],
+    ) -> Any:
+        """What `choose` makes of the logits, which the next pass writes over.
+
+        Tokens `ids` [B, n] and their positions are filled up to T.
+        """
+        key = len(ids), T
         with self._lock:
-            if B in self._graphs:
-                memory, graph = self._graphs.pop(B)
+            # What fails is not used again.
+            memory, graph = self._passes.pop(key, (None, None))
+            if memory is None:
+                memory = Memory(self._program, *key, in_graph=True)
+            elif graph is None:
                 # The first time has loaded the kernels, which cannot be done within a capture.
-                graph = graph or self._capture(memory)
-            else:
-                memory, graph = Memory(self._program, B, 1), None
-            self._graphs[B] = memory, graph
-            if len(self._graphs) > GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            memory.fill(ids, index, cache)
+                graph = self._capture(memory)
+            memory.fill(ids, positions.host, cache)
             if graph is None:
                 self._program.launch(memory)
             else:
                 graph.launch()
-            return memory.logits.reshape(B, 1, -1).copy()  # the next step writes there again
+            chosen = choose(memory.logits)
+            self._passes[key] = memory, graph
+            if len(self._passes) > GRAPHS:
+                del self._passes[next(iter(self._passes))]
+            return chosen
 
     def _capture(self, memory: Memory) -> Any:
         stream = cupy.cuda.Stream(non_blocking=True)

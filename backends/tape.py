@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from gptx.backends.base import OPS, Positions
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
@@ -118,8 +120,9 @@ def record(forward: Callable[..., Any], model: Any, *, last_only: bool) -> list[
     tape = Tape()
     ids, index = tape.note("ids"), tape.note("index")
     recorded = replace(model, backend=tape)
+    positions = Positions(np.zeros((1, 1), np.int64), 1, True, lambda _: index)
     try:
-        logits = forward(recorded, ids, Positions(index, 0, True), tape, last_only=last_only)
+        logits = forward(recorded, ids, positions, tape, last_only=last_only)
     except (AttributeError, TypeError) as error:  # an operator or a method that no `Value` has
         raise Unknown(str(error)) from error
     instructions = _fuse(tape.values, Counter(v for value in tape.values for v in _of(value)))

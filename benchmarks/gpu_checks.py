@@ -102,11 +102,11 @@ def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         T, last = max(counts), np.array(first) + counts - 1
         index = np.minimum(np.array(first)[:, None] + np.arange(T), last[:, None])
         aligned = len(set(last)) == len(set(counts)) == 1
-        return Positions(index, int(last.max()) + 1, aligned)
+        return Positions(index, int(last.max()) + 1, aligned, np.asarray)
 
     def new(positions: Positions) -> np.ndarray:  # [B, H, T, D], repeated where tokens are
-        B, T = positions.index.shape
-        source = (positions.index - positions.index[:, :1])[:, None, :, None]
+        B, T = positions.host.shape
+        source = (positions.host - positions.host[:, :1])[:, None, :, None]
         return np.take_along_axis(x(B, 12, T, 64), source, 2)
 
     places = [at(*p) for p in (([0], [70]), ([1000], [1]), ([3, 900], [1, 1]), ([0, 5], [70, 9]))]
@@ -120,12 +120,12 @@ def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         "relu": [(x(2, 3, 7),)],
         "split_heads": [(x(2, 3, 2304), 12)],
         "softmax": [(x(2, 3, 1000) * 5,)],
-        "write": [(x(len(p.index), 12, p.stop + 3, 64), new(p), p) for p in places],
+        "write": [(x(len(p.host), 12, p.stop + 3, 64), new(p), p) for p in places],
         "attention": [
             (
-                x(*p.index.shape[:1], 12, p.index.shape[1], 64),
-                x(len(p.index), 12, p.stop, 64),
-                x(len(p.index), 12, p.stop, 64),
+                x(len(p.host), 12, p.host.shape[1], 64),
+                x(len(p.host), 12, p.stop, 64),
+                x(len(p.host), 12, p.stop, 64),
                 p,
                 0.125,
             )
@@ -149,7 +149,7 @@ def _rounded(backend: Backend, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _run(backend: Backend, op: str, arguments: tuple[Any, ...]) -> np.ndarray:
     def there(value: Any) -> Any:
         if isinstance(value, Positions):
-            return replace(value, index=backend.asarray(value.index))
+            return replace(value, bring=backend.asarray)
         return backend.asarray(value) if isinstance(value, np.ndarray) else value
 
     with backend.scope():
@@ -180,8 +180,11 @@ def forward(
     limit = RANDOM_LIMITS[where.has(options.get("cache_dtype", dtype))]
     for lengths in (*BATCHES, LONG):
         if max(lengths) < config.n_positions:
-            error = relative(_logits(model, lengths), _expected(config, lengths))
-            yield f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}", error, limit
+            expected = _expected(config, lengths)
+            # A prompt becomes a graph when one of its length comes for the second time.
+            errors = [relative(_logits(model, lengths), expected) for _ in range(2)]
+            what = f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}"
+            yield what, float(np.max(errors)), limit
 
 
 @cache

@@ -74,8 +74,8 @@ class Gptx(Engine):
     ----------
     backend
         Its name.
-    early
-        Set the attribute of that name (see `CupyBackend`).
+    attributes
+        To set on the backend (see `CupyBackend`).
     options
         Of `get_backend`: which layer, which types.
     """
@@ -87,13 +87,12 @@ class Gptx(Engine):
         weights: Mapping[str, Tensor],
         *,
         backend: str,
-        early: bool = False,
+        attributes: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.name = name
         self.backend = get_backend(backend, **options)
-        if early:
-            vars(self.backend)["early"] = True
+        vars(self.backend).update(attributes or {})
         with self.backend.scope():
             self.model = GPT2(config, to_backend(weights, self.backend), self.backend)
         self.weights_bytes = weights_bytes(self.model)[0]
@@ -124,8 +123,7 @@ class Gptx(Engine):
                 nonlocal ids
                 for _ in range(n - 1):
                     positions = cache.extend([1] * B)
-                    ids = backend.xp.reshape(ids, (-1, 1))
-                    ids = sampler(self.model.forward(ids, positions, cache)[:, -1, :])
+                    ids = backend.decode(self.model, ids, positions, cache, sampler)
                 self._demand(ids)
 
             return self.elapsed(first), self.elapsed(steps) / max(n - 1, 1)

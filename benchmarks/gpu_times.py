@@ -27,8 +27,9 @@ AGREE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.03}  # logits, root mea
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 GPTX: dict[str, dict[str, Any]] = {
-    "gptx": {},  # layer c: the compiled step, a CUDA graph
-    "gptx early": {"early": True},  # its kernels begin before those ahead have ended
+    "gptx": {},  # layer c: the compiled pass, a CUDA graph
+    "gptx early": {"attributes": {"early": True}},  # kernels begin before those ahead have ended
+    "gptx cublas": {"attributes": {"most_in_graph": 0}},  # prompts not in a graph
     "gptx ops": {"compile": False},  # layer b
     "gptx generic": {"generic": True},  # layer a
 }

@@ -67,7 +67,7 @@ class KVCache:
         index = np.minimum(first[:, None] + np.arange(T), last[:, None])
         aligned = bool((last == stop - 1).all() and (counts == T).all())
         self.lengths = last + 1
-        return Positions(self.backend.asarray(index), stop, aligned)
+        return Positions(index, stop, aligned, self.backend.asarray)
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""

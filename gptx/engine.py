@@ -254,16 +254,17 @@ class _Batch:
 
     def decode(self, step: _Step) -> _Step:
         """Go on with the tokens of `step`."""
-        ids = self.backend.xp.reshape(step.results[0], (-1, 1))
+        ids = step.results[0]
         positions = self.cache.extend([1] * ids.shape[0])
-        return self._sample(self.model.forward(ids, positions, self.cache)[:, -1, :])
+        return self.backend.decode(self.model, ids, positions, self.cache, self._sample)
 
     def keep(self, rows: list[int], step: _Step) -> _Step:
         """Drop all sequences but `rows`, also of `step`, which is the newest."""
         self.sampler.keep(rows)
         self.cache.keep(rows)
         index = self.backend.asarray(np.array(rows))
-        return self._started(*(self.backend.xp.take(x, index, axis=0) for x in step.results))
+        results = tuple(self.backend.xp.take(x, index, axis=0) for x in step.results)
+        return _Step(results, tuple(map(self.backend.start, results)))
 
     def read(self, step: _Step) -> tuple[list[int], list[float] | list[None]]:
         """Wait for the tokens of `step` and their log-probabilities."""
@@ -273,15 +274,12 @@ class _Batch:
 
     def _sample(self, logits: Array) -> _Step:
         xp, ids = self.backend.xp, self.sampler(logits)
+        coming = self.sampler.start(ids)
         if not self.logprobs:
-            return self._started(ids)
+            return _Step((ids,), (coming,))
         index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
-        return self._started(
-            ids, xp.take_along_axis(log_softmax(self.backend, logits), index, axis=-1)
-        )
-
-    def _started(self, *results: Array) -> _Step:
-        return _Step(results, tuple(map(self.backend.start, results)))
+        picked = xp.take_along_axis(log_softmax(self.backend, logits), index, axis=-1)
+        return _Step((ids, picked), (coming, self.backend.start(picked)))
 
 
 def check_limits(max_tokens: int | None, overflow: str) -> None:
@@ -352,4 +350,4 @@ def check_ids(ids: Sequence[int], model: GPT2) -> list[int]:
     if array.min() < 0 or array.max() >= vocab_size:
         bad = int(array[(array < 0) | (array >= vocab_size)][0])
         raise PromptError(f"token id is {bad}, expected 0 to {vocab_size - 1}")
-    return [int(i) for i in array]
+    return array.tolist()

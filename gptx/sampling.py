@@ -197,7 +197,10 @@ class Sampler:
             self._output = self.backend.xp.take(self._output, index, axis=0)
 
     def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite."""
+        """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite.
+
+        The next call may write over what this one returned.
+        """
         if self._native is not None:
             self.steps = [step + 1 for step in self.steps]
             return self._native(logits)
@@ -220,6 +223,10 @@ class Sampler:
         self.steps = [step + 1 for step in self.steps]
         self._remember(tokens, logits.shape[-1])
         return xp.where(finite, tokens, -xp.ones_like(tokens))
+
+    def start(self, ids: Array) -> Any:
+        """`Backend.start` of the ids that the last call returned."""
+        return self.backend.start(ids) if self._native is None else self._native.start(ids)
 
     def _penalize(self, x: Array) -> Array:
         xp, params = self.backend.xp, self.params

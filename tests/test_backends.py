@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import cupy_on_cpu
@@ -28,12 +28,12 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
     def x(*shape: int) -> np.ndarray:
         return random.normal(size=shape) * 2
 
-    def positions(first: list[int], counts: list[int]) -> SimpleNamespace:
+    def positions(first: list[int], counts: list[int]) -> Positions:
         T, last = max(counts), np.array(first) + counts - 1
         index = np.minimum(np.array(first)[:, None] + np.arange(T), last[:, None])
         stop = int(last.max()) + 1
         aligned = bool((last == stop - 1).all() and len(set(counts)) == 1)
-        return SimpleNamespace(index=index, stop=stop, aligned=aligned)
+        return Positions(index, stop, aligned, np.asarray)
 
     places = [
         ([0], [7], 7),
@@ -71,8 +71,8 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
 def to_device(backend: Backend, value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return backend.asarray(value)
-    if isinstance(value, SimpleNamespace):
-        return Positions(backend.asarray(value.index), value.stop, value.aligned)
+    if isinstance(value, Positions):
+        return replace(value, bring=backend.asarray)
     return value
 
 

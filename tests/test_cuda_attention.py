@@ -120,7 +120,7 @@ class Attention:
         """Attend with new tokens: the result and the cache are what they have to be."""
         qkv, index = self.tokens(), self.memory.index
         q, *new = GENERIC.split_heads(qkv, self.H)  # [B, H, T, D]
-        positions = Positions(index, self.S, False)
+        positions = Positions(index, self.S, False, np.asarray)
         after = [x.copy() for x in (self.keys, self.values)]
         exact = []
         for x, buffer, whole in zip(new, self.layer, after, strict=True):

@@ -88,7 +88,21 @@ def test_embedding_adds_the_rows_of_tokens_and_positions(
     out = np.zeros((4, 128), np.float32)
     args = [ids, index, *parts, positions, out, np.int32(128)]
     kernels(real, bits, group).launch("embed", (4, 1, 1), (64, 1, 1), args)
-    np.testing.assert_allclose(out, expected[ids] + positions[index].astype(np.float64), atol=1e-6)
+    exact = expected[ids] + positions[index].astype(np.float64)
+    np.testing.assert_allclose(out, exact, atol=1e-6)
+    before, next_out = index - 1, np.zeros_like(out)
+    args = [np.array([ids.ctypes.data]), before, *args[2:6], next_out, np.int32(128)]
+    kernels(real, bits, group).launch("embed_next", (4, 1, 1), (64, 1, 1), args)
+    assert next_out.tolist() == out.tolist()
+    assert before.tolist() == index.tolist()
+
+
+def test_the_last_row_of_each_sequence_is_taken(random: np.random.Generator) -> None:
+    x = random.normal(size=(3, 5, 70)).astype(np.float32)
+    out = np.zeros((3, 70), np.float32)
+    args = [x.reshape(15, 70), out, np.int32(5), np.int32(70)]
+    kernels("half_t").launch("take_last", (3, 1, 1), (32, 1, 1), args)
+    assert out.tolist() == x[:, -1].tolist()
 
 
 @pytest.mark.parametrize(("real", "bits", "group"), [("half_t", 8, 32), ("bf16_t", 4, 64)])

@@ -44,6 +44,7 @@ class Sequences:
         self.blocks = 1
         self.scratch: Any = None
         self.meetings = np.zeros((B, 2), np.uint64)
+        self.told: Any = np.full(B, -7)
 
     def __call__(self, logits: Any, order: int = 1) -> list[int]:
         p, x = self.params, np.asarray(logits, np.float32)
@@ -54,12 +55,14 @@ class Sequences:
             *(x, np.int32(V), self.bias, self.seen, self.counts, *map(np.float32, numbers)),
             *(np.int32(p.top_k), np.float32(p.top_p)),
             np.float32(math.log(p.min_p) if p.min_p else -INF),
-            *(np.uint64(p.seed or 0), self.streams, self.steps, self.scratch, self.meetings, ids),
+            *(np.uint64(p.seed or 0), self.streams, self.steps, self.scratch, self.meetings),
+            *(ids, self.told),
         ]
         shared = 17 * 1024 + (4 * V if p.temperature and self.scratch is None else 0)
         self.kernels.launch(
             "sample", (self.blocks, B, 1), (self.threads, 1, 1), args, shared, order
         )
+        assert self.told is None or self.told.tolist() == ids.tolist()
         return ids.tolist()
 
 
@@ -172,6 +175,13 @@ def test_logits_that_do_not_fit_in_shared_memory(
     near, far = (Sequences(kernels, x.shape, **options) for _ in range(2))
     far.scratch = np.zeros((4, 300), np.float32)  # it may have been made for more sequences
     assert near(x) == far(x)
+
+
+def test_the_host_need_not_be_told(kernels: Module, random: np.random.Generator) -> None:
+    x = random.normal(0, 2, (3, 300)).astype(np.float32)
+    sequences = Sequences(kernels, x.shape)
+    sequences.told = None
+    assert sequences(x) == x.argmax(axis=-1).tolist()
 
 
 def test_equal_logits(kernels: Module) -> None:

@@ -266,6 +266,21 @@ def test_a_copy_that_is_not_waited_for_is_not_there(cupy: Any) -> None:
     assert host.tolist() == [7, 7, 7]
 
 
+def test_what_a_kernel_writes_to_the_host_comes_with_an_event(cupy: Any) -> None:
+    import cupyx
+
+    host = cupyx.empty_pinned((2, 4), np.float32)
+    host[...] = 5
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0)
+    x, place = cupy.ones(4, cupy.float32), cupy.cuda.MemoryPointer(memory, 16)
+    row = cupy.ndarray(4, np.float32, place)
+    raw_kernel(cupy)((1,), (32,), (x, row, np.int32(4), np.float32(1)))
+    assert host[0].tolist() == [5] * 4
+    assert host[1].tolist() != [2] * 4
+    cupy.cuda.get_current_stream().record().synchronize()
+    assert host.tolist() == [[5] * 4, [2] * 4]
+
+
 def test_a_pool_counts_and_is_limited(cupy: Any) -> None:
     pool = cupy.cuda.MemoryPool()
     with cupy.cuda.using_allocator(pool.malloc):

@@ -74,15 +74,12 @@ extern "C" __global__ void expand(
 }
 #endif
 
-// Token's row + position's row -> stream [rows, n]. Grid (rows).
-extern "C" __global__ void embed(
-    const long long* ids, const long long* index, const void* table, const float* scales,
-    const float* offsets, const REAL* positions, float* out, int n
+// The row of a token + that of a position -> row blockIdx.x of `out`.
+DEVICE void embed_row(
+    long long id, long long position, const void* table, const float* scales, const float* offsets,
+    const REAL* positions, float* out, int n
 ) {
-    let_next_start();
-    wait_for_previous();
-    // -1 stands for a token that could not be chosen: what follows it is thrown away.
-    long long id = max(ids[blockIdx.x], 0ll), position = index[blockIdx.x];
+    id = max(id, 0ll);  // -1 is a token that could not be chosen: what follows is thrown away
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
 #if BITS
         float token = decode((const unsigned*)table, scales, offsets, id, i, n);
@@ -91,6 +88,40 @@ extern "C" __global__ void embed(
 #endif
         out[(long long)blockIdx.x * n + i] = token + to_float(positions[position * n + i]);
     }
+}
+
+// Tokens and their positions [rows] -> stream [rows, n]. Grid (rows).
+extern "C" __global__ void embed(
+    const long long* ids, const long long* index, const void* table, const float* scales,
+    const float* offsets, const REAL* positions, float* out, int n
+) {
+    let_next_start();
+    wait_for_previous();
+    const long long row = blockIdx.x;
+    embed_row(ids[row], index[row], table, scales, offsets, positions, out, n);
+}
+
+// The same of the next token of each sequence: `ids` says where the tokens lie, and `index` the
+// positions of the tokens before them, which become theirs. Grid (rows).
+extern "C" __global__ void embed_next(
+    const long long* ids, long long* index, const void* table, const float* scales,
+    const float* offsets, const REAL* positions, float* out, int n
+) {
+    __shared__ long long position;
+    let_next_start();
+    wait_for_previous();
+    const long long row = blockIdx.x, id = ((const long long*)*ids)[row];
+    if (threadIdx.x == 0) position = ++index[row];
+    __syncthreads();
+    embed_row(id, position, table, scales, offsets, positions, out, n);
+}
+
+// The last of each sequence's rows x [B, T, n] -> [B, n]. Grid (B).
+extern "C" __global__ void take_last(const float* x, float* out, int T, int n) {
+    let_next_start();
+    wait_for_previous();
+    const float* last = x + ((blockIdx.x + 1ll) * T - 1) * n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) out[(long long)blockIdx.x * n + i] = last[i];
 }
 
 // `Backend.gelu_new` and its like: x [n] -> out [n]. Any grid.

@@ -193,12 +193,13 @@ DEVICE u64 last_of_blocks(u64 x, u64* meeting) {
 // [B, V] (how often in the output); the latter two are brought up to date, and so are `steps` [B].
 // With temperature 0 the best token is taken. What is off: top_k 0, top_p 1, log_min_p -infinity.
 // For other temperatures `scratch` [B, V] holds the logits after penalties, or, where it is null,
-// shared memory. `meetings` [B, 2] are zeros, and are so afterwards.
+// shared memory. `meetings` [B, 2] are zeros, and are so afterwards. `told` [B], memory of the host
+// or null, gets the ids too.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) sample(
     const float* __restrict__ logits, int V, const float* __restrict__ bias, unsigned char* seen,
     int* counts, float repetition, float presence, float frequency, float temperature, int top_k,
     float top_p, float log_min_p, u64 seed, const long long* streams, long long* steps,
-    float* scratch, u64* meetings, long long* ids
+    float* scratch, u64* meetings, long long* ids, long long* told
 ) {
     DYNAMIC_SHARED(shared);
     Room& room = *(Room*)shared;
@@ -239,8 +240,10 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) sample(
         if (best == 0) return;
     }
     steps[row]++;
-    ids[row] = best == NOT_FINITE ? -1 : token;
-    if (best == NOT_FINITE) return;
+    if (best == NOT_FINITE) token = -1;
+    ids[row] = token;
+    if (told) told[row] = token;
+    if (token < 0) return;
     if (seen) seen[first + token] = 1;
     if (counts) counts[first + token]++;
 }

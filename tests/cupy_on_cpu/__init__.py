@@ -30,7 +30,7 @@ MADE_OF_NUMPY = """
     matmul ones zeros zeros_like
 """
 CUDA = """
-    Device Event Graph MemoryPointer MemoryPool Stream
+    Device Event Graph MemoryPointer MemoryPool Stream UnownedMemory
     get_current_stream get_elapsed_time using_allocator
 """
 

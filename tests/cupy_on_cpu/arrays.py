@@ -15,7 +15,7 @@ import numpy as np
 
 from cupy_on_cpu.signatures import METHODS, parse
 from cupy_on_cpu.streams import (
-    GARBAGE,
+    Arriving,
     Device,
     MemoryPointer,
     current,
@@ -121,20 +121,6 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __index__(self) -> int:
         return operator.index(self.get())
-
-
-class Arriving:
-    """A copy to the host, which is done once when it is called."""
-
-    def __init__(self, source: np.ndarray, target: np.ndarray) -> None:
-        self._source: np.ndarray | None = source
-        self._target = target
-        target.reshape(-1).view(np.uint8)[...] = GARBAGE
-
-    def __call__(self) -> None:
-        if self._source is not None:
-            self._target[...] = self._source
-        self._source = None
 
 
 def wrap(x: Any, *sources: ndarray) -> Any:

@@ -20,6 +20,7 @@ SIGNATURES = """
     argsort(a, axis=-1, kind=None)
     broadcast_to(array, shape)
     clip(a, a_min, a_max, out=None)
+    copy(a, order='K')
     concatenate(tup, axis=0, out=None, *, dtype=None, casting='same_kind')
     count_nonzero(a, axis=None)
     cumsum(a, axis=None, dtype=None, out=None)

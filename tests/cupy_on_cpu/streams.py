@@ -167,6 +167,8 @@ class Stream:
         """Launch now, or note it."""
         if self._noted is None:
             launch()
+            for memory in list(unowned):
+                self.arriving += memory.written()
         else:
             self._noted.append(launch)
 
@@ -216,6 +218,20 @@ class Event:
         arrive(self._arriving)
 
 
+class Arriving:
+    """A copy to the host, which is done once when it is called."""
+
+    def __init__(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._source: np.ndarray | None = source
+        self._target = target
+        target.reshape(-1).view(np.uint8)[...] = GARBAGE
+
+    def __call__(self) -> None:
+        if self._source is not None:
+            self._target[...] = self._source
+        self._source = None
+
+
 def arrive(copies: list[Callable[[], None]]) -> None:
     """Finish copies to the host, each once."""
     while copies:
@@ -243,12 +259,33 @@ def refuse_in_capture(stream: Stream | None = None) -> None:
         raise CUDARuntimeError(900)
 
 
+class UnownedMemory:
+    """Memory of the host that kernels write to: what they have written comes with an event."""
+
+    def __init__(self, ptr: int, size: int, owner: np.ndarray, device_id: int = -1) -> None:
+        assert (ptr, size) == (owner.ctypes.data, owner.nbytes)
+        self._host = owner.reshape(-1).view(np.uint8)
+        self.bytes = self._host.copy()  # as the device sees them
+        self._known = self.bytes.copy()
+        unowned.add(self)
+
+    def written(self) -> list[Arriving]:
+        """What has changed since the last call, on its way to the host."""
+        changed = np.flatnonzero(self.bytes != self._known) // 8 * 8  # of whole numbers
+        if not changed.size:
+            return []
+        part = slice(changed[0], changed[-1] + 8)
+        self._known[part] = self.bytes[part]
+        return [Arriving(self.bytes[part].copy(), self._host[part])]
+
+
 class MemoryPointer:
     """A place in memory, which it keeps alive: `mem` is a NumPy array of bytes."""
 
-    def __init__(self, mem: np.ndarray, offset: int) -> None:
-        self.mem = mem
-        self.ptr = mem.ctypes.data + offset
+    def __init__(self, mem: np.ndarray | UnownedMemory, offset: int) -> None:
+        self._owner = mem
+        self.mem = mem.bytes if isinstance(mem, UnownedMemory) else mem
+        self.ptr = self.mem.ctypes.data + offset
 
     def __int__(self) -> int:
         return self.ptr
@@ -317,6 +354,7 @@ def using_allocator(allocator: Callable[[int], MemoryPointer] | None = None) -> 
 
 pools: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
 memories: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+unowned: weakref.WeakSet[UnownedMemory] = weakref.WeakSet()
 by_ptr: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 Stream.null = Stream(null=True)
 default_pool = MemoryPool()
