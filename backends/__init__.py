@@ -12,7 +12,8 @@ from numbers import Integral
 from types import ModuleType
 from typing import Any
 
-from gptx.backends.base import Backend, Positions
+from gptx.backends.base import Backend
+from gptx.backends.positions import Positions
 from gptx.errors import BackendError, ParameterError
 
 __all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_backend"]

@@ -14,12 +14,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 from gptx.quantization import Quantized, dequantize
 
@@ -42,37 +42,6 @@ OPS = (
     "softmax",
 )
 OVERRIDABLE = (*OPS, "matrix", "quantized", "compile", "decode", "sampler")  # `generic` undoes
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the new tokens of each sequence stand.
-
-    All of it is known on the host: a backend may take a shorter way without asking the device.
-
-    Attributes
-    ----------
-    host
-        NumPy integers [B, T], rising by one along T. A sequence with fewer than T new tokens
-        repeats its last token at its last position: the same values are computed and written
-        again, so padding needs no mask, and column T-1 is every sequence's last token.
-    stop
-        S: how many positions the longest sequence fills, these tokens included.
-    aligned
-        True if all sequences are equally long, so that a row is stop-T ... stop-1.
-    bring
-        What brings `host` to the device, when it is asked for there: `Backend.asarray`.
-    """
-
-    host: np.ndarray
-    stop: int
-    aligned: bool
-    bring: Callable[[np.ndarray], Array]
-
-    @functools.cached_property
-    def index(self) -> Array:
-        """`host` on the device, in its default integers."""
-        return self.bring(self.host)
 
 
 class Backend:
@@ -101,6 +70,7 @@ class Backend:
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     has_threads = False
     asynchronous = False  # whether ops return before they are computed
+    warm_up = 1  # calls, before the same call takes its usual time
 
     def __init__(
         self,

@@ -17,13 +17,15 @@ import cupy
 import cupyx
 import numpy as np
 
-from gptx.backends.base import Array, Backend, Positions
+from gptx.backends.base import Array, Backend
 from gptx.backends.cupy_arrivals import Arrivals, Arriving
 from gptx.backends.cupy_codes import Codes
+from gptx.backends.cupy_graph import TURNS
 from gptx.backends.cupy_kernels import ROW, TYPES, Kinds, kernel
 from gptx.backends.cupy_memory import out_of_memory
 from gptx.backends.cupy_sampler import CupySampler
 from gptx.backends.cupy_step import Step
+from gptx.backends.positions import Positions
 from gptx.backends.tape import ACTIVATIONS, Unknown
 from gptx.errors import BackendError
 from gptx.quantization import Quantized
@@ -35,8 +37,8 @@ class CupyBackend(Backend):
     Attributes
     ----------
     early
-        Whether kernels of a decode step may begin before the one ahead has ended, where the device
-        can do that (`cupy_early.py`). Off until a GPU has shown what it gains.
+        Whether kernels of a graph may begin before the one ahead has ended, where the device can do
+        that (`cupy_early.py`); None: if it is faster.
     most_in_graph
         Multiplications in a layer up to which a prompt is a CUDA graph. The host takes some 200 µs
         to launch a layer one by one; above this, cuBLAS, which cannot be in a graph, gains more.
@@ -45,7 +47,8 @@ class CupyBackend(Backend):
 
     name = "cupy"
     asynchronous = True
-    early = False
+    warm_up = 2 + 2 * TURNS  # kernels are loaded, and captured; then graphs take turns
+    early: bool | None = None
     most_in_graph = 4 * 10**10
     dtypes = ("float32", "float64", "float16", "bfloat16")
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import cupy
 
 from gptx.backends import cupy_early
-from gptx.backends.base import Positions
+from gptx.backends.cupy_graph import Fastest
 from gptx.backends.cupy_program import MULTIPLE, Memory, Program
+from gptx.backends.positions import Positions
 from gptx.backends.tape import Unknown, record
 
 Array = Any
@@ -88,7 +90,8 @@ class Graphs:
     def __init__(self, program: Program, backend: Any) -> None:
         self._program, self._backend = program, backend
         self._lock = threading.Lock()  # of the memory that graphs work in
-        self._passes: dict[tuple[int, int], tuple[Memory, Any]] = {}  # by B and T, the newest last
+        # By B and T, the newest last.
+        self._passes: dict[tuple[int, int], tuple[Memory | None, Fastest | None]] = {}
 
     def run(
         self,
@@ -110,7 +113,7 @@ class Graphs:
                 memory = Memory(self._program, *key, in_graph=True)
             elif graph is None:
                 # The first time has loaded the kernels, which cannot be done within a capture.
-                graph = self._capture(memory)
+                graph = self._captured(memory)
             memory.fill(ids, positions.host, cache)
             if graph is None:
                 self._program.launch(memory)
@@ -122,9 +125,18 @@ class Graphs:
                 del self._passes[next(iter(self._passes))]
             return chosen
 
-    def _capture(self, memory: Memory) -> Any:
+    def _captured(self, memory: Memory) -> Fastest:
+        early = self._backend.early if cupy_early.is_possible() else False
+        if early is not None:
+            return Fastest([self._capture(memory, early=early)])
+        graphs = [self._capture(memory, early=False)]
+        with suppress(RuntimeError):  # a driver that refuses leaves one way
+            graphs.append(self._capture(memory, early=True))
+        return Fastest(graphs)
+
+    def _capture(self, memory: Memory, *, early: bool) -> Any:
         stream = cupy.cuda.Stream(non_blocking=True)
-        memory.early = self._backend.early and cupy_early.is_possible()
+        memory.early = early
         with stream:
             stream.begin_capture()
             try:

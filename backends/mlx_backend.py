@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from gptx.backends.base import Array, Backend, Positions
+from gptx.backends.base import Array, Backend
+from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 from gptx.quantization import Quantized
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.base import Backend, Positions
+from gptx.backends.base import Backend
 from gptx.backends.numpy_memory import Pool, aligned
+from gptx.backends.positions import Positions
 from gptx.backends.tape import Unknown
 from gptx.errors import BackendError
 from gptx.quantization import Quantized

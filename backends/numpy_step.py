@@ -13,11 +13,11 @@ import numpy as np
 from gptx.backends import amx, amx_attend, amx_codes, amx_linear
 from gptx.backends import numpy_kernels as kernels
 from gptx.backends import numpy_program as columns
-from gptx.backends.base import Positions
 from gptx.backends.numpy_groups import as_words, of_lanes
 from gptx.backends.numpy_linear import DEPTH, FEW
 from gptx.backends.numpy_memory import PIECE, Pool, aligned
 from gptx.backends.numpy_products import BLOCK, TILE
+from gptx.backends.positions import Positions
 from gptx.backends.processor import HALF
 from gptx.backends.simd import LANES
 from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown, record

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from gptx.backends.base import OPS, Positions
+from gptx.backends.base import OPS
+from gptx.backends.positions import Positions
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
@@ -120,7 +119,7 @@ def record(forward: Callable[..., Any], model: Any, *, last_only: bool) -> list[
     tape = Tape()
     ids, index = tape.note("ids"), tape.note("index")
     recorded = replace(model, backend=tape)
-    positions = Positions(np.zeros((1, 1), np.int64), 1, True, lambda _: index)
+    positions = Positions(index, 0, True, lambda x: x)
     try:
         logits = forward(recorded, ids, positions, tape, last_only=last_only)
     except (AttributeError, TypeError) as error:  # an operator or a method that no `Value` has

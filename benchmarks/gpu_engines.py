@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -99,6 +100,9 @@ class Gptx(Engine):
         self._cupy = importlib.import_module("cupy") if self.backend.name == "cupy" else None
 
     def prepare(self, batch: int, room: int, n_tokens: int) -> None:
+        prompts = np.zeros((batch, room - n_tokens + 1), np.int64)
+        for _ in range(self.backend.warm_up):  # each with one decode step
+            deque(self.tokens(prompts, min(n_tokens, 2)), maxlen=0)
         with self.backend.scope():
             self.kernels = getattr(self.model.forward, "kernels_per_token", None)
 

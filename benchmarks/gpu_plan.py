@@ -39,7 +39,8 @@ class Job:
 # Batch, prompt, new tokens
 SHORT, DEEP, PREFILL, MANY = (1, 16, 128), (1, 1000, 25), (1, 1024, 1), (128, 128, 128)
 PROMPTS = [(1, n, 1) for n in (128, 512, 1000)] + [(8, n, 1) for n in (512, 1000)]
-BESIDE = ("gptx", "gptx early", "torch graph")
+EARLY = ("gptx", "gptx early", "gptx late")
+BESIDE = ("gptx", "torch graph")
 
 
 def plan(dry_run: bool) -> list[Job]:
@@ -54,8 +55,10 @@ def _goals() -> list[Job]:
         Job("device", "device", 40),
         Job("checks", "checks", 120, {"which": "first"}),
         times("124M", (*BESIDE, "transformers"), [SHORT, MANY, PREFILL, DEEP], 90),
+        times("124M", EARLY, [SHORT, MANY, PREFILL, DEEP], 60, "early"),
         times("124M", ("gptx", "torch compile"), [SHORT, PREFILL, MANY, DEEP], 150, "compiled"),
         times("1558M", BESIDE, [SHORT, DEEP], 80),
+        times("1558M", EARLY, [SHORT, DEEP], 60, "early"),
         times("124M", ("gptx", "gptx cublas"), PROMPTS, 40, "prompts"),
         times("1558M", ("gptx", "gptx cublas"), PROMPTS[:3], 60, "prompts"),
         Job("kernels", "kernels", 50, {"setting": {"size": "124M", "dtype": "float32"},

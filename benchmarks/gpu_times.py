@@ -28,7 +28,8 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 GPTX: dict[str, dict[str, Any]] = {
     "gptx": {},  # layer c: the compiled pass, a CUDA graph
-    "gptx early": {"attributes": {"early": True}},  # kernels begin before those ahead have ended
+    "gptx early": {"attributes": {"early": True}},  # kernels begin before those ahead have ended,
+    "gptx late": {"attributes": {"early": False}},  # or never do
     "gptx cublas": {"attributes": {"most_in_graph": 0}},  # prompts not in a graph
     "gptx ops": {"compile": False},  # layer b
     "gptx generic": {"generic": True},  # layer a

@@ -216,7 +216,7 @@ def _positions(mask: Array, past: Array, config: GPT2Config) -> Padded:
     keys = ndonnx.where(mask > 0, counted, config.n_positions)
     index = counted[:, P:]  # [B, S]
     index = ndonnx.where(index < 0, 0, index)  # padding has an embedding, too, of no use
-    return Padded(index, config.n_positions, False, keys, keys[:, P:])
+    return Padded(index, config.n_positions, False, lambda x: x, keys, keys[:, P:])
 
 
 def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:

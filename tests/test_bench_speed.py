@@ -175,7 +175,10 @@ def test_quantized_files_are_named_so(tmp_path: Path) -> None:
 def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
     with cupy_on_cpu.installed():
         setup = {"model": "m", "folder": str(folder("124M")), "backend": "cupy"}
-        *_, read, generated = speed.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
+        *progress, read, generated = speed.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
+    turns = [event["progress"] for event in progress if "pp3" in event["progress"]]
+    assert turns == ["pp3, warm-up"] * 8 + ["pp3, round 1 of 1"]
+    assert len(read["samples"]) == 1
     assert read["threads"] is None
     assert read["library"].startswith("cupy ")
     assert read["device"] == "a stand-in, number 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,19 +71,47 @@ def test_it_needs_the_driver_and_a_device_that_can(
     assert not early.is_possible()
 
 
-def test_a_graph_of_early_launches_computes_the_same(
-    early: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
+@pytest.fixture
+def calls(early: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each early launch."""
+    noted: list[Any] = []
     launch = Driver.cuLaunchKernelEx
     monkeypatch.setattr(
-        Driver, "cuLaunchKernelEx", lambda *args: calls.append(args) or launch(*args)
+        Driver, "cuLaunchKernelEx", lambda *args: noted.append(args) or launch(*args)
     )
-    texts = []
-    for is_early in (False, True):
-        backend = make_backend("cupy-cpu")
-        monkeypatch.setattr(backend, "early", is_early)
-        model = make_model(CASES["124M"], backend)
-        texts.append(model.generate([1, 2, 3], max_tokens=6, ignore_eos=True).tokens)
-        assert bool(calls) == is_early
-    assert texts[0] == texts[1]
+    return noted
+
+
+def text(early: bool | None) -> list[int]:
+    backend = make_backend("cupy-cpu")
+    vars(backend)["early"] = early
+    config = replace(CASES["124M"], n_layer=2, n_head=3)
+    model = make_model(config, backend)
+    return model.generate([1, 2, 3], max_tokens=16, ignore_eos=True).tokens
+
+
+def test_a_graph_of_early_launches_computes_the_same(calls: list[Any]) -> None:
+    plain = text(early=False)
+    assert not calls
+    assert text(early=True) == plain
+    n_calls = len(calls)
+    assert n_calls > 0
+    assert text(early=None) == plain  # in turns, then either
+    assert len(calls) == 2 * n_calls
+
+
+def test_a_device_that_cannot_and_a_driver_that_refuses_have_graphs_without(
+    early: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cupy
+
+    plain = text(early=False)
+    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", "80")
+    assert text(early=None) == text(early=True) == plain
+    assert not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(early, "driver", Driver)
+    monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *_: 98)
+    assert text(early=None) == plain
+    with pytest.raises(RuntimeError):
+        text(early=True)

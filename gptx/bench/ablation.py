@@ -136,17 +136,17 @@ class Ablation(Backend):
 
     def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
         known = self._known if KEYS in self.reused else 0
-        rest = replace(positions, index=positions.index[:, known:])
+        rest = replace(positions, host=positions.host[:, known:])
         return super().write(buffer, new[:, :, known:], rest)
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Any:
         op = super().attention
 
         def rows(queries: Array, index: Array) -> Array:  # [1, T, H, D], [1, T] -> [1, T, C]
-            at = replace(positions, index=index)
+            at = replace(positions, host=index)
             return op(np.permute_dims(queries, (0, 2, 1, 3)), k, v, at, scale)
 
-        return self._rows(KEYS, rows, np.permute_dims(q, (0, 2, 1, 3)), positions.index)
+        return self._rows(KEYS, rows, np.permute_dims(q, (0, 2, 1, 3)), positions.host)
 
     def unembed(self, x: Any, table: Array) -> Array:
         return super().unembed(x.array, table)

@@ -5,9 +5,9 @@ prompt, and the choice of the token. Generating (tg) is the engine itself, greed
 the other, and the end of a text does not end it. All trials read the same random text, so that at
 depth d the cache holds its first d tokens, whichever trial was there before.
 
-The trials take turns, so that a slow minute of the machine is shared by all; the first turn is for
-the caches and for what has to be compiled, and is kept apart. The peak of the memory is that of
-the process, or of the library's own pool on a device, with the largest of its trials.
+The trials take turns, so that a slow minute of the machine is shared by all; the first turns are
+for the caches and for what has to be compiled, and are kept apart. The peak of the memory is that
+of the process, or of the library's own pool on a device, with the largest of its trials.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def measure(setup: dict[str, Any], trials: list[list[int]], repetitions: int) ->
     load_time = time.perf_counter() - start
     bench = Bench(model, chosen.batch, wanted)
     samples: dict[Trial, list[list[float]]] = {trial: [] for trial in wanted}
-    for turn in range(repetitions + 1):
+    warm_up = model.backend.warm_up
+    for turn in range(1 - warm_up, repetitions + 1):
         for trial in wanted:
-            what = f"round {turn} of {repetitions}" if turn else "warm-up"
+            what = f"round {turn} of {repetitions}" if turn > 0 else "warm-up"
             yield {"progress": f"{trial}, {what}"}
             samples[trial].append(bench.run(trial))
     size, read = weights_bytes(model.gpt2)
@@ -54,7 +55,8 @@ def measure(setup: dict[str, Any], trials: list[list[int]], repetitions: int) ->
         "kernels": getattr(model.gpt2.forward, "kernels_per_token", None),
     }
     for trial, (first, *others) in samples.items():
-        yield shared | record(trial, chosen.batch, first, others) | about(model.backend)
+        numbers = record(trial, chosen.batch, first, others[warm_up - 1 :])
+        yield shared | numbers | about(model.backend)
 
 
 def record(trial: Trial, batch: int, first: list[float], others: list[list[float]]) -> Event:
