@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -15,11 +16,6 @@ class Arriving(NamedTuple):
     host: np.ndarray
     arrived: Any
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        return self.host.shape
-
 
 class Arrivals:
     """Arrays on their way: their memory must not be used again before they are there, even if
@@ -27,12 +23,15 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._expected: deque[Arriving] = deque()
+        self._lock = threading.Lock()
 
     def expect(self, host: np.ndarray) -> Arriving:
         """An array of pinned memory, which what the current stream was given so far writes."""
-        while self._expected and self._expected[0].arrived.done:
-            self._expected.popleft()
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
-        self._expected.append(Arriving(host, event))
-        return self._expected[-1]
+        arriving = Arriving(host, event)
+        with self._lock:
+            while self._expected and self._expected[0].arrived.done:
+                self._expected.popleft()
+            self._expected.append(arriving)
+        return arriving

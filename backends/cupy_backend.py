@@ -1,7 +1,7 @@
 """CuPy: NVIDIA GPUs.
 
-The forward pass is compiled (`cupy_step.py`): kernels of our own, a decode step as one CUDA graph.
-The ops here run where it is not, and where the generic forms would get wrong or would read the
+The forward pass is compiled (`cupy_step.py`): kernels of our own, a pass as one CUDA graph. The ops
+here run where it is not, and where the generic forms would get wrong or would read the
 device for what they do; the array-API names come from array_api_compat.
 """
 
@@ -34,6 +34,9 @@ from gptx.quantization import Quantized
 class CupyBackend(Backend):
     """CuPy arrays on one CUDA device; `device` is its number (default: the current one).
 
+    Work is in the order of CuPy's current stream: threads that share a model have to share that,
+    as they do unless CuPy is told otherwise.
+
     Attributes
     ----------
     early
@@ -47,7 +50,7 @@ class CupyBackend(Backend):
 
     name = "cupy"
     asynchronous = True
-    warm_up = 2 + 2 * TURNS  # kernels are loaded, and captured; then graphs take turns
+    warm_up = 1 + 2 * TURNS  # kernels are loaded; then graphs take turns
     early: bool | None = None
     most_in_graph = 4 * 10**10
     dtypes = ("float32", "float64", "float16", "bfloat16")
@@ -175,7 +178,7 @@ class CupyBackend(Backend):
     def to_numpy(self, x: Any) -> np.ndarray:
         if isinstance(x, Arriving):
             x.arrived.synchronize()
-            return x.host
+            return x.host.copy()  # the sampler writes there again
         if x.dtype.kind not in "fiub":  # bfloat16 is a type of ml_dtypes to NumPy
             x = x.astype(cupy.float32)
         return cupy.asnumpy(x)

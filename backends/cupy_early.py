@@ -44,6 +44,10 @@ class Config(ctypes.Structure):
     )
 
 
+class Refused(RuntimeError):
+    """The driver has such launches, and does not take this one."""
+
+
 @cache
 def driver() -> Any:
     """The CUDA driver's library; None where it has no such launch (before CUDA 11.8)."""
@@ -74,8 +78,8 @@ def launch(
 
     Raises
     ------
-    RuntimeError
-        The driver refuses.
+    Refused
+        The driver does.
     """
     values = [_value(x) for x in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
@@ -90,7 +94,7 @@ def launch(
     )
     error = driver().cuLaunchKernelEx(config, function, pointers, None)
     if error:
-        raise RuntimeError(f"cuLaunchKernelEx failed with error {error}")
+        raise Refused(f"cuLaunchKernelEx failed with error {error}")
 
 
 def _value(x: Any) -> Any:

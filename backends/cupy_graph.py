@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import cupy
@@ -12,27 +12,41 @@ TURNS = 3  # of each way
 
 
 class Fastest:
-    """Graphs that compute the same. The first launches take turns, by the device's clock; what was
-    faster then is launched from there on."""
+    """Graphs that compute the same, by the way in which they were captured. The first launches take
+    turns, by the device's clock; what was faster then is launched from there on.
 
-    def __init__(self, graphs: Sequence[Any]) -> None:
-        self._graphs = list(graphs)
-        self._timed: list[tuple[Any, Any]] = []  # events before and after each launch
+    Attributes
+    ----------
+    winner
+        The way that is; None until it is known.
+    """
+
+    def __init__(self, graphs: Mapping[bool, Any]) -> None:
+        self._graphs = dict(graphs)
+        self._timed: list[tuple[bool, Any, Any]] = []  # way, events before and after each launch
+        self.winner = next(iter(graphs)) if len(graphs) == 1 else None
 
     def launch(self) -> None:
         """Launch one of them on the current stream."""
-        n = len(self._graphs)
-        if n == 1:
-            self._graphs[0].launch()
+        if self.winner is not None:
+            self._graphs[self.winner].launch()
             return
+        # Forth and back, so that whatever else takes turns does not always meet the same one.
+        ways, turn = list(self._graphs), len(self._timed)
+        way = ways[(turn + turn // len(ways)) % len(ways)]
         before, after = cupy.cuda.Event(), cupy.cuda.Event()
         before.record()
-        self._graphs[len(self._timed) % n].launch()
+        self._graphs[way].launch()
         after.record()
-        self._timed.append((before, after))
-        if len(self._timed) == n * TURNS:
+        self._timed.append((way, before, after))
+        if len(self._timed) == TURNS * len(ways):
+            self._decide()
+
+    def _decide(self) -> None:
+        times: dict[bool, list[float]] = {way: [] for way in self._graphs}
+        for way, before, after in self._timed:
             after.synchronize()
-            times = [cupy.cuda.get_elapsed_time(*events) for events in self._timed]
-            medians = [np.median(times[way::n]) for way in range(n)]
-            self._graphs = [self._graphs[int(np.argmin(medians))]]
-            self._timed.clear()
+            times[way].append(cupy.cuda.get_elapsed_time(before, after))
+        self.winner = min(times, key=lambda way: float(np.median(times[way])))
+        self._graphs = {self.winner: self._graphs[self.winner]}
+        self._timed.clear()

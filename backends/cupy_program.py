@@ -91,14 +91,14 @@ class Memory:
     Attributes
     ----------
     ids
-        Tokens, int64 [B, T]; if T is 1, they lie where `token` says.
+        Tokens, int64 [B, T]; if T is 1, they lie where `ids_address` says.
     index
         Positions of the tokens, int64 [B, T]; if T is 1, the pass itself goes on from those of the
         tokens before.
     caches
         Addresses of the keys of each layer, of the values, and the cache's room, int64 [2L + 1].
-    token
-        The address of the tokens, int64 [1].
+    ids_address
+        The address of the tokens if T is 1, int64 [1].
     in_graph
         Whether this is launched as a graph, in which cuBLAS may not be.
     normed, last
@@ -107,15 +107,16 @@ class Memory:
         What `attend_step` needs (see `cupy_attention.py`).
     early
         Whether kernels may begin before the one ahead has ended.
+    nbytes
+        Of all but what is small.
     """
 
     def __init__(self, program: Program, B: int, T: int, *, in_graph: bool) -> None:
         self.program, self.B, self.T, self.in_graph = program, B, T, in_graph
         self.early = False
         self.ids, self.index = (cupy.zeros((B, T), cupy.int64) for _ in range(2))
-        n_addresses = 2 * program.n_layer + 1
-        table = cupy.zeros(n_addresses + 1, cupy.int64)
-        self._table, self.caches, self.token = table, table[:n_addresses], table[n_addresses:]
+        table = cupy.zeros(2 * program.n_layer + 2, cupy.int64)
+        self._table, self.caches, self.ids_address = table, table[:-1], table[-1:]
         self.multiprocessors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.normed = cupy.empty((B * T, program.widest), program.kinds.real)
         self.last = cupy.empty((B, program.head.weight.n_in), cupy.float32)
@@ -130,15 +131,19 @@ class Memory:
         self.partial, self.arrived = cupy_attention.scratch(
             B, program.n_head, self.splits, program.kinds.head
         )
+        self.nbytes = sum(x.nbytes for x in (self.normed, self.last, self.partial, *self._buffers))
 
     def fill(self, ids: Array, positions: np.ndarray, cache: Any) -> None:
         """Set tokens and positions [B, n], of which the last is repeated up to T; and the addresses
         of a cache. What is as the pass before has left it is not sent again.
 
-        If T is 1, the tokens stay where they are, and have to until the pass has ended.
+        If T is 1, the tokens stay where they are; they are kept alive until the next call.
         """
-        ids = cupy.ascontiguousarray(ids, cupy.int64)
+        addresses = [x.data.ptr for x in (*cache.keys, *cache.values)]
+        addresses.append(cache.keys[0].shape[2])
         if self.T == 1:
+            self._kept = cupy.ascontiguousarray(ids, cupy.int64)
+            addresses.append(self._kept.data.ptr)
             before = (positions[:, 0] - 1).tolist()
             if before != self._positions:
                 self.index.set(np.array(before).reshape(self.B, 1))
@@ -149,8 +154,7 @@ class Memory:
             self.ids[:, n:] = ids[:, -1:]
             repeated = np.repeat(positions[:, -1:], self.T - n, axis=1)
             self.index.set(np.concatenate([positions, repeated], axis=1))
-        addresses = [x.data.ptr for x in (*cache.keys, *cache.values)]
-        addresses += cache.keys[0].shape[2], ids.data.ptr
+            addresses.append(0)
         if addresses != self._addresses:
             self._addresses = addresses
             self._table.set(np.array(addresses, np.int64))
@@ -231,7 +235,7 @@ class Embed:
     def __call__(self, memory: Memory) -> None:
         n_rows, n = memory.B * memory.T, self.table.n_in
         out = memory.view(self.target, n_rows, n, cupy.float32)
-        name, ids = ("embed_next", memory.token) if memory.T == 1 else ("embed", memory.ids)
+        name, ids = ("embed_next", memory.ids_address) if memory.T == 1 else ("embed", memory.ids)
         arguments = (ids, memory.index, *self.table.parts, self.positions, out, np.int32(n))
         memory.launch("rows.cu", name, self.table.kinds, (n_rows,), ROW, *arguments)
 

@@ -90,6 +90,7 @@ class CupySampler:
         It is the same array each time.
         """
         B, V = logits.shape
+        host, told = self._slots[self._n_calls % SLOTS]
         self._n_calls += 1
         blocks = 1  # of a row; a greedy row has as many as there are processors and work for them
         if self._greedy:
@@ -109,14 +110,16 @@ class CupySampler:
             self._scratch,
             self._meetings,
             self._ids,
-            self._slots[self._n_calls % SLOTS][1],
+            told,
             shared_bytes=self._shared_bytes,
         )
+        self._arriving = self._arrivals.expect(host)
         return self._ids
 
-    def start(self, ids: Array) -> Arriving:
-        """`Backend.start` of the ids that the last call returned: they are on their way."""
-        return self._arrivals.expect(self._slots[self._n_calls % SLOTS][0])
+    def start(self) -> Arriving:
+        """`Backend.start` of the ids that the last call returned: they are on their way, and have
+        to be read before `SLOTS` further calls."""
+        return self._arriving
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`."""

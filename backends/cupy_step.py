@@ -23,9 +23,9 @@ from gptx.backends.positions import Positions
 from gptx.backends.tape import Unknown, record
 
 Array = Any
-GRAPHS = 4  # of a program are kept at most
-LENGTHS = (8, 16, 32, 64)  # of prompts in graphs; above, multiples of the last
-WITHOUT_MATRIX_UNIT = 40  # as long as with it, a multiplication takes
+KEPT_BYTES = 2**29  # that graphs of a program may work in; the one used last is always kept
+LENGTHS = (8, 16, 32, 64, 128, 192, 256)  # of prompts in graphs; above, multiples of 128
+WITHOUT_MATRIX_UNIT = 40  # times as long as with it, a multiplication takes
 
 
 class Step:
@@ -71,8 +71,8 @@ class Step:
 
     def _length_in_graph(self, B: int, T: int) -> int:
         """What prompts [B, T] are filled up to, or 0 if a graph would not be faster."""
-        program, last = self._programs[True], LENGTHS[-1]
-        length = next((n for n in LENGTHS if n >= T), -(-T // last) * last)
+        program = self._programs[True]
+        length = next((n for n in LENGTHS if n >= T), -(-T // 128) * 128)
         work = B * length * program.n_weights
         if program.kinds.dtype == "float32":
             work *= WITHOUT_MATRIX_UNIT
@@ -90,8 +90,9 @@ class Graphs:
     def __init__(self, program: Program, backend: Any) -> None:
         self._program, self._backend = program, backend
         self._lock = threading.Lock()  # of the memory that graphs work in
-        # By B and T, the newest last.
-        self._passes: dict[tuple[int, int], tuple[Memory | None, Fastest | None]] = {}
+        # By the number of sequences and the length, as all of these; the one used last comes last.
+        self._passes: dict[tuple[int, int], tuple[Memory, Fastest]] = {}
+        self._loaded: set[tuple[int, int]] = set()  # whose kernels are
 
     def run(
         self,
@@ -107,31 +108,43 @@ class Graphs:
         """
         key = len(ids), T
         with self._lock:
-            # What fails is not used again.
-            memory, graph = self._passes.pop(key, (None, None))
-            if memory is None:
-                memory = Memory(self._program, *key, in_graph=True)
-            elif graph is None:
-                # The first time has loaded the kernels, which cannot be done within a capture.
-                graph = self._captured(memory)
+            if key in self._passes:
+                memory, graph = self._passes.pop(key)  # what fails is not used again
+            else:
+                memory, graph = Memory(self._program, *key, in_graph=True), None
+                # The first time loads the kernels, which cannot be done within a capture.
+                if key in self._loaded:
+                    graph = self._captured(memory)
             memory.fill(ids, positions.host, cache)
             if graph is None:
                 self._program.launch(memory)
+                self._loaded.add(key)
             else:
                 graph.launch()
             chosen = choose(memory.logits)
-            self._passes[key] = memory, graph
-            if len(self._passes) > GRAPHS:
-                del self._passes[next(iter(self._passes))]
+            if graph is not None:
+                self._keep(key, memory, graph)
             return chosen
 
+    def _keep(self, key: tuple[int, int], memory: Memory, graph: Fastest) -> None:
+        self._passes[key] = memory, graph
+        n_bytes = sum(memory.nbytes for memory, _ in self._passes.values())
+        for oldest in list(self._passes)[:-1]:
+            if n_bytes > KEPT_BYTES:
+                n_bytes -= self._passes.pop(oldest)[0].nbytes
+                self._loaded.discard(oldest)  # it has to come twice again
+
     def _captured(self, memory: Memory) -> Fastest:
+        """A pass as a graph: with early launches, without, or both until one has been faster."""
         early = self._backend.early if cupy_early.is_possible() else False
+        if early is None:
+            winners = (graph.winner for _, graph in self._passes.values())
+            early = next((winner for winner in winners if winner is not None), None)
         if early is not None:
-            return Fastest([self._capture(memory, early=early)])
-        graphs = [self._capture(memory, early=False)]
-        with suppress(RuntimeError):  # a driver that refuses leaves one way
-            graphs.append(self._capture(memory, early=True))
+            return Fastest({early: self._capture(memory, early=early)})
+        graphs = {False: self._capture(memory, early=False)}
+        with suppress(cupy_early.Refused):
+            graphs[True] = self._capture(memory, early=True)
         return Fastest(graphs)
 
     def _capture(self, memory: Memory, *, early: bool) -> Any:

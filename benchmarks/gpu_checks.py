@@ -181,8 +181,8 @@ def forward(
     for lengths in (*BATCHES, LONG):
         if max(lengths) < config.n_positions:
             expected = _expected(config, lengths)
-            # A prompt becomes a graph when one of its length comes for the second time.
-            errors = [relative(_logits(model, lengths), expected) for _ in range(2)]
+            # Kernel by kernel, then as graphs: with early launches, and without.
+            errors = [relative(_logits(model, lengths), expected) for _ in range(3)]
             what = f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}"
             yield what, float(np.max(errors)), limit
 

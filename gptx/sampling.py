@@ -226,7 +226,7 @@ class Sampler:
 
     def start(self, ids: Array) -> Any:
         """`Backend.start` of the ids that the last call returned."""
-        return self.backend.start(ids) if self._native is None else self._native.start(ids)
+        return self.backend.start(ids) if self._native is None else self._native.start()
 
     def _penalize(self, x: Array) -> Array:
         xp, params = self.backend.xp, self.params

@@ -13,11 +13,21 @@ from cupy_on_cpu import installed
 from cupy_on_cpu.kernels import HEADER, Driver
 from random_models import CASES
 
+from gptx.cache import KVCache
+from gptx.engine import prefill
+
+SMALL = replace(CASES["124M"], n_layer=2, n_head=3)
 CODE = r"""
+extern "C" __global__ void hasty(double* x) {
+    if (blockIdx.x == 1) return;
+    wait_for_previous();
+    x[0] = 1;
+}
 extern "C" __global__ void note(
     const half_t* x, const void* none, int n, float by, long long big, unsigned long long bits,
     double* out
 ) {
+    wait_for_previous();
     DYNAMIC_SHARED(raw);
     raw[99] = 1;
     if (threadIdx.x + threadIdx.y || blockIdx.x != 2) return;
@@ -38,6 +48,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> Any:
     with installed():
         module = importlib.import_module("gptx.backends.cupy_early")
         monkeypatch.setattr(module, "driver", Driver)
+        monkeypatch.setattr(module.cupy.cuda.Device, "compute_capability", "90")
         yield module
 
 
@@ -64,9 +75,9 @@ def test_it_needs_the_driver_and_a_device_that_can(
     import cupy
 
     assert early.is_possible()
-    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", "89")
-    assert not early.is_possible()
-    monkeypatch.undo()
+    with monkeypatch.context() as other:
+        other.setattr(cupy.cuda.Device, "compute_capability", "89")
+        assert not early.is_possible()
     monkeypatch.setattr(early, "driver", lambda: None)
     assert not early.is_possible()
 
@@ -85,8 +96,7 @@ def calls(early: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def text(early: bool | None) -> list[int]:
     backend = make_backend("cupy-cpu")
     vars(backend)["early"] = early
-    config = replace(CASES["124M"], n_layer=2, n_head=3)
-    model = make_model(config, backend)
+    model = make_model(SMALL, backend)
     return model.generate([1, 2, 3], max_tokens=16, ignore_eos=True).tokens
 
 
@@ -100,17 +110,41 @@ def test_a_graph_of_early_launches_computes_the_same(calls: list[Any]) -> None:
     assert len(calls) == 2 * n_calls
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_of_early_launches_are_the_same(dtype: str, calls: list[Any]) -> None:
+    ids = [[1, 2, 3], [9] * 30]
+    found = []
+    for early in (False, True):
+        backend = make_backend("cupy-cpu", dtype=dtype)
+        vars(backend)["early"] = early
+        model = make_model(SMALL, backend)
+        for _ in range(3):  # kernel by kernel, captured, and once more
+            with backend.scope():
+                cache = KVCache(SMALL, backend, 2, 40)
+                found.append(backend.to_numpy(prefill(model.gpt2, ids, cache)).tolist())
+        assert bool(calls) == early
+    assert all(logits == found[0] for logits in found)
+
+
+def test_a_kernel_that_does_not_wait_is_found(early: Any) -> None:
+    import cupy
+
+    kernel = cupy.RawModule(code=HEADER + CODE).get_function("hasty").kernel
+    x = cupy.zeros(1)
+    with pytest.raises(AssertionError, match="hasty: 32 of 64 wait"):
+        early.launch(kernel.ptr, (2,), (32,), (x,), 0, 0)
+
+
 def test_a_device_that_cannot_and_a_driver_that_refuses_have_graphs_without(
     early: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cupy
 
     plain = text(early=False)
-    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", "80")
-    assert text(early=None) == text(early=True) == plain
+    with monkeypatch.context() as other:
+        other.setattr(cupy.cuda.Device, "compute_capability", "80")
+        assert text(early=None) == text(early=True) == plain
     assert not calls
-    monkeypatch.undo()
-    monkeypatch.setattr(early, "driver", Driver)
     monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *_: 98)
     assert text(early=None) == plain
     with pytest.raises(RuntimeError):

@@ -46,25 +46,28 @@ def module() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "fastest"),
+    ("a", "b", "faster"),
     [([2.0], [1.0], "b"), ([1.0], [2.0], "a"), ([1.0], [1.0], "a"), ([1.0], [9.0, 0.9], "b")],
 )
 def test_the_faster_one_stays_after_some_turns(
-    module: Any, monkeypatch: pytest.MonkeyPatch, a: list[float], b: list[float], fastest: str
+    module: Any, monkeypatch: pytest.MonkeyPatch, a: list[float], b: list[float], faster: str
 ) -> None:
     clock, cuda = Clock(), module.cupy.cuda
     monkeypatch.setattr(cuda, "Event", lambda: Event(clock))
     monkeypatch.setattr(cuda, "get_elapsed_time", lambda start, end: end.time - start.time)
-    graphs = module.Fastest([Graph(clock, "a", a), Graph(clock, "b", b)])
-    for _ in range(12):
+    graphs = module.Fastest({False: Graph(clock, "a", a), True: Graph(clock, "b", b)})
+    for turn in range(12):
+        assert (graphs.winner is None) == (turn < 6)
         graphs.launch()
-    assert clock.launched == "ab" * module.TURNS + fastest * (12 - 2 * module.TURNS)
+    assert clock.launched == "abbaab" + 6 * faster
+    assert graphs.winner == (faster == "b")
 
 
 def test_a_single_one_is_not_timed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.delattr(module.cupy.cuda, "Event")
-    graphs = module.Fastest([Graph(clock, "a", [1.0])])
+    graphs = module.Fastest({True: Graph(clock, "a", [1.0])})
     for _ in range(3):
         graphs.launch()
     assert clock.launched == "aaa"
+    assert graphs.winner is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,11 @@ from gptx.sampling import Sampler, SamplingParams
 CONFIG = replace(CASES["124M"], n_layer=2, n_head=3, n_positions=160)
 NAMES = pytest.mark.parametrize("name", ["cupy", "cupy-cpu"])
 PROMPTS = [random_ids(CONFIG, 1, n, n)[0].tolist() for n in (2, 9, 30)]
+
+
+def module(name: str) -> Any:
+    """A module of the backend, which there may be twice."""
+    return importlib.import_module(f"gptx.backends.{name}")
 
 
 def read(model: Model, prompts: list[list[int]]) -> np.ndarray:
@@ -61,9 +67,48 @@ def test_a_prompt_is_the_same_in_a_graph(
 def test_prompts_of_similar_lengths_share_a_graph(name: str) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     ids = random_ids(CONFIG, 1, 100, 1)[0].tolist()
-    for n, length in ((3, 8), (8, 8), (9, 16), (33, 64), (64, 64), (65, 128), (100, 128)):
+    used = []
+    for n in (3, 8, 9, 16, 33, 64, 65, 100):
         read(model, [ids[:n]])
-        assert list(model.gpt2.forward._prompt._passes)[-1] == (1, length)
+        used += [key for key in model.gpt2.forward._prompt._passes if key not in used]
+    assert used == [(1, length) for length in (8, 16, 64, 128)]
+
+
+@NAMES
+def test_graphs_that_need_much_memory_go_when_others_come(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(CONFIG, make_backend(name, dtype="float16"))
+    passes = model.gpt2.forward._prompt._passes
+    texts = [random_ids(CONFIG, 1, n, 1)[0].tolist() for n in (8, 16, 32)]
+    for ids in texts * 2:
+        read(model, [ids])
+    sizes = [memory.nbytes for memory, _ in passes.values()]
+    assert sizes == sorted(sizes)
+    read(model, [texts[0]])
+    assert [length for _, length in passes] == [16, 32, 8]
+    monkeypatch.setattr(module("cupy_step"), "KEPT_BYTES", sum(sizes[1:]) - 1)
+    read(model, [texts[2]])
+    assert [length for _, length in passes] == [8, 32]
+    monkeypatch.setattr(module("cupy_step"), "KEPT_BYTES", 0)
+    expected = read(model, [texts[1]])
+    assert [length for _, length in passes] == [8, 32]  # it was forgotten, and is not one yet
+    assert read(model, [texts[1]]).tolist() == expected.tolist()
+    assert [length for _, length in passes] == [16]
+
+
+@NAMES
+def test_a_prompt_may_fill_the_cache(name: str) -> None:
+    model = make_model(CONFIG, make_backend(name, dtype="float16"))
+    ids = random_ids(CONFIG, 1, CONFIG.n_positions, 1)[0].tolist()
+    exact = make_model(CONFIG, get_backend("numpy", dtype="float64"))
+    for n in (100, CONFIG.n_positions):
+        with model.backend.scope(), exact.backend.scope():
+            found, expected = (
+                m.backend.to_numpy(prefill(m.gpt2, [ids[:n]], KVCache(CONFIG, m.backend, 1, n)))
+                for m in (model, exact)
+            )
+        assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
 @NAMES
@@ -119,6 +164,20 @@ def test_generations_in_turns_do_not_disturb_each_other(name: str) -> None:
 
 
 @NAMES
+def test_threads_do_not_disturb_each_other(name: str) -> None:
+    model = make_model(CONFIG, make_backend(name))
+
+    def run(i: int) -> Any:
+        params = SamplingParams(temperature=1.0, seed=i)
+        return texts(list(Generation(model.gpt2, PROMPTS[:2], params, max_tokens=9)))
+
+    alone = [run(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == alone
+    assert len({str(steps) for steps in alone}) == 4
+
+
+@NAMES
 def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_back(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +193,8 @@ def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_
 
         for method in ("__setitem__", "set", "get", "copy"):
             monkeypatch.setattr(ndarray, method, refuse)
+        for function in ("array", "asarray", "asnumpy"):
+            monkeypatch.setattr(module("cupy_step").cupy, function, refuse)
         monkeypatch.setattr(model.backend, "asarray", refuse)
     found = texts([next(steps) for _ in range(5)])
     monkeypatch.undo()
@@ -141,13 +202,13 @@ def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_
     assert found == whole[4:9]
 
 
-def decoding(model: Model, ids: list[int]) -> tuple[KVCache, Callable[[Any], Any]]:
-    """A cache with all of `ids` but the last, and what feeds one more token."""
-    cache = KVCache(CONFIG, model.backend, 1, 100)
-    prefill(model.gpt2, [ids[:-1]], cache)
+def decoding(model: Model, *texts: list[int]) -> tuple[KVCache, Callable[[Any], Any]]:
+    """A cache with all of each text but the last token, and what feeds one more to each."""
+    cache = KVCache(CONFIG, model.backend, len(texts), 100)
+    prefill(model.gpt2, [ids[:-1] for ids in texts], cache)
 
     def feed(tokens: Any) -> Any:
-        return model.gpt2.forward(tokens, cache.extend([1]), cache)
+        return model.gpt2.forward(tokens, cache.extend([1] * len(texts)), cache)
 
     return cache, feed
 
@@ -155,14 +216,14 @@ def decoding(model: Model, ids: list[int]) -> tuple[KVCache, Callable[[Any], Any
 @NAMES
 def test_logits_of_a_step_outlast_the_next(name: str) -> None:
     model, ids = make_model(CONFIG, make_backend(name)), PROMPTS[2]
-    backend = model.backend
+    backend, other = model.backend, ids[::-1]
     with backend.scope():
-        _, feed = decoding(model, ids[:20])
-        # A column of a matrix: not one after the other in memory.
-        columns = backend.asarray(np.array([ids[19:], ids[19:]]))
-        logits = [feed(columns[:1, i : i + 1]) for i in range(5)]
-        found = [backend.to_numpy(x)[0, 0] for x in logits]
-    expected = [read(model, [ids[:n]])[0] for n in range(20, 25)]
+        _, feed = decoding(model, ids[:20], other[:20])
+        # Columns of a matrix: not one after the other in memory.
+        columns = backend.asarray(np.array([ids[19:], other[19:]]))
+        logits = [feed(columns[:, i : i + 1]) for i in range(5)]
+        found = [backend.to_numpy(x)[:, 0] for x in logits]
+    expected = [read(model, [ids[:n], other[:n]]) for n in range(20, 25)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 

@@ -126,6 +126,8 @@ class Module:
     kernels
         Name -> types of the parameters: NumPy's names; "*" in front for a pointer, "!*" for a
         pointer to what is only read.
+    n_waits
+        How many threads have called `wait_for_previous` so far.
     """
 
     def __init__(self, library: Path) -> None:
@@ -134,6 +136,11 @@ class Module:
         self._library.launch.restype = ctypes.c_char_p
         lines = self._library.describe_kernels().decode().splitlines()
         self.kernels = {name: types for name, *types in (line.split() for line in lines)}
+
+    @property
+    def n_waits(self) -> int:
+        """See above."""
+        return ctypes.c_ulonglong.in_dll(self._library, "n_waits").value
 
     def launch(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 import weakref
 from collections.abc import Callable
@@ -90,8 +91,9 @@ class RawKernel:
         *,
         shared_mem: int = 0,
         stream: Stream | None = None,
+        early: bool = False,
     ) -> None:
-        """Launch on a stream."""
+        """Launch on a stream; `early`, if by the driver: then every thread has to wait."""
         for size in (grid, block):
             if not isinstance(size, tuple):
                 raise TypeError(f"a grid and a block are tuples, not {size!r}")
@@ -102,7 +104,11 @@ class RawKernel:
         self._module.check(self.name, [value() for value in values])
 
         def launch() -> None:
+            before = self._module.n_waits
             self._module.launch(self.name, *sizes, [value() for value in values], shared_mem)
+            n_threads = math.prod((*sizes[0], *sizes[1]))
+            waited = self._module.n_waits - before
+            assert not early or waited == n_threads, f"{self.name}: {waited} of {n_threads} wait"
 
         (stream or get_current_stream()).do(launch)
 
@@ -139,7 +145,7 @@ class Driver:
         args = [_read(pointers[i], wanted) for i, wanted in enumerate(types)]
         stream = streams.by_ptr[config.stream or 0]
         sizes = tuple(config.grid), tuple(config.block)
-        kernel(*sizes, args, shared_mem=config.shared_bytes, stream=stream)
+        kernel(*sizes, args, shared_mem=config.shared_bytes, stream=stream, early=True)
         return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+LOCK = threading.RLock()  # of what all threads share
 N_DEVICES = 2
 TOTAL_BYTES = 80 * 2**30
 GARBAGE = 0xFF  # as bytes: a NaN in each of the float types
@@ -101,8 +102,8 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """Of the architecture."""
-        return "90"
+        """Of the architecture: one for which nothing goes past CuPy, to the driver."""
+        return "80"
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -166,9 +167,10 @@ class Stream:
     def do(self, launch: Callable[[], None]) -> None:
         """Launch now, or note it."""
         if self._noted is None:
-            launch()
-            for memory in list(unowned):
-                self.arriving += memory.written()
+            with LOCK:
+                launch()
+                for memory in list(unowned):
+                    self.arriving += memory.written()
         else:
             self._noted.append(launch)
 
@@ -201,7 +203,8 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         """Note it, and which copies have been asked for."""
         stream = stream or get_current_stream()
-        self._arriving = stream.arriving[:]
+        with LOCK:
+            self._arriving = stream.arriving[:]
         stream.do(self._note)
 
     def _note(self) -> None:
@@ -267,7 +270,8 @@ class UnownedMemory:
         self._host = owner.reshape(-1).view(np.uint8)
         self.bytes = self._host.copy()  # as the device sees them
         self._known = self.bytes.copy()
-        unowned.add(self)
+        with LOCK:
+            unowned.add(self)
 
     def written(self) -> list[Arriving]:
         """What has changed since the last call, on its way to the host."""
