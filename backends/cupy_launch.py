@@ -15,7 +15,7 @@ TEAMS = (8, 16, *range(WARP, 385, WARP))  # threads that a team may have
 
 # linear_tiles_N: parts of the inputs, stages and threads of a block.
 TILES = {16: (4, 4, 128), 32: (4, 3, 128), 64: (2, 3, 256), 128: (1, 3, 256)}
-SLICE = 64  # inputs
+SLICE_BYTES = 128  # of a row of activations
 
 
 class Launch(NamedTuple):
@@ -86,12 +86,21 @@ def few_rows(
 
 
 def tiles(
-    n_rows: int, n_in: int, n_out: int, multiprocessors: int, *, bits: int = 0, group: int = 0
+    n_rows: int,
+    n_in: int,
+    n_out: int,
+    multiprocessors: int,
+    *,
+    itemsize: int,
+    bits: int = 0,
+    group: int = 0,
 ) -> Launch:
-    """`linear_tiles_N`, for activations of 16 bits; parameters as in `few_rows`.
+    """`linear_tiles_N`; parameters as in `few_rows`.
 
     `group` is the number of weights with the same scale, if there are codes.
     """
+    # What the matrix unit has to multiply for one product: a float is three numbers.
+    products = 1 if itemsize == 2 else 3 if bits else 6
 
     def blocks(N: int) -> tuple[int, int]:
         return _ceil(n_rows, N), _ceil(n_out, N)
@@ -99,13 +108,14 @@ def tiles(
     def cycles(N: int) -> float:
         # For each input: a multiprocessor multiplies 1,024 pairs and receives 64 bytes in a cycle.
         x, y = blocks(N)
-        one = N * N / 1024 + 2 * (N + min(N, n_rows)) / 64
+        one = products * N * N / 1024 + itemsize * (N + min(N, n_rows)) / 64
         return _ceil(x * y, multiprocessors) * one
 
     N = min(TILES, key=cycles)
     parts, stages, threads = TILES[N]
-    numbers = parts * N * SLICE * ((bits or 16) + 16) // 8
-    scales = parts * N * max(1, SLICE // group) * 8 if bits else 0
+    slice_, x_bits = SLICE_BYTES // itemsize, 8 * itemsize  # inputs
+    numbers = parts * N * slice_ * ((bits or x_bits) + x_bits) // 8
+    scales = parts * N * max(1, slice_ // group) * 8 if bits else 0
     sums = parts * N * (N + 4) * 4
     shared_bytes = max(stages * (numbers + scales), sums)
     return Launch(f"linear_tiles_{N}", blocks(N), (threads, 1), shared_bytes)

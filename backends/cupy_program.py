@@ -19,7 +19,7 @@ from gptx.backends.cupy_launch import Launch, few_rows, tiles
 from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown
 
 Array = Any
-FEW = 8  # rows that are multiplied without the matrix unit
+FEW = 8  # rows whose products read the matrix once, and do little else
 MANY = 256  # rows above which cuBLAS gains more than a kernel that also does what follows
 MULTIPLE = 8  # of which every width has to be one: 16 bytes of the shortest type
 
@@ -294,8 +294,8 @@ class Linear:
         if self.residual is not None:
             residual = memory.view(self.residual, n_rows, w.n_out, cupy.float32)
         shape = n_rows, w.n_in, w.n_out, memory.multiprocessors
-        if n_rows <= FEW or (memory.in_graph and real == cupy.float32):
-            size = np.dtype(real).itemsize
+        size = np.dtype(real).itemsize
+        if n_rows <= FEW:
             normed = self.norm is not None
             launch = few_rows(*shape, itemsize=size, bits=w.kinds.bits, normed=normed)
             inputs: tuple[Any, ...] = (x,)
@@ -306,8 +306,8 @@ class Linear:
             return
         if self.norm:
             x = self._normalized(x, memory)
-        if real != cupy.float32 and (n_rows <= MANY or self.is_head or memory.in_graph):
-            launch = tiles(*shape, bits=w.kinds.bits, group=w.kinds.group)
+        if n_rows <= MANY or self.is_head or memory.in_graph:
+            launch = tiles(*shape, itemsize=size, bits=w.kinds.bits, group=w.kinds.group)
             self._multiply("linear_tiles.cu", launch, (x,), residual, out, memory)
         else:
             y = x @ w.floats().T

@@ -25,7 +25,7 @@ from gptx.backends.tape import Unknown, record
 Array = Any
 KEPT_BYTES = 2**29  # that graphs of a program may work in; the one used last is always kept
 LENGTHS = (8, 16, 32, 64, 128, 192, 256)  # of prompts in graphs; above, multiples of 128
-WITHOUT_MATRIX_UNIT = 40  # times as long as with it, a multiplication takes
+FLOATS = 6  # times as long as with 16 bits, a multiplication takes
 
 
 class Step:
@@ -75,7 +75,7 @@ class Step:
         length = next((n for n in LENGTHS if n >= T), -(-T // 128) * 128)
         work = B * length * program.n_weights
         if program.kinds.dtype == "float32":
-            work *= WITHOUT_MATRIX_UNIT
+            work *= FLOATS
         return length if work <= self._backend.most_in_graph else 0
 
     @property

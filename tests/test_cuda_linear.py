@@ -34,11 +34,12 @@ KINDS = [  # type of activations, bits of a code, group
     ("bfloat16", 0, 0),
     ("float16", 8, 128),
     ("bfloat16", 4, 32),
+    ("float32", 4, 64),
+    ("float32", 8, 32),
 ]
 EPSILON = 1e-5
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
-short_kinds = pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: "-".join(map(str, kind)))
 
 
 class Product:
@@ -84,7 +85,8 @@ class Product:
 
     def tiles(self, multiprocessors: int = 3) -> Launch:
         shape = self.n_rows, self.n_in, self.n_out, multiprocessors
-        return tiles(*shape, bits=self.bits, group=self.group)
+        size = np.dtype(self.real).itemsize
+        return tiles(*shape, itemsize=size, bits=self.bits, group=self.group)
 
     def run(
         self,
@@ -187,11 +189,10 @@ def test_rows_of_a_real_width_are_multiplied(
     product = Product(random, kind, 4, 768, 6)
     product.check(product.few_rows())
     product.check(product.few_rows(normed=True))
-    if kind[0] != "float32":
-        product.check(product.tiles())
+    product.check(product.tiles())
 
 
-@short_kinds
+@kinds
 def test_more_rows_are_multiplied_in_tiles_of_every_size(
     kind: tuple[str, int, int], random: np.random.Generator
 ) -> None:
@@ -218,8 +219,7 @@ def test_what_follows_a_product_is_applied(
     kind: tuple[str, int, int], activation: int, random: np.random.Generator
 ) -> None:
     product = Product(random, kind, 3, 128, 18)
-    launches = [product.few_rows(), product.few_rows(normed=True)]
-    launches += [product.tiles()] * (kind[0] != "float32")
+    launches = [product.few_rows(), product.few_rows(normed=True), product.tiles()]
     for launch, (bias, residual, wide) in itertools.product(
         launches, ((True, False, False), (True, True, True), (False, True, False))
     ):
@@ -240,7 +240,7 @@ def test_rows_do_not_touch_each_other(
     product = Product(random, kind, 7, 128, 18)
     expected = product.expected()
     product.x[2] = np.nan
-    for launch in [product.few_rows()] + [product.tiles()] * (kind[0] != "float32"):
+    for launch in (product.few_rows(), product.tiles()):
         given = product.run(launch)
         assert np.isnan(given[2]).all()
         rows = [0, 1, 3, 4, 5, 6]
@@ -263,7 +263,7 @@ def test_launches_of_the_real_sizes_fit_a_device(C: int, itemsize: int, bits: in
             assert team >= R * OUTPUTS
             assert launch.grid[0] * R >= n_rows
             assert launch.grid[1] <= 2 * 132
-        launch = tiles(n_rows, n_in, n_out, 132, bits=bits, group=bits and 64)
+        launch = tiles(n_rows, n_in, n_out, 132, itemsize=itemsize, bits=bits, group=bits and 64)
         assert launch.shared_bytes <= SHARED_BYTES
 
 

@@ -47,6 +47,14 @@ template <> DEVICE unsigned pack<bf16_t>(float low, float high) {
     return y;
 }
 
+// The same of bf16_t, but cut off instead of rounded; the numbers become what is left of them.
+DEVICE unsigned cut(float& low, float& high) {
+    const unsigned a = __float_as_uint(low), b = __float_as_uint(high);
+    low -= __uint_as_float(a & 0xffff0000u);
+    high -= __uint_as_float(b & 0xffff0000u);
+    return __byte_perm(a, b, 0x7632);
+}
+
 // 2 to the power x, within two units in the last place; 0 where that would be subnormal.
 DEVICE float exp2_approx(float x) {
     float y;

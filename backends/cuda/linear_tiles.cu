@@ -1,4 +1,4 @@
-// Products of more rows with a matrix, on the matrix unit: 9 to 256 rows, of 16-bit numbers.
+// Products of more rows with a matrix, on the matrix unit: 9 rows and more.
 //
 // Still the time is that of moving weights and x: of a tile of M outputs and N rows, M + N rows of
 // n_in numbers come to the block's multiprocessor, from memory or the L2 cache. Large tiles bring
@@ -6,28 +6,32 @@
 // the one with which the least comes to any multiprocessor (`backends/cupy_launch.py`). In small
 // tiles KS groups of warps share the inputs, and their sums are added in the end.
 //
-// Weights and x come through shared memory in STAGES stages of KS slices of 64 inputs, some on
-// their way while one is multiplied; the first weights before the kernel ahead has ended. Of each
-// half of a slice, lane 4g + t of a warp takes numbers 8t to 8t + 7 of rows g, g + 8, ... of
-// weights and x alike. That is another order of the inputs than `mma` has in mind, but the same in
-// both; and so 16 bytes read at once are a lane's part of two products, and codes stay codes in
-// shared memory. The halves of some rows change places, so that the lanes that read together meet
-// different banks.
+// Weights and x come through shared memory in STAGES stages of KS slices of 64 inputs (of floats,
+// 32), some on their way while one is multiplied; the first weights before the kernel ahead has
+// ended. Of each span of 32 inputs, lane 4g + t of a warp takes numbers 8t to 8t + 7 of rows g,
+// g + 8, ... of weights and x alike. That is another order of the inputs than `mma` has in mind,
+// but the same in both; and so 16 bytes read at once are a lane's part of two products, and codes
+// stay codes in shared memory. In some rows, what is stored changes places, so that the lanes that
+// read together meet different banks.
+//
+// A float is a sum of three numbers of 16 bits, each with the next 8 of its binary places, so that
+// a product is a sum of nine; the three smallest are below what float32 rounds off, and left out.
+// The matrix unit does not round its sums, but cuts them off: those of a span are its own, and are
+// added up as floats are.
 //
 // Codes are whole numbers, which 16 bits hold exactly. Each group of inputs has a sum of its own,
 // to which scale and offset are applied in float32; the sums of x are a product with ones.
 
-#define IS_16_BITS_half_t 1
-#define IS_16_BITS_bf16_t 1
-#define JOINED(a, b) a##b
-#define IS_16_BITS(type) JOINED(IS_16_BITS_, type)
-
-#if IS_16_BITS(REAL)  // there is nothing here for float
-
 namespace tiles {
 
-constexpr int SLICE = 64;
-constexpr int WEIGHT_BITS = BITS ? BITS : 16;
+constexpr bool FLOATS = sizeof(REAL) == 4;
+template <class T> struct Short { using type = T; };
+template <> struct Short<float> { using type = bf16_t; };
+using SHORT = Short<REAL>::type;  // what the matrix unit multiplies
+constexpr int X_PARTS = FLOATS ? 3 : 1, WEIGHT_PARTS = BITS ? 1 : X_PARTS;  // of a number
+
+constexpr int SPAN = 32, SPANS = FLOATS ? 1 : 2, SLICE = SPANS * SPAN;
+constexpr int X_BITS = 8 * sizeof(REAL), WEIGHT_BITS = BITS ? BITS : X_BITS;
 constexpr int RUN = BITS && GROUP < SLICE ? GROUP : SLICE;  // inputs of a slice with one scale
 constexpr int RUNS = BITS ? SLICE / RUN : 0;                // that a slice has
 [[maybe_unused]] constexpr float ZERO = BITS == 4 ? 16.0f : 0.0f;  // unpack_codes of code 0
@@ -38,7 +42,7 @@ template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_> struct Shape {
     static constexpr int THREADS = MS * NS * KS * WARP;
     static constexpr int TM = M / MS / 16, TN = N / NS / 8;  // a warp's tiles of `mma`
     // A stage: weights [KS, M, SLICE], x [KS, N, SLICE], scales and offsets [2, KS, RUNS, M].
-    static constexpr int WEIGHTS = KS * M * SLICE * WEIGHT_BITS / 8, X = KS * N * SLICE * 2;
+    static constexpr int WEIGHTS = KS * M * SLICE * WEIGHT_BITS / 8, X = KS * N * SLICE * X_BITS / 8;
     static constexpr int SCALES = KS * RUNS * M * 4;
     static constexpr int STAGE = WEIGHTS + X + 2 * SCALES;
     // In the same room, when all is multiplied: sums [KS, N, STRIDE], where rows 2t (see `mma`) lie
@@ -46,10 +50,12 @@ template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_> struct Shape {
     static constexpr int STRIDE = M + 4;
 };
 
-// Where half 0 or 1 of a row of a slice begins, in bytes.
-template <int NUMBER_BITS> DEVICE int place(int row, int half) {
-    constexpr int HALF = SLICE / 2 * NUMBER_BITS / 8;  // 64, 32 or 16 bytes
-    return (row * 2 + (half ^ row / (64 / HALF) % 2)) * HALF;
+// Where a byte of a span of a row of a slice lies.
+template <int NUMBER_BITS> DEVICE int place(int row, int span, int byte) {
+    constexpr int BYTES = SPAN * NUMBER_BITS / 8;  // 128, 64, 32 or 16
+    if constexpr (BYTES == 128) byte ^= row % 2 * 16;
+    else span ^= row / (64 / BYTES) % SPANS;
+    return (row * SPANS + span) * BYTES + byte;
 }
 
 // Slices `first` to first + KS - 1 of rows first_row to first_row + ROWS - 1 -> [KS, ROWS, SLICE],
@@ -59,19 +65,20 @@ DEVICE void copy_slices(
     unsigned char* to, const void* from, int first_row, int n_rows, int first, int n_in
 ) {
     constexpr int PIECES = SLICE * NUMBER_BITS / 128;  // of 16 bytes, of a row of a slice
-    static_assert(ROWS * S::KS * PIECES % S::THREADS == 0, "a thread has as many as any other");
+    constexpr int ALL = ROWS * S::KS * PIECES;
     const int row_pieces = n_in * NUMBER_BITS / 128;
 #pragma unroll
-    for (int j = 0; j < ROWS * S::KS * PIECES / S::THREADS; j++) {
+    for (int j = 0; j < (ALL + S::THREADS - 1) / S::THREADS; j++) {
         const int i = j * S::THREADS + threadIdx.x;
+        if (ALL % S::THREADS && i >= ALL) break;
         const int row = i / (S::KS * PIECES), slice = i / PIECES % S::KS, piece = i % PIECES;
         const int at = (first + slice) * PIECES + piece;
         const bool there = first_row + row < n_rows && at < row_pieces;
         const long long source = there ? (first_row + row) * (long long)row_pieces + at : 0;
-        const int half = piece / (PIECES / 2), rest = piece % (PIECES / 2);
+        const int span = piece / (PIECES / SPANS), rest = piece % (PIECES / SPANS);
         unsigned char* target = to + slice * (ROWS * PIECES * 16);
         copy_async(
-            target + place<NUMBER_BITS>(row, half) + rest * 16, (const Bytes16*)from + source, there
+            target + place<NUMBER_BITS>(row, span, rest * 16), (const Bytes16*)from + source, there
         );
     }
 }
@@ -93,36 +100,63 @@ DEVICE void copy_scales(
 }
 #endif
 
-// Numbers 8t to 8t + 7 of half a row, in pairs.
-DEVICE Bytes16 read_x(const unsigned char* slice, int row, int half, int t) {
-    return *(const Bytes16*)(slice + place<16>(row, half) + t * 16);
+// Eight numbers in pairs, as sums of N, of which the first are the largest.
+template <int N> struct Numbers { Bytes16 part[N]; };
+
+// Numbers 8t to 8t + 7 of a span of a row, which are not codes.
+DEVICE Numbers<X_PARTS> read(const unsigned char* slice, int row, int span, int t) {
+    Numbers<X_PARTS> y;
+#pragma unroll
+    for (int i = 0; i < (FLOATS ? 2 : 1); i++) {
+        const unsigned char* at = slice + place<X_BITS>(row, span, t * X_BITS + i * 16);
+        if constexpr (FLOATS) {
+            auto four = *(const Several<float, 4>*)at;
+#pragma unroll
+            for (int part = 0; part < X_PARTS; part++)
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    y.part[part].word[i * 2 + j] = cut(four.x[2 * j], four.x[2 * j + 1]);
+        } else {
+            y.part[0] = *(const Bytes16*)at;
+        }
+    }
+    return y;
 }
-DEVICE Bytes16 read_weights(const unsigned char* slice, int row, int half, int t) {
-    const unsigned char* at = slice + place<WEIGHT_BITS>(row, half) + t * WEIGHT_BITS;
+
+DEVICE Numbers<WEIGHT_PARTS> read_weights(const unsigned char* slice, int row, int span, int t) {
 #if BITS
     constexpr int N = 32 / BITS;  // codes in a word
+    const unsigned char* at = slice + place<BITS>(row, span, t * BITS);
     const auto words = *(const Several<unsigned, 8 / N>*)at;
     float y[8 / N][N];
 #pragma unroll
     for (int i = 0; i < 8 / N; i++) unpack_codes(words.x[i], y[i]);
-    Bytes16 pairs;
+    Numbers<1> codes;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        pairs.word[i] = pack<REAL>(y[2 * i / N][2 * i % N], y[2 * i / N][2 * i % N + 1]);
-    return pairs;
+        codes.part[0].word[i] =
+            pack<SHORT>(y[2 * i / N][2 * i % N], y[2 * i / N][2 * i % N + 1]);
+    return codes;
 #else
-    return *(const Bytes16*)at;
+    return read(slice, row, span, t);
 #endif
 }
 
-// c += the product of 32 inputs: rows g and g + 8 of weights times rows of x.
-DEVICE void multiply_half(
-    float (&c)[4], const Bytes16& low, const Bytes16& high, const Bytes16& x
+// c += the product of a span: rows g and g + 8 of weights times rows of x.
+template <int M, int N> DEVICE void multiply_span(
+    float (&c)[4], const Numbers<M>& low, const Numbers<M>& high, const Numbers<N>& x
 ) {
 #pragma unroll
-    for (int i = 0; i < 4; i += 2)
-        mma(c, {low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]},
-            {x.word[i], x.word[i + 1]}, REAL());
+    for (int sum = min(M + N - 2, 2); sum >= 0; sum--)  // the smallest products first
+#pragma unroll
+        for (int part = 0; part < M; part++) {
+            if (sum - part < 0 || sum - part >= N) continue;
+            const Bytes16 &a = low.part[part], &b = high.part[part], &y = x.part[sum - part];
+#pragma unroll
+            for (int i = 0; i < 4; i += 2)
+                mma(c, {a.word[i], b.word[i], a.word[i + 1], b.word[i + 1]},
+                    {y.word[i], y.word[i + 1]}, SHORT());
+        }
 }
 
 // This warp's part of a stage; sum [TM, TN] tiles of outputs and rows.
@@ -134,23 +168,23 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
     const int first_n = warp / S::MS % S::NS * (S::TN * 8) + g;
     const unsigned char* weights = stage + slice * (S::WEIGHTS / S::KS);
     const unsigned char* x_slice = stage + S::WEIGHTS + slice * (S::X / S::KS);
-    constexpr int HALVES = BITS ? RUN / (SLICE / 2) : 1;  // that are multiplied together
+    constexpr int TOGETHER = BITS ? RUN / SPAN : 1;  // spans that have a sum of their own
 #pragma unroll
-    for (int run = 0; run < 2 / HALVES; run++) {
-        Bytes16 x[HALVES][S::TN];
+    for (int run = 0; run < SPANS / TOGETHER; run++) {
+        Numbers<X_PARTS> x[TOGETHER][S::TN];
 #pragma unroll
-        for (int h = 0; h < HALVES; h++)
+        for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
             for (int n = 0; n < S::TN; n++)
-                x[h][n] = read_x(x_slice, first_n + n * 8, run * HALVES + h, t);
+                x[i][n] = read(x_slice, first_n + n * 8, run * TOGETHER + i, t);
 #if BITS
         float sum_x[S::TN][4] = {};
-        const unsigned one = pack<REAL>(1.0f, 1.0f);
-        const Bytes16 ones = {one, one, one, one};
+        const unsigned one = pack<SHORT>(1.0f, 1.0f);
+        const Numbers<1> ones = {{{one, one, one, one}}};
 #pragma unroll
-        for (int h = 0; h < HALVES; h++)
+        for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
-            for (int n = 0; n < S::TN; n++) multiply_half(sum_x[n], ones, ones, x[h][n]);
+            for (int n = 0; n < S::TN; n++) multiply_span(sum_x[n], ones, ones, x[i][n]);
         const float* scales =
             (const float*)(stage + S::WEIGHTS + S::X) + (slice * RUNS + run) * S::M;
         const float* offsets = scales + S::SCALES / 4;
@@ -158,17 +192,14 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
 #pragma unroll
         for (int m = 0; m < S::TM; m++) {
             const int row = first_m + m * 16;
-#if BITS
-            float product[S::TN][4] = {};
-#else
-            auto& product = sum[m];
-#endif
+            float own[S::TN][4] = {};
+            auto& product = BITS || FLOATS ? own : sum[m];
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) {
-                const Bytes16 low = read_weights(weights, row, run * HALVES + h, t);
-                const Bytes16 high = read_weights(weights, row + 8, run * HALVES + h, t);
+            for (int i = 0; i < TOGETHER; i++) {
+                const auto low = read_weights(weights, row, run * TOGETHER + i, t);
+                const auto high = read_weights(weights, row + 8, run * TOGETHER + i, t);
 #pragma unroll
-                for (int n = 0; n < S::TN; n++) multiply_half(product[n], low, high, x[h][n]);
+                for (int n = 0; n < S::TN; n++) multiply_span(product[n], low, high, x[i][n]);
             }
 #if BITS
 #pragma unroll
@@ -179,6 +210,12 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
                 for (int n = 0; n < S::TN; n++)
                     sum[m][n][i] += scale * product[n][i] + offset * sum_x[n][i];
             }
+#else
+            if constexpr (FLOATS)
+#pragma unroll
+                for (int n = 0; n < S::TN; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[m][n][i] += product[n][i];
 #endif
         }
     }
@@ -243,7 +280,7 @@ DEVICE void multiply(
     };
     const auto copy_x = [&](int step) {
         if (step < n_steps)
-            copy_slices<S::N, 16, S>(
+            copy_slices<S::N, X_BITS, S>(
                 stage(step) + S::WEIGHTS, x, first_row, n_rows, step * S::KS, n_in
             );
         copy_async_commit();  // a group for each step, if an empty one
@@ -298,5 +335,3 @@ LINEAR_TILES(16)
 LINEAR_TILES(32)
 LINEAR_TILES(64)
 LINEAR_TILES(128)
-
-#endif

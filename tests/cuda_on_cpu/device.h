@@ -43,6 +43,12 @@ template <> DEVICE bf16_t from_float<bf16_t>(float x) {
 template <class T> DEVICE unsigned pack(float low, float high) {
     return (unsigned)from_float<T>(low).bits | (unsigned)from_float<T>(high).bits << 16;
 }
+DEVICE unsigned cut(float& low, float& high) {
+    const unsigned a = __float_as_uint(low), b = __float_as_uint(high);
+    low -= __uint_as_float(a >> 16 << 16);
+    high -= __uint_as_float(b >> 16 << 16);
+    return a >> 16 | b >> 16 << 16;
+}
 
 DEVICE float exp2_approx(float x) {
     return x < -126 ? 0.0f : exp2f(x);
