@@ -61,6 +61,7 @@ def _goals() -> list[Job]:
         times("1558M", EARLY, [SHORT, DEEP], 60, "early"),
         times("124M", ("gptx", "gptx cublas"), PROMPTS, 40, "prompts"),
         times("1558M", ("gptx", "gptx cublas"), PROMPTS[:3], 60, "prompts"),
+        times("124M", ("gptx", "gptx cublas"), PROMPTS[:2], 40, "prompts", dtype="float32"),
         Job("kernels", "kernels", 50, {"setting": {"size": "124M", "dtype": "float32"},
                                        "names": (*layers, "torch graph")}),
         # CuPy has no products of bfloat16 in more than two dimensions, which the generic ops want.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -211,7 +210,11 @@ def test_only_token_ids_come_back_from_the_device(small: Model) -> None:
     backend = small.backend
     sizes = []
     real = backend.to_numpy
-    recorded = SimpleNamespace(to_numpy=lambda x: sizes.append(x.shape) or real(x))
-    backend.to_numpy = recorded.to_numpy  # type: ignore[method-assign]
+
+    def to_numpy(x: Any) -> np.ndarray:
+        sizes.append(real(x).shape)
+        return real(x)
+
+    backend.to_numpy = to_numpy  # type: ignore[method-assign]
     tokens_of(Generation(small.gpt2, [[1, 2], [3]], WARM, max_tokens=5))
     assert sizes == [(2,)] * 5
