@@ -13,8 +13,15 @@ WARP = 32
 OUTPUTS = 2  # of a team of threads
 TEAMS = (8, 16, *range(WARP, 385, WARP))  # threads that a team may have
 
-# linear_tiles_N: parts of the inputs, stages and threads of a block.
-TILES = {16: (4, 4, 128), 32: (4, 3, 128), 64: (2, 3, 256), 128: (1, 3, 256)}
+# linear_tiles_MxN, for M outputs and N rows: parts of the inputs, stages and threads of a block.
+TILES = {
+    (16, 16): (4, 4, 128),
+    (32, 32): (4, 3, 128),
+    (48, 48): (4, 3, 256),
+    (64, 64): (2, 3, 256),
+    (96, 64): (2, 3, 256),
+    (128, 128): (1, 3, 256),
+}
 SLICE_BYTES = 128  # of a row of activations
 
 
@@ -95,30 +102,28 @@ def tiles(
     bits: int = 0,
     group: int = 0,
 ) -> Launch:
-    """`linear_tiles_N`; parameters as in `few_rows`.
+    """`linear_tiles_MxN`; parameters as in `few_rows`.
 
     `group` is the number of weights with the same scale, if there are codes.
     """
     # What the matrix unit has to multiply for one product: a float is three numbers.
     products = 1 if itemsize == 2 else 3 if bits else 6
 
-    def blocks(N: int) -> tuple[int, int]:
-        return _ceil(n_rows, N), _ceil(n_out, N)
-
-    def cycles(N: int) -> float:
+    def cycles(tile: tuple[int, int]) -> float:
         # For each input: a multiprocessor multiplies 1,024 pairs and receives 64 bytes in a cycle.
-        x, y = blocks(N)
-        one = products * N * N / 1024 + itemsize * (N + min(N, n_rows)) / 64
-        return _ceil(x * y, multiprocessors) * one
+        M, N = tile
+        one = products * M * N / 1024 + itemsize * (M + min(N, n_rows)) / 64
+        return _ceil(_ceil(n_rows, N) * _ceil(n_out, M), multiprocessors) * one
 
-    N = min(TILES, key=cycles)
-    parts, stages, threads = TILES[N]
+    M, N = min(TILES, key=cycles)
+    parts, stages, threads = TILES[M, N]
     slice_, x_bits = SLICE_BYTES // itemsize, 8 * itemsize  # inputs
-    numbers = parts * N * slice_ * ((bits or x_bits) + x_bits) // 8
-    scales = parts * N * max(1, slice_ // group) * 8 if bits else 0
-    sums = parts * N * (N + 4) * 4
+    numbers = parts * slice_ * (M * (bits or x_bits) + N * x_bits) // 8
+    scales = parts * M * max(1, slice_ // group) * 8 if bits else 0
+    sums = parts * N * (M + 4) * 4
     shared_bytes = max(stages * (numbers + scales), sums)
-    return Launch(f"linear_tiles_{N}", blocks(N), (threads, 1), shared_bytes)
+    grid = _ceil(n_rows, N), _ceil(n_out, M)
+    return Launch(f"linear_tiles_{M}x{N}", grid, (threads, 1), shared_bytes)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -10,7 +10,7 @@ import cupy_on_cpu
 import numpy as np
 import pytest
 
-from gptx.backends import get_backend
+from gptx.backends import cupy_launch, get_backend
 from gptx.backends.cupy_launch import (
     OUTPUTS,
     ROWS,
@@ -193,24 +193,30 @@ def test_rows_of_a_real_width_are_multiplied(
 
 
 @kinds
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_more_rows_are_multiplied_in_tiles_of_every_size(
-    kind: tuple[str, int, int], random: np.random.Generator
+    kind: tuple[str, int, int],
+    tile: tuple[int, int],
+    random: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = set()
-    for n_rows, n_out, multiprocessors in (
-        (1, 5, 9),
-        (21, 40, 9),
-        (40, 60, 4),
-        (70, 60, 1),
-        (120, 127, 1),
-        (130, 250, 2),
-    ):
+    monkeypatch.setattr(cupy_launch, "TILES", {tile: TILES[tile]})
+    for n_rows, n_out in ((1, 5), (tile[1] + 5, tile[0] + 24)):
         for n_in in widths(kind)[1:]:
             product = Product(random, kind, n_rows, n_in, n_out)
-            launch = product.tiles(multiprocessors)
-            names.add(launch.name)
+            launch = product.tiles()
+            assert launch.name == "linear_tiles_{}x{}".format(*tile)
             product.check(launch)
-    assert names == {f"linear_tiles_{n}" for n in TILES}
+
+
+def test_tiles_are_as_large_as_keeps_all_multiprocessors_busy() -> None:
+    def chosen(n_rows: int, n_in: int, n_out: int) -> str:
+        return tiles(n_rows, n_in, n_out, 132, itemsize=2).name
+
+    assert chosen(16, 768, 768) == "linear_tiles_16x16"
+    assert chosen(128, 6400, 1600) == "linear_tiles_48x48"
+    assert chosen(1024, 768, 768) == "linear_tiles_96x64"
+    assert chosen(1024, 1600, 6400) == "linear_tiles_128x128"
 
 
 @kinds

@@ -2,7 +2,7 @@
 //
 // Still the time is that of moving weights and x: of a tile of M outputs and N rows, M + N rows of
 // n_in numbers come to the block's multiprocessor, from memory or the L2 cache. Large tiles bring
-// less in all, small ones keep all multiprocessors busy: there are four sizes, and the launch takes
+// less in all, small ones keep all multiprocessors busy: there are some sizes, and the launch takes
 // the one with which the least comes to any multiprocessor (`backends/cupy_launch.py`). In small
 // tiles KS groups of warps share the inputs, and their sums are added in the end.
 //
@@ -307,31 +307,28 @@ DEVICE void multiply(
     );
 }
 
-using Shape16 = Shape<16, 16, 1, 1, 4, 4>;
-using Shape32 = Shape<32, 32, 1, 1, 4, 3>;
-using Shape64 = Shape<64, 64, 2, 2, 2, 3>;
-using Shape128 = Shape<128, 128, 2, 4, 1, 3>;
-
 }  // namespace tiles
 
 // out [n_rows, n_out] = activation(x [n_rows, n_in] · weight [n_out, n_in] + bias) + residual, a
-// tile of N x N to a block. out is float32 if `wide`, else REAL; bias and residual may be null.
+// tile of M outputs and N rows to a block. out is float32 if `wide`, else REAL; bias and residual may be null.
 // n_in is a multiple of 8 (codes: of GROUP); all arrays begin at multiples of 16 bytes. Grid
-// (n_rows / N, n_out / N), rounded up: the blocks that read the same weights come together. Block:
+// (n_rows / N, n_out / M), rounded up: the blocks that read the same weights come together. Block:
 // THREADS.
-#define LINEAR_TILES(N)                                                                           \
-    extern "C" __global__ void __launch_bounds__(tiles::Shape##N::THREADS, 1) linear_tiles_##N(   \
+#define LINEAR_TILES(M, N, MS, NS, KS, STAGES)                                                    \
+    extern "C" __global__ void __launch_bounds__(MS * NS * KS * WARP, 1) linear_tiles_##M##x##N(  \
         const REAL* x, const void* weight, const float* scales, const float* offsets,             \
         const REAL* bias, const float* residual, void* out, int n_rows, int n_in, int n_out,      \
         int activation, int wide                                                                  \
     ) {                                                                                           \
-        tiles::multiply<tiles::Shape##N>(                                                         \
+        tiles::multiply<tiles::Shape<M, N, MS, NS, KS, STAGES>>(                                  \
             x, weight, scales, offsets, bias, residual, out, n_rows, n_in, n_out, activation,     \
             wide                                                                                  \
         );                                                                                        \
     }
 
-LINEAR_TILES(16)
-LINEAR_TILES(32)
-LINEAR_TILES(64)
-LINEAR_TILES(128)
+LINEAR_TILES(16, 16, 1, 1, 4, 4)
+LINEAR_TILES(32, 32, 1, 1, 4, 3)
+LINEAR_TILES(48, 48, 1, 2, 4, 3)
+LINEAR_TILES(64, 64, 2, 2, 2, 3)
+LINEAR_TILES(96, 64, 2, 2, 2, 3)
+LINEAR_TILES(128, 128, 2, 4, 1, 3)
