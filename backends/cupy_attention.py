@@ -17,7 +17,6 @@ Array = Any
 STEP_BLOCK = (256,)  # threads of a block of `attend_step`
 MOST_SPLITS = 32  # one lane for each when they are put together
 SHARE = 64  # positions that are worth a block of their own, as in the kernel
-PROMPT_BLOCK = (128,)
 TILE = 64  # queries, and positions, that such a block has at a time
 WRITE_BLOCK = (256,)
 
@@ -46,11 +45,12 @@ def scratch(B: int, H: int, n_splits: int, D: int) -> tuple[Array, Array]:
     return partial, cupy.zeros((B, H), cupy.uint32)
 
 
-def prompt_shared_bytes(D: int, dtype: str, cache_dtype: str) -> int:
-    """Of dynamic shared memory, for a block of `attend_prompt`."""
+def prompt_block(D: int, dtype: str, cache_dtype: str) -> tuple[int, int]:
+    """Threads of a block of `attend_prompt`, and its bytes of dynamic shared memory."""
     if dtype == cache_dtype != "float32":  # the matrix unit: two tiles of keys, two of values
-        return 4 * TILE * (-(-D // 16) * 16 + 8) * 2
-    return TILE * (2 * (D + 4) + TILE + 4) * 4  # queries, keys or values, weights
+        groups = 2 if D <= 128 else 1
+        return 128 * groups, 4 * groups * TILE * (-(-D // 16) * 16 + 8) * 2
+    return 128, TILE * (2 * (D + 4) + TILE + 4) * 4  # queries, keys or values, weights
 
 
 def launch(op: Attention, memory: Memory, qkv: Array, out: Array) -> None:
@@ -66,12 +66,13 @@ def launch(op: Attention, memory: Memory, qkv: Array, out: Array) -> None:
         return
     write = (qkv, *cache, *shape)
     memory.launch("attend_prompt.cu", "write_cache", kinds, (B * T,), WRITE_BLOCK, *write)
+    threads, shared_bytes = prompt_block(kinds.head, kinds.dtype, kinds.cache_dtype)
     memory.launch(
         "attend_prompt.cu",
         "attend_prompt",
         kinds,
         (H, -(-T // TILE), B),
-        PROMPT_BLOCK,
+        (threads,),
         *(qkv, *cache, scale, out, *shape),
-        shared_bytes=prompt_shared_bytes(kinds.head, kinds.dtype, kinds.cache_dtype),
+        shared_bytes=shared_bytes,
     )

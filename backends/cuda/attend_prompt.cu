@@ -7,15 +7,23 @@
 // m so far, the sum l of exp(score - m) and the sum of the values so weighted, both rescaled when m
 // grows. Where the cache is of the activations' own type of 16 bits, the products are of the matrix
 // unit: 4 warps with 16 queries each, all of whose numbers are in registers, the next tile on its
-// way while one is worked on. For other types they are in float32: a thread has 8 queries and every
-// 16th position.
+// way while one is worked on. Two such groups of warps take turns with the tiles, and put what they
+// have seen together in the end: the last blocks of a prompt have the most tiles, and the kernel
+// waits for them. For other types products are in float32: a thread has 8 queries and every 16th
+// position.
 //
 // The last queries of a sequence see the most positions: their blocks come first, of all heads, so
 // that the longest work is not begun last.
 
 namespace prompt {
 
-constexpr int THREADS = 128;
+template <class X, class K> constexpr bool BY_MMA = false;
+template <> constexpr bool BY_MMA<half_t, half_t> = true;
+template <> constexpr bool BY_MMA<bf16_t, bf16_t> = true;
+
+constexpr int GROUP_THREADS = 128;
+constexpr int GROUPS = BY_MMA<REAL, CACHE> && HEAD <= 128 ? 2 : 1;  // wider ones have no room
+constexpr int THREADS = GROUPS * GROUP_THREADS;
 constexpr int TILE = 64;
 constexpr float LOWEST = -3.4e38f;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -42,12 +50,12 @@ constexpr int STRIDE = WIDTH + 8;
 
 static_assert(STRIDE / 8 % 2, "an odd number of 16 bytes, so that 8 rows lie in different banks");
 
-// Rows [n_rows, HEAD] -> a tile, with zeros past both ends.
+// Rows [n_rows, HEAD] -> a tile, with zeros past both ends; by a group.
 template <class X> DEVICE void copy_tile(X* tile, const X* rows, int n_rows) {
     constexpr int VECTORS = WIDTH / 8;
 #pragma unroll
-    for (int i = 0; i < TILE * VECTORS / THREADS; i++) {
-        const int vector = i * THREADS + threadIdx.x;
+    for (int i = 0; i < TILE * VECTORS / GROUP_THREADS; i++) {
+        const int vector = i * GROUP_THREADS + threadIdx.x % GROUP_THREADS;
         const int row = vector / VECTORS, column = vector % VECTORS * 8;
         const bool there = row < n_rows && column < HEAD;
         copy_async(tile + row * STRIDE + column, rows + (there ? row * HEAD + column : 0), there);
@@ -105,6 +113,38 @@ DEVICE float sum_of_4(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+// What a thread has seen of two queries: at first nothing, which is more than LOWEST, the score of
+// what is not to be seen. A group may have tiles of which a query sees nothing.
+struct Seen {
+    float y[WIDTH / 8][4] = {}, m[2] = {0.1f * LOWEST, 0.1f * LOWEST}, l[2] = {};
+
+    DEVICE void rescale(int half, float top, float scale) {
+        const float factor = exp2_approx((m[half] - top) * scale);
+        m[half] = top;
+        l[half] *= factor;
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++) {
+            y[n][2 * half] *= factor;
+            y[n][2 * half + 1] *= factor;
+        }
+    }
+    // What the other group's thread of the same queries and columns has seen, too.
+    DEVICE void add(Seen& other, float scale) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float top = fmaxf(m[half], other.m[half]);
+            rescale(half, top, scale);
+            other.rescale(half, top, scale);
+            l[half] += other.l[half];
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++) {
+                y[n][2 * half] += other.y[n][2 * half];
+                y[n][2 * half + 1] += other.y[n][2 * half + 1];
+            }
+        }
+    }
+};
+
 // qkv: of this head, a row of the first token. keys, values [S, HEAD]. A lane has queries
 // lane / 4 and lane / 4 + 8 of the 16 of its warp, and of each the columns that `mma` gives it.
 template <class X>
@@ -112,16 +152,23 @@ DEVICE void attend_by_mma(
     const X* qkv, const X* keys, const X* values, const Work& work, float scale, X* out, int C
 ) {
     DYNAMIC_SHARED(shared);
-    X* tiles = (X*)shared;  // [2, keys and values, TILE, STRIDE]: one in use, the other on its way
-    const int row = threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;
+    const int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
+    // [2, keys and values, TILE, STRIDE] of each group: one pair in use, the other on its way.
+    X* tiles = (X*)shared + group * (4 * TILE * STRIDE);
+    const int row = thread / WARP * 16 + threadIdx.x % WARP / 4;
     const int column = threadIdx.x % 4 * 2;
     const int lowest = work.position(0), n_positions = work.position(TILE - 1) + 1;
     const int positions[2] = {work.position(row), work.position(row + 8)};
 
-    const auto start = [&](int first) {
-        X* tile = tiles + first / TILE % 2 * (2 * TILE * STRIDE);
-        copy_tile(tile, keys + (long long)first * HEAD, n_positions - first);
-        copy_tile(tile + TILE * STRIDE, values + (long long)first * HEAD, n_positions - first);
+    const int n_turns = (n_positions + GROUPS * TILE - 1) / (GROUPS * TILE);
+    const auto pair = [&](int turn) { return tiles + turn % 2 * (2 * TILE * STRIDE); };
+    const auto start = [&](int turn) {
+        const int first = (turn * GROUPS + group) * TILE;
+        if (turn < n_turns && first < n_positions) {
+            const int n = n_positions - first;
+            copy_tile(pair(turn), keys + (long long)first * HEAD, n);
+            copy_tile(pair(turn) + TILE * STRIDE, values + (long long)first * HEAD, n);
+        }
         copy_async_commit();
     };
     start(0);
@@ -134,14 +181,16 @@ DEVICE void attend_by_mma(
             const X* query = qkv + work.token(row + i % 2 * 8) * 3 * C;
             q[k][i] = d < HEAD ? *(const unsigned*)(query + d) : 0;
         }
-    float y[WIDTH / 8][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {};
+    Seen seen;
     scale *= LOG2_E;  // for powers of 2
 
-    for (int first = 0; first < n_positions; first += TILE) {
+    for (int turn = 0; turn < n_turns; turn++) {
         copy_async_wait<0>();
-        __syncthreads();  // all copies are here, and nobody reads the other half any more
-        if (first + TILE < n_positions) start(first + TILE);
-        const X* tile = tiles + first / TILE % 2 * (2 * TILE * STRIDE);
+        __syncthreads();  // all copies are here, and nobody reads the other pair any more
+        start(turn + 1);
+        const int first = (turn * GROUPS + group) * TILE;
+        if (first >= n_positions) continue;
+        const X* tile = pair(turn);
         float s[TILE / 8][4];
         score(s, q, tile);
         if (first + TILE - 1 > lowest) {
@@ -153,40 +202,48 @@ DEVICE void attend_by_mma(
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float top = m[half];
+            float top = seen.m[half];
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
                 top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
             top = max_of_4(top);
-            const float factor = exp2_approx((m[half] - top) * scale);
-            m[half] = top;
-            l[half] *= factor;
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; n++) {
-                y[n][2 * half] *= factor;
-                y[n][2 * half + 1] *= factor;
-            }
+            seen.rescale(half, top, scale);
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
                 for (int i = 2 * half; i < 2 * half + 2; i++) {
                     s[n][i] = exp2_approx(fmaf(s[n][i], scale, -top * scale));
-                    l[half] += s[n][i];
+                    seen.l[half] += s[n][i];
                 }
         }
-        add_values(y, s, tile + TILE * STRIDE);
+        add_values(seen.y, s, tile + TILE * STRIDE);
     }
 
+    if constexpr (GROUPS == 2) {
+        // A number of all threads together, so that neighbors meet different banks.
+        constexpr int N = sizeof(Seen) / sizeof(float);
+        float* room = (float*)shared + thread;
+        __syncthreads();  // nobody reads a tile any more
+        if (group == 1)
+#pragma unroll
+            for (int i = 0; i < N; i++) room[i * GROUP_THREADS] = ((const float*)&seen)[i];
+        __syncthreads();
+        if (group == 1) return;
+        Seen other;
+#pragma unroll
+        for (int i = 0; i < N; i++) ((float*)&other)[i] = room[i * GROUP_THREADS];
+        seen.add(other, scale);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float whole = 1.0f / sum_of_4(l[half]);
+        const float whole = 1.0f / sum_of_4(seen.l[half]);
         if (!work.has(row + 8 * half)) continue;
         X* to = out + work.token(row + 8 * half) * C;
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; n++)
             if (n * 8 + column < HEAD)
                 *(unsigned*)(to + n * 8 + column) =
-                    pack<X>(y[n][2 * half] * whole, y[n][2 * half + 1] * whole);
+                    pack<X>(seen.y[n][2 * half] * whole, seen.y[n][2 * half + 1] * whole);
     }
 }
 
@@ -319,10 +376,6 @@ DEVICE void attend_by_fma(
     }
 }
 
-template <class X, class K> constexpr bool BY_MMA = false;
-template <> constexpr bool BY_MMA<half_t, half_t> = true;
-template <> constexpr bool BY_MMA<bf16_t, bf16_t> = true;
-
 template <class X, class K>
 DEVICE void attend(
     const X* qkv, const K* keys, const K* values, const Work& work, float scale, X* out, int C
@@ -355,9 +408,9 @@ extern "C" __global__ void write_cache(
 
 // After `write_cache`: qkv [B·T, 3C] -> out [B·T, C], each token seeing the positions up to its
 // own, index [B, T], which rises by one along T or, at the end, repeats the last. scale > 0.
-// Grid (H, T / 64 rounded up, B), block 128. Dynamic shared memory: 4 tiles of type REAL
-// [TILE, STRIDE] for the matrix unit, else float32 [TILE, 2 (HEAD + 4) + TILE + 4].
-extern "C" __global__ void __launch_bounds__(prompt::THREADS) attend_prompt(
+// Grid (H, T / 64 rounded up, B), block THREADS. Dynamic shared memory: 4 tiles of type REAL
+// [TILE, STRIDE] a group for the matrix unit, else float32 [TILE, 2 (HEAD + 4) + TILE + 4].
+extern "C" __global__ void __launch_bounds__(prompt::THREADS, HEAD <= 64 ? 2 : 1) attend_prompt(
     const REAL* qkv, const long long* caches, int layer, int n_layer, const long long* index,
     float scale, REAL* out, int T, int H
 ) {
