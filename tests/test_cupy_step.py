@@ -46,8 +46,11 @@ def texts(steps: list[list[Token]]) -> list[list[int | None]]:
 
 
 @NAMES
-@pytest.mark.parametrize("how", [None, Quantization(32, 4)], ids=["floats", "int4"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [("float32", None), ("bfloat16", None), ("float16", Quantization(32, 4))],
+    ids=["float32", "bfloat16", "float16-int4"],
+)
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[1:2], PROMPTS], ids=["2", "9", "ragged"])
 def test_a_prompt_is_the_same_in_a_graph(
     prompts: list[list[int]], dtype: str, how: Quantization | None, name: str
@@ -68,10 +71,10 @@ def test_prompts_of_similar_lengths_share_a_graph(name: str) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     ids = random_ids(CONFIG, 1, 100, 1)[0].tolist()
     used = []
-    for n in (3, 8, 9, 16, 33, 64, 65, 100):
+    for n in (3, 8, 9, 16, 65, 70):
         read(model, [ids[:n]])
         used += [key for key in model.gpt2.forward._prompt._passes if key not in used]
-    assert used == [(1, length) for length in (8, 16, 64, 128)]
+    assert used == [(1, length) for length in (8, 16, 128)]
 
 
 @NAMES
@@ -169,12 +172,12 @@ def test_threads_do_not_disturb_each_other(name: str) -> None:
 
     def run(i: int) -> Any:
         params = SamplingParams(temperature=1.0, seed=i)
-        return texts(list(Generation(model.gpt2, PROMPTS[:2], params, max_tokens=9)))
+        return texts(list(Generation(model.gpt2, PROMPTS[:2], params, max_tokens=7)))
 
-    alone = [run(i) for i in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(run, range(4))) == alone
-    assert len({str(steps) for steps in alone}) == 4
+    alone = [run(i) for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == alone
+    assert len({str(steps) for steps in alone}) == 3
 
 
 @NAMES
