@@ -42,7 +42,8 @@ template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_> struct Shape {
     static constexpr int THREADS = MS * NS * KS * WARP;
     static constexpr int TM = M / MS / 16, TN = N / NS / 8;  // a warp's tiles of `mma`
     // A stage: weights [KS, M, SLICE], x [KS, N, SLICE], scales and offsets [2, KS, RUNS, M].
-    static constexpr int WEIGHTS = KS * M * SLICE * WEIGHT_BITS / 8, X = KS * N * SLICE * X_BITS / 8;
+    static constexpr int WEIGHTS = KS * M * SLICE * WEIGHT_BITS / 8;
+    static constexpr int X = KS * N * SLICE * X_BITS / 8;
     static constexpr int SCALES = KS * RUNS * M * 4;
     static constexpr int STAGE = WEIGHTS + X + 2 * SCALES;
     // In the same room, when all is multiplied: sums [KS, N, STRIDE], where rows 2t (see `mma`) lie
@@ -310,10 +311,10 @@ DEVICE void multiply(
 }  // namespace tiles
 
 // out [n_rows, n_out] = activation(x [n_rows, n_in] · weight [n_out, n_in] + bias) + residual, a
-// tile of M outputs and N rows to a block. out is float32 if `wide`, else REAL; bias and residual may be null.
-// n_in is a multiple of 8 (codes: of GROUP); all arrays begin at multiples of 16 bytes. Grid
-// (n_rows / N, n_out / M), rounded up: the blocks that read the same weights come together. Block:
-// THREADS.
+// tile of M outputs and N rows to a block. out is float32 if `wide`, else REAL; bias and residual
+// may be null. n_in is a multiple of 8 (codes: of GROUP); all arrays begin at multiples of 16
+// bytes. Grid (n_rows / N, n_out / M), rounded up: the blocks that read the same weights come
+// together. Block: THREADS.
 #define LINEAR_TILES(M, N, MS, NS, KS, STAGES)                                                    \
     extern "C" __global__ void __launch_bounds__(MS * NS * KS * WARP, 1) linear_tiles_##M##x##N(  \
         const REAL* x, const void* weight, const float* scales, const float* offsets,             \
