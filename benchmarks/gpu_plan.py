@@ -186,8 +186,9 @@ def kernels(until: float, setting: Record, names: Sequence[str]) -> Iterator[Rec
 
 def tests(until: float, arguments: Sequence[str]) -> Iterator[Record]:
     """What the test suite says."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               "-o", "filterwarnings=default", "--continue-on-collection-errors"]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not hub", "-p", "no:cacheprovider",
+               "-o", "addopts=", "-o", "filterwarnings=default",  # one process, and no plugins
+               "--continue-on-collection-errors"]  # fmt: skip
     done = subprocess.run(
         [*command, *arguments],
         stdout=subprocess.PIPE,
