@@ -43,9 +43,9 @@ class CupyBackend(Backend):
         Whether kernels of a graph may begin before the one ahead has ended, where the device can do
         that (`cupy_early.py`); None: if it is faster.
     most_in_graph
-        Multiplications in a layer up to which a prompt is a CUDA graph. The host takes some 200 µs
-        to launch a layer one by one; above this, cuBLAS, which cannot be in a graph, gains more.
-        An estimate, until a GPU has shown it.
+        Multiplications of the matrix unit in a layer up to which a prompt is a CUDA graph. The host
+        takes some 200 µs to launch a layer one by one; above this, cuBLAS, which cannot be in a
+        graph, gains more. An estimate, until a GPU has shown it.
     """
 
     name = "cupy"

@@ -106,13 +106,11 @@ def tiles(
 
     `group` is the number of weights with the same scale, if there are codes.
     """
-    # What the matrix unit has to multiply for one product: a float is three numbers.
-    products = 1 if itemsize == 2 else 3 if bits else 6
 
     def cycles(tile: tuple[int, int]) -> float:
         # For each input: a multiprocessor multiplies 1,024 pairs and receives 64 bytes in a cycle.
         M, N = tile
-        one = products * M * N / 1024 + itemsize * (M + min(N, n_rows)) / 64
+        one = products(itemsize, bits) * M * N / 1024 + itemsize * (M + min(N, n_rows)) / 64
         return _ceil(_ceil(n_rows, N) * _ceil(n_out, M), multiprocessors) * one
 
     M, N = min(TILES, key=cycles)
@@ -124,6 +122,11 @@ def tiles(
     shared_bytes = max(stages * (numbers + scales), sums)
     grid = _ceil(n_rows, N), _ceil(n_out, M)
     return Launch(f"linear_tiles_{M}x{N}", grid, (threads, 1), shared_bytes)
+
+
+def products(itemsize: int, bits: int) -> int:
+    """What the matrix unit multiplies for one product: a float is a sum of three numbers."""
+    return 1 if itemsize == 2 else 3 if bits else 6
 
 
 def _ceil(a: int, b: int) -> int:

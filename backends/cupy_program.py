@@ -15,7 +15,7 @@ import numpy as np
 from gptx.backends import cupy_attention
 from gptx.backends.cupy_codes import Codes
 from gptx.backends.cupy_kernels import ROW, Kinds, kernel
-from gptx.backends.cupy_launch import Launch, few_rows, tiles
+from gptx.backends.cupy_launch import Launch, few_rows, products, tiles
 from gptx.backends.tape import ACTIVATIONS, Instruction, Unknown
 
 Array = Any
@@ -37,8 +37,8 @@ class Program:
         Of a row of each buffer of the tape, at most; the last one holds the logits.
     widest
         Numbers to a row of the widest input of a product.
-    n_weights
-        In the products of a layer, on average.
+    work
+        What the matrix unit multiplies in a layer, on average, for a row.
     head
         The last product, which makes the logits.
 
@@ -73,10 +73,9 @@ class Program:
             is_stream[i.target] = i.kind == "embed" or i.residual is not None
             self.row_bytes[i.target] = max(self.row_bytes[i.target], 4 * n_out)
             self.ops.append(op)
-        products = [op for op in self.ops if isinstance(op, Linear)]
-        *inner, self.head = products
-        self.widest = max(op.weight.n_in for op in products)
-        self.n_weights = sum(op.weight.n_in * op.weight.n_out for op in inner) // self.n_layer
+        *inner, self.head = (op for op in self.ops if isinstance(op, Linear))
+        self.widest = max(op.weight.n_in for op in (*inner, self.head))
+        self.work = sum(op.weight.work for op in inner) // self.n_layer
         self.vocab_size = n_out
 
     def launch(self, memory: Memory) -> None:
@@ -107,6 +106,8 @@ class Memory:
         What `attend_step` needs (see `cupy_attention.py`).
     early
         Whether kernels may begin before the one ahead has ended.
+    logits
+        What the last operation writes, float32 [B, V] or [B·T, V].
     nbytes
         Of all but what is small.
     """
@@ -120,9 +121,11 @@ class Memory:
         self.multiprocessors = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.normed = cupy.empty((B * T, program.widest), program.kinds.real)
         self.last = cupy.empty((B, program.head.weight.n_in), cupy.float32)
-        *widths, logits = program.row_bytes
+        head, (*widths, logits_bytes) = program.head, program.row_bytes
+        n_last = B if head.last else B * T
         self._buffers = [cupy.empty(B * T * n, cupy.uint8) for n in widths]
-        self._buffers.append(cupy.empty(B * (1 if program.head.last else T) * logits, cupy.uint8))
+        self._buffers.append(cupy.empty(n_last * logits_bytes, cupy.uint8))
+        self.logits = self.view(head.target, n_last, program.vocab_size, cupy.float32)
         self._addresses: list[int] = []
         self._positions: list[int] = []  # in `index`, if T is 1
         self.splits = cupy_attention.splits(
@@ -177,12 +180,6 @@ class Memory:
         """The first rows of a buffer [n_rows, n]."""
         return cupy.ndarray((n_rows, n), dtype, memptr=self._buffers[buffer].data)
 
-    @property
-    def logits(self) -> Array:
-        """What the last operation writes, float32 [B, V] or [B·T, V]."""
-        head, n = self.program.head, self.program.vocab_size
-        return self.view(head.target, self.B * (1 if head.last else self.T), n, cupy.float32)
-
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
@@ -211,6 +208,12 @@ class Matrix:
     def n_in(self) -> int:
         """I."""
         return int(self.rows.shape[1])
+
+    @property
+    def work(self) -> int:
+        """What the matrix unit multiplies for a row."""
+        itemsize = np.dtype(self.kinds.real).itemsize
+        return self.n_in * self.n_out * products(itemsize, self.kinds.bits)
 
     @property
     def parts(self) -> tuple[Array | None, ...]:

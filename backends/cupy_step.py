@@ -25,7 +25,6 @@ from gptx.backends.tape import Unknown, record
 Array = Any
 KEPT_BYTES = 2**29  # that graphs of a program may work in; the one used last is always kept
 LENGTHS = (8, 16, 32, 64, 128, 192, 256)  # of prompts in graphs; above, multiples of 128
-FLOATS = 6  # times as long as with 16 bits, a multiplication takes
 
 
 class Step:
@@ -71,11 +70,8 @@ class Step:
 
     def _length_in_graph(self, B: int, T: int) -> int:
         """What prompts [B, T] are filled up to, or 0 if a graph would not be faster."""
-        program = self._programs[True]
         length = next((n for n in LENGTHS if n >= T), -(-T // 128) * 128)
-        work = B * length * program.n_weights
-        if program.kinds.dtype == "float32":
-            work *= FLOATS
+        work = B * length * self._programs[True].work
         return length if work <= self._backend.most_in_graph else 0
 
     @property
