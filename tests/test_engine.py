@@ -123,12 +123,12 @@ def test_slide_needs_a_limit(counting: GPT2) -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_a_ragged_batch_equals_single_runs(small: Model, params: SamplingParams) -> None:
-    lengths = [1, 5, 12, 3, 30, 12, 2, 7]
+    lengths = [1, 5, 12, 30, 12, 2]
     prompts = [random_ids(small.config, 1, n, seed)[0].tolist() for seed, n in enumerate(lengths)]
-    eos = 7  # so that some end early
-    batch = tokens_of(Generation(small.gpt2, prompts, params, max_tokens=20, eos_id=eos))
+    eos = 96  # so that some end early
+    batch = tokens_of(Generation(small.gpt2, prompts, params, max_tokens=12, eos_id=eos))
     for prompt, ids in zip(prompts, batch, strict=True):
-        alone = Generation(small.gpt2, [prompt], params, max_tokens=20, eos_id=eos)
+        alone = Generation(small.gpt2, [prompt], params, max_tokens=12, eos_id=eos)
         assert tokens_of(alone) == [ids]
 
 

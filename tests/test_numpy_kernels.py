@@ -27,7 +27,7 @@ from gptx.backends.tape import Instruction
 
 GENERIC = get_backend("numpy", generic=True, threads=1)
 
-# Inputs, outputs: those of every size of GPT-2, a vocabulary, and what fills no tile, vector or
+# Inputs, outputs: those of every size of GPT-2, a small vocabulary, and what fills no tile, vector or
 # block.
 MATRICES = [
     (768, 2304),
@@ -35,7 +35,7 @@ MATRICES = [
     (1280, 5120),
     (1600, 1600),
     (6400, 1600),
-    (768, 50257),
+    (768, 10007),
     (32, 1),
     (96, 63),
     (160, 65),
@@ -69,7 +69,7 @@ def test_products_with_codes(
     q = quantize(w, bits, group_size)
     tiles, exact = Tiles(q), dequantize(q).astype(np.float64)
     bias = random.standard_normal(n_out).astype(np.float32)
-    for rows in ROWS[: 2 if w.size > 10**7 else None]:
+    for rows in ROWS:
         x = random.standard_normal((rows, n_in)).astype(np.float32)
         size = np.abs(x).astype(np.float64) @ np.abs(exact).T + np.abs(bias)
         wanted = x @ exact.T + bias
