@@ -27,8 +27,8 @@ from gptx.backends.tape import Instruction
 
 GENERIC = get_backend("numpy", generic=True, threads=1)
 
-# Inputs, outputs: those of every size of GPT-2, a small vocabulary, and what fills no tile, vector or
-# block.
+# Inputs, outputs: those of every size of GPT-2, a small vocabulary, and what fills no tile, vector
+# or block.
 MATRICES = [
     (768, 2304),
     (1024, 1024),

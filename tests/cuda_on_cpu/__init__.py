@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 
 from cuda_on_cpu.memory import Copy, find, guarded
+from cuda_on_cpu.nvrtc import OPTIONS, compile_code
+from cuda_on_cpu.ptx import max_threads, translate
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "backends" / "cuda"
@@ -36,8 +38,12 @@ KERNEL_FLAGS = [
     *(*FLAGS, "-Og", "-w", "-ffp-contract=fast"),
     "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",  # fibers.cpp has what this calls
 ]
+PTX_FLAGS = [*FLAGS, "-Og", "-w", "-ffp-contract=off"]
 BOUNDS = r"(?:__launch_bounds__\s*\(([^;{]*?)\)\s*)?"
-KERNEL = re.compile(rf'extern\s*"C"\s*__global__\s*{BOUNDS}void\s*{BOUNDS}(\w+)\s*\(')
+KERNEL = re.compile(rf'extern\s*"C"\s*__global__\s*{BOUNDS}void\s*{BOUNDS}(\w+)\s*\(([^)]*)\)')
+# With "sm_90", say, NVRTC compiles the kernels, and what it makes of them is what runs (`ptx.py`).
+architecture = os.environ.get("GPTX_PTX", "")
+DEVICE = (KERNELS / "device.cuh").read_text()
 LOCK = threading.Lock()  # a module runs one launch at a time
 
 
@@ -57,11 +63,11 @@ def compile_text(text: str, macros: Mapping[str, str]) -> Module:
     AssertionError
         What the compiler says.
     """
-    return _compile(text, tuple(sorted(macros.items())))
+    return _compile(text, tuple(sorted(macros.items())), architecture)
 
 
 @functools.cache
-def _compile(text: str, macros: tuple[tuple[str, str], ...]) -> Module:
+def _compile(text: str, macros: tuple[tuple[str, str], ...], architecture: str) -> Module:
     if sys.platform != "linux":
         pytest.skip("the emulator of CUDA needs Linux")
     compiler = shutil.which("g++")
@@ -72,36 +78,49 @@ def _compile(text: str, macros: tuple[tuple[str, str], ...]) -> Module:
     (folder / "kernels.cu").write_text(text)
     defines = [f"-D{name}={value}" for name, value in macros]
     plain = _run([compiler, "-E", "-P", "-x", "c++", *defines, "kernels.cu"], folder)
-    if plain in _modules:  # the macros differ, but not what they make of it
-        return _modules[plain]
-    rows = "".join(
-        f" KERNEL({name}{', ' if before or after else ''}{before or after})"
-        for before, after, name in KERNEL.findall(plain)
-    )
+    if (plain, architecture) in _modules:  # the macros differ, but not what they make of it
+        return _modules[plain, architecture]
+    heads = KERNEL.findall(plain)
+    bounds = {name: before or after for before, after, name, _ in heads}
+    if architecture:
+        ptx, log = compile_code(DEVICE + text, [*OPTIONS, f"-arch={architecture}", *defines])
+        assert ptx, log
+        parameters = {name: declared for *_, name, declared in heads}
+        (folder / "kernels.cu").write_text('#include "ptx.h"\n' + translate(ptx, parameters))
+        bounds |= max_threads(ptx)
+    rows = "".join(f" KERNEL({name}{', ' * bool(n)}{n})" for name, n in bounds.items())
     # An unnamed namespace keeps the linker from merging the __shared__ variables of templates.
     (folder / "module.cpp").write_text(
-        '#include "cuda.h"\n'
+        '#include "cuda.h"\n#include "races.h"\n'
         'namespace {\n#include "device.h"\n#include "kernels.cu"\n}\n'
         f'#define KERNELS{rows}\n#include "table.h"\n'
     )
-    shared = _shared(compiler)
-    include = ["-I", str(shared), "-I", str(HERE)]
-    _run([compiler, *KERNEL_FLAGS, *include, *defines, "-c", "module.cpp"], folder)
-    _run([compiler, "-shared", "module.o", str(shared / "fibers.o"), "-o", "module.so"], folder)
-    return _modules.setdefault(plain, Module(folder / "module.so"))
+    flags = PTX_FLAGS if architecture else KERNEL_FLAGS
+    shared = _shared(compiler, tuple(flags))
+    command = [compiler, *flags, "-I", str(shared), "-I", str(HERE), *defines]
+
+    def build(kernel: str) -> ctypes.CDLL:
+        _run([*command, f"-DKERNEL_{kernel}", "-c", "module.cpp", "-o", f"{kernel}.o"], folder)
+        objects = [f"{kernel}.o", *map(str, shared.glob("*.o"))]
+        _run([compiler, "-shared", *objects, "-o", f"{kernel}.so"], folder)
+        return ctypes.CDLL(str(folder / f"{kernel}.so"))
+
+    module = Module(build, one_by_one=bool(architecture))
+    return _modules.setdefault((plain, architecture), module)
 
 
-_modules: dict[str, Module] = {}
+_modules: dict[tuple[str, str], Module] = {}
 
 
 @functools.cache
-def _shared(compiler: str) -> Path:
+def _shared(compiler: str, flags: tuple[str, ...]) -> Path:
     """A folder with what every module is made with: a header, compiled, and the fibers."""
     folder = Path(tempfile.mkdtemp(dir=_folder()))
     header = [str(HERE / "cuda.h"), "-o", str(folder / "cuda.h.gch")]
-    _run([compiler, *KERNEL_FLAGS, "-x", "c++-header", *header], folder)
-    fibers = [str(HERE / "fibers.cpp"), "-o", str(folder / "fibers.o")]
-    _run([compiler, *FLAGS, "-O3", "-c", *fibers], folder)
+    _run([compiler, *flags, "-x", "c++-header", *header], folder)
+    for name in ("fibers", "races"):
+        files = [str(HERE / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
+        _run([compiler, *FLAGS, "-O3", "-c", *files], folder)
     return folder
 
 
@@ -121,6 +140,8 @@ def _run(command: list[str], folder: Path) -> str:
 class Module:
     """The kernels of one compiled text.
 
+    What comes from NVRTC is long, and is compiled one kernel at a time, when it is launched.
+
     Attributes
     ----------
     kernels
@@ -130,17 +151,26 @@ class Module:
         How many threads have called `wait_for_previous` so far.
     """
 
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self._library.describe_kernels.restype = ctypes.c_char_p
-        self._library.launch.restype = ctypes.c_char_p
-        lines = self._library.describe_kernels().decode().splitlines()
+    def __init__(self, build: Callable[[str], ctypes.CDLL], one_by_one: bool) -> None:
+        self._build, self._one_by_one = build, one_by_one
+        self._libraries: dict[str, ctypes.CDLL] = {}
+        library = self._library_of("all")
+        library.describe_kernels.restype = ctypes.c_char_p
+        lines = library.describe_kernels().decode().splitlines()
         self.kernels = {name: types for name, *types in (line.split() for line in lines)}
+
+    def _library_of(self, kernel: str) -> ctypes.CDLL:
+        name = kernel if self._one_by_one else "all"
+        if name not in self._libraries:
+            self._libraries[name] = self._build(name)
+            self._libraries[name].launch.restype = ctypes.c_char_p
+        return self._libraries[name]
 
     @property
     def n_waits(self) -> int:
         """See above."""
-        return ctypes.c_ulonglong.in_dll(self._library, "n_waits").value
+        libraries = self._libraries.values()
+        return sum(ctypes.c_ulonglong.in_dll(library, "n_waits").value for library in libraries)
 
     def launch(
         self,
@@ -173,7 +203,7 @@ class Module:
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         with LOCK, guarded(arrays) as copies:
             values = [_value(arg, copies) for arg in args]
-            fault = self._library.launch(
+            fault = self._library_of(name).launch(
                 list(self.kernels).index(name),
                 (ctypes.c_uint * 3)(*grid),
                 (ctypes.c_uint * 3)(*block),

@@ -107,8 +107,6 @@ static int __float_as_int(float x) { return cast_bits<int>(x); }
 static unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned __int128)a * b >> 64;
 }
-static int __popc(unsigned x) { return __builtin_popcount(x); }
-static int __ffs(int x) { return __builtin_ffs(x); }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 // The C library's names are taken, or slow.
 static float larger(float a, float b) { return a > b || b != b ? a : b; }

@@ -20,6 +20,7 @@ constexpr size_t STACK = 33 << 12, MAX_SHARED = 227 << 10, STRIP = 256;
 enum End { BLOCK_ENDED = 1, FAILED };
 
 Fiber* current;
+unsigned n_launches, n_blocks;
 unsigned char* dynamic_shared;
 
 static Fiber fibers[MAX_THREADS];
@@ -232,6 +233,7 @@ static void check_strips() {
 }
 
 static void run_block() {
+    n_blocks++;
     memset(dynamic_shared - STRIP, GARBAGE, shared_end - dynamic_shared + STRIP);
     if (__start_static_shared)
         memset(__start_static_shared, GARBAGE, __stop_static_shared - __start_static_shared);
@@ -304,6 +306,7 @@ struct Signals {
 
 const char* run(const Kernel& what, const unsigned* grid, const unsigned* block, size_t n_bytes,
                 void** values, unsigned seed) {
+    n_launches++;
     kernel = &what;
     arguments = values;
     shared_bytes = n_bytes;

@@ -50,6 +50,7 @@ struct alignas(64) Fiber {
 };
 
 extern Fiber* current;
+extern unsigned n_launches, n_blocks;  // so far, with this one
 extern unsigned char* dynamic_shared;
 
 // End the launch with a message.
