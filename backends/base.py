@@ -370,7 +370,7 @@ def peak_resident_memory() -> int:
     """The largest resident size of this process so far, in bytes (0 where it is not told)."""
     try:
         # ru_maxrss would be wrong on Linux: a process begins with that of the one that started it.
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:

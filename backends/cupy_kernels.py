@@ -69,7 +69,7 @@ class Kinds(NamedTuple):
 def source(file: str) -> str:
     """The code of one module: the headers and `file` of the folder `cuda`."""
     names = *HEADERS, *PARTS.get(file, ()), file
-    return "\n".join((FOLDER / name).read_text() for name in names)
+    return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache

@@ -64,7 +64,9 @@ def main() -> None:
         if args.list:
             print("\n".join(f"{job.seconds:4.0f} s  {job.name}" for job in jobs))
         elif args.tables:
-            print_tables([json.loads(line) for path in args.tables for line in path.open()])
+            print_tables(
+                [json.loads(line) for path in args.tables for line in path.open(encoding="utf-8")]
+            )
         else:
             sys.exit(run(jobs, args.out, time.time() + 60 * args.minutes))
 
@@ -90,7 +92,10 @@ def run(jobs: list[Any], out: Path, until: float) -> int:
     records: list[Record] = []
     skipped = []
     try:
-        with (out / "gpu.jsonl").open("a") as file, (out / "gpu.log").open("a") as log:
+        with (
+            (out / "gpu.jsonl").open("a", encoding="utf-8") as file,
+            (out / "gpu.log").open("a", encoding="utf-8") as log,
+        ):
             for job in jobs:
                 seconds = min(job.seconds, until - time.time() - GRACE)
                 if seconds < SHORTEST:
@@ -104,7 +109,7 @@ def run(jobs: list[Any], out: Path, until: float) -> int:
         if skipped:
             print(f"no time for: {', '.join(skipped)}", file=sys.stderr)
         text = print_tables(records)
-        (out / "gpu.md").write_text(text + "\n")
+        (out / "gpu.md").write_text(text + "\n", encoding="utf-8")
     return int(any(record.get("ok") is False for record in records))
 
 
@@ -117,7 +122,7 @@ def records_of(job: Any, seconds: float, log: Any) -> Iterator[Record]:
         stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
         stdout=subprocess.PIPE,
         stderr=log,
-        text=True,
+        encoding="utf-8",
         process_group=0,  # so that its own children are ended with it
     ) as process:
         timer = threading.Timer(seconds + GRACE, kill, [process])
@@ -153,7 +158,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def child(job: Record) -> None:
     """Do one job: a line on standard output for each record."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no record
     from gpu_plan import TASKS
 

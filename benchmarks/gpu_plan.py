@@ -193,7 +193,8 @@ def tests(until: float, arguments: Sequence[str]) -> Iterator[Record]:
         [*command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
         cwd=ROOT,
         env=os.environ | {"PYTHONSAFEPATH": "1"},  # here, gptx/ has no backends in it

@@ -290,7 +290,10 @@ def _on_the_device(engine: Engine, prompts: np.ndarray, n: int) -> dict[str, int
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
-        kinds = [event.get("cat") for event in json.loads(path.read_text())["traceEvents"]]
+        kinds = [
+            event.get("cat")
+            for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        ]
     return {kind: kinds.count(kind) for kind in ("kernel", "gpu_memcpy", "gpu_memset")}
 
 

@@ -155,10 +155,10 @@ class Repository:
         ref = self._folder / "refs" / self._asked
         try:
             with self._translated("the ref"):
-                if ref.is_file() and ref.read_text() == self.revision:
+                if ref.is_file() and ref.read_text(encoding="utf-8") == self.revision:
                     return
                 with _written_aside(ref) as aside:
-                    aside.write_text(self.revision)
+                    aside.write_text(self.revision, encoding="utf-8")
         except StorageError:
             if self._fetched:  # else all was there, and the cache may well be read-only
                 raise

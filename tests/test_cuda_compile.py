@@ -6,6 +6,7 @@ No GPU is needed for that, only the wheel `nvidia-cuda-nvrtc`.
 from __future__ import annotations
 
 import itertools
+import locale
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def variants(file: str) -> tuple[str, list[tuple[str, ...]]]:
         for cache_dtype in (dtype, "float16")
     ]
     return code, sorted({k.macros(code) for k in kinds})
+
+
+def test_sources_are_read_after_nvrtc_has_set_the_locale() -> None:
+    """As that of CUDA 12 does, to "C", in which text is ASCII to Python before 3.15."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        texts = [variants(file)[0] for file in FILES]
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert not "".join(texts).isascii()
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -202,5 +202,5 @@ def test_rows_are_multiplied(
 
 
 def test_tokens_are_drawn(random: np.random.Generator) -> None:
-    kernels = compile_text((KERNELS / "sampling.cu").read_text(), {})
+    kernels = compile_text((KERNELS / "sampling.cu").read_text("utf-8"), {})
     test_cuda_sampling.test_draws_from_a_whole_vocabulary(kernels, random)

@@ -23,7 +23,7 @@ extern "C" __global__ void uniforms(const u64* keys, unsigned* out) {
 
 @pytest.fixture(scope="module")
 def kernels() -> Module:
-    return compile_text((KERNELS / "sampling.cu").read_text() + UNIFORM, {})
+    return compile_text((KERNELS / "sampling.cu").read_text("utf-8") + UNIFORM, {})
 
 
 class Sequences:

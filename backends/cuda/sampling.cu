@@ -56,10 +56,9 @@ DEVICE u64 of_lanes_warp(const Room& room) {
     return lane < blockDim.x / WARP ? room.of_warp[lane] : 0;
 }
 
-// The largest x of all threads, in every thread.
+// The largest x of all threads, in every thread. Nothing has been in the room before.
 DEVICE u64 block_max(u64 x, Room& room) {
     for (int bit = WARP / 2; bit; bit /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, bit));
-    __syncthreads();  // the room may still be read from before
     if (threadIdx.x % WARP == 0) room.of_warp[threadIdx.x / WARP] = x;
     __syncthreads();
     x = of_lanes_warp(room);

@@ -49,7 +49,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Run the task that the command line names."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with contextlib.suppress(OSError):  # standard error is closed
         os.dup2(2, 1)  # what a library prints is no event
     code = run(sys.argv[1], json.loads(sys.argv[2]), out)

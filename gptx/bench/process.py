@@ -45,7 +45,7 @@ def fresh(task: str, **arguments: Any) -> Events:
         [sys.executable, "-m", "gptx.bench.child", task, json.dumps(arguments)],
         stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=environment(),
         start_new_session=True,  # so that Ctrl-C reaches this process alone
     ) as process:

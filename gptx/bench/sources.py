@@ -67,7 +67,8 @@ def write(source: Source) -> None:
             f"take {needed / 1e9:.1f} GB: set TMPDIR to a folder on another disk"
         )
     source.folder.mkdir()
-    (source.folder / "config.json").write_text(json.dumps(source.config.to_dict()))
+    config = json.dumps(source.config.to_dict())
+    (source.folder / "config.json").write_text(config, encoding="utf-8")
     shapes = source.config.tensor_shapes()
     header, end = {}, 0
     for name, shape in shapes.items():

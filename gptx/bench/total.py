@@ -91,7 +91,7 @@ def once(setup: Setup, prompt: list[int], output: int) -> dict[str, float]:
         command,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=environment(),
         check=False,
         start_new_session=True,

@@ -23,7 +23,7 @@ def choose_kernels(cpuinfo: str = "/proc/cpuinfo") -> None:
     if VARIABLE in os.environ or sys.platform != "linux" or platform.machine() != "x86_64":
         return
     try:
-        with open(cpuinfo) as lines:
+        with open(cpuinfo, encoding="utf-8") as lines:
             flags = next((line for line in lines if line.startswith("flags")), "")
     except OSError:
         return

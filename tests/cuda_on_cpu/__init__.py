@@ -43,16 +43,15 @@ BOUNDS = r"(?:__launch_bounds__\s*\(([^;{]*?)\)\s*)?"
 KERNEL = re.compile(rf'extern\s*"C"\s*__global__\s*{BOUNDS}void\s*{BOUNDS}(\w+)\s*\(([^)]*)\)')
 # With "sm_90", say, NVRTC compiles the kernels, and what it makes of them is what runs (`ptx.py`).
 architecture = os.environ.get("GPTX_PTX", "")
-DEVICE = (KERNELS / "device.cuh").read_text()
+DEVICE = (KERNELS / "device.cuh").read_text("utf-8")
 LOCK = threading.Lock()  # a module runs one launch at a time
 
 
 def compile_module(files: Sequence[str | Path], macros: Mapping[str, str]) -> Module:
     """Compile files (of `backends/cuda`, or by a path) as one text; see `compile_text`."""
     paths = [KERNELS / file for file in files]
-    return compile_text(
-        "\n".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in paths), macros
-    )
+    texts = (f'#line 1 "{path.name}"\n{path.read_text("utf-8")}' for path in paths)
+    return compile_text("\n".join(texts), macros)
 
 
 def compile_text(text: str, macros: Mapping[str, str]) -> Module:
@@ -75,7 +74,7 @@ def _compile(text: str, macros: tuple[tuple[str, str], ...], architecture: str) 
         pytest.skip("g++ is not there, which compiles the CUDA kernels for the CPU")
     assert compiler, "CI has no g++"
     folder = Path(tempfile.mkdtemp(dir=_folder()))
-    (folder / "kernels.cu").write_text(text)
+    (folder / "kernels.cu").write_text(text, "utf-8")
     defines = [f"-D{name}={value}" for name, value in macros]
     plain = _run([compiler, "-E", "-P", "-x", "c++", *defines, "kernels.cu"], folder)
     if (plain, architecture) in _modules:  # the macros differ, but not what they make of it
@@ -132,7 +131,7 @@ def _folder() -> str:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

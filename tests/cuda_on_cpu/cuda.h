@@ -1,7 +1,9 @@
 // CUDA C++ as far as the kernels use it, for a compiler of the CPU.
 #pragma once
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include "fibers.h"
 

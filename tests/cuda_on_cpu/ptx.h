@@ -2,7 +2,6 @@
 //
 // As the documentation of PTX has them, in float32 with subnormals flushed to zero (.ftz, with
 // which CuPy compiles); but what is approximate there is exact here.
-#include <limits>
 
 using u64 = unsigned long long;  // the kernels name it so
 using s64 = long long;
@@ -124,8 +123,13 @@ template <class T> inline T prmt_(T a, T b, T selector) {  // bytes of both, by 
     return y;
 }
 template <class T> inline u32 clz_(T a) { return __clz(a); }
-inline u32 join(u16 low, u16 high) { return low | (u32)high << 16; }
-inline void split(u16& low, u16& high, u32 x) { low = x, high = x >> 16; }
+template <class T> inline auto join(T low, T high) {
+    return cast_bits<std::conditional_t<sizeof(T) == 2, u32, u64>>(std::array{low, high});
+}
+template <class T, class R> inline void split(T& low, T& high, R x) {
+    const auto both = cast_bits<std::array<T, 2>>(x);
+    low = both[0], high = both[1];
+}
 
 // Comparisons: false of a NaN, or true of it where the name has a u at its end.
 #define COMPARISON(name, sign)                                               \

@@ -136,6 +136,8 @@ class Kernel:
             return f"as<{kind}>(0x{found[2]}{'u' if found[1] == 'f' else 'ull'})"
         if re.fullmatch(r"-?\d+", operand):
             return f"as<{kind}>({int(operand) % 2**64}ull)"
+        if operand in self.symbols:
+            return f"({kind}){self.symbols[operand]}"
         return f"as<{kind}>({self.place(operand)})"
 
     def values(self, operands: Sequence[str], kind: str) -> str:
@@ -234,9 +236,12 @@ class Kernel:
         return f"{{ const {kind} v[] = {{{values}}}; {store} }}"
 
     def _atom(self, parts: list[str], x: list[str]) -> str:
+        return self.put(x[0], self._red(parts, x[1:]))
+
+    def _red(self, parts: list[str], x: list[str]) -> str:
         *_, space, how, kind = parts
-        at = f"at_{space}({self.address(x[1])}, sizeof({kind}), races::ATOMIC, {self.site})"
-        return self.put(x[0], f"atom_{how}(({kind}*){at}, {self.values(x[2:], kind)})")
+        at = f"at_{space}({self.address(x[0])}, sizeof({kind}), races::ATOMIC, {self.site})"
+        return f"atom_{how}(({kind}*){at}, {self.values(x[1:], kind)})"
 
     def _cp(self, parts: list[str], x: list[str]) -> str:
         if parts[2] == "commit_group":

@@ -17,7 +17,7 @@ from cupy_on_cpu import streams
 from cupy_on_cpu.arrays import ndarray
 from cupy_on_cpu.streams import ATTRIBUTES, CUDADriverError, Stream, get_current_stream
 
-HEADER = (KERNELS / "device.cuh").read_text()
+HEADER = (KERNELS / "device.cuh").read_text("utf-8")
 INVALID_VALUE = 1  # the driver's error
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # its attribute of a launch
 
@@ -49,7 +49,7 @@ class RawModule:
 def _named(code: str) -> str:
     """Say where each file of the kernels begins: a fault is told by its file and line."""
     for path in KERNELS.glob("*.cu*"):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         code = code.replace(text, f'#line 1 "{path.name}"\n{text}')
     return code
 
