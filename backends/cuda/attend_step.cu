@@ -136,6 +136,28 @@ DEVICE void see(
     }
 }
 
+// N weighted values, from number `first` of this lane on, added up over the lanes with the same
+// numbers of other keys -> part. Of two such lanes each goes on with one half of them.
+template <int N, int OTHER = LANES>
+DEVICE void add_up(float (&x)[MINE], int first, float* part) {
+    if constexpr (OTHER < WARP) {
+        constexpr int HALF = N / 2;
+        const bool second = HALF && threadIdx.x & OTHER;
+#pragma unroll
+        for (int i = 0; i < N - HALF; i++) {
+            const float a = x[i], b = x[i + HALF];
+            x[i] = (second ? b : a) + __shfl_xor_sync(ALL_LANES, second ? a : b, OTHER);
+        }
+        add_up<N - HALF, 2 * OTHER>(x, second ? first + HALF : first, part);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int at = column(i / NUMBERS) + first + i % NUMBERS;
+            if (at < HEAD) part[at] = x[i];
+        }
+    }
+}
+
 // What all lanes of a warp have seen, put together -> part [PART].
 DEVICE void store(Seen& seen, float* part) {
     float top = seen.m;
@@ -144,19 +166,10 @@ DEVICE void store(Seen& seen, float* part) {
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, other));
     seen.rescale(top);
 #pragma unroll
-    for (int other = LANES; other < WARP; other *= 2) {
+    for (int other = LANES; other < WARP; other *= 2)
         seen.l += __shfl_xor_sync(ALL_LANES, seen.l, other);
-#pragma unroll
-        for (int i = 0; i < MINE; i++) seen.x[i] += __shfl_xor_sync(ALL_LANES, seen.x[i], other);
-    }
-    const int lane = threadIdx.x % WARP;
-    if (lane == 0) part[HEAD] = seen.m, part[HEAD + 1] = seen.l;
-    if (lane >= LANES) return;
-#pragma unroll
-    for (int i = 0; i < LOADS; i++)
-#pragma unroll
-        for (int j = 0; j < NUMBERS; j++)
-            if (column(i) < HEAD) part[column(i) + j] = seen.x[i * NUMBERS + j];
+    if (threadIdx.x % WARP == 0) part[HEAD] = seen.m, part[HEAD + 1] = seen.l;
+    add_up<MINE>(seen.x, 0, part);
 }
 
 struct Merged { float m, l, x; };

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_on_cpu import accesses
 from cuda_on_cpu.memory import Copy, find, guarded
 from cuda_on_cpu.nvrtc import OPTIONS, compile_code
 from cuda_on_cpu.ptx import max_threads, translate
@@ -202,7 +203,9 @@ class Module:
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         with LOCK, guarded(arrays) as copies:
             values = [_value(arg, copies) for arg in args]
-            fault = self._library_of(name).launch(
+            library = self._library_of(name)
+            room = accesses.make_room(library)
+            fault = library.launch(
                 list(self.kernels).index(name),
                 (ctypes.c_uint * 3)(*grid),
                 (ctypes.c_uint * 3)(*block),
@@ -211,6 +214,7 @@ class Module:
                 ctypes.c_uint(seed),
             )
             assert not fault, explain(fault.decode(), args, copies)
+            accesses.note(library, name, room, [int(value.item()) for value in values])
             for arg, wanted in zip(args, self.kernels[name], strict=True):
                 if isinstance(arg, np.ndarray):
                     copy = find(copies, arg)

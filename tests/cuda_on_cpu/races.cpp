@@ -97,6 +97,24 @@ static void note(Cell& cell, const Access& mine, const void* p, emulator::Site s
     cell.read = mine;
 }
 
+// What Python is told, if it has made room for it: each access, in the order of the emulator.
+struct Traced {
+    unsigned long long address;
+    unsigned block, thread, line, n_bytes, is_shared, kind;
+};
+static_assert(sizeof(Traced) == 32);
+extern "C" __attribute__((visibility("default"))) Traced* trace_room;
+extern "C" __attribute__((visibility("default"))) size_t trace_size, n_traced;
+Traced* trace_room;
+size_t trace_size, n_traced;
+
+static void trace(const Access& mine, unsigned long long address, unsigned n_bytes, bool shared) {
+    if (n_traced < trace_size)
+        trace_room[n_traced] = {address, mine.block - first_block, (unsigned)mine.thread,
+                                (unsigned)mine.line, n_bytes, shared, mine.kind};
+    n_traced++;
+}
+
 static Access access(Kind kind, emulator::Site site) {
     const unsigned number = number_of_thread();
     const Thread& thread = threads[number];
@@ -109,6 +127,7 @@ void note_shared(unsigned address, unsigned n_bytes, Kind kind, const void* p,
                  emulator::Site site) {
     static std::unordered_map<unsigned, Cell> cells;
     const Access mine = access(kind, site);
+    if (trace_room) trace(mine, address, n_bytes, true);
     for (unsigned i = 0; i < n_bytes; i++) {
         Cell& cell = cells[address + i];
         if (cell.write.block != mine.block && cell.read.block != mine.block) cell.launch = 0;
@@ -131,6 +150,7 @@ void note_global(const void* p, unsigned n_bytes, Kind kind, emulator::Site site
     const Access mine = access(kind, site);
     if (kind == ATOMIC) n_atomics.back()++;
     const auto address = (unsigned long long)p;
+    if (trace_room) trace(mine, address, n_bytes, false);
     Cell*& page = pages[address / PAGE];
     if (!page) page = new Cell[PAGE]();
     for (unsigned i = 0; i < n_bytes; i++)
