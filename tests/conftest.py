@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import cupy_on_cpu
 import numpy as np
 import pytest
@@ -113,6 +114,17 @@ def small(request: pytest.FixtureRequest) -> Model:
     if name == "cupy-cpu":  # a head takes it long, however narrow
         config = replace(config, n_layer=2, n_head=3)
     return make_model(config, make_backend(name), how=how)
+
+
+@pytest.fixture
+def compiled_by_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What CUDA kernels are on the emulator: what NVRTC makes of them, and not for other tests."""
+    with cupy_on_cpu.installed():
+        from gptx.backends.cupy_kernels import kernel
+    monkeypatch.setattr(cuda_on_cpu, "architecture", "sm_90")
+    kernel.cache_clear()
+    yield
+    kernel.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,6 @@ With `GPTX_PTX=sm_90` every test of the kernels runs so, which takes some minute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import cuda_on_cpu
-import cupy_on_cpu
 import numpy as np
 import pytest
 import test_cuda_rows
@@ -18,9 +14,7 @@ from cuda_on_cpu.ptx import translate
 from test_cuda_attention import Attention
 from test_cuda_linear import Product
 
-with cupy_on_cpu.installed():
-    from gptx.backends.cupy_kernels import kernel
-
+pytestmark = pytest.mark.usefixtures("compiled_by_nvrtc")
 ONE, TWO = (1, 1, 1), (2, 1, 1)
 BLOCK = (64, 1, 1)
 
@@ -114,15 +108,6 @@ extern "C" __global__ void early_input(const float* weight, float* x) {
     x[threadIdx.x] = y * weight[threadIdx.x];
 }
 """
-
-
-@pytest.fixture(autouse=True)
-def nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is compiled here is compiled by NVRTC, and not kept for other tests."""
-    monkeypatch.setattr(cuda_on_cpu, "architecture", "sm_90")
-    kernel.cache_clear()
-    yield
-    kernel.cache_clear()
 
 
 @pytest.fixture

@@ -51,9 +51,12 @@ template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_> struct Shape {
     static constexpr int STRIDE = M + 4;
 };
 
-// Where a byte of a span of a row of a slice lies.
-template <int NUMBER_BITS> DEVICE int place(int row, int span, int byte) {
-    constexpr int BYTES = SPAN * NUMBER_BITS / 8;  // 128, 64, 32 or 16
+// Where a byte of a span of a row of a slice lies. Of KS slices, those with short rows are written
+// by neighboring lanes: there, rows of different slices change places, too.
+template <int NUMBER_BITS, int KS> DEVICE int place(int slice, int row, int span, int byte) {
+    constexpr int BYTES = SPAN * NUMBER_BITS / 8;       // 128, 64, 32 or 16
+    constexpr int ROWS = 128 / (SPANS * BYTES);         // that lie in all the banks
+    row ^= slice * (ROWS > KS ? ROWS / KS : 1) % ROWS;  // a power of 2
     if constexpr (BYTES == 128) byte ^= row % 2 * 16;
     else span ^= row / (64 / BYTES) % SPANS;
     return (row * SPANS + span) * BYTES + byte;
@@ -79,7 +82,8 @@ DEVICE void copy_slices(
         const int span = piece / (PIECES / SPANS), rest = piece % (PIECES / SPANS);
         unsigned char* target = to + slice * (ROWS * PIECES * 16);
         copy_async(
-            target + place<NUMBER_BITS>(row, span, rest * 16), (const Bytes16*)from + source, there
+            target + place<NUMBER_BITS, S::KS>(slice, row, span, rest * 16),
+            (const Bytes16*)from + source, there
         );
     }
 }
@@ -104,12 +108,12 @@ DEVICE void copy_scales(
 // Eight numbers in pairs, as sums of N, of which the first are the largest.
 template <int N> struct Numbers { Bytes16 part[N]; };
 
-// Numbers 8t to 8t + 7 of a span of a row, which are not codes.
-DEVICE Numbers<X_PARTS> read(const unsigned char* slice, int row, int span, int t) {
+// Numbers 8t to 8t + 7 of a span of a row of a slice, which are not codes. (Their rows are long.)
+DEVICE Numbers<X_PARTS> read(const unsigned char* from, int row, int span, int t) {
     Numbers<X_PARTS> y;
 #pragma unroll
     for (int i = 0; i < (FLOATS ? 2 : 1); i++) {
-        const unsigned char* at = slice + place<X_BITS>(row, span, t * X_BITS + i * 16);
+        const unsigned char* at = from + place<X_BITS, 1>(0, row, span, t * X_BITS + i * 16);
         if constexpr (FLOATS) {
             auto four = *(const Several<float, 4>*)at;
 #pragma unroll
@@ -124,10 +128,13 @@ DEVICE Numbers<X_PARTS> read(const unsigned char* slice, int row, int span, int 
     return y;
 }
 
-DEVICE Numbers<WEIGHT_PARTS> read_weights(const unsigned char* slice, int row, int span, int t) {
+template <class S>
+DEVICE Numbers<WEIGHT_PARTS> read_weights(
+    const unsigned char* from, int slice, int row, int span, int t
+) {
 #if BITS
     constexpr int N = 32 / BITS;  // codes in a word
-    const unsigned char* at = slice + place<BITS>(row, span, t * BITS);
+    const unsigned char* at = from + place<BITS, S::KS>(slice, row, span, t * BITS);
     const auto words = *(const Several<unsigned, 8 / N>*)at;
     float y[8 / N][N];
 #pragma unroll
@@ -139,7 +146,7 @@ DEVICE Numbers<WEIGHT_PARTS> read_weights(const unsigned char* slice, int row, i
             pack<SHORT>(y[2 * i / N][2 * i % N], y[2 * i / N][2 * i % N + 1]);
     return codes;
 #else
-    return read(slice, row, span, t);
+    return read(from, row, span, t);
 #endif
 }
 
@@ -197,8 +204,9 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
             auto& product = BITS || FLOATS ? own : sum[m];
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++) {
-                const auto low = read_weights(weights, row, run * TOGETHER + i, t);
-                const auto high = read_weights(weights, row + 8, run * TOGETHER + i, t);
+                const int span = run * TOGETHER + i;
+                const auto low = read_weights<S>(weights, slice, row, span, t);
+                const auto high = read_weights<S>(weights, slice, row + 8, span, t);
 #pragma unroll
                 for (int n = 0; n < S::TN; n++) multiply_span(product[n], low, high, x[i][n]);
             }

@@ -200,6 +200,7 @@ class Module:
             The arguments do not fit, or the kernel has a fault.
         """
         self.check(name, args)
+        types = self.kernels[name]
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         with LOCK, guarded(arrays) as copies:
             values = [_value(arg, copies) for arg in args]
@@ -214,8 +215,9 @@ class Module:
                 ctypes.c_uint(seed),
             )
             assert not fault, explain(fault.decode(), args, copies)
-            accesses.note(library, name, room, [int(value.item()) for value in values])
-            for arg, wanted in zip(args, self.kernels[name], strict=True):
+            pointers = [int(v) if "*" in t else 0 for (v,), t in zip(values, types, strict=True)]
+            accesses.note(library, name, room, pointers)
+            for arg, wanted in zip(args, types, strict=True):
                 if isinstance(arg, np.ndarray):
                     copy = find(copies, arg)
                     assert copy.is_clean_around(), f"{name} writes before or behind {wanted}"
