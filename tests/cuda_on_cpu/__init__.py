@@ -214,9 +214,9 @@ class Module:
                 (ctypes.c_void_p * len(args))(*(value.ctypes.data for value in values)),
                 ctypes.c_uint(seed),
             )
-            assert not fault, explain(fault.decode(), args, copies)
             pointers = [int(v) if "*" in t else 0 for (v,), t in zip(values, types, strict=True)]
             accesses.note(library, name, room, pointers)
+            assert not fault, explain(fault.decode(), args, copies)
             for arg, wanted in zip(args, types, strict=True):
                 if isinstance(arg, np.ndarray):
                     copy = find(copies, arg)
