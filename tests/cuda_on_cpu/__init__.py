@@ -164,13 +164,13 @@ class Module:
         if name not in self._libraries:
             self._libraries[name] = self._build(name)
             self._libraries[name].launch.restype = ctypes.c_char_p
+            self._libraries[name].count_waits.restype = ctypes.c_ulonglong
         return self._libraries[name]
 
     @property
     def n_waits(self) -> int:
         """See above."""
-        libraries = self._libraries.values()
-        return sum(ctypes.c_ulonglong.in_dll(library, "n_waits").value for library in libraries)
+        return sum(library.count_waits() for library in self._libraries.values())
 
     def launch(
         self,

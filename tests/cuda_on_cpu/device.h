@@ -205,8 +205,7 @@ template <int N> DEVICE void copy_async_wait() {
 }
 
 // One kernel runs after the other here. Python counts how many threads would have waited.
-extern "C" __attribute__((used, visibility("default"))) inline unsigned long long n_waits = 0;
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() { n_waits++; }
+DEVICE void wait_for_previous() { emulator::n_waits++; }
 
 DEVICE unsigned arrive(unsigned* counter, unsigned n) { return atomicInc(counter, n - 1); }

@@ -21,6 +21,7 @@ enum End { BLOCK_ENDED = 1, FAILED };
 
 Fiber* current;
 unsigned n_launches, n_blocks;
+unsigned long long n_waits;
 unsigned char* dynamic_shared;
 
 static Fiber fibers[MAX_THREADS];

@@ -51,6 +51,7 @@ struct alignas(64) Fiber {
 
 extern Fiber* current;
 extern unsigned n_launches, n_blocks;  // so far, with this one
+extern unsigned long long n_waits;     // of threads that would have waited for the kernel ahead
 extern unsigned char* dynamic_shared;
 
 // End the launch with a message.

@@ -70,6 +70,8 @@ extern "C" const char* describe_kernels() {
     return list;
 }
 
+extern "C" unsigned long long count_waits() { return emulator::n_waits; }
+
 extern "C" const char* launch(int number, const unsigned* grid, const unsigned* block,
                               size_t shared_bytes, void** arguments, unsigned seed) {
     return emulator::run(emulator::table[number], grid, block, shared_bytes, arguments, seed);
