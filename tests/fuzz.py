@@ -20,7 +20,7 @@ from gptx.errors import GptxError
 
 # How many copies of each file; all of them take minutes.
 ALL = 5000
-COPIES = int(os.environ.get("GPTX_FUZZ", "250"))
+COPIES = int(os.environ.get("GPTX_FUZZ", "200"))
 SECONDS = 10  # for one copy: a hang
 SLACK = 4 * 2**20  # bytes that a reader may take whatever the size of the file
 

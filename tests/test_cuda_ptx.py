@@ -176,7 +176,7 @@ def test_attention_is_the_generic_one(random: np.random.Generator) -> None:
     Attention(random, starts=[0, 37], new=[70, 66], H=1).check()
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(("bfloat16", 4, 32), 4), (("bfloat16", 0, 0), 70)])
+@pytest.mark.parametrize(("kind", "rows"), [(("bfloat16", 0, 0), 2), (("bfloat16", 4, 32), 70)])
 def test_rows_are_multiplied(
     kind: tuple[str, int, int], rows: int, random: np.random.Generator
 ) -> None:
