@@ -22,48 +22,30 @@ RACES = r"""
 DEVICE int other() { return (threadIdx.x + 40) % 64; }  // a thread of another warp
 DEVICE int neighbor() { return threadIdx.x ^ 1; }
 
-extern "C" __global__ void barriers(float* x) {
+DEVICE void phases(float* x, bool first, bool second) {
     __shared__ float room[64];
     for (int i = 0; i < 3; i++) {
         room[threadIdx.x] = x[threadIdx.x] + i;
-        __syncthreads();
+        if (first) __syncthreads();
         x[threadIdx.x] = room[other()];
-        __syncthreads();
+        if (second) __syncthreads();
     }
 }
-extern "C" __global__ void no_barrier(float* x) {
-    __shared__ float room[64];
-    room[threadIdx.x] = x[threadIdx.x];
-    x[threadIdx.x] = room[other()];
-}
-extern "C" __global__ void no_second_barrier(float* x) {
-    __shared__ float room[64];
-    for (int i = 0; i < 2; i++) {
-        room[threadIdx.x] = x[threadIdx.x] + i;
-        __syncthreads();
-        x[threadIdx.x] = room[other()];
-    }
-}
+extern "C" __global__ void barriers(float* x) { phases(x, true, true); }
+extern "C" __global__ void no_barrier(float* x) { phases(x, false, true); }
+extern "C" __global__ void no_second_barrier(float* x) { phases(x, true, false); }
 
-extern "C" __global__ void warp_barrier(float* x) {
+DEVICE void exchange(float* x, bool barrier, int with) {
     DYNAMIC_SHARED(room);
     ((float*)room)[threadIdx.x] = x[threadIdx.x];
-    __syncwarp();
-    x[threadIdx.x] = ((float*)room)[neighbor()];
+    if (barrier) __syncwarp();
+    x[threadIdx.x] = ((float*)room)[with];
 }
-extern "C" __global__ void no_warp_barrier(float* x) {
-    DYNAMIC_SHARED(room);
-    ((float*)room)[threadIdx.x] = x[threadIdx.x];
-    x[threadIdx.x] = ((float*)room)[neighbor()];
-}
-extern "C" __global__ void warp_barrier_between_warps(float* x) {
-    DYNAMIC_SHARED(room);
-    ((float*)room)[threadIdx.x] = x[threadIdx.x];
-    __syncwarp();
-    x[threadIdx.x] = ((float*)room)[other()];
-}
+extern "C" __global__ void warp_barrier(float* x) { exchange(x, true, neighbor()); }
+extern "C" __global__ void no_warp_barrier(float* x) { exchange(x, false, neighbor()); }
+extern "C" __global__ void warp_barrier_between_warps(float* x) { exchange(x, true, other()); }
 
-// Two buffers in turn, each filled in the background.
+// A buffer that is filled in the background.
 DEVICE void copies(float* x, bool waits, bool again) {
     DYNAMIC_SHARED(room);
     float* buffer = (float*)room;
@@ -106,6 +88,11 @@ extern "C" __global__ void early_input(const float* weight, float* x) {
     const float y = x[threadIdx.x];
     wait_for_previous();
     x[threadIdx.x] = y * weight[threadIdx.x];
+}
+extern "C" __global__ void early_output(float* weight, const float* x) {
+    weight[threadIdx.x] = threadIdx.x;
+    wait_for_previous();
+    weight[threadIdx.x] += x[threadIdx.x];
 }
 """
 
@@ -154,8 +141,9 @@ def test_only_weights_are_read_before_the_wait(module: Module, x: np.ndarray) ->
     weight = np.full(64, 2, np.float32)
     module.launch("early_weight", ONE, BLOCK, [weight, x])
     np.testing.assert_array_equal(x, np.arange(2, 130, 2))
-    with pytest.raises(AssertionError, match="touched before the wait for the kernel ahead"):
-        module.launch("early_input", ONE, BLOCK, [weight, x])
+    for name in ("early_input", "early_output"):
+        with pytest.raises(AssertionError, match="touched before the wait for the kernel ahead"):
+            module.launch(name, ONE, BLOCK, [weight, x])
 
 
 def test_an_unknown_instruction_is_told() -> None:
@@ -176,14 +164,15 @@ def test_attention_is_the_generic_one(random: np.random.Generator) -> None:
     Attention(random, starts=[0, 37], new=[70, 66], H=1).check()
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(("bfloat16", 0, 0), 2), (("bfloat16", 4, 32), 70)])
-def test_rows_are_multiplied(
-    kind: tuple[str, int, int], rows: int, random: np.random.Generator
-) -> None:
-    product = Product(random, kind, rows, 160, 45)
-    few = [product.few_rows(), product.few_rows(normed=True)]
-    for launch in few if rows < 8 else [product.tiles()]:
-        product.check(launch)
+def test_few_rows_are_multiplied(random: np.random.Generator) -> None:
+    product = Product(random, ("bfloat16", 0, 0), 2, 160, 45)
+    for normed in (False, True):
+        product.check(product.few_rows(normed=normed))
+
+
+def test_more_rows_are_multiplied_in_tiles(random: np.random.Generator) -> None:
+    product = Product(random, ("bfloat16", 4, 32), 70, 160, 45)
+    product.check(product.tiles())
 
 
 def test_tokens_are_drawn(random: np.random.Generator) -> None:

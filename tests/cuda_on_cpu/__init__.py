@@ -214,8 +214,9 @@ class Module:
                 (ctypes.c_void_p * len(args))(*(value.ctypes.data for value in values)),
                 ctypes.c_uint(seed),
             )
-            pointers = [int(v) if "*" in t else 0 for (v,), t in zip(values, types, strict=True)]
-            accesses.note(library, name, room, pointers)
+            if room is not None:
+                at = [int(v) if "*" in t else 0 for (v,), t in zip(values, types, strict=True)]
+                accesses.note(library, name, room, at)
             assert not fault, explain(fault.decode(), args, copies)
             for arg, wanted in zip(args, types, strict=True):
                 if isinstance(arg, np.ndarray):

@@ -62,18 +62,18 @@ def traced() -> Iterator[list[Launch]]:
 
 def make_room(library: ctypes.CDLL) -> np.ndarray | None:
     """Room for what a launch is going to do, if anybody wants to know."""
-    room = None if _launches is None else np.empty(ROOM, RECORD)
-    if room is not None:
-        _set(library, ctypes.c_void_p, "trace_room", room.ctypes.data)
-        _set(library, ctypes.c_size_t, "trace_size", ROOM)
-        _set(library, ctypes.c_size_t, "n_traced", 0)
+    if _launches is None:
+        return None
+    room = np.empty(ROOM, RECORD)
+    _set(library, ctypes.c_void_p, "trace_room", room.ctypes.data)
+    _set(library, ctypes.c_size_t, "trace_size", ROOM)
+    _set(library, ctypes.c_size_t, "n_traced", 0)
     return room
 
 
-def note(library: ctypes.CDLL, name: str, room: np.ndarray | None, pointers: list[int]) -> None:
+def note(library: ctypes.CDLL, name: str, room: np.ndarray, pointers: list[int]) -> None:
     """Keep what the launch has done; `pointers` are the arguments' addresses, or 0."""
-    if room is None or _launches is None:
-        return
+    assert _launches is not None
     n = ctypes.c_size_t.in_dll(library, "n_traced").value
     assert n <= ROOM, f"{name}: {n} accesses, there is room for {ROOM}"
     _set(library, ctypes.c_void_p, "trace_room", None)

@@ -145,7 +145,8 @@ static bool is_in_fixed(const void* p) {
 void note_global(const void* p, unsigned n_bytes, Kind kind, emulator::Site site) {
     constexpr unsigned PAGE = 4096;
     static std::unordered_map<unsigned long long, Cell*> pages;
-    if (waits && !threads[number_of_thread()].has_waited && !is_in_fixed(p))
+    const bool early = waits && !threads[number_of_thread()].has_waited;
+    if (early && (kind != READ || !is_in_fixed(p)))
         emulator::fail(site, "%p is touched before the wait for the kernel ahead", p);
     const Access mine = access(kind, site);
     if (kind == ATOMIC) n_atomics.back()++;
