@@ -31,11 +31,9 @@ class Row:
 
 
 TABLE = {
-    "numpy": Row(
-        "gptx.backends.numpy_backend", "NumpyBackend", "numpy", "CPU", "pip install numpy"
-    ),
+    "numpy": Row("gptx.backends.cpu.backend", "NumpyBackend", "numpy", "CPU", "pip install numpy"),
     "cupy": Row(
-        "gptx.backends.cupy_backend",
+        "gptx.backends.cuda.backend",
         "CupyBackend",
         "cupy",
         "NVIDIA GPU",

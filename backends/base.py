@@ -21,7 +21,7 @@ import numpy as np
 
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
-from gptx.quantization import Quantized, dequantize
+from gptx.quantization import QuantizedTensor, dequantize
 
 Array = Any  # an array of whichever namespace the backend runs on
 
@@ -37,11 +37,18 @@ OPS = (
     "gelu",
     "relu",
     "split_heads",
-    "write",
+    "update_kv",
     "attention",
     "softmax",
 )
-OVERRIDABLE = (*OPS, "matrix", "quantized", "compile", "decode", "sampler")  # `generic` undoes
+OVERRIDABLE = (
+    *OPS,
+    "pack_weight",
+    "pack_quantized",
+    "compile",
+    "decode",
+    "sampler",
+)  # `generic` undoes
 
 
 class Backend:
@@ -105,15 +112,15 @@ class Backend:
         self.device = device
         self.threads = threads
         self.compiles = compile
-        self.float = getattr(xp, dtype)
+        self.float_dtype = getattr(xp, dtype)
         self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
         try:
             # The default integers: some libraries index with nothing else.
-            self.int = xp.asarray(0, **self._on_device).dtype
+            self.int_dtype = xp.asarray(0, **self._on_device).dtype
         except Exception as error:  # each library has its own
             raise BackendError(f"device is {device!r}, which is not there ({error})") from error
         # Sums over a row lose too much in 16 bits.
-        self.wide = xp.float64 if dtype == "float64" else xp.float32
+        self.accumulation_dtype = xp.float64 if dtype == "float64" else xp.float32
         self._blas: Any = None
         if generic:
             for name in OVERRIDABLE:
@@ -145,22 +152,22 @@ class Backend:
         """
         xp = self.xp
         y = xp.matmul(xp.reshape(x, (-1, table.shape[1])), xp.matrix_transpose(table))
-        return xp.astype(xp.reshape(y, (*x.shape[:-1], table.shape[0])), self.wide)
+        return xp.astype(xp.reshape(y, (*x.shape[:-1], table.shape[0])), self.accumulation_dtype)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of [B, T, C]."""
         xp = self.xp
-        y = xp.astype(x, self.wide)
+        y = xp.astype(x, self.accumulation_dtype)
         y = y - xp.mean(y, axis=-1, keepdims=True)
         y = y / xp.sqrt(xp.mean(y * y, axis=-1, keepdims=True) + eps)
-        return xp.astype(y, self.float) * weight + bias
+        return xp.astype(y, self.float_dtype) * weight + bias
 
     def gelu_new(self, x: Array) -> Array:
         """GELU in its tanh form (https://arxiv.org/abs/1606.08415, section 2)."""
         xp = self.xp
-        y = xp.astype(x, self.wide)
+        y = xp.astype(x, self.accumulation_dtype)
         y = 0.5 * y * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
-        return xp.astype(y, self.float)
+        return xp.astype(y, self.float_dtype)
 
     def gelu(self, x: Array) -> Array:
         """GELU in its exact form, x · Φ(x).
@@ -169,7 +176,7 @@ class Backend:
         is below 1.5e-7 everywhere.
         """
         xp = self.xp
-        y = xp.astype(x, self.wide)
+        y = xp.astype(x, self.accumulation_dtype)
         z = xp.abs(y) * math.sqrt(0.5)
         t = 1.0 / (1.0 + 0.3275911 * z)
         p = t * (
@@ -177,7 +184,7 @@ class Backend:
             + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
         )
         half_tail = 0.5 * p * xp.exp(-z * z)  # 1 - Φ(|x|)
-        return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float)
+        return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float_dtype)
 
     def relu(self, x: Array) -> Array:
         """max(x, 0)."""
@@ -191,7 +198,7 @@ class Backend:
         x = xp.permute_dims(x, (2, 0, 3, 1, 4))  # [3, B, H, T, D]
         return x[0, ...], x[1, ...], x[2, ...]
 
-    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+    def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         """Put `new` [B, H, T, D] into `buffer` [B, H, S, D] at `positions`; return the buffer.
 
         The result may be `buffer` itself, changed, or a new array: use what is returned.
@@ -214,8 +221,8 @@ class Backend:
         B, H, T, D = q.shape
         scores = xp.matmul(q * scale, xp.matrix_transpose(k))  # [B, H, T, S]
         visible = self.visible(k, positions)  # [B, 1, T, S]
-        scores = xp.where(visible, xp.astype(scores, self.wide), -math.inf)
-        heads = xp.matmul(xp.astype(self.softmax(scores), self.float), v)  # [B, H, T, D]
+        scores = xp.where(visible, xp.astype(scores, self.accumulation_dtype), -math.inf)
+        heads = xp.matmul(xp.astype(self.softmax(scores), self.float_dtype), v)  # [B, H, T, D]
         return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (B, T, H * D))
 
     def visible(self, k: Array, positions: Positions) -> Array:
@@ -237,14 +244,14 @@ class Backend:
             wanted = getattr(self.xp, dtype or self.dtype)
             host = self._host_float(host, dtype)
             return self.xp.asarray(host, dtype=wanted, **self._on_device)
-        return self.xp.asarray(host, dtype=self.int, **self._on_device)
+        return self.xp.asarray(host, dtype=self.int_dtype, **self._on_device)
 
-    def matrix(self, host: np.ndarray) -> Array:
+    def pack_weight(self, host: np.ndarray) -> Array:
         """Bring the weight [I, O] of a linear layer to the device, in whatever order of memory this
         backend's products read it best."""
         return self.asarray(host)
 
-    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+    def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
         """What this backend's ops take in place of the floats of a quantized matrix [O, I].
 
         Here these are the floats themselves, [I, O] for a linear layer and [O, I] for a `table`,
@@ -269,7 +276,7 @@ class Backend:
         cache: Any,
         choose: Callable[[Array], Any],
     ) -> Any:
-        """A decode step of a `gptx.model.GPT2`: what `choose` makes of its logits [B, V].
+        """A decode step of a `gptx.model.Transformer`: what `choose` makes of its logits [B, V].
 
         `ids` [B] are the tokens that are fed, as a sampler returned them. A backend may write the
         logits of the next step over these, as soon as `choose` has returned.
@@ -280,8 +287,8 @@ class Backend:
     def sampler(
         self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
     ) -> Any:
-        """What does the work of a `gptx.sampling.Sampler` of the same arguments: called with logits
-        [B, V] it returns ids [B], and it has `start` and `keep`. None, as here, leaves it to the
+        """What does the work of a `gptx.generation.sampling.Sampler` of the same arguments: called with logits
+        [B, V] it returns ids [B], and it has `copy_to_host_async` and `keep`. None, as here, leaves it to the
         generic ops.
         """
         return None
@@ -292,11 +299,11 @@ class Backend:
 
     def to_numpy(self, x: Array) -> np.ndarray:
         """Bring an array to the host; bfloat16 becomes float32."""
-        if self.dtype == "bfloat16" and x.dtype == self.float:
+        if self.dtype == "bfloat16" and x.dtype == self.float_dtype:
             x = self.xp.astype(x, self.xp.float32)
         return np.from_dlpack(x)
 
-    def start(self, x: Array) -> Array:
+    def copy_to_host_async(self, x: Array) -> Array:
         """Begin to compute `x`, and give what `to_numpy` takes in its place: that waits for `x`
         alone, and for nothing that the device was given to do later."""
         return x
@@ -307,7 +314,7 @@ class Backend:
 
     def arange(self, n: int) -> Array:
         """0, 1, ... n-1 as default integers [n]."""
-        return self.xp.arange(n, dtype=self.int, **self._on_device)
+        return self.xp.arange(n, dtype=self.int_dtype, **self._on_device)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given (a lazy library may hold some back)."""

@@ -17,13 +17,13 @@ import numpy as np
 from gptx.backends.base import Array, Backend
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
-from gptx.quantization import Quantized
+from gptx.quantization import QuantizedTensor
 
 MINIMUM = (0, 32, 3)
 
 
-class Matrix(NamedTuple):
-    """A quantized matrix [O, I]: what `Quantized` holds, as MLX's arrays."""
+class QuantizedWeight(NamedTuple):
+    """A quantized matrix [O, I]: what `QuantizedTensor` holds, as MLX's arrays."""
 
     weight: Array
     scales: Array
@@ -67,16 +67,16 @@ class MlxBackend(Backend):
         super().__init__(mx, **options)
 
     def embed(self, ids: Array, table: Array) -> Array:
-        return table.rows(ids) if isinstance(table, Matrix) else super().embed(ids, table)
+        return table.rows(ids) if isinstance(table, QuantizedWeight) else super().embed(ids, table)
 
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
-        if isinstance(weight, Matrix):
+        if isinstance(weight, QuantizedWeight):
             return weight.times(x) + bias
         return super().linear(x, weight, bias)
 
     def unembed(self, x: Array, table: Array) -> Array:
-        if isinstance(table, Matrix):
-            return mx.astype(table.times(x), self.wide)
+        if isinstance(table, QuantizedWeight):
+            return mx.astype(table.times(x), self.accumulation_dtype)
         return super().unembed(x, table)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
@@ -84,7 +84,7 @@ class MlxBackend(Backend):
 
     def gelu(self, x: Array) -> Array:
         y = mx.astype(x, mx.float32)
-        return mx.astype(y * 0.5 * (1.0 + mx.erf(y * math.sqrt(0.5))), self.float)
+        return mx.astype(y * 0.5 * (1.0 + mx.erf(y * math.sqrt(0.5))), self.float_dtype)
 
     def relu(self, x: Array) -> Array:
         return mx.maximum(x, 0.0)
@@ -92,7 +92,7 @@ class MlxBackend(Backend):
     def softmax(self, x: Array) -> Array:
         return mx.softmax(x, axis=-1, precise=True)
 
-    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+    def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
             buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
         else:
@@ -115,14 +115,14 @@ class MlxBackend(Backend):
             return mx.array(self._host_float(host, dtype)).astype(getattr(mx, dtype or self.dtype))
         return mx.array(host.astype(np.int32))  # its default
 
-    def quantized(self, q: Quantized, *, table: bool = False) -> Any:
+    def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
         scales, biases = self.asarray(q.scales), self.asarray(q.biases)
-        return Matrix(mx.array(q.weight), scales, biases, q.group_size, q.bits)
+        return QuantizedWeight(mx.array(q.weight), scales, biases, q.group_size, q.bits)
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
-    def start(self, x: Array) -> Array:
+    def copy_to_host_async(self, x: Array) -> Array:
         begin: Any = mx.async_eval  # it is declared without types
         begin(x)
         return x

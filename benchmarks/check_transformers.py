@@ -21,13 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-# tests/ and not the repository: from there, gptx/ would hide the installed package
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from random_models import random_ids, random_weights, write_model
-
 import gptx
 from gptx.config import SIZES, GPT2Config
+from gptx.random_weights import random_weights
+from tests.support.random_models import random_ids, write_model
 
 LIMIT = 1e-4  # on the largest absolute difference of two logits
 N_TOKENS = 20

@@ -25,9 +25,8 @@ import numpy as np
 from gptx.bench.machine import cpu_name
 from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from random_models import random_weights, write_model
+from gptx.random_weights import random_weights
+from tests.support.random_models import write_model
 
 SLOW = ("json",)  # text: it has a table row, but one round is enough
 

@@ -26,17 +26,14 @@ from pathlib import Path
 import numpy as np
 import threadpoolctl
 
-# tests/ and not the repository: from there, gptx/ would hide the installed package
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from plain_numpy import PlainGPT2
-from random_models import random_weights, write_model
-
 import gptx
+from benchmarks.compare.peers.plain_numpy import PlainGPT2
 from gptx.config import GPT2Config
-from gptx.engine import Generation
 from gptx.files import read_safetensors
-from gptx.sampling import SamplingParams
+from gptx.generation.engine import TokenGenerator
+from gptx.generation.sampling import SamplingParams
+from gptx.random_weights import random_weights
+from tests.support.random_models import write_model
 
 STEPS = 16  # tokens per measurement of a decode step
 
@@ -46,7 +43,7 @@ import numpy
 start = time.perf_counter()
 import gptx
 imported = time.perf_counter()
-import gptx.generation
+import gptx.generation.api
 ready = time.perf_counter()
 model = gptx.load(sys.argv[1])
 loaded = time.perf_counter()
@@ -147,7 +144,7 @@ def decoder(model: gptx.Model, context: int) -> Callable[[], float]:
     def measure() -> float:
         times = []
         steps = iter(
-            Generation(model.gpt2, [prompt], SamplingParams(), max_tokens=STEPS, cache=cache)
+            TokenGenerator(model.gpt2, [prompt], SamplingParams(), max_tokens=STEPS, cache=cache)
         )
         next(steps)
         for _ in range(STEPS - 1):

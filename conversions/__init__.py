@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from gptx.config import GPT2Config
-from gptx.conversions.binary import DTYPES as FLOATS
 from gptx.conversions.checkpoint import Array, Checkpoint, Stored, end_of_text
+from gptx.conversions.containers.binary import DTYPES as FLOATS
 from gptx.errors import (
     DataError,
     NotFoundError,
@@ -31,9 +31,9 @@ from gptx.errors import (
     WeightsError,
 )
 from gptx.files import atomic_path
-from gptx.hub import ALIASES, EMBEDDED, importing_hub, locate
-from gptx.quantization import GROUP_SIZE, Quantization, Quantized
-from gptx.tokenizer import FILES, BytePairTokenizer
+from gptx.hub.resolve import ALIASES, EMBEDDED, importing_hub, locate
+from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
+from gptx.tokenization.bpe import FILES, BytePairTokenizer
 
 CODES = ("int8", "int4")
 
@@ -75,7 +75,7 @@ class Format:
 
     def load(self) -> ModuleType:
         """Its module."""
-        return importlib.import_module(f"gptx.conversions.{self.module}")
+        return importlib.import_module(f"gptx.conversions.formats.{self.module}")
 
 
 TOKENIZER = (*FILES, "tokenizer_config.json")
@@ -84,7 +84,7 @@ SAFETENSORS = ("config.json", "model*.safetensors", "model.safetensors.index.jso
 # In the order in which they are asked whether a file is theirs.
 FORMATS: dict[str, Format] = {
     "mlx": Format(
-        "MLX (mlx-lm) folder", "mlx_folder", dtypes=FLOATS, quantize=CODES, files=SAFETENSORS
+        "MLX (mlx-lm) folder", "mlx_lm", dtypes=FLOATS, quantize=CODES, files=SAFETENSORS
     ),
     "safetensors": Format("Hugging Face folder", "hugging_face", dtypes=FLOATS, files=SAFETENSORS),
     "llm.c": Format(
@@ -100,14 +100,14 @@ FORMATS: dict[str, Format] = {
     ),
     "json": Format("gptx (Rust, C++) model_weights.json", "gptx_json", suffix=".json"),
     "fastgpt": Format("fastGPT model.gguf", "fastgpt", suffix=".gguf", by_suffix=False),
-    "gguf": Format("GGUF (llama.cpp)", "gguf_file", dtypes=FLOATS, quantize=CODES, suffix=".gguf"),
+    "gguf": Format("GGUF (llama.cpp)", "gguf", dtypes=FLOATS, quantize=CODES, suffix=".gguf"),
     "gpt-burn": Format("gpt-burn folder", "gpt_burn", writes=False),
-    "nanogpt": Format("nanoGPT ckpt.pt", "nanogpt_file", writes=False),
+    "nanogpt": Format("nanoGPT ckpt.pt", "nanogpt", writes=False),
     "pytorch": Format("PyTorch pytorch_model.bin", "pytorch_folder", writes=False),
-    "openai": Format("OpenAI's TensorFlow checkpoint", "openai_checkpoint", writes=False),
+    "openai": Format("OpenAI's TensorFlow checkpoint", "openai_tensorflow", writes=False),
     "onnx": Format(
         "ONNX folder",
-        "onnx_graph",
+        "onnx_folder",
         reads=False,
         quantize=("int8",),
         files=("model.onnx", "model.onnx.data", "config.json", *TOKENIZER),
@@ -162,7 +162,7 @@ def read(
     tokenizer
         A folder with the tokenizer's files, for formats that have none.
     revision, offline
-        Of a Hub model, see `gptx.hub.locate`.
+        Of a Hub model, see `gptx.hub.resolve.locate`.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def _path_of(source: str | Path, revision: str | None, offline: bool) -> Path:
     name = str(source)
     if name.startswith("openai:"):
         with importing_hub():
-            from gptx.conversions.openai_download import fetch
+            from gptx.conversions.formats.openai_download import fetch
         return fetch(name, revision=revision, offline=offline)
     if revision is None and name not in EMBEDDED:
         if path.is_dir() or (path.exists() and name not in ALIASES):
@@ -363,7 +363,7 @@ def _watched(checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) 
     done = 0
 
     def watched(name: str, tensor: Stored) -> Stored:
-        def read() -> Array | Quantized:
+        def read() -> Array | QuantizedTensor:
             nonlocal done
             progress(name, done, total)
             done += math.prod(tensor.shape)

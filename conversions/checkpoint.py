@@ -16,8 +16,8 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.errors import ConfigError, WeightsError
 from gptx.files import BFLOAT16, widened
-from gptx.quantization import Quantization, Quantized, dequantize
-from gptx.tokenizer import BytePairTokenizer
+from gptx.quantization import Quantization, QuantizedTensor, dequantize
+from gptx.tokenization.bpe import BytePairTokenizer
 from gptx.weights import LINEAR
 
 Array = np.ndarray
@@ -34,26 +34,26 @@ class Stored:
     shape
         As in `GPT2Config.tensor_shapes`, however it is stored.
     dtype
-        Of what `read` returns: a float type or `BFLOAT16`; float32 if that is a `Quantized`.
+        Of what `read` returns: a float type or `BFLOAT16`; float32 if that is a `QuantizedTensor`.
     read
-        Reads it: an array of that shape and type, or a `Quantized` [out, in].
+        Reads it: an array of that shape and type, or a `QuantizedTensor` [out, in].
     quantization
-        How the `Quantized` is that `read` gives; None if it gives floats.
+        How the `QuantizedTensor` is that `read` gives; None if it gives floats.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], Array | Quantized]
+    read: Callable[[], Array | QuantizedTensor]
     quantization: Quantization | None = None
 
 
-class Tensors(Mapping[str, "Array | Quantized"]):
+class Tensors(Mapping[str, "Array | QuantizedTensor"]):
     """Tensors by name; each is read anew whenever it is asked for."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self.stored = dict(stored)
 
-    def __getitem__(self, name: str) -> Array | Quantized:
+    def __getitem__(self, name: str) -> Array | QuantizedTensor:
         return self.stored[name].read()
 
     def __iter__(self) -> Iterator[str]:
@@ -112,7 +112,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> Tensors:
-        """The tensors; those of a quantized matrix as `Quantized`."""
+        """The tensors; those of a quantized matrix as `QuantizedTensor`."""
         return Tensors(self.stored)
 
     def as_floats(self) -> Checkpoint:
@@ -129,11 +129,11 @@ class Checkpoint:
 @dataclass(frozen=True)
 class _FloatsOf:
     name: str
-    read: Callable[[], Array | Quantized]
+    read: Callable[[], Array | QuantizedTensor]
 
     def __call__(self) -> Array:
         tensor = self.read()
-        if not isinstance(tensor, Quantized):
+        if not isinstance(tensor, QuantizedTensor):
             return tensor
         floats = dequantize(tensor)
         return floats.T if LINEAR.fullmatch(self.name) else floats
@@ -227,12 +227,12 @@ def end_of_text(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> 
     return {"bos_token_id": id, "eos_token_id": id}
 
 
-def plain(tensor: Array | Quantized) -> Array:
+def plain(tensor: Array | QuantizedTensor) -> Array:
     """A tensor of a checkpoint without quantization, as it is stored."""
-    assert not isinstance(tensor, Quantized), "as_floats() comes first"
+    assert not isinstance(tensor, QuantizedTensor), "as_floats() comes first"
     return tensor
 
 
-def float_array(tensor: Array | Quantized) -> Array:
+def float_array(tensor: Array | QuantizedTensor) -> Array:
     """The same with bfloat16 as float32."""
     return widened(plain(tensor))

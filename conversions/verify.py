@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from gptx.backends import get_backend
-from gptx.conversions.binary import cast, chunks, dtype_name
 from gptx.conversions.checkpoint import Array, Checkpoint, float_array
+from gptx.conversions.containers.binary import cast, chunks, dtype_name
 from gptx.errors import WeightsError
-from gptx.model import GPT2
-from gptx.scoring import all_logits
+from gptx.generation.scoring import all_logits
+from gptx.model import Transformer
 from gptx.weights import to_backend
 
 PROMPT_LENGTH = 64  # tokens whose logits are compared
@@ -172,7 +172,7 @@ def _logits(checkpoint: Checkpoint) -> Array:
     """Logits [T, V] of a fixed prompt."""
     config = checkpoint.config
     backend = get_backend("numpy")
-    model = GPT2(config, to_backend(checkpoint.tensors, backend), backend)
+    model = Transformer(config, to_backend(checkpoint.tensors, backend), backend)
     T = min(PROMPT_LENGTH, config.n_positions)
     ids = [(7919 * i + 11) % config.vocab_size for i in range(T)]  # anything, the same each time
     with backend.scope():

@@ -16,12 +16,12 @@ from gptx._version import __version__
 
 if TYPE_CHECKING:
     from gptx.backends import Backend, available, get_backend
-    from gptx.cache import KVCache
     from gptx.config import GPT2Config
     from gptx.errors import GptxError, Interrupted
-    from gptx.generation import Model, generate, load, stream
-    from gptx.results import Chunk, Result, Score
-    from gptx.sampling import SamplingParams
+    from gptx.generation.api import Model, generate, load, stream
+    from gptx.generation.results import Chunk, Result, Score
+    from gptx.generation.sampling import SamplingParams
+    from gptx.kv_cache import KVCache
 
 # In a checkout, backends/ and conversions/ lie beside this folder and not in it: `python` started
 # there finds them, too.
@@ -32,18 +32,18 @@ _HOME = {
     "Backend": "gptx.backends",
     "available": "gptx.backends",
     "get_backend": "gptx.backends",
-    "KVCache": "gptx.cache",
+    "KVCache": "gptx.kv_cache",
     "GPT2Config": "gptx.config",
     "GptxError": "gptx.errors",
     "Interrupted": "gptx.errors",
-    "Chunk": "gptx.results",
-    "Model": "gptx.generation",
-    "Result": "gptx.results",
-    "Score": "gptx.results",
-    "generate": "gptx.generation",
-    "load": "gptx.generation",
-    "stream": "gptx.generation",
-    "SamplingParams": "gptx.sampling",
+    "Chunk": "gptx.generation.results",
+    "Model": "gptx.generation.api",
+    "Result": "gptx.generation.results",
+    "Score": "gptx.generation.results",
+    "generate": "gptx.generation.api",
+    "load": "gptx.generation.api",
+    "stream": "gptx.generation.api",
+    "SamplingParams": "gptx.generation.sampling",
 }
 
 __all__ = [

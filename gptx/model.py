@@ -15,14 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from gptx.backends import Backend, Positions
-from gptx.cache import KVCache
 from gptx.config import GPT2Config
+from gptx.kv_cache import KVCache
 
 Array = Any
 
 
 @dataclass(frozen=True)
-class GPT2:
+class Transformer:
     """A config, the weights as a tree (`weights.h[0].attn.c_attn.weight`), and a backend."""
 
     config: GPT2Config
@@ -36,7 +36,7 @@ class GPT2:
 
 
 def forward(
-    model: GPT2, ids: Array, positions: Positions, cache: KVCache, *, last_only: bool = False
+    model: Transformer, ids: Array, positions: Positions, cache: KVCache, *, last_only: bool = False
 ) -> Array:
     """Logits of the token after each of `ids`, given what the cache holds.
 
@@ -68,13 +68,18 @@ def forward(
     return ops.unembed(norm(model, w.ln_f, x), head.weight)  # [B, T, V]
 
 
-def norm(model: GPT2, w: SimpleNamespace, x: Array) -> Array:
+def norm(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
     """Layer norm: zero mean, unit variance, then a learned scale and shift."""
     return model.backend.layer_norm(x, w.weight, w.bias, model.config.layer_norm_epsilon)
 
 
 def attention(
-    model: GPT2, w: SimpleNamespace, x: Array, positions: Positions, cache: KVCache, layer: int
+    model: Transformer,
+    w: SimpleNamespace,
+    x: Array,
+    positions: Positions,
+    cache: KVCache,
+    layer: int,
 ) -> Array:
     """Causal self-attention over the cache and the new tokens, [B, T, C] -> [B, T, C]."""
     config, ops = model.config, model.backend
@@ -86,7 +91,7 @@ def attention(
     return ops.linear(y, w.c_proj.weight, w.c_proj.bias)  # [B, T, C]
 
 
-def mlp(model: GPT2, w: SimpleNamespace, x: Array) -> Array:
+def mlp(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
     """Two linear layers with an activation between them, [B, T, C] -> [B, T, C]."""
     ops = model.backend
     activation = getattr(ops, model.config.activation_function)  # gelu_new, gelu or relu

@@ -106,7 +106,7 @@ def _either(values: Any) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class QuantizedTensor:
     """A quantized matrix [O, I].
 
     Attributes
@@ -151,10 +151,10 @@ class Quantized:
         if n_in % self.group_size:
             raise WeightsError(f"{n_in} inputs are no whole number of groups of {self.group_size}")
 
-    def __getitem__(self, rows: slice) -> Quantized:
+    def __getitem__(self, rows: slice) -> QuantizedTensor:
         """Some of the rows."""
         parts = self.weight[rows], self.scales[rows], self.biases[rows]
-        return Quantized(*parts, self.group_size, self.bits)
+        return QuantizedTensor(*parts, self.group_size, self.bits)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,7 +184,7 @@ def quantize(
     *,
     name: str = "matrix",
     threads: int | None = None,
-) -> Quantized:
+) -> QuantizedTensor:
     """Quantize a matrix w [O, I] of floats as `mx.quantize` does: the result is the same.
 
     The end of a group that is farther from zero is met exactly, and so is zero, to which the step
@@ -239,10 +239,10 @@ def quantize(
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # NumPy lets others run meanwhile
         for _ in pool.map(fill, _blocks(n_out, n_in)):
             pass  # but for what it raises
-    return Quantized(codes.view("<u4"), scales, biases, group_size, bits)
+    return QuantizedTensor(codes.view("<u4"), scales, biases, group_size, bits)
 
 
-def unpack(q: Quantized) -> np.ndarray:
+def unpack(q: QuantizedTensor) -> np.ndarray:
     """The codes of a quantized matrix, uint8 [O, I]."""
     packed = np.ascontiguousarray(q.weight, "<u4").view(np.uint8)
     if q.bits == 8:
@@ -253,7 +253,7 @@ def unpack(q: Quantized) -> np.ndarray:
     return codes
 
 
-def dequantize(q: Quantized) -> np.ndarray:
+def dequantize(q: QuantizedTensor) -> np.ndarray:
     """The floats that a quantized matrix stands for, float32 [O, I]."""
     n_out, n_in = q.shape
     w = np.empty((n_out, n_in // q.group_size, q.group_size), np.float32)

@@ -1,7 +1,7 @@
 """Weights: safetensors files -> arrays on a backend, checked by key, shape and dtype.
 
 Names are the Hub's without the `transformer.` prefix (`h.0.attn.c_attn.weight`), layouts are the
-Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one `Quantized`
+Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one `QuantizedTensor`
 [out, in] under its weight's name; in a file it is three tensors, as MLX writes them.
 """
 
@@ -21,9 +21,9 @@ from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import ParameterError, WeightsError
 from gptx.files import BFLOAT16, read_safetensors, widened
-from gptx.quantization import Quantization, Quantized, dequantize, quantize
+from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 
-Tensor = np.ndarray | Quantized
+Tensor = np.ndarray | QuantizedTensor
 
 # The causal mask, which some files store as if it were a weight.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -73,7 +73,7 @@ def is_no_weight(name: str, config: GPT2Config) -> bool:
 
 
 def _joined(found: dict[str, np.ndarray], how: Quantization | None) -> dict[str, Tensor]:
-    """Make one `Quantized` of the three tensors of each quantized matrix."""
+    """Make one `QuantizedTensor` of the three tensors of each quantized matrix."""
     joined: dict[str, Tensor] = dict(found)
     quantized = {
         name.rpartition(".")[0]: None  # a set that keeps its order
@@ -93,7 +93,9 @@ def _joined(found: dict[str, np.ndarray], how: Quantization | None) -> dict[str,
             raise WeightsError(f"{_names(missing)} missing: {layer} is not whole")
         weight, scales, biases = (found[part] for part in parts)
         try:
-            matrix = Quantized(weight, _float32(scales), _float32(biases), how.group_size, how.bits)
+            matrix = QuantizedTensor(
+                weight, _float32(scales), _float32(biases), how.group_size, how.bits
+            )
         except WeightsError as error:
             raise WeightsError(f"tensor {name} is not {how}: {error}") from None
         for part in parts:
@@ -120,7 +122,7 @@ def check_weights(found: Mapping[str, Tensor], config: GPT2Config) -> None:
         raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
     for name, shape in expected.items():
         array = found[name]
-        if isinstance(array, Quantized):
+        if isinstance(array, QuantizedTensor):
             how = Quantization(array.group_size, array.bits)
             wanted = config.quantization if _is_quantizable(name) else None
             if how != wanted:
@@ -134,7 +136,7 @@ def check_weights(found: Mapping[str, Tensor], config: GPT2Config) -> None:
             raise WeightsError(
                 f"tensor {name} has shape {list(array.shape)}, the config asks for {list(shape)}"
             )
-    if config.quantization and not any(isinstance(x, Quantized) for x in found.values()):
+    if config.quantization and not any(isinstance(x, QuantizedTensor) for x in found.values()):
         raise WeightsError(f"no tensor is quantized, the config asks for {config.quantization}")
 
 
@@ -205,7 +207,7 @@ def _names(names: list[str]) -> str:
 
 
 def _floats(array: Tensor) -> np.ndarray:
-    return dequantize(array) if isinstance(array, Quantized) else widened(array)
+    return dequantize(array) if isinstance(array, QuantizedTensor) else widened(array)
 
 
 def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace:
@@ -215,10 +217,10 @@ def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace
 
 
 def _on_backend(name: str, array: Tensor, backend: Backend) -> Any:
-    if isinstance(array, Quantized) and name != POSITIONS:
-        return backend.quantized(array, table=name in TABLES)
+    if isinstance(array, QuantizedTensor) and name != POSITIONS:
+        return backend.pack_quantized(array, table=name in TABLES)
     floats = _floats(array)
-    return backend.matrix(floats) if LINEAR.fullmatch(name) else backend.asarray(floats)
+    return backend.pack_weight(floats) if LINEAR.fullmatch(name) else backend.asarray(floats)
 
 
 def as_tree(found: Mapping[str, Any]) -> SimpleNamespace:

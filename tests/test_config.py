@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CASES
 
 from gptx.config import ACTIVATIONS, SIZES, GPT2Config
 from gptx.errors import ConfigError, DataError
 from gptx.quantization import Quantization
+from tests.support.random_models import CASES
 
 # Config files as they are on the Hub.
 

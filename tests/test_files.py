@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from safetensors_bytes import DATA, entry, safetensors, weights_path
 
 from gptx.errors import StorageError, WeightsError
 from gptx.files import DTYPES, atomic_file, atomic_write, read_safetensors, widened
+from tests.support.safetensors_bytes import DATA, entry, safetensors, weights_path
 
 
 @pytest.fixture

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, make_backend, make_model
-from random_models import CASES, checksum, random_ids, random_weights
 
 import gptx
 from gptx.backends import Backend, get_backend
-from gptx.cache import KVCache, pad
-from gptx.generation import Model
+from gptx.generation.api import Model
+from gptx.kv_cache import KVCache, pad
 from gptx.model import forward
+from gptx.random_weights import random_weights
+from tests.support.backends import BACKENDS, make_backend
+from tests.support.models import make_model
+from tests.support.random_models import CASES, checksum, random_ids
 
 GOLDEN = Path(__file__).parent / "golden"
 

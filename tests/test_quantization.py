@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_input_helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gptx.config import GPT2Config
 from gptx.errors import ConfigError, ParameterError, WeightsError
-from gptx.quantization import GROUP_SIZES, Quantization, Quantized, dequantize, quantize, unpack
+from gptx.quantization import (
+    GROUP_SIZES,
+    Quantization,
+    QuantizedTensor,
+    dequantize,
+    quantize,
+    unpack,
+)
+from tests.support.refusals import refused
 
 KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
 
@@ -111,12 +118,12 @@ def test_the_form_in_a_config() -> None:
 # The layout
 
 
-def quantized(n_out: int, n_in: int, bits: int, group_size: int, seed: int = 0) -> Quantized:
+def quantized(n_out: int, n_in: int, bits: int, group_size: int, seed: int = 0) -> QuantizedTensor:
     """A matrix of random words, scales and biases."""
     rng = np.random.default_rng(seed)
     words = rng.integers(0, 2**32, (n_out, n_in * bits // 32), np.uint32)
     scales, biases = rng.normal(size=(2, n_out, n_in // group_size)).astype(np.float32)
-    return Quantized(words, scales, biases, group_size, bits)
+    return QuantizedTensor(words, scales, biases, group_size, bits)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), KINDS)
@@ -173,9 +180,9 @@ PARTS = np.zeros((3, 1), np.float32)
     ],
 )
 def test_parts_that_do_not_fit_each_other(parts: Any, says: str) -> None:
-    assert Quantized(WORDS, PARTS, PARTS, 64, 4).shape == (3, 64)
+    assert QuantizedTensor(WORDS, PARTS, PARTS, 64, 4).shape == (3, 64)
     with refused(WeightsError, says):
-        Quantized(*parts, 64, 4)
+        QuantizedTensor(*parts, 64, 4)
 
 
 # How exact
@@ -256,7 +263,7 @@ def test_the_same_as_mlx(kind: str, bits: int, group_size: int) -> None:
     }[kind].astype(np.float32)
     q = quantize(w, bits, group_size)
     words, scales, biases = mx.quantize(mx.array(w), group_size=group_size, bits=bits)
-    theirs = Quantized(*map(np.array, (words, scales, biases)), group_size, bits)
+    theirs = QuantizedTensor(*map(np.array, (words, scales, biases)), group_size, bits)
     np.testing.assert_allclose(q.scales, theirs.scales, rtol=1e-6)
     np.testing.assert_array_equal(q.biases, theirs.biases)
     off = np.abs(unpack(q).astype(int) - unpack(theirs))

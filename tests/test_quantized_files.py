@@ -11,20 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_input_helpers import refused
-from cli_helpers import run
-from conftest import floats_of, make_model
-from conversion_helpers import save
-from random_models import CASES, random_weights
 from safetensors.numpy import load_file, save_file
 
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ParameterError, WeightsError
-from gptx.generation import Model
-from gptx.quantization import Quantization, Quantized, quantize
+from gptx.generation.api import Model
+from gptx.quantization import Quantization, QuantizedTensor, quantize
+from gptx.random_weights import random_weights
 from gptx.weights import check_weights, quantize_weights, read_weights
+from tests.support.cli import run
+from tests.support.conversions import save
+from tests.support.models import floats_of, make_model
+from tests.support.random_models import CASES
+from tests.support.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden"
 INT4 = Quantization(32, 4)
@@ -86,8 +87,8 @@ def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantiza
     assert set(found) == set(weights)
     for name, x in weights.items():
         y = found[name]
-        if isinstance(x, Quantized):
-            assert isinstance(y, Quantized)
+        if isinstance(x, QuantizedTensor):
+            assert isinstance(y, QuantizedTensor)
             for part in PARTS:
                 np.testing.assert_array_equal(getattr(y, part), getattr(x, part))
         else:

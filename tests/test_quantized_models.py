@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_input_helpers import command, refused
-from cli_helpers import run
-from conftest import floats_of, make_backend, make_model, shared
-from random_models import CASES, random_ids, random_weights, to_bfloat16
 
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.errors import ParameterError, WeightsError
 from gptx.files import BFLOAT16
-from gptx.generation import Model
-from gptx.quantization import Quantization, Quantized, dequantize, quantize
+from gptx.generation.api import Model
+from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
+from gptx.random_weights import random_weights
 from gptx.weights import fingerprint, quantize_weights
+from tests.support.backends import make_backend
+from tests.support.cli import run
+from tests.support.models import floats_of, make_model
+from tests.support.random_models import CASES, random_ids, to_bfloat16
+from tests.support.refusals import command, refused
+from tests.support.shared_files import shared
 
 INT4 = Quantization(32, 4)
 INT8 = Quantization(32, 8)
@@ -54,10 +57,10 @@ def test_what_is_quantized_and_what_is_not() -> None:
     assert described == replace(config, quantization=INT4)
     matrices = {f"h.{layer}.{name}.weight" for layer in range(3) for name in MATRICES}
     matrices |= {"wte.weight", "lm_head.weight"}
-    assert {name for name, x in weights.items() if isinstance(x, Quantized)} == matrices
+    assert {name for name, x in weights.items() if isinstance(x, QuantizedTensor)} == matrices
     assert all(weights[name] is floats[name] for name in set(floats) - matrices)
     got, w = weights["h.1.mlp.c_fc.weight"], floats["h.1.mlp.c_fc.weight"]  # [in, out]
-    assert isinstance(got, Quantized)
+    assert isinstance(got, QuantizedTensor)
     assert got.shape == w.shape[::-1]
     np.testing.assert_array_equal(dequantize(got), dequantize(quantize(w.T, 4, 32)))
 
@@ -67,7 +70,7 @@ def test_bfloat16_weights_are_quantized() -> None:
     wide = to_bfloat16(weights["wte.weight"]).astype(np.uint32) << 16
     weights["wte.weight"] = to_bfloat16(weights["wte.weight"]).view(BFLOAT16)
     got = quantize_weights(weights, CONFIG, INT4)[0]["wte.weight"]
-    assert isinstance(got, Quantized)
+    assert isinstance(got, QuantizedTensor)
     expected = quantize(wide.view(np.float32), 4, 32)
     np.testing.assert_array_equal(got.weight, expected.weight)
 
@@ -87,7 +90,7 @@ def test_a_quantized_model_has_a_fingerprint_of_its_own() -> None:
     assert len(prints) == 3
     weights, _ = quantize_weights(floats, CONFIG, INT4)
     x = weights["h.2.mlp.c_fc.weight"]
-    assert isinstance(x, Quantized)
+    assert isinstance(x, QuantizedTensor)
     other = replace(x, scales=x.scales * 2)
     assert fingerprint(weights) != fingerprint({**weights, "h.2.mlp.c_fc.weight": other})
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CASES, random_weights, to_bfloat16, write_model
-from safetensors_bytes import MICRO, weights_path
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, StorageError, WeightsError
 from gptx.files import read_safetensors, widened
+from gptx.random_weights import random_weights
 from gptx.weights import check_weights, read_weights, to_backend
+from tests.support.backends import make_backend
+from tests.support.random_models import CASES, to_bfloat16, write_model
+from tests.support.safetensors_bytes import MICRO, weights_path
 
 # Types, with and without a copy
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gptx.backends import Backend, Positions
-from gptx.cache import KVCache
-from gptx.model import GPT2, forward
+from gptx.kv_cache import KVCache
+from gptx.model import Transformer, forward
 
 Array = Any
 
@@ -63,7 +63,9 @@ class Ablation(Backend):
     name = "numpy"
     has_threads = True
 
-    def __init__(self, model: GPT2, reused: Collection[str] = (), *, table: bool = False) -> None:
+    def __init__(
+        self, model: Transformer, reused: Collection[str] = (), *, table: bool = False
+    ) -> None:
         super().__init__(np, dtype=model.backend.dtype, threads=model.backend.threads)
         self.reused = reused
         self._capacity = model.config.n_positions
@@ -134,10 +136,10 @@ class Ablation(Backend):
     def split_heads(self, qkv: Any, n_head: int) -> tuple[Array, Array, Array]:
         return super().split_heads(qkv.array, n_head)
 
-    def write(self, buffer: Array, new: Array, positions: Positions) -> Array:
+    def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         known = self._known if KEYS in self.reused else 0
         rest = replace(positions, host=positions.host[:, known:])
-        return super().write(buffer, new[:, :, known:], rest)
+        return super().update_kv(buffer, new[:, :, known:], rest)
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Any:
         op = super().attention
@@ -152,7 +154,7 @@ class Ablation(Backend):
         return super().unembed(x.array, table)
 
 
-def continued(model: GPT2, ops: Ablation, prompt: list[int], n: int) -> list[int]:
+def continued(model: Transformer, ops: Ablation, prompt: list[int], n: int) -> list[int]:
     """`n` greedy tokens after a prompt, each step a forward pass over the whole text."""
     model = replace(model, backend=ops)
     ids = list(prompt)

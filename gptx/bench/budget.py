@@ -22,10 +22,10 @@ from gptx.bench.plan import Settings, Setup, check_context, setups
 from gptx.bench.process import Events
 from gptx.bench.sources import sources
 from gptx.bench.speed import GREEDY
-from gptx.cache import KVCache
-from gptx.engine import Generation, prefill
 from gptx.errors import ParameterError
-from gptx.generation import Model
+from gptx.generation.api import Model
+from gptx.generation.engine import TokenGenerator, prefill
+from gptx.kv_cache import KVCache
 
 PROMPTS = (19,)
 
@@ -122,7 +122,7 @@ def count(steps: Iterator[Any], budget: float, clock: Callable[[], float]) -> in
 
 
 def _cached(model: Model, ids: list[int], n: int) -> Iterator[Any]:
-    return iter(Generation(model.gpt2, [ids], GREEDY, max_tokens=n))
+    return iter(TokenGenerator(model.gpt2, [ids], GREEDY, max_tokens=n))
 
 
 def _uncached(model: Model, ids: list[int], n: int) -> Iterator[Any]:

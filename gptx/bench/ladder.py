@@ -17,8 +17,8 @@ from gptx.bench.plan import Settings, Setup, check_context, setups, single
 from gptx.bench.process import Events
 from gptx.bench.sources import sources
 from gptx.bench.speed import GREEDY, rates
-from gptx.engine import Generation
-from gptx.model import GPT2
+from gptx.generation.engine import TokenGenerator
+from gptx.model import Transformer
 
 PROMPT, OUTPUT = 19, 20
 ENGINE = "the engine, generic ops"
@@ -75,7 +75,7 @@ def measure(setup: dict[str, Any], prompt: int, output: int, repetitions: int) -
         }
 
 
-def rungs(model: GPT2, ids: list[int], output: int) -> dict[str, Callable[[], list[int]]]:
+def rungs(model: Transformer, ids: list[int], output: int) -> dict[str, Callable[[], list[int]]]:
     """What is compared: name -> a function that continues `ids` with so many greedy tokens."""
 
     def way(n: int, *, table: bool = False) -> Callable[[], list[int]]:
@@ -90,6 +90,6 @@ def rungs(model: GPT2, ids: list[int], output: int) -> dict[str, Callable[[], li
     return ways
 
 
-def _engine(model: GPT2, ids: list[int], output: int) -> list[int]:
-    steps = Generation(model, [ids], GREEDY, max_tokens=output)
+def _engine(model: Transformer, ids: list[int], output: int) -> list[int]:
+    steps = TokenGenerator(model, [ids], GREEDY, max_tokens=output)
     return [token.id for step in steps for token in step if token.id is not None]

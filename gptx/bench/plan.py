@@ -11,7 +11,7 @@ from gptx.backends import get_backend
 from gptx.bench.machine import cores
 from gptx.bench.sources import Source
 from gptx.errors import ParameterError
-from gptx.generation import Model, load
+from gptx.generation.api import Model, load
 from gptx.quantization import BITS
 
 QUANTIZED = tuple(BITS)  # of the weights, in groups of 64

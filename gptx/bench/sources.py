@@ -15,7 +15,7 @@ import numpy as np
 
 from gptx.config import SIZES, GPT2Config
 from gptx.errors import ParameterError, StorageError
-from gptx.hub import locate
+from gptx.hub.resolve import locate
 
 RANDOM = "random:"
 

@@ -20,11 +20,11 @@ import numpy as np
 from gptx.bench.machine import about
 from gptx.bench.plan import Setup, Trial
 from gptx.bench.process import Event, Events
-from gptx.cache import KVCache
-from gptx.engine import Generation, prefill
-from gptx.generation import Model
-from gptx.model import GPT2
-from gptx.sampling import Sampler, SamplingParams
+from gptx.generation.api import Model
+from gptx.generation.engine import TokenGenerator, prefill
+from gptx.generation.sampling import Sampler, SamplingParams
+from gptx.kv_cache import KVCache
+from gptx.model import Transformer
 
 GREEDY = SamplingParams(seed=0)
 
@@ -137,7 +137,7 @@ class Bench:
 
     def _generate(self, trial: Trial) -> list[float]:
         steps = iter(
-            Generation(
+            TokenGenerator(
                 self.model.gpt2,
                 self._texts(0, trial.depth + 1),
                 GREEDY,
@@ -164,7 +164,7 @@ def dtype_of(model: Model) -> str:
     return f"int{how.bits}" if dtype == "float32" else f"int{how.bits}/{dtype}"
 
 
-def weights_bytes(model: GPT2) -> tuple[int, int]:
+def weights_bytes(model: Transformer) -> tuple[int, int]:
     """Bytes of all weights as the backend holds them, and of those that a decode step reads.
 
     A step reads a row or so of the tables of positions and (where the head is another) of tokens.

@@ -31,9 +31,9 @@ SCRIPT = """
 import json, sys, time
 folder, options, prompt, output = json.loads(sys.argv[1])
 began = time.perf_counter()
-import gptx.generation
+import gptx.generation.api
 imported = time.perf_counter()
-model = gptx.generation.load_once(folder, output, **options)
+model = gptx.generation.api.load_once(folder, output, **options)
 loaded = time.perf_counter()
 result = model.generate(prompt, max_tokens=output, ignore_eos=True)
 done = time.perf_counter()

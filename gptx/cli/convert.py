@@ -13,9 +13,9 @@ import click
 from gptx.cli.options import group_size_option, offline_option, revision_option
 from gptx.config import GPT2Config
 from gptx.conversions import CODES, FORMATS, convert, read
-from gptx.conversions.binary import DTYPES
+from gptx.conversions.containers.binary import DTYPES
 from gptx.conversions.verify import check
-from gptx.hub import importing_hub
+from gptx.hub.resolve import importing_hub
 
 
 @click.command("convert")
@@ -72,7 +72,7 @@ def convert_command(
         options["head"] = head
     if upload is not None:
         with importing_hub():
-            from gptx import hub_upload
+            from gptx.hub import upload as hub_upload
         hub_upload.check_repository(upload)  # before the work is done
     with _progress() as progress:
         checkpoint = convert(source, destination, progress=progress, **options)

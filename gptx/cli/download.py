@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gptx.cli.options import revision_option
-from gptx.hub import locate
+from gptx.hub.resolve import locate
 
 
 @click.command()

@@ -21,12 +21,12 @@ from gptx.cli.options import (
     revision_option,
     threads_option,
 )
-from gptx.engine import MAX_TOKENS, Overflow
 from gptx.errors import Interrupted, PromptError
-from gptx.generation import Model, load_once
-from gptx.options import Options, check_options
-from gptx.results import Result
-from gptx.sampling import SamplingParams
+from gptx.generation.api import Model, load_once
+from gptx.generation.engine import MAX_TOKENS, Overflow
+from gptx.generation.options import Options, check_options
+from gptx.generation.results import Result
+from gptx.generation.sampling import SamplingParams
 
 DEFAULT = SamplingParams()
 

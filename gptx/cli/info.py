@@ -12,8 +12,8 @@ import click
 from gptx.cli.options import format_size, json_option, offline_option, revision_option
 from gptx.config import GPT2Config
 from gptx.files import BFLOAT16
-from gptx.hub import locate
-from gptx.quantization import Quantized
+from gptx.hub.resolve import locate
+from gptx.quantization import QuantizedTensor
 from gptx.weights import Tensor, read_weights
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -53,7 +53,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
 
 
 def _kind(array: Tensor) -> str:
-    if isinstance(array, Quantized):
+    if isinstance(array, QuantizedTensor):
         return f"int{array.bits}"
     return "bfloat16" if array.dtype == BFLOAT16 else str(array.dtype)
 

@@ -33,13 +33,13 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent))
-
-from random_models import CASES, checksum, random_ids, random_weights  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
 
 from gptx.config import GPT2Config  # noqa: E402
+from gptx.random_weights import random_weights  # noqa: E402
+from tests.support.random_models import CASES, checksum, random_ids  # noqa: E402
 
-MODEL = ROOT / "gptx" / "models" / "shakespeare"
+MODEL = ROOT / "gptx" / "embedded" / "shakespeare"
 N_TOKENS = 100
 LEAST_MARGIN = 1e-3  # below it rounding could decide which token is the best
 

@@ -23,9 +23,10 @@ import numpy as np
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from random_models import CASES, random_ids, random_weights, write_model  # noqa: E402
+from gptx.random_weights import random_weights  # noqa: E402
+from tests.support.random_models import CASES, random_ids, write_model  # noqa: E402
 
 CONFIG = replace(CASES["355M"], n_layer=2)
 # bits, group size, the type of what is not quantized and of the scales

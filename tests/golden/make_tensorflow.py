@@ -22,10 +22,11 @@ from pathlib import Path
 import tensorflow as tf
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from random_models import CASES, random_weights  # noqa: E402
-from tensor_bundle_bytes import variables  # noqa: E402
+from gptx.random_weights import random_weights  # noqa: E402
+from tests.support.random_models import CASES  # noqa: E402
+from tests.support.tensor_bundle_bytes import variables  # noqa: E402
 
 CONFIG = CASES["tiny"]
 FOLDER = HERE / "tf-tiny"

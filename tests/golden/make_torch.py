@@ -28,11 +28,11 @@ from torch.utils.serialization import config as settings
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "torch"
-sys.path.insert(0, str(HERE.parent))
-
-from random_models import random_ids, random_weights  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
 
 from gptx.config import GPT2Config  # noqa: E402
+from gptx.random_weights import random_weights  # noqa: E402
+from tests.support.random_models import random_ids  # noqa: E402
 
 CONFIG = GPT2Config(
     vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None,

@@ -1,0 +1,1 @@
+"""The NumPy backend: the CPU, with BLAS threads and with compiled kernels."""

@@ -1,0 +1,143 @@
+"""NumPy: the CPU, with BLAS threads, and with compiled kernels where Numba is installed.
+
+At one token a step the products wait for memory and everything else is call overhead, so these ops
+work in place and in few calls. With Numba the whole forward pass is one call (`numpy_step.py`), and
+quantized weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gptx.backends.base import Backend
+from gptx.backends.cpu.memory import Pool, aligned
+from gptx.backends.graph import UnsupportedOp
+from gptx.backends.positions import Positions
+from gptx.errors import BackendError
+from gptx.quantization import QuantizedTensor
+
+Array = np.ndarray
+
+
+class NumpyBackend(Backend):
+    """NumPy's own arrays. Memory-mapped float32 weights are used where they lie."""
+
+    name = "numpy"
+    has_threads = True
+    dtypes = ("float32", "float64")  # NumPy's float16 is emulated one number at a time
+
+    def __init__(self, **options: Any) -> None:
+        if options.get("device") not in (None, "cpu"):
+            raise BackendError(
+                f"device is {options['device']!r}, the numpy backend has 'cpu' alone"
+            )
+        super().__init__(np, **options)
+        self._has_codes = False
+        self._weights = Pool()
+
+    def _kernels(self) -> ModuleType | None:
+        """The compiled forward pass; None without Numba."""
+        try:
+            return importlib.import_module("gptx.backends.cpu.compiled")
+        except ImportError:
+            return None
+
+    def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
+        wanted = self.dtype == "float32" and (self.compiles or self._has_codes)
+        if wanted and (kernels := self._kernels()):
+            try:
+                return kernels.CompiledForward(forward, model, self.threads)
+            except UnsupportedOp:  # a forward pass of someone's own
+                pass
+        return super().compile(forward, model)
+
+    def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
+        if self.dtype == "float32" and (kernels := self._kernels()):
+            self._has_codes = True  # and Numba is there, which is what makes compiling slow
+            return kernels.QuantizedWeight(q, self._weights)
+        return super().pack_quantized(q, table=table)
+
+    def embed(self, ids: Array, table: Any) -> Array:
+        return super().embed(ids, table) if isinstance(table, Array) else table.rows(ids)
+
+    def unembed(self, x: Array, table: Any) -> Array:
+        if isinstance(table, Array):
+            return super().unembed(x, table)
+        return table.product(x, None, self.threads)
+
+    def asarray(self, host: Array, dtype: str | None = None) -> Array:
+        return np.asarray(
+            host, dtype=(dtype or self.dtype) if host.dtype.kind == "f" else self.int_dtype
+        )
+
+    def to_numpy(self, x: Array) -> Array:
+        return x
+
+    def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        return aligned(shape, dtype or self.dtype, np.zeros)
+
+    def linear(self, x: Array, weight: Any, bias: Array) -> Array:
+        if not isinstance(weight, Array):
+            return weight.product(x, bias, self.threads)
+        if len(x) > 1:  # one product over all rows, where NumPy would loop over B
+            y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ weight
+        y += bias
+        return y
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        n = x.shape[-1]
+        y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
+        y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
+        y *= weight
+        y += bias
+        return y
+
+    def gelu_new(self, x: Array) -> Array:
+        y = x * x
+        y *= 0.044715 * math.sqrt(2 / math.pi)
+        y += math.sqrt(2 / math.pi)
+        y *= x
+        np.tanh(y, out=y)
+        y += 1.0
+        y *= x
+        y *= 0.5
+        return y
+
+    def relu(self, x: Array) -> Array:
+        return np.maximum(x, 0.0)
+
+    def softmax(self, x: Array) -> Array:
+        return _softmax(x.copy())
+
+    def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
+        if positions.aligned:
+            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+        else:
+            rows = np.arange(len(buffer))[:, None]
+            buffer[rows, :, positions.index] = new.transpose(0, 2, 1, 3)
+        return buffer
+
+    def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
+        B, H, T, D = q.shape
+        scores = (q * scale) @ k.swapaxes(-1, -2)
+        if T > 1 or not positions.aligned:  # a single aligned token sees all there is
+            hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]
+            np.copyto(scores, -math.inf, where=hidden)
+        heads = _softmax(scores) @ v
+        return heads.swapaxes(1, 2).reshape(B, T, H * D)
+
+
+def _softmax(x: Array) -> Array:
+    """Softmax over the last axis, in place."""
+    x -= np.maximum.reduce(x, axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= np.add.reduce(x, axis=-1, keepdims=True)
+    return x

@@ -1,0 +1,1 @@
+"""Kernels of the NumPy backend, compiled by Numba."""

@@ -1,0 +1,1 @@
+"""Kernels on Intel's matrix unit, AMX."""

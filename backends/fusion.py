@@ -1,0 +1,159 @@
+"""Fused operations and their buffers: a graph as the few steps of a compiled replay.
+
+A step is "embed" (token and position embeddings, added), "linear" (layer norm, product, bias,
+activation and residual in one) or "attention" (keys and values written to the cache, all of them
+read).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptx.backends.graph import Graph, Node, UnsupportedOp, trace
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu")
+
+
+@dataclass
+class FusedOp:
+    """One step of a replay; a field that does not apply is None.
+
+    Attributes
+    ----------
+    kind
+        "embed", "linear" or "attention".
+    source, target, residual
+        Numbers of buffers; a target is never one of the other two.
+    weight, bias
+        Operands of `Backend.linear`, `unembed` or `embed`.
+    table
+        Position embeddings [n_positions, C], of "embed".
+    norm
+        Weight, bias and epsilon of the layer norm before the product.
+    activation
+        One of `ACTIVATIONS`.
+    is_head
+        True for `unembed`: the weight is [V, C].
+    last
+        True if only the last token of each sequence is computed.
+    layer, scale
+        Number of the layer and scale of the scores, of "attention".
+    """
+
+    kind: str
+    source: int | None = None
+    target: int = -1
+    residual: int | None = None
+    weight: Any = None
+    bias: Any = None
+    table: Any = None
+    norm: tuple[Any, Any, float] | None = None
+    activation: str | None = None
+    is_head: bool = False
+    last: bool = False
+    layer: int = 0
+    scale: float = 1.0
+    operands: list[Node] = field(default_factory=list, repr=False)
+
+
+def trace_fused(forward: Callable[..., Any], model: Any, *, last_only: bool) -> list[FusedOp]:
+    """Trace one forward pass of `model` and fuse it.
+
+    Raises
+    ------
+    UnsupportedOp
+        The pass does something that no fused operation covers.
+    """
+    fused = fuse(trace(forward, model, last_only=last_only))
+    if [op.last for op in fused] != [False] * (len(fused) - 1) + [last_only]:
+        raise UnsupportedOp("other tokens than the last in the logits, or fewer before them")
+    return fused
+
+
+def fuse(graph: Graph) -> list[FusedOp]:
+    """Fuse the nodes of a graph, and assign a buffer to each result.
+
+    Raises
+    ------
+    UnsupportedOp
+        A node, or a combination of nodes, that no fused operation covers.
+    """
+    uses = Counter(operand for node in graph.nodes for operand in node.inputs)
+    fused: list[FusedOp] = []
+    producer: dict[Node, FusedOp] = {}
+
+    def begin(node: Node, kind: str, *operands: Node, **fields: Any) -> None:
+        producer[node] = FusedOp(kind, operands=list(operands), **fields)
+        fused.append(producer[node])
+
+    def extend(node: Node, earlier: Node, *operands: Node, **fields: Any) -> None:
+        """Make the producer of `earlier` compute `node` too, if nothing else reads `earlier`."""
+        op = producer.get(earlier)
+        if op is not fused[-1] or uses[earlier] > 1:
+            raise UnsupportedOp(f"{node.op} of {earlier.op}")
+        producer[node] = op
+        op.operands += operands
+        for name, value in fields.items():
+            setattr(op, name, value)
+
+    for node in graph.nodes:
+        match node.op, node.operands:
+            case "ids" | "index" | "embed" | "last" | "layer_norm", _:
+                pass  # fused into the node that reads them
+            case "query" | "key" | "value" | "keys" | "values", _:
+                pass
+            case "add", (
+                Node(op="embed", operands=(Node(op="ids"), weight)),
+                Node(op="embed", operands=(Node(op="index"), table)),
+            ):
+                begin(node, "embed", weight=weight, table=table)
+            case "add", (Node() as x, Node(op="linear") as y):
+                extend(node, y, x, residual=0)
+            case "linear" | "unembed", (Node() as x, weight, *bias):
+                x, norm = (x.operands[0], x.operands[1:]) if x.op == "layer_norm" else (x, None)
+                x, last = (x.operands[0], True) if x.op == "last" else (x, False)
+                fields = {"weight": weight, "norm": norm, "last": last}
+                head = node.op == "unembed"
+                begin(node, "linear", x, bias=bias[0] if bias else None, is_head=head, **fields)
+            case activation, (Node(op="linear") as x,) if activation in ACTIVATIONS:
+                extend(node, x, activation=activation)
+            case "attention", (
+                Node(op="query", operands=(q,)),
+                Node(op="keys", operands=(Node(op="key", operands=(k,)), layer)),
+                Node(op="values", operands=(Node(op="value", operands=(v,)), same)),
+                _,
+                scale,
+            ) if q is k is v and layer == same:
+                begin(node, "attention", q, layer=layer, scale=scale)
+            case _:
+                raise UnsupportedOp(node.op)
+    _assign_buffers(fused, producer)
+    if not fused or not fused[-1].is_head or graph.output is not graph.nodes[-1]:
+        raise UnsupportedOp("a forward pass that does not end in its logits")
+    return fused
+
+
+def _assign_buffers(fused: list[FusedOp], producer: dict[Node, FusedOp]) -> None:
+    """Number the buffers; a buffer is reused after the last read of its content."""
+    last_read = {}
+    for i, op in enumerate(fused):
+        for node in op.operands:
+            if node not in producer:
+                raise UnsupportedOp(f"a product of {node.op}")
+            last_read[id(producer[node])] = i
+    free: list[int] = []
+    n_buffers = 0
+    for i, op in enumerate(fused):
+        if not free or op.is_head:  # the caller keeps the logits
+            free.append(n_buffers)
+            n_buffers += 1
+        op.target = free.pop()
+        producers = [producer[node] for node in op.operands]
+        if producers:
+            op.source = producers[0].target
+        if op.residual is not None:
+            op.residual = producers[1].target
+        free += {p.target for p in producers if last_read[id(p)] == i}

@@ -1,0 +1,6 @@
+"""`python -m benchmarks.compare`."""
+
+from benchmarks.compare.run import main
+
+if __name__ == "__main__":
+    main()

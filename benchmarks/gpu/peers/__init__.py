@@ -1,0 +1,1 @@
+"""The engines that gptx is compared with on a GPU."""

@@ -1,0 +1,1 @@
+"""Containers: bytes on disk, without any knowledge of GPT-2."""

@@ -1,0 +1,295 @@
+"""gpt-burn: a GPT-2 in Rust. A folder with its config.json and model.mpk is read.
+
+model.mpk is a record of Burn 0.13, see `mpk.py`; its linear layers are `[in, out]`. config.json is
+that of a training run. (https://github.com/felix-andreas/gpt-burn, src/model.rs, src/train.rs.)
+
+Its model differs from GPT-2 in three ways:
+
+- Queries, keys, values and the output of the attention have no biases: here they are zero.
+- The head has one, and GPT-2's has none. Where it can, the bias of the last layer norm takes it in.
+  In general that needs a vocabulary no larger than the width, so otherwise the model is made twice
+  as wide: each channel is there twice, which changes neither mean nor variance of a layer norm,
+  and what the layer norms make of the second copies is nothing, but for one that the last layer
+  norm makes a constant 1, by which the head multiplies its bias. The second half of the heads sees
+  nothing and says nothing.
+- Burn 0.13 divides by sqrt(variance) + 1e-5 in a layer norm, and GPT-2 by
+  sqrt(variance + epsilon). With the square of that number for epsilon, what comes out differs by
+  less than 1e-5 / sqrt(variance) of itself: 0.04 % in the first layer of a model that has learned
+  nothing yet, less than 1e-5 where activations are of the order of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from gptx.config import GPT2Config
+from gptx.conversions.checkpoint import Checkpoint, Stored
+from gptx.conversions.containers.binary import Array, BinaryFile
+from gptx.conversions.containers.messagepack import FLOATS, TOKENS, Kind, Record, Schema
+from gptx.errors import ConfigError, NotFoundError, StorageError, WeightsError
+
+WEIGHTS = "model.mpk"
+EPSILON = 1e-5  # of Burn's layer norm
+SQUARED = 1e-10
+
+# The structs of src/model.rs.
+NORM: Schema = {"gamma": Kind.TENSOR, "beta": Kind.TENSOR, "epsilon": Kind.NOTHING}
+LINEAR: Schema = {"weight": Kind.TENSOR, "bias": Kind.TENSOR}
+UNBIASED: Schema = {"weight": Kind.TENSOR, "bias": Kind.NOTHING}
+EMBEDDING: Schema = {"weight": Kind.TENSOR}
+ATTENTION: Schema = {
+    "n_heads": Kind.NOTHING,
+    "d_k": Kind.NOTHING,
+    "query": UNBIASED,
+    "key": UNBIASED,
+    "value": UNBIASED,
+    "attn_dropout": Kind.NOTHING,
+    "out": UNBIASED,
+    "resid_dropout": Kind.NOTHING,
+}
+MLP: Schema = {
+    "linear_1": LINEAR,
+    "gelu": Kind.NOTHING,
+    "linear_2": LINEAR,
+    "dropout": Kind.NOTHING,
+}
+BLOCK: Schema = {"norm_1": NORM, "multi_head": ATTENTION, "norm_2": NORM, "pwff": MLP}
+MODEL: Schema = {
+    "token_embedding": EMBEDDING,
+    "positional_embedding": EMBEDDING,
+    "dropout": Kind.NOTHING,
+    "blocks": [BLOCK],
+    "norm": NORM,
+    "linear": LINEAR,
+}
+METADATA = dict.fromkeys(("float", "int", "format", "version", "settings"), Kind.TEXT)
+RECORD: Schema = {"metadata": {**METADATA}, "item": MODEL, "_b": []}
+
+# Our names and those of the record, in it or in one of its blocks.
+NAMES = {
+    "wte.weight": "token_embedding.weight",
+    "wpe.weight": "positional_embedding.weight",
+    "ln_1.weight": "norm_1.gamma",
+    "ln_1.bias": "norm_1.beta",
+    "attn.c_proj.weight": "multi_head.out.weight",
+    "ln_2.weight": "norm_2.gamma",
+    "ln_2.bias": "norm_2.beta",
+    "mlp.c_fc.weight": "pwff.linear_1.weight",
+    "mlp.c_fc.bias": "pwff.linear_1.bias",
+    "mlp.c_proj.weight": "pwff.linear_2.weight",
+    "mlp.c_proj.bias": "pwff.linear_2.bias",
+    "ln_f.weight": "norm.gamma",
+    "ln_f.bias": "norm.beta",
+    "lm_head.weight": "linear.weight",
+}
+IN_RECORD = re.compile(r"^item\.(blocks\.\d+\.)?")
+
+SIZES = ("context_length", "vocab_size", "n_layers", "n_heads", "d_model", "d_hidden")
+
+
+def detect(path: Path) -> bool:
+    """Whether this is a folder with a record of Burn, or such a file."""
+    file = path / WEIGHTS if path.is_dir() else path
+    try:
+        if not file.is_file():  # to open a pipe is to wait for whoever writes it
+            return False
+        with open(file, "rb") as opened:
+            start = opened.read(10)
+    except OSError:
+        return False
+    return start == b"\x83\xa8metadata"
+
+
+def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+    """Open a folder with config.json and model.mpk, or that file with the other one beside it.
+
+    Raises
+    ------
+    ConfigError
+        config.json is damaged, or `config` was given: it would say nothing that is not known.
+    WeightsError
+        The record is damaged, or does not fit.
+    NotFoundError, StorageError
+        A file is missing, or cannot be read.
+    """
+    if config is not None:
+        raise ConfigError("gpt-burn's config.json says all there is to say: leave the other out")
+    file = path / WEIGHTS if path.is_dir() else path
+    sizes = _sizes(file.with_name("config.json"))
+    model = _Model(Record(BinaryFile(file), RECORD), sizes)
+    model.check()
+    folded = model.folded()
+    C, M, H = sizes["d_model"], sizes["d_hidden"], sizes["n_heads"]
+    width, heads = (C, H) if folded is not None else (2 * C, 2 * H)
+    found = GPT2Config(
+        vocab_size=sizes["vocab_size"],
+        n_positions=sizes["context_length"],
+        n_embd=width,
+        n_layer=sizes["n_layers"],
+        n_head=heads,
+        n_inner=None if 4 * width == M else M,
+        activation_function="gelu",
+        layer_norm_epsilon=SQUARED,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    notes = [
+        f"Burn's layer norm divides by sqrt(variance) + {EPSILON}, this one by sqrt(variance + "
+        f"{SQUARED}): where activations are tiny, results differ a little"
+    ]
+    if folded is None:
+        notes.append(f"to hold the bias of its head, the model is {width} wide instead of {C}")
+    get = model.tensor if folded is not None else model.wide_tensor
+    stored = {
+        name: Stored(shape, model.dtype, partial(get, name))
+        for name, shape in found.tensor_shapes().items()
+    }
+    if folded is not None:
+        stored["ln_f.bias"] = Stored(folded.shape, folded.dtype, lambda: folded)
+    return Checkpoint(found, stored, None, tuple(notes))
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """What config.json says of the model."""
+    if not path.is_file():
+        raise NotFoundError(f"{path} is missing: gpt-burn keeps config.json beside {WEIGHTS}")
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    model = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict):
+        raise ConfigError(f'{path} has no object "model": it is not the config.json of gpt-burn')
+    for name in SIZES:
+        value = model.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ConfigError(f"{path}: {name} is {str(value)[:40]!r}, expected a whole number > 0")
+    if model["d_model"] % model["n_heads"]:
+        raise ConfigError(
+            f"{path}: d_model {model['d_model']} is not a multiple of n_heads {model['n_heads']}"
+        )
+    return {name: model[name] for name in SIZES}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A record and the sizes that its tensors should have; gives them under our names."""
+
+    record: Record
+    sizes: Mapping[str, int]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of all numbers."""
+        return FLOATS[self.record.texts["metadata.float"]]
+
+    def check(self) -> None:
+        """Raise unless the record is of this model."""
+        path, texts = self.record.file.path, self.record.texts
+        if texts["metadata.float"] not in FLOATS:
+            kind = texts["metadata.float"][:40]
+            raise WeightsError(f"{path} is of type {kind!r}, expected one of {', '.join(FLOATS)}")
+        blocks, layers = self.record.lengths["item.blocks"], self.sizes["n_layers"]
+        if blocks != layers:
+            raise WeightsError(f"{path} has {blocks} blocks, its config.json says {layers}")
+        C, V, M = self.sizes["d_model"], self.sizes["vocab_size"], self.sizes["d_hidden"]
+        shapes = {
+            "token_embedding.weight": (V, C),
+            "positional_embedding.weight": (self.sizes["context_length"], C),
+            "linear.weight": (C, V),
+            "linear.bias": (V,),
+            "pwff.linear_1.weight": (C, M),
+            "pwff.linear_1.bias": (M,),
+            "pwff.linear_2.weight": (M, C),
+        }
+        for name, tensor in self.record.tensors.items():
+            last = IN_RECORD.sub("", name)
+            vector = last.endswith(("gamma", "beta", "bias"))
+            shape = shapes.get(last, (C,) if vector else (C, C))
+            if tensor.shape != shape:
+                raise WeightsError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, its config.json asks for "
+                    f"{list(shape)}"
+                )
+            if TOKENS[tensor.marker]["value"].itemsize != self.dtype.itemsize:
+                raise WeightsError(f"{path}: {name} is not of type {self.dtype}, as it says")
+
+    def folded(self) -> Array | None:
+        """The bias of the last layer norm with which the head needs none; None if there is none.
+
+        A solution b of `b @ head = beta @ head + bias`.
+        """
+        C, V = self.sizes["d_model"], self.sizes["vocab_size"]
+        if V > C:
+            return None
+        head, bias, beta = (
+            self._get(name).astype(np.float64)
+            for name in ("linear.weight", "linear.bias", "norm.beta")
+        )
+        with np.errstate(all="ignore"):
+            try:
+                change, *_ = np.linalg.lstsq(head.T, bias, rcond=None)
+            except np.linalg.LinAlgError:  # numbers that are not finite
+                return None
+            found = (beta + change).astype(np.float32)
+            wanted = beta @ head + bias
+            error = np.abs(found @ head - wanted).max()
+            return found if error <= 1e-6 * np.abs(wanted).max() else None
+
+    def tensor(self, name: str) -> Array:
+        """A tensor under our name, of the model as it is; the bias of its head is left out."""
+        block, last = _split(name)
+        if last == "attn.c_attn.weight":
+            parts = [f"{block}multi_head.{part}.weight" for part in ("query", "key", "value")]
+            return np.concatenate([self._get(part) for part in parts], axis=1)
+        C = self.sizes["d_model"]
+        if last == "attn.c_attn.bias":
+            return np.zeros(3 * C, self.dtype)
+        if last == "attn.c_proj.bias":
+            return np.zeros(C, self.dtype)
+        array = self._get(block + NAMES[last])
+        return array.T if last == "lm_head.weight" else array
+
+    def wide_tensor(self, name: str) -> Array:
+        """A tensor of the model that is twice as wide, see above."""
+        C = self.sizes["d_model"]
+        _, last = _split(name)
+        x = self.tensor(name)
+        if last == "attn.c_attn.weight":  # [C, 3C] -> [2C, 3·2C]
+            return np.pad(x.reshape(C, 3, C), ((0, C), (0, 0), (0, C))).reshape(2 * C, 6 * C)
+        if last == "mlp.c_fc.weight":  # [C, M] -> [2C, M]
+            return np.pad(x, ((0, C), (0, 0)))
+        if last == "mlp.c_fc.bias":
+            return x
+        if last.startswith("ln_"):  # [C] -> [2C]
+            x = np.pad(x, (0, C))
+            x[C] = 1 if last == "ln_f.bias" else 0
+            return x
+        if last == "lm_head.weight":  # [V, C] -> [V, 2C]
+            x = np.pad(x, ((0, 0), (0, C)))
+            x[:, C] = self._get("linear.bias")
+            return x
+        if last == "attn.c_proj.weight":  # [C, C] -> [2C, C], and on as the others
+            x = np.pad(x, ((0, C), (0, 0)))
+        return np.concatenate([x, x], axis=-1)  # [..., C] -> [..., 2C]
+
+    def _get(self, name: str) -> Array:
+        return self.record.read(self.record.tensors[f"item.{name}"])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`h.3.ln_1.bias` is in `blocks.3.`, and there `ln_1.bias`."""
+    if not name.startswith("h."):
+        return "", name
+    _, layer, last = name.split(".", 2)
+    return f"blocks.{layer}.", last

@@ -1,0 +1,261 @@
+"""GPT-2 as an ONNX graph: `gptx.model.forward`, run by a backend whose arrays are nodes of it.
+
+ndonnx is an array API whose functions compute nothing and note what would be computed, so the
+generic ops make the graph. Overridden is what has one word in ONNX (layer norm, softmax), or what
+needs the size of an axis that is known only when the graph runs: here sizes are None.
+
+Inputs and outputs: B sequences, S new tokens, P tokens before them, else see `gptx.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import ndonnx
+import numpy as np
+import onnx
+import spox.opset.ai.onnx.v17 as operators
+from onnx import helper
+
+from gptx._version import __version__
+from gptx.backends import Backend, Positions
+from gptx.config import GPT2Config
+from gptx.model import Transformer
+from gptx.weights import LINEAR, as_tree
+
+Array = Any
+
+# The first opset with LayerNormalization, and the file format of its time. ndonnx writes a newer
+# one, but uses nothing of it (onnx's checker is asked).
+OPSET, IR_VERSION = 17, 8
+
+ABOUT = """GPT-2, traced by gptx. Axes: B sequences, S new tokens, P tokens before them.
+
+The first call has P = 0. Each later one takes `present_key_values` of the one before as
+`past_key_values`, and a mask that is longer by the new tokens. Prompts of different lengths are
+padded on the left, with any token, and 0 in the mask. A sequence has no more tokens than
+`wpe.weight` has rows."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix: int8 codes, and a scale for each output (a row, where it is a table)."""
+
+    codes: Array
+    scales: Array
+
+
+@dataclass(frozen=True)
+class Padded(Positions):
+    """Positions in a batch with padding, which stands behind every position: so no token sees it,
+    and it sees all (of nothing at all, softmax would make a NaN).
+
+    Attributes
+    ----------
+    keys, new
+        Where all tokens stand, [B, P+S], and the new ones among them, [B, S].
+    """
+
+    keys: Array
+    new: Array
+
+
+class Namespace:
+    """ndonnx, and in ONNX's own words what it says at length or not at all."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ndonnx, name)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """The product, which in ONNX takes any number of axes, and sizes of 0 (a past of none)."""
+        return _node(operators.matmul, a, b)
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        """Elements along an axis, for indices of any number of axes."""
+        return _node(operators.gather, x, indices, axis=axis)
+
+    def reshape(self, x: Array, shape: tuple[int | None, ...]) -> Array:
+        """The same numbers in another shape; an axis of an unknown size stays as it is."""
+        for size, before in zip_longest(shape, x.shape, fillvalue=0):
+            assert size is not None or before is None, f"{x.shape} as {shape}"
+        sizes = operators.const(np.array([size or 0 for size in shape], np.int64))  # 0: as it is
+        return ndonnx.asarray(operators.reshape(x.unwrap_spox(), sizes))
+
+
+class OnnxBackend(Backend):
+    """The backend that writes down what it is asked to compute."""
+
+    name = "onnx"
+    dtypes = ("float32",)
+
+    def __init__(self) -> None:
+        super().__init__(Namespace())
+
+    def embed(self, ids: Array, table: Array) -> Array:
+        """As the generic op, in one node; of a quantized table only these rows become floats."""
+        xp = self.xp
+        if not isinstance(table, Codes):
+            return xp.take(table, ids)
+        rows = _node(operators.cast, xp.take(table.codes, ids), to=np.float32)
+        # The axis is added first, so that in a loaded graph these scales are not the head's: those
+        # must have one use alone for onnxruntime to join them with the product.
+        return rows * xp.take(table.scales[:, None], ids)
+
+    def linear(self, x: Array, weight: Array, bias: Array) -> Array:
+        """As the generic op; there is nothing to gain by two axes instead of three."""
+        return self.xp.matmul(x, _floats(weight)) + bias
+
+    def unembed(self, x: Array, table: Array) -> Array:
+        """As the generic op; codes are transposed before they become floats, which a runtime does
+        when it loads them."""
+        xp = self.xp
+        if not isinstance(table, Codes):
+            return xp.matmul(x, xp.matrix_transpose(table))
+        return xp.matmul(x, _floats(Codes(xp.matrix_transpose(table.codes), table.scales)))
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """LayerNormalization; its further outputs are of no use here."""
+        arguments = (array.unwrap_spox() for array in (x, weight, bias))
+        return ndonnx.asarray(operators.layer_normalization(*arguments, epsilon=eps)[0])
+
+    def softmax(self, x: Array) -> Array:
+        """Softmax."""
+        return _node(operators.softmax, x)
+
+    def visible(self, k: Array, positions: Positions) -> Array:
+        """As the generic op, but keys stand where they are said to."""
+        assert isinstance(positions, Padded)
+        return positions.keys[:, None, None, :] <= positions.new[:, None, :, None]
+
+
+def _node(operator: Any, *arrays: Array, **attributes: Any) -> Array:
+    return ndonnx.asarray(operator(*(array.unwrap_spox() for array in arrays), **attributes))
+
+
+def _floats(weight: Array) -> Array:
+    """The floats of a matrix [I, O]. From codes they are made in a node that a runtime can join
+    with the product that takes them."""
+    if isinstance(weight, Codes):
+        return _node(operators.dequantize_linear, weight.codes, weight.scales, axis=1)
+    return weight
+
+
+class GrowingCache:
+    """What `forward` asks of a cache: keys and values of the past, and after them the new ones."""
+
+    def __init__(self, past: Array) -> None:
+        self.past = past
+        self.present: list[Array] = []
+
+    def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
+        """Add keys and values [B, H, S, D]; return all so far, [B, H, P+S, D]."""
+        # An index of its own, since ndonnx makes two nodes of x[i].
+        index = [ndonnx.asarray(np.array(2 * layer + i)) for i in range(2)]
+        before = [_node(operators.gather, self.past, i, axis=0) for i in index]
+        after = [ndonnx.concat(pair, axis=2) for pair in zip(before, (k, v), strict=True)]
+        self.present += after
+        return after[0], after[1]
+
+
+def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.ModelProto:
+    """The graph of a model without its weights, which are inputs under their names.
+
+    Parameters
+    ----------
+    config
+        Any that `gptx.model` runs.
+    quantized
+        The matrices that are int8 codes.
+    head
+        "logits" for all of them, or "argmax" for the best next token of each sequence.
+
+    Returns
+    -------
+    onnx.ModelProto
+        Its inputs are `input_ids` [B, S], `attention_mask` [B, P+S] and `past_key_values`
+        [2L, B, H, P, D] (keys and values of the first layer, then of the second ...), and after
+        them the weights; a quantized one is two, `name` and `name_scale`. Its outputs are `logits`
+        [B, S, V] or `next_ids` [B, 1], and `present_key_values` [2L, B, H, P+S, D].
+    """
+    L, H, D = config.n_layer, config.n_head, config.head_dim
+    ids = ndonnx.argument(dtype=ndonnx.int64, shape=("B", "S"))
+    mask = ndonnx.argument(dtype=ndonnx.int64, shape=("B", "P+S"))
+    past = ndonnx.argument(dtype=ndonnx.float32, shape=(2 * L, "B", H, "P", D))
+    arguments: dict[str, Array] = {}
+    weights: dict[str, Any] = {}
+    for name, shape in config.tensor_shapes().items():
+        dtype = ndonnx.int8 if name in quantized else ndonnx.float32
+        weights[name] = arguments[name] = ndonnx.argument(dtype=dtype, shape=shape)
+        if name in quantized:
+            n_out = shape[1 if LINEAR.fullmatch(name) else 0]
+            scales = ndonnx.argument(dtype=ndonnx.float32, shape=(n_out,))
+            arguments[f"{name}_scale"] = scales
+            weights[name] = Codes(weights[name], scales)
+
+    model = Transformer(config, as_tree(weights), OnnxBackend())
+    cache = GrowingCache(past)
+    logits = model.forward(ids, _positions(mask, past, config), cache, last_only=head == "argmax")
+    if head == "argmax":
+        result = {"next_ids": ndonnx.argmax(logits, axis=-1)}
+    else:
+        result = {"logits": logits}
+    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": past, **arguments}
+    proto = ndonnx.build(inputs, {**result, "present_key_values": ndonnx.stack(cache.present)})
+    _describe(proto, config)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _positions(mask: Array, past: Array, config: GPT2Config) -> Padded:
+    """Tokens are counted where the mask is 1."""
+    P = past.dynamic_shape[3]
+    counted = ndonnx.cumulative_sum(mask, axis=1) - 1  # [B, P+S]
+    keys = ndonnx.where(mask > 0, counted, config.n_positions)
+    index = counted[:, P:]  # [B, S]
+    index = ndonnx.where(index < 0, 0, index)  # padding has an embedding, too, of no use
+    return Padded(index, config.n_positions, False, lambda x: x, keys, keys[:, P:])
+
+
+def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:
+    """Tidy the graph up, and say what it is."""
+    graph = proto.graph
+    _share_constants(graph)
+    for node in graph.node:
+        if node.op_type == "LayerNormalization":
+            del node.output[1:]
+    L, H, D, V = config.n_layer, config.n_head, config.head_dim, config.vocab_size
+    shapes: dict[str, tuple[str | int, ...]] = {
+        "logits": ("B", "S", V),
+        "next_ids": ("B", 1),
+        "present_key_values": (2 * L, "B", H, "P+S", D),
+    }
+    for value in graph.output:
+        type = value.type.tensor_type
+        type.CopyFrom(helper.make_tensor_type_proto(type.elem_type, shapes[value.name]).tensor_type)
+    graph.name = "gpt2"
+    graph.doc_string = proto.doc_string = ABOUT
+    proto.producer_name, proto.producer_version = "gptx", __version__
+    proto.ir_version = IR_VERSION
+    proto.ClearField("metadata_props")
+    proto.ClearField("opset_import")
+    proto.opset_import.append(helper.make_opsetid("", OPSET))
+
+
+def _share_constants(graph: onnx.GraphProto) -> None:
+    """Keep one node of each constant."""
+    first: dict[bytes, str] = {}
+    same: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Constant":
+            value = node.attribute[0].SerializeToString(deterministic=True)
+            same[node.output[0]] = first.setdefault(value, node.output[0])
+            if same[node.output[0]] != node.output[0]:
+                continue
+        node.input[:] = [same.get(name, name) for name in node.input]
+        nodes.append(node)
+    graph.ClearField("node")
+    graph.node.extend(nodes)

@@ -1,0 +1,1 @@
+"""Vocabularies: token lists <-> tokenizer files."""

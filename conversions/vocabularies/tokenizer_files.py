@@ -1,0 +1,40 @@
+"""The files of a GPT-2 tokenizer, under the names that transformers and mlx-lm look for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptx.config import GPT2Config
+from gptx.files import create
+from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer
+
+
+def write_tokenizer(tokenizer: BytePairTokenizer, config: GPT2Config, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json; of byte-level BPE vocab.json and merges.txt,
+    too."""
+    definition = tokenizer.definition()
+    model = definition["model"]
+    end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
+    settings = {
+        "add_prefix_space": False,
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": config.n_positions,
+        "tokenizer_class": "GPT2Tokenizer",
+        "unk_token": end,
+    }
+    _write_json(folder / "tokenizer.json", definition)
+    _write_json(folder / "tokenizer_config.json", settings)
+    if model["type"] != "BPE":
+        return
+    _write_json(folder / "vocab.json", model["vocab"])
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    with create(folder / "merges.txt") as file:
+        file.write(f"#version: 0.2\n{merges}".encode())
+
+
+def _write_json(path: Path, data: Any) -> None:
+    with create(path) as file:
+        file.write(json.dumps(data, ensure_ascii=False).encode())

@@ -1,0 +1,300 @@
+"""From logits to token ids, on the device.
+
+The order, each step off by default: `logit_bias`, repetition penalty, presence and frequency
+penalties, temperature, `top_k`, `top_p`, `min_p`, the draw. With temperature 0 the first three are
+followed by the best token.
+
+A draw takes one uniform number per sequence and step from a counter-based generator (Philox, keyed
+by seed and stream, counted by step) and inverts the cumulative distribution. So one seed gives the
+same tokens on every backend, in any batch, after any restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from gptx.backends import Backend
+from gptx.errors import ParameterError
+
+Array = Any
+LARGEST = 1e6  # of any parameter: with more, a float32 logit may overflow
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy, with everything else off.
+
+    Attributes
+    ----------
+    temperature
+        What the logits are divided by, at least 0; 0 takes the best token.
+    top_k
+        Keep the k best tokens (and those equal to the last of them); 0 keeps all, and so does
+        anything above the vocabulary.
+    top_p
+        Keep the smallest set of best tokens whose probabilities sum to at least this (0 to 1);
+        1 keeps all, 0 only the best.
+    min_p
+        Keep the tokens at least this fraction (0 to 1) as probable as the best; 0 keeps all.
+    repetition_penalty
+        Divide the positive logits of the tokens seen in the prompt or the output by this, and
+        multiply the negative ones; above 0, 1 is off (https://arxiv.org/abs/1909.05858).
+    presence_penalty, frequency_penalty
+        Subtract the first from the logits of tokens in the output, and the second times how often
+        they are there; 0 is off.
+    logit_bias
+        Token id -> what to add to its logit; -inf bans the token.
+    seed
+        Whole number, 0 to 2^64 - 1; None takes a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("seed", "top_k", "logit_bias"):
+                continue
+            if not _is_real(value) or not abs(value) <= LARGEST:
+                raise ParameterError(
+                    f"{f.name} is {value!r}, expected a finite number, {LARGEST:.0e} at most"
+                )
+            # A NumPy scalar would turn float32 arrays into float64.
+            object.__setattr__(self, f.name, float(value))
+        if self.temperature < 0:
+            raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.repetition_penalty < 1 / LARGEST:
+            raise ParameterError(
+                f"repetition_penalty is {self.repetition_penalty}, expected more than 0, "
+                f"{1 / LARGEST:.0e} at least (1 is off)"
+            )
+        if not is_int(self.top_k) or self.top_k < 0:
+            raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
+            raise ParameterError(
+                f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
+            )
+        object.__setattr__(self, "top_k", int(self.top_k))
+        object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
+        # None is what a caller writes for "no bias".
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        for token, bias in self.logit_bias.items():
+            if not is_int(token) or not _is_real(bias):
+                raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
+            if not (abs(bias) <= LARGEST or bias == -math.inf):
+                raise ParameterError(
+                    f"logit_bias of token {token} is {bias}, expected -inf, or a number of size "
+                    f"{LARGEST:.0e} at most"
+                )
+
+    def check_bias(self, vocab_size: int) -> None:
+        """Raise ParameterError if `logit_bias` does not fit a vocabulary of V tokens."""
+        if bad := [token for token in self.logit_bias if not 0 <= token < vocab_size]:
+            raise ParameterError(f"logit_bias has token {bad[0]}, expected 0 to {vocab_size - 1}")
+        if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab_size:
+            raise ParameterError("logit_bias bans every token: leave at least one")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature == 0
+
+
+def is_int(value: object) -> bool:
+    """Whether this is a whole number, NumPy's among them; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def uniform(seed: int, stream: int, step: int) -> float:
+    """Number `step` of the `stream` of `seed`: 24 bits, 0 <= u < 1, exact in float32.
+
+    Philox 4x64 (Salmon et al., SC 2011): any number of the sequence, without those before it.
+    """
+    key = np.array([seed, stream], np.uint64)
+    random = np.random.Philox(key=key, counter=[step, 0, 0, 0])
+    return float(int(random.random_raw()) >> 40) / 2**24
+
+
+class Sampler:
+    """Chooses the next tokens of B sequences; holds what the penalties have to remember.
+
+    A backend may do all of it in its own way (`Backend.sampler`); what it does is defined here.
+
+    Parameters
+    ----------
+    prompts
+        Token ids of each sequence, for the repetition penalty.
+    streams
+        Which stream of random numbers each sequence draws from.
+    vocab_size
+        V.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        backend: Backend,
+        prompts: list[list[int]],
+        streams: list[int],
+        vocab_size: int,
+    ) -> None:
+        self.params = params
+        self.backend = backend
+        self.streams = list(streams)
+        self.steps = [0] * len(prompts)
+        self._bias = self._seen = self._output = None
+        params.check_bias(vocab_size)
+        self._native = backend.sampler(params, prompts, self.streams, vocab_size)
+        if self._native is not None:
+            return
+        if params.logit_bias:
+            bias = np.zeros(vocab_size, np.float32)
+            bias[list(params.logit_bias)] = list(params.logit_bias.values())
+            self._bias = backend.asarray(bias, "float32")
+        if params.repetition_penalty != 1:
+            seen = np.zeros((len(prompts), vocab_size), np.float32)
+            for row, ids in zip(seen, prompts, strict=True):
+                row[ids] = 1
+            self._seen = backend.asarray(seen, "float32")
+        if params.presence_penalty or params.frequency_penalty:
+            zeros = np.zeros((len(prompts), vocab_size), np.float32)
+            self._output = backend.asarray(zeros, "float32")
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all sequences but `rows`."""
+        self.streams = [self.streams[row] for row in rows]
+        self.steps = [self.steps[row] for row in rows]
+        if self._native is not None:
+            self._native.keep(rows)
+            return
+        index = self.backend.asarray(np.asarray(rows))
+        if self._seen is not None:
+            self._seen = self.backend.xp.take(self._seen, index, axis=0)
+        if self._output is not None:
+            self._output = self.backend.xp.take(self._output, index, axis=0)
+
+    def __call__(self, logits: Array) -> Array:
+        """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite.
+
+        The next call may write over what this one returned.
+        """
+        if self._native is not None:
+            self.steps = [step + 1 for step in self.steps]
+            return self._native(logits)
+        xp, params = self.backend.xp, self.params
+        finite = xp.all(xp.isfinite(logits), axis=-1)
+        x = self._penalize(logits)
+        if params.greedy:
+            tokens = xp.argmax(x, axis=-1)
+        else:
+            u = [
+                uniform(params.seed or 0, stream, step)
+                for stream, step in zip(self.streams, self.steps, strict=True)
+            ]
+            x = x / max(params.temperature, 1e-30)  # below that, float32 has no room
+            x = keep_top_k(self.backend, x, params.top_k)
+            x = keep_top_p(self.backend, x, params.top_p)
+            x = keep_min_p(self.backend, x, params.min_p)
+            tokens = draw(self.backend, x, self.backend.asarray(np.array(u), "float32"))
+        tokens = xp.astype(tokens, self.backend.int_dtype)
+        self.steps = [step + 1 for step in self.steps]
+        self._remember(tokens, logits.shape[-1])
+        return xp.where(finite, tokens, -xp.ones_like(tokens))
+
+    def copy_to_host_async(self, ids: Array) -> Any:
+        """`Backend.copy_to_host_async` of the ids that the last call returned."""
+        return (
+            self.backend.copy_to_host_async(ids)
+            if self._native is None
+            else self._native.copy_to_host_async()
+        )
+
+    def _penalize(self, x: Array) -> Array:
+        xp, params = self.backend.xp, self.params
+        if self._bias is not None:
+            x = x + self._bias
+        if self._seen is not None:
+            p = params.repetition_penalty
+            x = xp.where(self._seen > 0, xp.where(x > 0, x / p, x * p), x)
+        if self._output is not None:
+            there = xp.astype(self._output > 0, self._output.dtype)
+            x = x - params.presence_penalty * there - params.frequency_penalty * self._output
+        return x
+
+    def _remember(self, tokens: Array, vocab_size: int) -> None:
+        if self._seen is None and self._output is None:
+            return
+        xp = self.backend.xp
+        new = xp.astype(self.backend.arange(vocab_size)[None, :] == tokens[:, None], xp.float32)
+        if self._seen is not None:
+            self._seen = self._seen + new
+        if self._output is not None:
+            self._output = self._output + new
+
+
+def keep_top_k(backend: Backend, x: Array, k: int) -> Array:
+    """Logits [B, V] with all but the `k` best (and their equals) set to -inf."""
+    xp, V = backend.xp, x.shape[-1]
+    if k == 0 or k >= V:
+        return x
+    worst = xp.sort(x, axis=-1)[:, V - k : V - k + 1]
+    return xp.where(x >= worst, x, -math.inf)
+
+
+def keep_top_p(backend: Backend, x: Array, p: float) -> Array:
+    """Logits [B, V] with all outside the smallest set of probability `p` set to -inf."""
+    xp = backend.xp
+    if p >= 1:
+        return x
+    probs = backend.softmax(x)
+    ranked = -xp.sort(-probs, axis=-1)  # the best first
+    before = xp.cumulative_sum(ranked, axis=-1) - ranked
+    best = ranked[:, :1]
+    worst = xp.min(xp.where(before < p, ranked, best), axis=-1, keepdims=True)
+    return xp.where(probs >= worst, x, -math.inf)
+
+
+def keep_min_p(backend: Backend, x: Array, p: float) -> Array:
+    """Logits [B, V] with those less than `p` times as probable as the best set to -inf."""
+    xp = backend.xp
+    if p <= 0:
+        return x
+    return xp.where(x >= xp.max(x, axis=-1, keepdims=True) + math.log(p), x, -math.inf)
+
+
+def draw(backend: Backend, x: Array, u: Array) -> Array:
+    """Logits [B, V] and uniform numbers [B] -> token ids [B], by inverting the distribution."""
+    xp = backend.xp
+    cdf = xp.cumulative_sum(backend.softmax(x), axis=-1)
+    passed = cdf <= u[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
+    return xp.sum(xp.astype(passed, backend.int_dtype), axis=-1)
+
+
+def log_softmax(backend: Backend, logits: Array) -> Array:
+    """Log-probabilities of logits [..., V]."""
+    xp = backend.xp
+    x = logits - xp.max(logits, axis=-1, keepdims=True)
+    return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: resolve, download, verify, cache, upload."""

@@ -1,0 +1,185 @@
+"""The KV cache: keys and values of the tokens that the model has seen.
+
+One preallocated buffer [B, H, S, D] a layer for keys and one for values, a length a sequence. The
+model knows `update` alone; the engine makes room with `extend`, and drops or copies sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptx.backends import Backend, Positions
+from gptx.config import GPT2Config
+from gptx.errors import DataError, NotFoundError, ParameterError
+from gptx.files import atomic_write, read_safetensors
+
+Array = Any
+FORMAT = "gptx-kv-cache"
+
+
+class KVCache:
+    """Keys and values of B sequences, with room for `capacity` tokens each.
+
+    Attributes
+    ----------
+    lengths
+        Tokens that each sequence holds, NumPy integers [B].
+    tokens, fingerprint
+        The token ids that they stand for and the checksum of the weights that computed them, where
+        whoever filled the cache has noted them.
+    """
+
+    def __init__(self, config: GPT2Config, backend: Backend, batch: int, capacity: int) -> None:
+        if not 1 <= capacity <= config.n_positions:
+            raise ParameterError(
+                f"cache capacity is {capacity}, expected 1 to {config.n_positions} (the context)"
+            )
+        self.config = config
+        self.backend = backend
+        self.capacity = capacity
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.tokens: list[list[int]] | None = None
+        self.fingerprint = ""
+        shape = (batch, config.n_head, capacity, config.head_dim)
+        dtype = backend.cache_dtype
+        # One array: a large one lies on large pages, where the system has such.
+        room = backend.zeros((2 * config.n_layer, *shape), dtype)
+        layers = range(config.n_layer)
+        self.keys = [room[2 * layer, ...] for layer in layers]
+        self.values = [room[2 * layer + 1, ...] for layer in layers]
+
+    def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
+        """Make room for `counts[b]` new tokens in sequence b, and say where they stand.
+
+        The forward pass that follows must be given ids [B, max(counts)], in which a sequence with
+        fewer new tokens repeats its last one (see `Positions`, and `pad`).
+        """
+        counts = np.asarray(counts)
+        first, last = self.lengths, self.lengths + counts - 1
+        stop, T = int(last.max()) + 1, int(counts.max())
+        if stop > self.capacity:
+            raise ParameterError(f"{stop} tokens do not fit a cache with room for {self.capacity}")
+        index = np.minimum(first[:, None] + np.arange(T), last[:, None])
+        aligned = bool((last == stop - 1).all() and (counts == T).all())
+        self.lengths = last + 1
+        return Positions(index, stop, aligned, self.backend.asarray)
+
+    def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
+        """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            new = self._as(kept[layer].dtype, new)
+            kept[layer] = self.backend.update_kv(kept[layer], new, positions)
+        k, v = (kept[layer][:, :, : positions.stop, :] for kept in (self.keys, self.values))
+        return self._as(self.backend.float_dtype, k), self._as(self.backend.float_dtype, v)
+
+    def _as(self, dtype: Any, x: Array) -> Array:
+        return x if x.dtype == dtype else self.backend.xp.astype(x, dtype)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all sequences but `rows`, in this order; a row named twice is copied."""
+        take = self.backend.xp.take
+        index = self.backend.asarray(np.asarray(rows))
+        self.keys = [take(k, index, axis=0) for k in self.keys]
+        self.values = [take(v, index, axis=0) for v in self.values]
+        self.lengths = self.lengths[list(rows)]
+        if self.tokens is not None:
+            self.tokens = [self.tokens[row] for row in rows]
+
+    def prefix(self, length: int, capacity: int) -> KVCache:
+        """A new cache with the first `length` tokens of this one's first sequence."""
+        new = KVCache(self.config, self.backend, 1, capacity)
+        positions = new.extend([length])
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            new.update(layer, k[:1, :, :length, :], v[:1, :, :length, :], positions)
+        return new
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file, which `load` reads on any backend.
+
+        Raises
+        ------
+        StorageError
+            The file cannot be written; what was there before is left as it was.
+        """
+        from safetensors.numpy import save
+
+        stop = int(self.lengths.max())
+        tensors = {"lengths": self.lengths}
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            for name, x in (("k", k), ("v", v)):
+                with self.backend.scope():
+                    host = self.backend.to_numpy(x[:, :, :stop, :])
+                tensors[f"h.{layer}.{name}"] = np.ascontiguousarray(host)
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "tokens": json.dumps(self.tokens),
+        }
+        atomic_write(path, save(tensors, metadata))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: GPT2Config, backend: Backend, capacity: int | None = None
+    ) -> KVCache:
+        """Read what `save` wrote, for a model of the same shape.
+
+        `capacity` is room for so many tokens; the default is the context.
+
+        Raises
+        ------
+        DataError
+            The file is damaged, is not a cache, or belongs to a model of another shape.
+        """
+        if not Path(path).is_file():
+            raise NotFoundError(f"cache {path} does not exist")
+        tensors, metadata = read_safetensors(path)
+        lengths = tensors.get("lengths")
+        if metadata.get("format") != FORMAT or lengths is None or lengths.dtype.kind != "i":
+            raise DataError(f"{path} is not a KV cache: expected a file that KVCache.save() wrote")
+        stop = int(lengths.max(initial=0))
+        shape = (lengths.size, config.n_head, stop, config.head_dim)
+        names = [f"h.{layer}.{name}" for layer in range(config.n_layer) for name in ("k", "v")]
+        if set(tensors) != {"lengths", *names} or any(
+            tensors[n].shape != shape or tensors[n].dtype.kind != "f" for n in names
+        ):
+            raise DataError(
+                f"{path} belongs to another model: expected {config.n_layer} layers of keys and "
+                f"values {list(shape)}"
+            )
+        if lengths.ndim != 1 or lengths.min(initial=1) < 1 or stop > config.n_positions:
+            raise DataError(
+                f"{path} holds sequences of {lengths.tolist()} tokens, expected 1 to "
+                f"{config.n_positions}"
+            )
+        if capacity is not None and capacity < stop:
+            raise ParameterError(f"cache capacity is {capacity}, but {path} holds {stop} tokens")
+        cache = cls(config, backend, lengths.size, capacity or config.n_positions)
+        cache.fingerprint = metadata.get("fingerprint", "")
+        cache.tokens = _tokens(metadata, lengths, path)
+        positions = cache.extend([stop] * lengths.size)  # what lies past a length is never read
+        for layer in range(config.n_layer):
+            k, v = (backend.asarray(tensors[f"h.{layer}.{name}"]) for name in ("k", "v"))
+            cache.update(layer, k, v, positions)
+        cache.lengths = lengths.astype(np.int64)
+        return cache
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Token ids of different lengths -> [B, T], each repeating its last token up to T."""
+    T = max(map(len, prompts))
+    return np.array([[*ids, *[ids[-1]] * (T - len(ids))] for ids in prompts])
+
+
+def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[list[int]] | None:
+    try:
+        tokens = json.loads(metadata.get("tokens", "null"))
+        if tokens is None or [len(ids) for ids in tokens] == lengths.tolist():
+            return tokens
+    except (ValueError, TypeError):
+        pass
+    raise DataError(f"{path}: its token ids do not match its {lengths.tolist()} positions")

@@ -1,0 +1,57 @@
+"""Random weights of any GPT-2, the same bit for bit on every platform.
+
+Imports NumPy and `gptx.config` only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gptx.config import GPT2Config
+
+LOGIT_STD = 3.0  # standard deviation of the logits, about; trained GPT-2s have 2 to 5
+EMBEDDING_STD = 0.4
+
+
+def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw every tensor of a model, named as in `config.tensor_shapes()`, in float32.
+
+    Uniform numbers and not normal ones: they are bits, a subtraction and a multiplication, so no
+    version of NumPy and no platform's math library can change them, and the golden logits hold.
+
+    Activations stay lively at any width and depth: what is added to the residual stream is scaled
+    by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the embeddings. The
+    last layer norm gives the logits a standard deviation of about `LOGIT_STD`; half of its weights
+    are negative, since otherwise the tied head would favor the token just read, and a greedy
+    continuation would repeat one token forever.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    weights = {}
+    for name, shape in config.tensor_shapes().items():
+        mean, std = _mean_std(name, shape, config)
+        draw = rng.random(shape)
+        draw -= 0.5
+        draw *= std * math.sqrt(12.0)
+        draw += mean
+        weights[name] = draw.astype(np.float32)
+    return weights
+
+
+def _mean_std(
+    name: str, shape: tuple[int, ...], config: GPT2Config
+) -> tuple[float | np.ndarray, float]:
+    if name in ("wte.weight", "wpe.weight", "lm_head.weight"):
+        return 0.0, EMBEDDING_STD
+    if name == "ln_f.weight":
+        size = LOGIT_STD / (EMBEDDING_STD * math.sqrt(config.n_embd))
+        return np.where(np.arange(config.n_embd) % 2, size, -size), 0.1 * size
+    if name.endswith((".ln_1.weight", ".ln_2.weight")):
+        return 1.0, 0.1
+    if name.endswith(".bias"):
+        return 0.0, 0.1
+    # 1.5: attention scores sharp enough not to average all positions, calm enough that the
+    # rounding of float32 does not grow from layer to layer
+    gain = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.5
+    return 0.0, gain / math.sqrt(shape[0])

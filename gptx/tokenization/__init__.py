@@ -1,0 +1,1 @@
+"""Tokenization: text <-> token ids."""

@@ -1,0 +1,185 @@
+"""The ladder of what a step can reuse: every rung gives the same tokens, and does less work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptx.backends import Backend, get_backend
+from gptx.bench import ladder
+from gptx.bench.ablation import (
+    GELU,
+    KEYS,
+    LAST,
+    LINEAR,
+    NORMS,
+    RESIDUALS,
+    REUSES,
+    Ablation,
+    continued,
+)
+from gptx.bench.ladder import ENGINE, rungs
+from gptx.bench.plan import Settings
+from gptx.errors import ParameterError
+from gptx.generation.api import Model
+from gptx.model import Transformer
+from tests.support.bench import in_this_process, records
+from tests.support.models import make_model
+from tests.support.random_models import CASES, random_ids
+from tests.support.refusals import refused
+
+P, N = 5, 6  # tokens to read and to generate
+
+
+def model_of(case: str) -> Model:
+    return make_model(CASES[case], get_backend("numpy", generic=True))
+
+
+def prompt_of(model: Transformer, length: int = P) -> list[int]:
+    return random_ids(model.config, 1, length)[0].tolist()
+
+
+@pytest.mark.parametrize("case", ["124M", "355M", "untied", "relu", "gelu-erf", "layer-scaled"])
+@pytest.mark.parametrize("length", [1, P])
+def test_every_rung_gives_the_engine_s_tokens(case: str, length: int) -> None:
+    model = model_of(case).gpt2
+    ways = rungs(model, prompt_of(model, length), N)
+    expected = ways[ENGINE]()
+    assert len(expected) == N
+    for name, generate in ways.items():
+        if "table" not in name:
+            assert generate() == expected, name
+            assert generate() == expected, f"{name}, the second time"
+
+
+def test_every_single_reuse_gives_the_same_tokens() -> None:
+    model = model_of("124M").gpt2
+    ids = prompt_of(model)
+    expected = continued(model, Ablation(model), ids, N)
+    for reuse in REUSES:
+        assert continued(model, Ablation(model, [reuse]), ids, N) == expected, reuse
+
+
+# Which op shows that a reuse is on, and how many rows it has in each pass.
+WITNESSES = {
+    KEYS: "attention",
+    LINEAR: "linear",
+    GELU: "gelu_new",
+    RESIDUALS: "embed",
+    NORMS: "layer_norm",
+    LAST: "unembed",
+}
+ALL = list(range(P, P + N))  # a pass over the whole text, again and again
+NEWEST = [P, *[1] * (N - 1)]
+ONE = [1] * N
+
+
+@pytest.mark.parametrize("rung", range(len(REUSES) + 1))
+def test_a_rung_computes_what_it_does_not_reuse(rung: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rows that reach the generic ops: all of the text's, or the newest alone."""
+    model = model_of("124M").gpt2
+    reused = REUSES[:rung]
+    rows: dict[str, list[int]] = defaultdict(list)
+    for op in WITNESSES.values():
+        real = getattr(Backend, op)
+
+        def spied(self: Any, x: Any, *rest: Any, op: str = op, real: Any = real) -> Any:
+            n = x.shape[2] if op == "attention" else x.shape[1]
+            if op != "linear" or rest[0].shape == (384, 96):  # the MLP's second
+                rows[op].append(n)
+            return real(self, x, *rest)
+
+        monkeypatch.setattr(Backend, op, spied)
+    continued(model, Ablation(model, reused), prompt_of(model), N)
+    layers = model.config.n_layer
+    for reuse, op in WITNESSES.items():
+        if reuse == LAST:
+            assert rows[op] == (ONE if reuse in reused else ALL)
+            continue
+        expected = NEWEST if reuse in reused else ALL
+        calls = {"embed": 2, "layer_norm": 2 * layers + 1}.get(op, layers)
+        seen = [rows[op][calls * i : calls * (i + 1)] for i in range(N)]
+        last = ONE if LAST in reused else expected  # of the norm before the unembedding
+        for n, final, counts in zip(expected, last, seen, strict=True):
+            tail = 1 if op == "layer_norm" else 0
+            assert counts == [n] * (calls - tail) + [final] * tail, op
+
+
+def test_keys_and_values_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them alone, the product of queries, keys and values is parted."""
+    model = model_of("124M").gpt2
+    shapes: list[tuple[int, int]] = []
+    real = Backend.linear
+
+    def spied(self: Any, x: Any, weight: Any, bias: Any) -> Any:
+        if weight.shape[1] in (96, 192, 288) and weight.shape[0] == 96:
+            shapes.append((x.shape[1], weight.shape[1]))
+        return real(self, x, weight, bias)
+
+    monkeypatch.setattr(Backend, "linear", spied)
+    continued(model, Ablation(model, [KEYS]), prompt_of(model), 2)
+    per_layer = shapes[-3:]  # keys and values, queries, and the product after the attention
+    assert per_layer == [(1, 192), (P + 1, 96), (P + 1, 96)]
+    assert (P + 1, 288) not in shapes
+
+
+@pytest.mark.parametrize("case", ["124M", "gelu-erf"])
+def test_the_table_is_the_gelu_in_16_bits(case: str) -> None:
+    model = model_of(case).gpt2
+    x = np.linspace(-12, 12, 10_001, dtype=np.float32)[None, :, None]
+    name = model.config.activation_function
+    exact = getattr(model.backend, name)(x)
+    ops = Ablation(model, table=True)
+    looked_up = ops._looked_up(x)
+    assert looked_up.dtype == np.float32
+    np.testing.assert_allclose(looked_up, exact, rtol=2e-3, atol=1e-3)
+    assert not np.array_equal(looked_up, exact)
+    halves = np.array([0.5, -1.0, 3.0], np.float32)[None, :, None]  # which 16 bits hold exactly
+    expected = getattr(model.backend, name)(halves).astype(np.float16)
+    np.testing.assert_array_equal(ops._looked_up(halves), expected)
+
+
+def test_a_relu_has_no_table() -> None:
+    model = model_of("relu").gpt2
+    assert not any("table" in name for name in rungs(model, [1], 2))
+
+
+def test_the_preset(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:
+    in_this_process(monkeypatch)
+    settings = Settings(
+        models=(str(folder("124M")),), threads=(1,), prompts=(3,), outputs=(4,), repetitions=2
+    )
+    found = records(ladder.run(settings))
+    assert [r["rung"] for r in found] == [
+        "no cache",
+        *(f"+ {reuse}" for reuse in REUSES),
+        ENGINE,
+        "no cache, GELU from a table",
+        "all reused, GELU from a table",
+    ]
+    assert found[0]["speedup"] == 1
+    for record in found:
+        assert len(record["samples"]) == 2
+        assert (record["prompt"], record["output"], record["generic"]) == (3, 4, True)
+        assert record["same_tokens"] is True or "table" in record["rung"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prompts": (60,)}, "60 + 20 tokens needs 79 tokens of context"),
+        ({"prompts": (0,)}, "-p is 0, this preset expects one number of at least 1"),
+        ({"prompts": (1, 2)}, "-p is 1,2"),
+        ({"outputs": (0,)}, "-n is 0"),
+    ],
+)
+def test_settings_that_cannot_be(
+    settings: dict[str, Any], says: str, folder: Callable[..., Path]
+) -> None:
+    with refused(ParameterError, says):
+        list(ladder.run(Settings(models=(str(folder()),), **settings)))

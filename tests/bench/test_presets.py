@@ -1,0 +1,199 @@
+"""The presets `budget` and `total`, and what the table of presets promises."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptx import bench
+from gptx.backends import get_backend
+from gptx.bench import budget, presets, total
+from gptx.bench.plan import Settings
+from gptx.errors import DeviceOutOfMemory, GptxError, ParameterError, WeightsError
+from tests.support.bench import in_this_process, records
+from tests.support.models import make_model
+from tests.support.random_models import CASES
+from tests.support.refusals import refused
+
+
+@given(limit=st.integers(1, 2000), answer=st.integers(0, 3000))
+def test_the_largest_in_time_is_found(limit: int, answer: int) -> None:
+    asked: list[int] = []
+
+    def in_time(n: int) -> bool:
+        asked.append(n)
+        return n <= answer
+
+    assert budget.largest(in_time, limit) == min(answer, limit)
+    assert len(asked) <= limit.bit_length() + 1
+    assert all(1 <= n <= limit for n in asked)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "n"),
+    [
+        ([], 0),
+        ([2.0], 0),
+        ([1.0], 1),
+        ([0.4, 0.4, 0.2], 3),
+        ([0.4, 0.4, 0.3, 0.1], 2),
+        ([0.0] * 50, 50),
+    ],
+)
+def test_steps_are_counted_by_the_clock(seconds: list[float], n: int) -> None:
+    now = 100.0
+
+    def steps() -> Iterator[None]:
+        nonlocal now
+        for step in seconds:
+            now += step
+            yield
+
+    assert budget.count(steps(), 1.0 + 1e-9, lambda: now) == n
+
+
+def test_without_a_cache_come_the_same_tokens() -> None:
+    model = make_model(CASES["124M"], get_backend("numpy", generic=True))
+    ids = [3, 1, 4, 1, 5]
+    cached = [token.id for [token] in budget._cached(model, ids, 8)]
+    *_, last = budget._uncached(model, ids, 8)
+    assert last == [*ids, *cached]
+
+
+# What a call takes on a machine where everything takes a second a token that is computed.
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def cached(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
+        for work in [len(ids), *itertools.repeat(1, n - 1)]:
+            self.now += work
+            yield
+
+    def uncached(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
+        for length in range(len(ids), len(ids) + n):
+            self.now += length
+            yield
+
+
+def test_the_budget_on_a_fake_machine(
+    monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(budget, "_cached", clock.cached)
+    monkeypatch.setattr(budget, "_uncached", clock.uncached)
+    setup = {"model": "m", "folder": str(folder("124M")), "threads": 1, "generic": True}
+    events = budget.measure(setup, prompts=[5, 30, 50], budget=45.0, repetitions=3)
+    with_cache, without = records(events)
+    assert (with_cache["cache"], without["cache"]) == (True, False)
+    assert with_cache["inputs"] == without["inputs"] == 45
+    assert with_cache["outputs"] == {"5": 41, "30": 16, "50": 0}
+    assert without["outputs"] == {"5": 6, "30": 1, "50": 0}  # 5 + 6 + ... + 10 = 45
+
+
+def test_the_preset_budget(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:
+    in_this_process(monkeypatch)
+    path = str(folder())
+    monkeypatch.setattr(budget, "largest", lambda in_time, limit: limit if in_time(1) else 0)
+    settings = Settings(
+        models=(path,), dtypes=("float64",), threads=(1,), prompts=(60, 64), budget=500.0,
+        repetitions=1,
+    )  # fmt: skip
+    found = records(budget.run(settings))
+    rows = [(r["generic"], r["cache"]) for r in found]
+    assert rows == [(False, True), (False, False), (True, True), (True, False)]
+    for record in found:
+        assert record["inputs"] == record["context"] == 64
+        assert record["outputs"] == {"60": 5, "64": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"budget": 0.0}, "budget is 0.0, expected seconds, more than 0"),
+        ({"budget": float("nan")}, "budget is nan"),
+        ({"budget": float("inf")}, "budget is inf"),
+        ({"prompts": (0,)}, "-p has 0"),
+        ({"prompts": (19, 65)}, "an input of 65 tokens needs 65 tokens of context"),
+    ],
+)
+def test_budgets_that_cannot_be(
+    settings: dict[str, Any], says: str, folder: Callable[..., Path]
+) -> None:
+    with refused(ParameterError, says):
+        list(budget.run(Settings(models=(str(folder()),), **settings)))
+
+
+def test_the_preset_total(folder: Callable[..., Path]) -> None:
+    settings = Settings(
+        models=(str(folder()),), threads=(1,), prompts=(3,), outputs=(2,), repetitions=1,
+        generic=True,
+    )  # fmt: skip
+    [record] = records(total.run(settings))
+    assert len(record["samples"]) == 1
+    assert record["median"] == record["fastest"] == record["slowest"] == record["samples"][0]
+    parts = [record[name] for name in total.PARTS[:-1]]
+    assert min(parts) > 0
+    assert sum(parts) < record["median"]
+    assert record["peak_memory"] >= 0
+
+
+def test_the_first_run_is_kept_apart_and_setups_take_turns(
+    monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
+) -> None:
+    ran: list[str] = []
+
+    def once(setup: Any, prompt: list[int], output: int) -> dict[str, float]:
+        assert (len(prompt), output) == (19, 20)
+        ran.append(setup.dtype)
+        seconds = {1: 9.0, 2: 3.0, 3: 1.0, 4: 2.0}[ran.count(setup.dtype)]
+        return {"total": seconds} | dict.fromkeys(total.PARTS, seconds)
+
+    monkeypatch.setattr(total, "once", once)
+    settings = Settings(
+        models=(str(folder()),), dtypes=("float32", "float64"), threads=(1,), repetitions=3
+    )
+    found = records(total.run(settings))
+    assert ran == ["float32", "float64"] * 4
+    for record in found:
+        assert (record["first"], record["median"]) == (9, 2)
+        assert (record["fastest"], record["slowest"]) == (1, 3)
+        assert record["load_time"] == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "kind", "says"),
+    [
+        (1, "Traceback\ngptx.errors.WeightsError: h.0 is damaged", WeightsError, "h.0 is damaged"),
+        (1, "ZeroDivisionError: division by zero", GptxError, "division by zero"),
+        (-9, "", DeviceOutOfMemory, "probably because memory ran out"),
+    ],
+)
+def test_a_process_that_fails(
+    monkeypatch: pytest.MonkeyPatch, code: int, err: str, kind: Any, says: str
+) -> None:
+    done = SimpleNamespace(returncode=code, stdout="", stderr=err)
+    monkeypatch.setattr(total.subprocess, "run", lambda *_, **__: done)
+    with refused(kind, says):
+        total.once(total.Setup("m", "f"), [1], 1)
+
+
+def test_the_table_of_presets_is_whole() -> None:
+    assert tuple(presets.TABLE) == bench.PRESETS
+    known = {field.name for field in fields(Settings)} | {"plot"}
+    for preset in (presets.GRID, *presets.TABLE.values()):
+        assert preset.takes <= known
+    json.dumps(bench.FORMATS)

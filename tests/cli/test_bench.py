@@ -1,0 +1,325 @@
+"""gptx bench: what it prints, refuses and draws, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptx.bench import PRESETS, grid, plots
+from gptx.bench.process import Events
+from tests.emulator import cupy_stand_in as cupy_on_cpu
+from tests.support.bench import BOTH, READ, in_this_process, parsed, table
+from tests.support.cli import error_lines, posix, run, start
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> str:
+    """The folder of a tiny model; what is measured runs in this process."""
+    in_this_process(monkeypatch)
+    return str(folder())
+
+
+def test_the_grid_as_a_table(tiny: str) -> None:
+    done = run("bench", "-m", tiny, *BOTH, "--batch", "1,2", "--dtype", "float32,float64")
+    assert (done.code, done.err) == (0, "")
+    rows = table(done.out)
+    assert [(row["dtype"], row["batch"], row["test"]) for row in rows] == [
+        (dtype, batch, test)
+        for dtype in ("float32", "float64")
+        for batch in "12"
+        for test in ("pp3", "tg2")
+    ]
+    assert {row["backend"] for row in rows} == {"numpy, generic"}
+    assert re.search(r"^memory read at [\d.]+ GB/s \(numpy, 1 thread\)$", done.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("output_format", ["csv", "json", "jsonl"])
+def test_the_grid_for_machines(tiny: str, output_format: str) -> None:
+    done = run("bench", "-m", tiny, *BOTH, "-r", "2", "-d", "0,4", "-o", output_format)
+    assert (done.code, done.err) == (0, "")
+    records = parsed(done.out, output_format)
+    assert [record["test"] for record in records] == ["pp3", "tg2", "pp3 @ d4", "tg2 @ d4"]
+    for record in records:
+        assert len(record["samples"]) == 2
+        assert record["generic"] is True
+        assert record["tokens_per_second"] > 0
+        for name in ("date", "cpu", "gptx", "python", "numpy", "library"):
+            assert record[name]
+
+
+def test_a_gpu_in_the_table(tiny: str) -> None:
+    with cupy_on_cpu.installed():
+        done = run("bench", "-m", tiny, "-b", "cupy", "-r", "1", "-p", "3", "-n", "2")
+    assert (done.code, done.err) == (0, "")
+    rows = table(done.out)
+    assert [(row["backend"], row["threads"], row["test"]) for row in rows] == [
+        ("cupy", "–", "pp3"),
+        ("cupy", "–", "tg2"),
+    ]
+    assert all(int(row["kernels a token"]) > 0 for row in rows)
+    assert "; a stand-in, number 0, " in done.out
+    assert re.search(r"^memory read at [\d.]+ GB/s \(cupy\)$", done.out, re.MULTILINE)
+
+
+def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:
+    lists = run("bench", "-m", tiny, *READ, "--batch", "2,1,2", "-o", "csv")
+    repeated = run("bench", "-m", tiny, *READ, "--batch", "2", "--batch", "1", "-o", "csv")
+    batches = [[r["batch"] for r in parsed(done.out, "csv")] for done in (lists, repeated)]
+    assert batches == [[2, 1], [2, 1]]
+
+
+def test_the_other_commands_start_without_it() -> None:
+    code = "import sys, gptx.cli; print([m for m in sys.modules if m.startswith('gptx.bench.')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_processes_of_their_own(folder: Callable[..., Path]) -> None:
+    done = run("bench", "-m", str(folder()), *READ, "-o", "json")
+    assert done.code == 0
+    [record] = parsed(done.out, "json")
+    assert record["test"] == "pp3"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("-p", "many"), 2, "'many' is not a list of whole numbers of at least 0"),
+        (("-p", "-1"), 2, "'-1' is not a list"),
+        (("-p", "9" * 5000), 2, "is not a list"),
+        (("-p", "1,,2"), 2, "'1,,2' is not a list"),
+        (("-p", "300"), 2, "pp300 needs 300 tokens of context, shakespeare has 256"),
+        (("-n", "1.5"), 2, "'1.5' is not a list"),
+        (("-n", "256"), 2, "tg256 needs 257 tokens of context"),
+        (("-p", "0", "-n", "0"), 2, "there is nothing to measure"),
+        (("-d", "256"), 2, "a depth of 256 needs 257 tokens"),
+        (("-d", "x"), 2, "'x' is not a list"),
+        (("-t", "0"), 2, "'0' is not a list of whole numbers of at least 1"),
+        (("-t", "9999999999"), 2, "threads is 9999999999"),
+        (("--batch", "0"), 2, "'0' is not a list of whole numbers of at least 1"),
+        (("-r", "0"), 2, "0 is not in the range"),
+        (("-b", "jax"), 2, "backend is 'jax', expected 'numpy', 'cupy', 'mlx'"),
+        (("-b", "numpy,"), 2, "'numpy,' has an empty name"),
+        (("--dtype", "int7"), 2, "dtype is 'int7'"),
+        (("--dtype", "float32,float16"), 2, "dtype is 'float16', the numpy backend computes in"),
+        (("-m", "./no-such-folder"), 66, "does not exist"),
+        (("-m", ""), 2, "'' has an empty name"),
+        (("-m", "random:9M"), 2, "model is 'random:9M', expected one of random:124M"),
+        (("-o", "xml"), 2, "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
+        (("--preset", "speed"), 2, "'speed' is not one of 'ablation', 'threads'"),
+        (("--budget", "1"), 2, "--budget means nothing to the grid: leave it out"),
+        (("--preset", "ablation", "-b", "mlx"), 2, "--backend means nothing to --preset ablation"),
+        (("--preset", "ablation", "--batch", "2"), 2, "--batch means nothing"),
+        (("--preset", "ablation", "-p", "1,2"), 2, "-p is 1,2, this preset expects one number"),
+        (("--preset", "threads", "-t", "1"), 2, "--threads means nothing to --preset threads"),
+        (("--preset", "budget", "--generic"), 2, "--generic means nothing to --preset budget"),
+        (("--preset", "budget", "-n", "3"), 2, "--n-gen means nothing to --preset budget"),
+        (("--preset", "budget", "--budget", "0"), 2, "budget is 0.0, expected seconds"),
+        (("--preset", "budget", "--budget", "nan"), 2, "budget is nan"),
+        (("--preset", "total", "--plot", "x"), 2, "--plot means nothing to --preset total"),
+        (("--preset", "total", "-n", "0"), 2, "-n is 0, this preset expects one number"),
+        (("--nonsense",), 2, "--nonsense"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_bad_options(args: tuple[str, ...], code: int, says: str) -> None:
+    done = run("bench", *args)
+    assert (done.code, done.out) == (code, "")
+    [line] = done.err.splitlines()
+    assert line.startswith("Error: ")
+    assert says in line
+
+
+def test_a_damaged_model_ends_with_its_code_after_the_rows_so_far(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    good, bad = folder("tiny", "good"), folder("tiny", "bad")
+    (bad / "model.safetensors").write_bytes(b"damaged")
+    done = run("bench", "-m", f"{good},{bad}", *BOTH)
+    assert done.code == 65
+    assert {row["model"] for row in table(done.out)} == {str(good)}
+    [line] = done.err.splitlines()
+    assert "is not a whole safetensors file" in line
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_ends_in_a_table(
+    preset: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "cores", lambda: 3)
+    args = {
+        "ablation": ("-t", "1", "-p", "2", "-n", "2"),
+        "threads": ("-p", "2", "-n", "0", "--generic"),
+        "budget": ("-t", "1", "-p", "2,60", "--budget", "0.02", "--dtype", "float64"),
+        "total": ("-t", "1", "-p", "2", "-n", "2", "--generic"),
+    }[preset]
+    done = run("bench", "-m", tiny, "--preset", preset, "-r", "1", *args)
+    assert (done.code, done.err) == (0, "")
+    rows = table(done.out)
+    assert {row["model"] for row in rows} == {tiny}
+    columns = {
+        "ablation": ["no cache", "+ keys and values", "+ linear layers"],
+        "threads": ["1", "2", "3"],
+        "budget": ["yes", "no", "yes"],
+        "total": ["2 + 2"],
+    }[preset]
+    name = {"ablation": "reused", "threads": "threads", "budget": "cache", "total": "test"}[preset]
+    assert [row[name] for row in rows][:3] == columns
+    if preset == "budget":
+        assert {"outputs for 2 inputs", "outputs for 60 inputs"} <= set(rows[0])
+
+
+def test_a_preset_for_machines(tiny: str) -> None:
+    done = run("bench", "-m", tiny, "--preset", "ablation", "-t", "1", "-r", "1", "-o", "json")
+    records = parsed(done.out, "json")
+    assert all(record["same_tokens"] for record in records if "table" not in record["rung"])
+
+
+def test_plots(tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = tmp_path / "new" / "pictures"
+    done = run("bench", "-m", tiny, *READ, "-o", "jsonl", "--plot", str(pictures))
+    assert done.code == 0
+    assert len(parsed(done.out, "jsonl")) == 1
+    files = [f"{plot.file}.{ending}" for plot in plots.PLOTS for ending in ("png", "svg")]
+    assert done.err.splitlines() == [f"wrote {pictures / file}" for file in files]
+    assert sorted(os.listdir(pictures)) == sorted(files)
+
+
+def test_a_folder_for_plots_that_cannot_be(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    done = run("bench", "--plot", str(tmp_path / "file"))
+    assert (done.code, done.out) == (74, "")
+    assert "file" in done.err
+
+
+def test_without_matplotlib_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("bench", "--plot", str(tmp_path / "new"))
+    assert (done.code, done.out) == (2, "")
+    [line] = done.err.splitlines()
+    assert "pip install 'gptx[plot]'" in line
+
+
+def test_progress_is_for_terminals(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["gptx.cli.bench"]
+    said: list[str] = []
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            said.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "sys", type("sys", (), {"stderr": Terminal()}))
+    monkeypatch.setattr(
+        module.click, "echo", lambda text="", err=False, nl=True: err and said.append(text)
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    module.bench.main(["-m", tiny, *READ], standalone_mode=False)
+    whats = [text.removeprefix(module.CLEAR_LINE) for text in said]
+    title = f"[1/1] {tiny} numpy generic float32 1 thread: "
+    assert whats == [
+        f"{title}{what}" for what in ("loading", "pp3, warm-up", "pp3, round 1 of 1")
+    ] + [""]
+    assert all(text.startswith(module.CLEAR_LINE) for text in said)
+
+
+def test_ctrl_c_prints_the_rows_that_are_done(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = grid.fresh
+
+    def interrupted(task: str, **arguments: Any) -> Events:
+        if arguments["setup"]["batch"] == 2:
+            raise KeyboardInterrupt
+        yield from real(task, **arguments)
+
+    monkeypatch.setattr(grid, "fresh", interrupted)
+    done = run("bench", "-m", tiny, *READ, "--batch", "1,2,3")
+    assert done.code == 130
+    assert [row["batch"] for row in table(done.out)] == ["1"]
+    assert done.err.strip() == "Interrupted"  # click ends the line that shows ^C
+
+
+# The signal comes when the second setup is under way.
+INTERRUPTED = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gptx.bench import grid
+real = grid.fresh
+def fresh(task, **arguments):
+    for event in real(task, **arguments):
+        if arguments["setup"]["batch"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield event
+grid.fresh = fresh
+from gptx.cli import main
+main()
+"""
+
+
+@posix
+@pytest.mark.parametrize("output_format", ["csv", "jsonl"])
+def test_ctrl_c_from_outside(output_format: str, folder: Callable[..., Path]) -> None:
+    args = ("bench", "-m", str(folder()), *READ, "--batch", "1,2", "-o", output_format)
+    with start(*args, program=INTERRUPTED) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert [record["batch"] for record in parsed(out.decode(), output_format)] == [1]
+    assert error_lines(err) == [b"Interrupted"]
+
+
+@posix
+def test_a_line_of_jsonl_comes_at_once(folder: Callable[..., Path]) -> None:
+    args = ("bench", "-m", str(folder()), *READ, "--batch", "1,2", "-o", "jsonl")
+    waits = INTERRUPTED.replace("os.kill(os.getpid(), signal.SIGINT)", "signal.pause()")
+    with start(*args, program=waits) as process:
+        assert process.stdout is not None
+        [record] = parsed(process.stdout.readline().decode(), "jsonl")
+        assert record["batch"] == 1
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=120)[0] == b""
+    assert process.returncode == 130
+
+
+@posix
+def test_nobody_reads(folder: Callable[..., Path]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start("bench", "-m", str(folder()), *READ, stdout=writer) as process:
+        os.close(writer)
+        _, err = process.communicate(timeout=120)
+    assert len(error_lines(err)) <= 1
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk(folder: Callable[..., Path]) -> None:
+    args = ("bench", "-m", str(folder()), *READ)
+    with open("/dev/full", "wb") as full, start(*args, stdout=full.fileno()) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 74
+    assert error_lines(err) == [b"Error: standard output: No space left on device"]
+
+
+def test_the_mlx_backend(tiny: str) -> None:
+    pytest.importorskip("mlx.core")
+    done = run("bench", "-m", tiny, "-b", "mlx", "-p", "2", "-n", "2", "-r", "1")
+    assert (done.code, done.err) == (0, "")
+    assert {(row["backend"], row["threads"]) for row in table(done.out)} == {("mlx", "–")}

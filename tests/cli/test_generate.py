@@ -1,0 +1,201 @@
+"""gptx generate: its prompts and options, the text, the JSON and the figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptx.generation.api import Model
+from gptx.generation.results import Result
+from tests.support.cli import ENDLESS, GENERATE, STATISTICS, posix, read, run, start
+
+
+def test_standard_output_has_the_text_alone(shakespeare: Model) -> None:
+    done = run(*GENERATE, "-n", "12", "ROMEO:")
+    assert done.code == 0
+    assert done.out == f"{shakespeare.generate('ROMEO:', max_tokens=12).text}\n"
+    found = STATISTICS.fullmatch(done.err.strip())
+    assert found
+    assert found[1] == "length"
+
+
+def test_quiet_says_nothing_on_standard_error() -> None:
+    done = run(*GENERATE, "-n", "2", "-q", "ROMEO:")
+    assert (done.code, done.err) == (0, "")
+    assert done.out
+
+
+def test_a_line_end_is_not_doubled(shakespeare: Model) -> None:
+    assert shakespeare.generate("ROMEO:", max_tokens=1).text == "\n"
+    assert run(*GENERATE, "-n", "1", "ROMEO:").out == "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin"),
+    [
+        (("ROMEO:",), b""),
+        (("-p", "ROMEO:"), b""),
+        (("--prompt", "ROMEO:"), b""),
+        (("--prompt=ROMEO:",), b""),
+        (("-",), b"ROMEO:"),
+        (("-",), b"ROMEO:\n"),
+    ],
+)
+def test_ways_to_give_a_prompt(args: tuple[str, ...], stdin: bytes) -> None:
+    done = run(*GENERATE, "-n", "1", "--json", *args, stdin=stdin)
+    assert done.code == 0
+    assert json.loads(done.out)["prompt"] == "ROMEO:"
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "prompt"),
+    [
+        (("-",), b"one\n\n", "one\n"),
+        (("-",), "ROMÉO\n".encode(), "ROMÉO"),
+        (("-p", "-"), b"not read", "-"),
+        (("--", "-n"), b"", "-n"),
+    ],
+)
+def test_a_prompt_is_taken_to_the_letter(args: Any, stdin: bytes, prompt: str) -> None:
+    assert json.loads(run(*GENERATE, "--json", "-n1", *args, stdin=stdin).out)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ((), "there is no prompt"),
+        (("a", "-p", "b"), "the prompt is given twice"),
+        (("-", "-p", "b"), "the prompt is given twice"),
+        (("a", "b"), "unexpected extra argument"),
+    ],
+)
+def test_one_prompt_is_expected(args: tuple[str, ...], problem: str) -> None:
+    done = run(*GENERATE, *args)
+    assert (done.code, done.out) == (2, "")
+    assert problem in done.err
+
+
+def test_json_is_one_object_with_the_whole_result(shakespeare: Model) -> None:
+    done = run(*GENERATE, "-n", "5", "--json", "ROMÉO:")
+    assert done.out.count("\n") == 1
+    data = json.loads(done.out)
+    assert set(data) == {"model", "backend", "dtype"} | {field.name for field in fields(Result)}
+    expected = shakespeare.generate("ROMÉO:", max_tokens=5)
+    for name in ("prompt", "text", "tokens", "finish_reason", "prompt_tokens", "logprobs"):
+        assert data[name] == getattr(expected, name)
+    about = ("shakespeare", "numpy", "float32")
+    assert (data["model"], data["backend"], data["dtype"]) == about
+    assert STATISTICS.fullmatch(done.err.strip())
+
+
+def test_stop_strings(shakespeare: Model) -> None:
+    whole = shakespeare.generate("ROMEO:", max_tokens=60).text
+    assert whole is not None
+    assert " of" in whole
+    done = run(*GENERATE, "-n", "60", "--stop", "zzz", "--stop", " of", "ROMEO:")
+    assert done.out == whole[: whole.find(" of")] + "\n"
+    assert "finish: stop" in done.err
+
+
+def test_a_seed_repeats_its_text() -> None:
+    def text(seed: int) -> str:
+        return run(*GENERATE, "-n", "20", "--temperature", "1", "-s", str(seed), "-q", "O").out
+
+    assert text(3) == text(3)
+    assert text(3) != text(4)
+
+
+def test_the_seed_that_was_taken_repeats_the_text() -> None:
+    first = json.loads(run(*GENERATE, "--temperature", "1.5", "--json", "-n", "20", "O").out)
+    seed = str(first["seed"])
+    again = run(*GENERATE, "--temperature", "1.5", "--seed", seed, "--json", "-n", "20", "O")
+    assert json.loads(again.out)["tokens"] == first["tokens"]
+
+
+def test_top_k_above_the_vocabulary_is_all_of_it() -> None:
+    outs = {
+        run(*GENERATE, "-n", "20", "--temperature", "1", "-s", "1", "--top-k", k, "O").out
+        for k in ("0", "1024", "1000000")
+    }
+    assert len(outs) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (("--threads", "1"), {}),
+        (("-t", "1"), {}),
+        (("--temperature", "1", "-s", "2", "--top-k", "3"), {"temperature": 1, "top_k": 3}),
+        (("--temperature", "1", "-s", "2", "--top-p", "0.3"), {"temperature": 1, "top_p": 0.3}),
+        (("--temperature", "1", "-s", "2", "--min-p", "0.2"), {"temperature": 1, "min_p": 0.2}),
+        (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
+    ],
+)
+def test_options_mean_what_they_mean_in_python(
+    shakespeare: Model, args: tuple[str, ...], options: Any
+) -> None:
+    done = run(*GENERATE, "-n", "20", "-q", *args, "O")
+    assert done.code == 0
+    assert done.out == f"{shakespeare.generate('O', max_tokens=20, seed=2, **options).text}\n"
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("numpy", "float64"), ("mlx", "float16")])
+def test_backend_and_dtype(shakespeare: Model, backend: str, dtype: str) -> None:
+    if backend == "mlx":
+        pytest.importorskip("mlx.core")
+    done = run(*GENERATE, "-n", "3", "-b", backend, "--dtype", dtype, "--json", "ROMEO:")
+    data = json.loads(done.out)
+    assert (data["backend"], data["dtype"]) == (backend, dtype)
+    assert data["text"] == shakespeare.generate("ROMEO:", max_tokens=3).text
+
+
+def test_ignoring_the_end_of_a_text(folder: Callable[..., Path], shakespeare: Model) -> None:
+    path = copy_of_shakespeare(shakespeare, folder())
+    config = json.loads((path / "config.json").read_text())
+    first = shakespeare.generate("ROMEO:", max_tokens=1).tokens[0]
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": first}))
+    args = ("generate", "-m", str(path), "-n", "4", "--json", "ROMEO:")
+    ended, ignored = (json.loads(run(*args, *more).out) for more in ((), ("--ignore-eos",)))
+    assert (ended["finish_reason"], ended["tokens"]) == ("stop", [])
+    assert (ignored["finish_reason"], len(ignored["tokens"])) == ("length", 4)
+
+
+def copy_of_shakespeare(model: Model, folder: Path) -> Path:
+    for path in model.files.folder.glob("*.*"):
+        if path.suffix != ".py":
+            shutil.copy(path, folder)
+    return folder
+
+
+@posix
+def test_text_comes_before_the_end(shakespeare: Model) -> None:
+    expected = str(shakespeare.generate("ROMEO:", max_tokens=30)).encode()[:20]
+    with start(*ENDLESS) as process:
+        assert read(process, 20) == expected
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_terminal_lacks(encoding: str) -> None:
+    prompt = "ROMÉO 漢"
+    args = (*GENERATE, "-n", "3", "-q", "--json", "-p", prompt)
+    with start(*args, PYTHONIOENCODING=encoding, PYTHONUTF8="0") as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert err == b""
+    if encoding == "latin-1":
+        assert json.loads(out.decode("latin-1"))["prompt"] == "ROMÉO ?"
+    else:  # ASCII is what a process without a locale is told, and not what is there
+        assert json.loads(out.decode())["prompt"] == prompt
+
+
+@pytest.mark.parametrize("bad", [("-n", "0"), ("--stop", ""), ("--temperature", "-1")])
+def test_options_are_checked_before_a_model_is_looked_for(bad: tuple[str, ...]) -> None:
+    assert run("generate", "-m", "./nowhere", "O", *bad).code == 2

@@ -1,0 +1,243 @@
+"""gptx.conversions.containers.safe_pickle: what pickles of tensors say, and hostile ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random as rnd
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections import OrderedDict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptx.conversions.containers.safe_pickle import INSTRUCTIONS, MAX_BYTES, Unpickled
+from gptx.conversions.containers.torch_names import MAX_NAME, NOTHING, Storage, Tensor
+from gptx.errors import WeightsError
+from tests.support import hostile_pickles
+from tests.support.torch_files import Pickle, view, zip_of
+
+FILES = 300
+SEED = 20
+ROOT = Path(__file__).parents[3]
+
+
+def child(*arguments: object) -> str:
+    """What pickle_child.py prints."""
+    command = [sys.executable, "-m", "tests.support.pickle_child", *arguments]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_hostile_files_run_nothing(tmp_path: Path) -> None:
+    rng = rnd.Random(SEED)
+    for i in range(FILES):
+        (tmp_path / f"{i:03d}.bin").write_bytes(hostile_pickles.file(f"m{i}", rng))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    found = json.loads(child("read", tmp_path))
+    assert found["events"] == []
+    assert found["left"] == before
+    assert found["refused"] == found["files"] == FILES
+
+
+def test_they_would_be_dangerous_to_load(tmp_path: Path) -> None:
+    """The same programs in Python's own hands, so that the test above means something."""
+    assert int(child("load", tmp_path, FILES, SEED)) > 0.9 * FILES
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_data_is_read_as_python_reads_it(protocol: int) -> None:
+    value: Any = {
+        "numbers": [0, 1, 255, 256, 65536, -1, 2**31, -(2**40), 2**100, 1.5, -0.0, float("inf")],
+        "others": (True, False, None, "", "ä€𝄞", "x" * 300, (), (1,), (1, 2), (1, 2, 3)),
+        "deep": {"list": [[[]]], "dict": {"a": {}}, "long": list(range(3000))},
+        "ordered": OrderedDict(b=1, a=2),
+    }
+    value["again"] = value["numbers"]
+    found = Unpickled(pickle.dumps(value, protocol)).value
+    assert found == value
+    assert found["again"] is found["numbers"]
+    assert list(found["ordered"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_no_model_needs_is_nothing(protocol: int) -> None:
+    value = {"set": {1}, "frozen": frozenset([2]), "bytes": b"x" * 300, "number": 2**2000, 3: "x"}
+    value["scalar"] = np.float64(1.5)
+    value["array"] = bytearray(b"x")
+    if protocol < 5:
+        del value["array"]
+    found = Unpickled(pickle.dumps(value, protocol)).value
+    assert list(found) == [key for key in value if key != 3]
+    assert all(item is NOTHING for item in found.values())
+
+
+def test_tensors_are_described() -> None:
+    code = Pickle({"w": view(np.ones((2, 3), np.float32))}).code
+    found = Unpickled(code)
+    storage = Storage("0", np.dtype("<f4"), 6)
+    assert found.value == {"w": Tensor(storage, 0, (2, 3), (3, 1))}
+    assert found.storages == {"0": storage}
+    assert found.end == len(code)
+
+
+def deep(count: int) -> bytes:
+    """A list in a list in a list ..."""
+    return b"]" * (count + 1) + b"a" * count
+
+
+def laughs(count: int) -> bytes:
+    """Each list holds the one before twice: 2 ** count at the end."""
+    return b"]q\0" + b"0](h\0h\0eq\0" * count
+
+
+def keys(count: int) -> bytes:
+    """Whole numbers that all have one hash."""
+    step = sys.hash_info.modulus
+    numbers = (b"\x8a\x10" + (i * step).to_bytes(16, "little") + b"N" for i in range(count))
+    return b"}(" + b"".join(numbers) + b"u"
+
+
+def long_names(count: int) -> bytes:
+    """One key again and again that is another string of the same letters."""
+    name = b"X" + struct.pack("<I", 2**20) + b"n" * 2**20
+    return b"}(" + name + b"q\0N" + name + b"q\1N" + b"h\1N" * count + b"u"
+
+
+BOMBS = {
+    "deep list": deep(20_000),
+    "deep tuple": b")" + b"\x85" * 20_000,
+    "deep tuple as a key": b"})" + b"\x85" * 20_000 + b"Ns",
+    "billion laughs": laughs(5_000),
+    "billion laughs as a key": b"})" + b"2\x86" * 5_000 + b"Ns",
+    "a list in itself": b"]2a",
+    "keys of one hash": keys(10_000),
+    "long names": long_names(20_000),
+    "a large memo": b"N" + b"".join(b"r" + struct.pack("<I", 2**32 - 1 - i) for i in range(10_000)),
+}
+
+
+REFUSED = ("tensor", "storage")  # no place for such things
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("place", ["value", "tensor", "storage", "function"])
+def test_bombs_are_harmless(bomb: str, place: str) -> None:
+    """Read or refused, at once, in memory that the length of the pickle explains."""
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    before, after = {
+        "value": (b"", b""),
+        "tensor": (rebuild + b"(K\0", b"K\0tR"),
+        "storage": (b"(", b"tQ"),
+        "function": (b"ctorch\ndevice\n(", b"tR"),
+    }[place]
+    code = b"\x80\x02" + before + BOMBS[bomb] + after + b"."
+    tracemalloc.start()
+    with pytest.raises(WeightsError) if place in REFUSED else nullcontext():
+        Unpickled(code)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 200 * len(code) + 10_000
+
+
+@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1])
+def test_long_names_are_no_keys(length: int) -> None:
+    """Not of a dict, which goes without; and a storage that has one is refused."""
+    known = length <= MAX_NAME
+    name = b"X" + struct.pack("<I", length) + b"n" * length
+    assert len(Unpickled(b"\x80\x02}" + name + b"Ns.").value) == known
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + name + b"NK\1tQ."
+    with nullcontext() if known else pytest.raises(WeightsError, match="names a storage in a way"):
+        assert list(Unpickled(b"\x80\x02" + storage).storages) == ["n" * length]
+
+
+@pytest.mark.parametrize(
+    "length",
+    [b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"B\xff\xff\xff\x7f", b"\x8e" + b"\x7f" * 8,
+     b"T\xff\xff\xff\xff", b"T\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f", b"\x8b\0\0\0\x80",
+     b"\x96" + b"\x7f" * 8, b"U\xff", b"\x8a\xff", b"c" + b"x" * 300, b"cx\n"],
+)  # fmt: skip
+def test_lengths_beyond_the_end_are_refused(length: bytes) -> None:
+    with pytest.raises(WeightsError, match="does not end within"):
+        Unpickled(b"\x80\x04" + length + b"ab.")
+
+
+def test_a_pickle_that_is_too_long_is_refused() -> None:
+    n = MAX_BYTES
+    with pytest.raises(WeightsError, match="does not end within"):
+        Unpickled(b"\x80\x02B" + struct.pack("<I", n) + bytes(n) + b".")
+    with pytest.raises(WeightsError, match=r"more than \d+ instructions"):
+        Unpickled(b"\x80\x02" + b"N0" * 600_000 + b"N.")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [b"", b".", b"0.", b"a.", b"N", b"Na.", b"h\0.", b"t.", b"1.", b"u.", b"(u.", b"](Nu.",
+     b"}(Nu.", b"2.", b"q\0.", b"R.", b"NNR.", b"N)R.", b"\x93.", b"NN\x93.", b"Q.", b"NQ.",
+     b")Q.", b"\x86.",
+     b"\xff.", b"\0.", b"X\1\0\0\0\xff.", b"ca\xff\nb\n.", b"ctorch\nFloatStorage\n)R.", b"NNs.",
+     b"}NNNs.", b"I1\n.", b"L1L\n.", b"S'a'\n.", b"Va\n.", b"F1\n.", b"(l.", b"(d.", b"g0\n.",
+     b"Np0\n.", b"P0\n.", b"\x97.", b"\x98.", b"ccollections\nOrderedDict\n(]tR."],
+)  # fmt: skip
+def test_nonsense_is_refused(code: bytes) -> None:
+    with pytest.raises(WeightsError):
+        Unpickled(code)
+
+
+def test_every_instruction_is_followed_by_noise(random: np.random.Generator) -> None:
+    """Whatever the machine is given, it ends with a value or a refusal."""
+    codes = list(INSTRUCTIONS)
+    refused = 0
+    for _ in range(5000):
+        program = bytes(random.choice(codes, 30).tolist()) + random.bytes(3) + b"."
+        try:
+            Unpickled(program)
+        except WeightsError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_name_is_shown_in_one_short_line() -> None:
+    with pytest.raises(
+        WeightsError, match=r"asks for posix\.system, which no tensor needs"
+    ) as info:
+        Unpickled(b"\x80\x02cposix\nsystem\n.")
+    assert "\n" not in str(info.value)
+    long = b"X\xe8\3\0\0" + b"\x1b\n" * 500
+    with pytest.raises(WeightsError) as info:
+        Unpickled(b"\x80\x04" + long + long + b"\x93.")
+    assert str(info.value).isprintable()
+    assert len(str(info.value)) < 600
+
+
+def test_nothing_of_pickle_is_imported() -> None:
+    """Not even by what the reader imports: Python's own loader is never at hand."""
+    code = (
+        "import sys, numpy; before = set(sys.modules); import gptx.conversions.containers.safe_pickle as u, "
+        "gptx.conversions.containers.torch_file as t; print([m for m in (u, t) if hasattr(m, 'pickle')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_archive_with_two_pickles_is_refused(tmp_path: Path) -> None:
+    from gptx.conversions.containers.torch_file import TorchFile
+
+    file = tmp_path / "m.bin"
+    file.write_bytes(zip_of(Pickle({}).code, {"../b/data.pkl": np.zeros(1)}))
+    with pytest.raises(WeightsError, match=r"2 files in the archive are data\.pkl"):
+        TorchFile(file)

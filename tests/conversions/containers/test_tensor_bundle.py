@@ -1,0 +1,230 @@
+"""gptx.conversions.containers.tensor_bundle and crc32c: TensorFlow's container, against another writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptx.conversions.containers.crc32c import PIECE, P, Q, crc32c
+from gptx.conversions.containers.tensor_bundle import Bundle, is_bundle
+from gptx.errors import NotFoundError, StorageError, WeightsError
+from gptx.files import BFLOAT16
+from tests.support.tensor_bundle_bytes import message, slow_crc32c, table, write_bundle
+
+TENSORS = {
+    f"scope/{kind}{i}": np.arange(i * 7 + 1, dtype=dtype).reshape(1, -1)
+    for i in range(9)
+    for kind, dtype in [("f", "<f4"), ("h", "<f2"), ("d", "<f8"), ("b", "<u2")]
+}
+
+
+class TestChecksum:
+    def test_known_ones(self) -> None:
+        # RFC 3720, B.4, and the check value of the CRC catalogue
+        assert crc32c(b"123456789") == 0xE3069283
+        assert crc32c(bytes(32)) == 0x8A9136AA
+        assert crc32c(bytes([255] * 32)) == 0x62A8AB43
+        assert crc32c(bytes(range(32))) == 0x46DD794E
+        assert crc32c(b"") == 0
+
+    @given(st.binary(max_size=100))
+    def test_any_bytes(self, data: bytes) -> None:
+        assert crc32c(data) == slow_crc32c(data)
+
+    @pytest.mark.parametrize("around", [8, Q[0], 8 * Q[0], 8 * (Q[0] - Q[1]), 8 * PIECE])
+    def test_lengths_at_which_the_steps_change(
+        self, around: int, random: np.random.Generator
+    ) -> None:
+        data = random.bytes(around + 4)
+        for length in (around - 1, around, around + 4):
+            assert crc32c(data[:length]) == slow_crc32c(data[:length])
+
+    def test_arrays(self) -> None:
+        array = np.arange(12, dtype=np.float32).reshape(3, 4)
+        assert crc32c(array) == crc32c(array.tobytes())
+        assert crc32c(array.view("<u2").astype("<u2").view(BFLOAT16)) == crc32c(array)
+
+    def test_q_is_a_multiple_of_p(self) -> None:
+        powers, power = [], 1 << 31
+        for _ in range(Q[0] + 1):
+            powers.append(power)
+            power = power >> 1 ^ (P if power & 1 else 0)
+        assert powers[Q[0]] ^ powers[Q[1]] ^ powers[Q[2]] ^ powers[Q[3]] == 0
+
+
+class TestReading:
+    @pytest.mark.parametrize("shards", [1, 2, 5])
+    @pytest.mark.parametrize("per_block", [1, 7, 100])
+    def test_every_tensor_comes_back(self, tmp_path: Path, shards: int, per_block: int) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS, shards=shards, per_block=per_block)
+        bundle = Bundle(index)
+        bundle.check_files()
+        assert list(bundle.entries) == sorted(TENSORS)
+        assert len(bundle.sizes) == shards
+        for name, tensor in TENSORS.items():
+            found = bundle.read(name)
+            assert found.shape == tensor.shape
+            assert found.tobytes() == tensor.tobytes()
+            assert found.dtype == (BFLOAT16 if "/b" in name else tensor.dtype)
+
+    def test_a_tensor_of_another_type_disturbs_no_other(self, tmp_path: Path) -> None:
+        tensors = {"a": np.ones(3, "<f4"), "step": np.array(7, "<i8"), "z": np.ones((2, 0), "<f4")}
+        bundle = Bundle(write_bundle(tmp_path / "x", tensors))
+        bundle.check_files()
+        assert (bundle.read("a") == 1).all()
+        assert bundle.entries["step"].shape == ()
+        with pytest.raises(WeightsError, match="step is of TensorFlow's type 9, expected float32"):
+            bundle.read("step")
+
+    def test_is_bundle(self, tmp_path: Path) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS)
+        assert is_bundle(index)
+        (tmp_path / "x.data-00000-of-00001").rename(tmp_path / "elsewhere")
+        assert is_bundle(index)
+        index.write_bytes(b"something else")
+        assert not is_bundle(index)
+        assert not is_bundle(tmp_path / "nothing.index")
+
+
+def changed(name: str, **fields: Any) -> Callable[[str, dict[int, Any]], None]:
+    def change(at: str, found: dict[int, Any]) -> None:
+        if at == name:
+            found.update({int(number[1:]): value for number, value in fields.items()})
+
+    return change
+
+
+A = "scope/f0"  # a tensor [1, 1] of float32
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("name", "fields", "words"),
+        [
+            ("", {"_2": 1}, "big-endian"),
+            ("", {"_3": message({2: 2})}, "of version 2, gptx reads 1"),
+            ("", {"_1": 0}, "lies in file 0 of 0"),
+            ("", {"_1": -1}, "lies in file 0 of -1"),
+            ("", {"_3": 1}, "field 3 of a message is of another kind"),
+            (A, {"_3": 1}, "lies in file 1 of 1"),
+            (A, {"_3": -1}, "lies in file -1 of 1"),
+            (A, {"_4": -1}, "lies at"),
+            (A, {"_5": -4}, "lies at"),
+            (A, {"_5": 8}, r"shape \[1, 1\] has 8 bytes"),
+            (A, {"_2": message({2: [message({1: 2**62})] * 2})}, "has 4 bytes"),
+            (A, {"_2": message({2: [message({1: -1})]})}, "has shape"),
+            (A, {"_2": message({2: [message({1: 1})] * 9})}, "has shape"),
+            (A, {"_2": b"\xff"}, "a number is not whole"),
+            (A, {"_2": b"\xff" * 11}, "more than 64 bits"),
+            (A, {"_2": b"\x12\x05a"}, "a message is not whole"),
+            (A, {"_2": b"\x13"}, "a field of kind 3"),
+            (A, {"_6": (1,)}, "scope/f0 has a wrong checksum"),
+            (A, {"_7": b""}, "lies in slices"),
+            (A, {"_1": 3}, "type 3"),
+        ],
+    )
+    def test_fields_that_say_something_else(
+        self, tmp_path: Path, name: str, fields: dict[str, Any], words: str
+    ) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS, change=changed(name, **fields))
+        with pytest.raises(WeightsError, match=words):
+            Bundle(index).read(A)
+
+    def test_lies_beyond_the_end(self, tmp_path: Path) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS, change=changed(A, _4=10**6))
+        with pytest.raises(WeightsError, match="truncated"):
+            Bundle(index).check_files()
+        with pytest.raises(WeightsError, match="truncated"):
+            Bundle(index).read(A)
+
+    def test_blocks_that_are_listed_more_than_once(self, tmp_path: Path) -> None:
+        assert list(Bundle(write_bundle(tmp_path / "x", TENSORS, again=1)).entries)
+        with pytest.raises(WeightsError, match="its blocks do not lie one after the other"):
+            Bundle(write_bundle(tmp_path / "x", TENSORS, again=2))
+
+    def test_compressed(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            WeightsError, match=r"compressed \(method 1\), which gptx does not read"
+        ):
+            Bundle(write_bundle(tmp_path / "x", TENSORS, compression=1))
+
+    def test_slices_are_no_tensors(self, tmp_path: Path) -> None:
+        slices = {"\0\x7f": np.ones(2, "<f4"), "\0\x80": np.ones(2, "<f4")}
+        index = write_bundle(tmp_path / "x", slices | TENSORS, change=changed(A, _7=b""))
+        bundle = Bundle(index)
+        bundle.check_files()
+        assert len(bundle.entries) == len(TENSORS) + 2
+        with pytest.raises(WeightsError, match=f"{A} lies in slices"):
+            bundle.read(A)
+
+    def test_names_out_of_order(self, tmp_path: Path) -> None:
+        damage = {"scope/f1": b"scope/f0", "scope/f3": b"scope/f4"}
+        for old, new in damage.items():
+            index = write_bundle(
+                tmp_path / "x",
+                TENSORS,
+                per_block=1,
+                damage=lambda block, old=old, new=new: block.replace(old.encode(), new),
+            )
+            with pytest.raises(WeightsError, match="not in order"):
+                Bundle(index)
+
+    @pytest.mark.parametrize("name", [b"a\nb", b"n" * 251])
+    def test_names_that_are_none(self, tmp_path: Path, name: bytes) -> None:
+        tensors = {"n" * len(name): np.ones(1, "<f4")}
+        index = write_bundle(
+            tmp_path / "x", tensors, damage=lambda block: block.replace(b"n" * len(name), name)
+        )
+        with pytest.raises(WeightsError, match=r"a name is|names and values"):
+            Bundle(index)
+
+    def test_too_long_an_index(self, tmp_path: Path) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS)
+        index.write_bytes(bytes(2**20) + index.read_bytes())
+        with pytest.raises(WeightsError, match="expected at most 1048576"):
+            Bundle(index)
+
+    def test_no_header(self, tmp_path: Path) -> None:
+        index = tmp_path / "x.index"
+        for entries in ([], [(b"name", b"")]):
+            index.write_bytes(table(entries))
+            with pytest.raises(WeightsError, match="it has no header"):
+                Bundle(index)
+
+    def test_files_missing_or_of_another_length(self, tmp_path: Path) -> None:
+        bundle = Bundle(write_bundle(tmp_path / "x", TENSORS, shards=2))
+        bundle.check_files()
+        second = tmp_path / "x.data-00001-of-00002"
+        data = second.read_bytes()
+        for wrong, words in ((data[:-1], "truncated"), (data + b"\0", "too long")):
+            second.write_bytes(wrong)
+            with pytest.raises(WeightsError, match=f"{second.name} is {words}.*{len(data)} bytes"):
+                bundle.check_files()
+        second.unlink()
+        with pytest.raises(NotFoundError, match=f"{second.name} is missing"):
+            bundle.check_files()
+        (tmp_path / "x.data-00000-of-00002").rename(tmp_path / "x.data-00000-of-00001")
+        with pytest.raises(WeightsError, match=r"but x\.data-00000-of-00001 is there"):
+            bundle.check_files()
+
+    def test_index_that_cannot_be_read(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError):
+            Bundle(tmp_path / "x.index")
+
+    def test_damaged_numbers(self, tmp_path: Path) -> None:
+        bundle = Bundle(write_bundle(tmp_path / "x", TENSORS))
+        (path,) = bundle.sizes
+        data = bytearray(path.read_bytes())
+        entry = bundle.entries["scope/d3"]
+        data[entry.offset] ^= 1
+        path.write_bytes(data)
+        bundle.check_files()
+        with pytest.raises(WeightsError, match="scope/d3 has a wrong checksum: fetch it again"):
+            bundle.read("scope/d3")
+        assert bundle.read("scope/d4").size == 29

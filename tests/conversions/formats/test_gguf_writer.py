@@ -1,0 +1,340 @@
+"""gptx.conversions.formats.gguf, the writer: files that llama.cpp reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.conversions import convert
+from gptx.conversions.containers import binary
+from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS
+from gptx.conversions.formats.gguf import write
+from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
+from gptx.files import BFLOAT16
+from gptx.generation.api import Model
+from gptx.hub.resolve import EMBEDDED
+from gptx.quantization import Quantization
+from gptx.random_weights import random_weights
+from gptx.tokenization.bpe import BytePairTokenizer
+from tests.support.gguf import IDS, TYPES, checkpoint, decoded, written
+from tests.support.random_models import CASES, random_ids, to_bfloat16
+
+CONFIG = CASES["124M"]  # 96 wide, three blocks a row
+KINDS = {kind.name: kind for kinds in (FLOATS, BLOCKS) for kind in kinds.values()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BytePairTokenizer:
+    return BytePairTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
+
+
+# What is in the file
+
+
+def test_tensors_of_float32_are_the_same_numbers(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    file = written(tmp_path, CONFIG)
+    assert set(file.types.values()) == {0}
+    for ours, theirs in {
+        "wte.weight": "token_embd.weight",
+        "wpe.weight": "position_embd.weight",
+        "ln_f.weight": "output_norm.weight",
+        "ln_f.bias": "output_norm.bias",
+        "h.2.ln_1.weight": "blk.2.attn_norm.weight",
+        "h.2.ln_1.bias": "blk.2.attn_norm.bias",
+        "h.2.attn.c_attn.weight": "blk.2.attn_qkv.weight",
+        "h.2.attn.c_attn.bias": "blk.2.attn_qkv.bias",
+        "h.2.attn.c_proj.weight": "blk.2.attn_output.weight",
+        "h.2.attn.c_proj.bias": "blk.2.attn_output.bias",
+        "h.2.ln_2.weight": "blk.2.ffn_norm.weight",
+        "h.2.ln_2.bias": "blk.2.ffn_norm.bias",
+        "h.2.mlp.c_fc.weight": "blk.2.ffn_up.weight",
+        "h.2.mlp.c_fc.bias": "blk.2.ffn_up.bias",
+        "h.2.mlp.c_proj.weight": "blk.2.ffn_down.weight",
+        "h.2.mlp.c_proj.bias": "blk.2.ffn_down.bias",
+    }.items():
+        expected = weights[ours].T if ours.startswith("h.") else weights[ours]
+        np.testing.assert_array_equal(file.numbers(theirs), expected)
+    assert len(file.raw) == 4 + 12 * CONFIG.n_layer == len(weights)
+
+
+def test_a_head_of_its_own(tmp_path: Path) -> None:
+    config = CASES["untied"]
+    head = written(tmp_path, config).numbers("output.weight")
+    np.testing.assert_array_equal(head, random_weights(config)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_which_tensors_are_of_the_type(tmp_path: Path, type: str) -> None:
+    file = written(tmp_path, CONFIG, type=type)
+    for name, shape in file.shapes.items():
+        plain = len(shape) == 1 or name == "position_embd.weight"
+        assert file.types[name] == (0 if plain else IDS[type])
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_matrices_stay_of_the_type_that_they_are(tmp_path: Path, name: str) -> None:
+    weights = random_weights(CONFIG)
+    source = {
+        "float16": {k: w.astype(np.float16) for k, w in weights.items()},
+        "bfloat16": {k: to_bfloat16(w).view(BFLOAT16) for k, w in weights.items()},
+        "float64": {k: w.astype(np.float64) for k, w in weights.items()},
+    }[name]
+    write(checkpoint(CONFIG, source), tmp_path / "same.gguf")
+    type = {"float16": "F16", "bfloat16": "BF16", "float64": "F32"}[name]
+    same = (tmp_path / "same.gguf").read_bytes()
+    assert same == written(tmp_path, CONFIG, source, type=type).data
+
+
+def test_rows_that_are_not_whole_blocks_are_float16(tmp_path: Path) -> None:
+    file = written(tmp_path, replace(CASES["n-inner"], n_inner=72), type="Q4_0")
+    assert file.types["blk.0.ffn_down.weight"] == 1  # rows of 72
+    assert file.types["blk.0.ffn_up.weight"] == 2  # rows of 32
+
+
+def test_metadata(tmp_path: Path) -> None:
+    config = replace(CASES["n-inner"], layer_norm_epsilon=2.0**-10)
+    file = written(tmp_path, config, type="Q8_0")
+    assert file.metadata == {
+        "general.architecture": "gpt2",
+        "general.type": "model",
+        "general.name": "gpt2",
+        "gpt2.block_count": 3,
+        "gpt2.context_length": 64,
+        "gpt2.embedding_length": 32,
+        "gpt2.feed_forward_length": 72,
+        "gpt2.attention.head_count": 4,
+        "gpt2.attention.layer_norm_epsilon": 2.0**-10,
+        "gpt2.vocab_size": 97,
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "tokenizer.ggml.model": "none",
+        "tokenizer.ggml.bos_token_id": 96,
+        "tokenizer.ggml.eos_token_id": 96,
+    }
+
+
+def test_the_tokenizer_is_inside(tmp_path: Path, tokenizer: BytePairTokenizer) -> None:
+    config = replace(CONFIG, vocab_size=1027, bos_token_id=0, eos_token_id=None)
+    stored = written(tmp_path, config, tokenizer=tokenizer).metadata
+    definition = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())["model"]
+    tokens = sorted(definition["vocab"], key=definition["vocab"].__getitem__)
+    assert stored["tokenizer.ggml.model"] == "gpt2"
+    assert stored["tokenizer.ggml.pre"] == "gpt-2"
+    assert stored["tokenizer.ggml.tokens"] == [*tokens, "[PAD1024]", "[PAD1025]", "[PAD1026]"]
+    assert stored["tokenizer.ggml.token_type"] == [3] + [1] * 1023 + [5] * 3
+    assert stored["tokenizer.ggml.merges"] == [" ".join(pair) for pair in definition["merges"]]
+    assert stored["tokenizer.ggml.bos_token_id"] == 0
+    assert "tokenizer.ggml.eos_token_id" not in stored
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_pieces_and_types_of_the_source_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
+) -> None:
+    rounded = {name: to_bfloat16(w) for name, w in random_weights(CONFIG).items()}
+    single = {name: (w.astype(np.uint32) << 16).view(np.float32) for name, w in rounded.items()}
+    expected = written(tmp_path, CONFIG, single, type=type)
+    monkeypatch.setattr(binary, "CHUNK", 1000)
+    for same in (
+        {name: w.view(BFLOAT16) for name, w in rounded.items()},
+        {name: w.astype(np.float64) for name, w in single.items()},
+        {name: np.asfortranarray(w) for name, w in single.items()},
+    ):
+        assert written(tmp_path, CONFIG, same, type=type).data == expected.data
+
+
+# Blocks
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def blocks_of(seed: int) -> np.ndarray:
+    """Blocks of many sizes, some with equal magnitudes, halves, zeros, subnormal numbers."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(8, 32)) * 10.0 ** rng.integers(-46, 5, (8, 1))
+    x[rng.random((8, 32)) < 0.1] = 0
+    x[0] = rng.integers(-127, 128, 32) / 2  # the scale is 1/2, or a little less
+    x[1] = rng.choice([-4.0, 4.0], 32)
+    x[2] = 0
+    return x.astype(np.float32)
+
+
+def inverse(scale: np.float32) -> np.float32:
+    with np.errstate(all="ignore"):
+        inverse = np.float32(1) / scale
+    return inverse if np.isfinite(inverse) else np.float32(0)
+
+
+def q8_0(block: np.ndarray) -> bytes:
+    """A block as ggml's quantize_row_q8_0_ref makes it, one number at a time."""
+    scale = np.float32(max(abs(x) for x in block)) / np.float32(127)
+    out = struct.pack("<e", scale)
+    for x in block:
+        y = float(x * inverse(scale))
+        out += struct.pack("b", int(math.copysign(math.floor(abs(y) + 0.5), y)))
+    return out
+
+
+def q4_0(block: np.ndarray) -> bytes:
+    """A block as ggml's quantize_row_q4_0_ref makes it, one number at a time."""
+    scale = np.float32(max(block, key=abs)) / np.float32(-8)
+    quants = [min(15, int(x * inverse(scale) + np.float32(8.5))) for x in block]
+    low, high = quants[:16], quants[16:]
+    return struct.pack("<e", scale) + bytes(a | b << 4 for a, b in zip(low, high, strict=True))
+
+
+def encoded(type: str, x: np.ndarray) -> bytes:
+    encode = KINDS[type].encode
+    assert encode is not None
+    return encode(x, "tensor").tobytes()
+
+
+@given(seeds)
+def test_blocks_are_those_of_ggml(seed: int) -> None:
+    x = blocks_of(seed)
+    for type, block in {"Q8_0": q8_0, "Q4_0": q4_0}.items():
+        assert encoded(type, x) == b"".join(map(block, x))
+
+
+@given(seeds)
+@settings(max_examples=50)
+def test_blocks_are_close_to_the_numbers(seed: int) -> None:
+    x = blocks_of(seed)
+    largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float64)
+    # Half a step (at one end of Q4_0 a whole one), and the rounding of the scale to float16
+    for type, steps, slack in (("Q8_0", 127, 0.5), ("Q4_0", 8, 1.0)):
+        back = decoded(encoded(type, x), IDS[type]).reshape(x.shape)
+        limit = largest * (slack / steps * 1.001 + 2.0**-11) + steps * 2.0**-25
+        assert (np.abs(back - x) <= limit).all()
+
+
+@given(seeds)
+def test_float16_is_rounded_to_the_nearest(seed: int) -> None:
+    x = blocks_of(seed)
+    x = x[np.abs(x).max(axis=1) < 65504]
+    back = decoded(encoded("F16", x), 1).reshape(x.shape)
+    assert (np.abs(back - x) <= np.abs(x) * 2.0**-11 + 2.0**-25).all()
+
+
+# What cannot be written
+
+
+@pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("bad", [3.4e38, math.inf, math.nan])
+def test_numbers_out_of_range(tmp_path: Path, type: str, bad: float) -> None:
+    weights = random_weights(CONFIG)
+    weights["h.1.mlp.c_fc.weight"][5, 7] = bad
+    if KINDS[type].block == 1 and not math.isfinite(bad):
+        file = written(tmp_path, CONFIG, weights, type=type)  # which says the same
+        np.testing.assert_equal(file.numbers("blk.1.ffn_up.weight")[7, 5], bad)
+        return
+    with pytest.raises(
+        WeightsError, match=r"^tensor h\.1\.mlp\.c_fc\.weight holds a number that is"
+    ):
+        written(tmp_path, CONFIG, weights, type=type)
+
+
+@pytest.mark.parametrize("case", ["gelu-erf", "relu", "unscaled", "layer-scaled"])
+def test_what_llama_cpp_does_not_compute(tmp_path: Path, case: str) -> None:
+    with pytest.raises(ConfigError, match=r"is .*, llama\.cpp has .* alone"):
+        written(tmp_path, CASES[case])
+
+
+def test_a_group_size_is_not_gguf_s_to_choose(tmp_path: Path) -> None:
+    for size in (32, 64):  # the blocks' own, and what stands where nothing was asked for
+        write(checkpoint(CONFIG), tmp_path / str(size), quantization=Quantization(size, 8))
+    assert (tmp_path / "32").read_bytes() == (tmp_path / "64").read_bytes()
+    with pytest.raises(ParameterError, match="is 128, but in GGUF 32 weights share a scale"):
+        write(checkpoint(CONFIG), tmp_path / "128", quantization=Quantization(128, 8))
+
+
+def test_an_end_of_text_that_is_no_token_id(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id is -1, expected a token id or null"):
+        written(tmp_path, replace(CONFIG, eos_token_id=-1))
+
+
+def test_a_vocabulary_that_does_not_fit(tmp_path: Path, tokenizer: BytePairTokenizer) -> None:
+    with pytest.raises(TokenizerError, match="has token 1023, the model 211 tokens"):
+        written(tmp_path, CONFIG, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_splits_otherwise(tmp_path: Path) -> None:
+    definition = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    other = BytePairTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
+    with pytest.raises(TokenizerError, match="splits text otherwise"):
+        written(tmp_path, replace(CONFIG, vocab_size=1024), tokenizer=other)
+
+
+# Against others, where they are installed
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_the_gguf_package_reads_the_same(tmp_path: Path, type: str) -> None:
+    package = pytest.importorskip("gguf")
+    file = written(tmp_path, CONFIG, type=type)
+    weights = random_weights(CONFIG)
+    read = package.GGUFReader(tmp_path / "model.gguf")
+    assert read.get_field("gpt2.embedding_length").contents() == CONFIG.n_embd
+    assert [tensor.name for tensor in read.tensors] == list(file.raw)
+    for tensor, source in zip(read.tensors, weights.values(), strict=True):
+        rows = source.T if tensor.name.startswith("blk") else source
+        expected = package.quantize(np.ascontiguousarray(rows), tensor.tensor_type)
+        assert tensor.data.tobytes() == expected.tobytes() == file.raw[tensor.name]
+
+
+LLAMA = """
+import sys
+import numpy as np
+from llama_cpp import Llama
+path, text, *ids = sys.argv[1:]
+llama = Llama(path, n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+if text:
+    for special in (False, True):
+        print(*llama.tokenize(text.encode(), add_bos=True, special=special))
+llama.eval(list(map(int, ids)))
+np.save(path + ".npy", np.array(llama.scores[: len(ids)]))
+"""
+
+
+def llama_cpp(path: Path, ids: list[int], text: str = "") -> tuple[list[list[int]], np.ndarray]:
+    """llama.cpp's tokens of a text and logits of token ids, from a process of its own."""
+    pytest.importorskip("llama_cpp")
+    command = [sys.executable, "-c", LLAMA, str(path), text, *map(str, ids)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode == -11:
+        pytest.skip("llama.cpp crashes: see benchmarks/README.md on AMX")
+    assert ran.returncode == 0, ran.stderr
+    return [list(map(int, x.split())) for x in ran.stdout.splitlines()], np.load(f"{path}.npy")
+
+
+# Of the logits' size, in the mean: llama.cpp keeps keys and values in float16.
+TOLERANCE = {"F32": 2e-3, "F16": 3e-3, "BF16": 1e-2, "Q8_0": 3e-2, "Q4_0": 0.4}
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_llama_cpp_computes_the_same(tmp_path: Path, shakespeare: Model, type: str) -> None:
+    path = tmp_path / "model.gguf"
+    how = TYPES[type].get("quantization")
+    quantize = None if how is None else f"int{how.bits}"
+    convert("shakespeare", path, dtype=TYPES[type].get("dtype"), quantize=quantize)
+    text = "ROMEO:\nBut soft! — café 123 <|endoftext|>  日本 🎭 we'll\n\n x "
+    ids = random_ids(shakespeare.config, 1, 50)[0].tolist()
+    (plain, special), logits = llama_cpp(path, ids, text)
+    assert plain == shakespeare.encode(text)
+    assert special == shakespeare.encode(text, allow_special=True)
+    expected = shakespeare.logits(ids)
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert error < TOLERANCE[type]

@@ -1,0 +1,192 @@
+"""gptx.conversions.formats.nanogpt: ckpt.pt as nanoGPT's train.py saves it."""
+
+from __future__ import annotations
+
+import random as rnd
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gptx
+from gptx.config import GPT2Config
+from gptx.conversions import convert, detect, read
+from gptx.conversions.containers import torch_file
+from gptx.conversions.formats import nanogpt as nanogpt_file
+from gptx.errors import ConfigError, WeightsError
+from gptx.files import widened
+from gptx.random_weights import random_weights
+from tests.support.fuzz import MUTATIONS, fuzz, refuse_every_prefix
+from tests.support.random_models import CASES
+from tests.support.torch_files import CONTAINERS, Pickle, nanogpt, view, write_folder, zip_of
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "torch"
+# What its MLP computes with, and tokens that it says nothing of.
+ALWAYS = {"activation_function": "gelu", "bos_token_id": None, "eos_token_id": None}
+CONFIG = replace(CASES["tiny"], n_positions=8, vocab_size=19, **ALWAYS)
+WEIGHTS = random_weights(CONFIG)
+
+
+@pytest.fixture(params=list(CONTAINERS))
+def container(request: pytest.FixtureRequest) -> Any:
+    return CONTAINERS[request.param]
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.pt")), ids=lambda file: file.stem)
+def test_nanogpts_own_files_give_its_own_logits(file: Path, tmp_path: Path) -> None:
+    assert detect(file) == "nanogpt"
+    convert(file, tmp_path / "out")
+    golden = np.load(file.with_suffix(".npz"))
+    logits = gptx.load(tmp_path / "out").logits(golden["ids"][0].tolist())
+    assert np.abs(logits - golden["logits"][0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("case", ["124M", "355M", "774M", "1558M", "tiny"])
+def test_every_model_is_read_bit_for_bit(
+    case: str, prefix: str, container: Any, tmp_path: Path
+) -> None:
+    config = replace(CASES[case], **ALWAYS)
+    weights = random_weights(config)
+    (tmp_path / "ckpt.pt").write_bytes(container(nanogpt(config, weights, prefix=prefix)))
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        assert detect(path) == "nanogpt"
+        checkpoint = read(path)[1]
+        assert checkpoint.config == config
+        for name, tensor in checkpoint.tensors.items():
+            assert isinstance(tensor, np.ndarray)
+            assert (tensor == weights[name]).all(), name
+            assert tensor.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_without_biases_gets_zeros(dtype: str, container: Any, tmp_path: Path) -> None:
+    saved = nanogpt(CONFIG, WEIGHTS, bias=False, dtype=dtype)
+    (tmp_path / "ckpt.pt").write_bytes(container(saved))
+    tensors = read(tmp_path)[1].tensors
+    assert list(tensors) == list(CONFIG.tensor_shapes())
+    for name, tensor in tensors.items():
+        assert isinstance(tensor, np.ndarray)
+        assert tensor.dtype == tensors["wte.weight"].dtype  # type: ignore[union-attr]
+        assert widened(tensor).any() != name.endswith(".bias")
+
+
+def test_the_padded_vocabulary_stays(container: Any, tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=50304)
+    (tmp_path / "ckpt.pt").write_bytes(container(nanogpt(config, random_weights(config))))
+    found = read(tmp_path)[1].config
+    assert found == replace(config, bos_token_id=50256, eos_token_id=50256)
+
+
+def test_a_head_with_the_numbers_of_the_table_is_tied(container: Any, tmp_path: Path) -> None:
+    saved = nanogpt(CONFIG, WEIGHTS)
+    saved["model"]["lm_head.weight"] = view(WEIGHTS["wte.weight"])
+    (tmp_path / "ckpt.pt").write_bytes(container(saved))
+    assert read(tmp_path)[1].config == CONFIG
+
+
+def test_a_head_of_its_own_is_kept(container: Any, tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_word_embeddings=False)
+    weights = random_weights(config)
+    (tmp_path / "ckpt.pt").write_bytes(container(nanogpt(config, weights)))
+    checkpoint = read(tmp_path)[1]
+    assert checkpoint.config == config
+    head = checkpoint.tensors["lm_head.weight"]
+    assert isinstance(head, np.ndarray)
+    assert (head == weights["lm_head.weight"]).all()
+
+
+def test_what_is_assumed_is_said_and_a_config_overrides_it(tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(CONTAINERS["zip"](nanogpt(CONFIG, WEIGHTS)))
+    activation, tokenizer = read(tmp_path)[1].notes
+    assert '"gelu_new" for an older one' in activation
+    assert "no tokenizer" in tokenizer
+    older = replace(CONFIG, activation_function="gelu_new")
+    checkpoint = read(tmp_path, config=older)[1]
+    assert checkpoint.config == older
+    assert checkpoint.notes == (tokenizer,)
+
+
+def test_nothing_of_the_optimizer_is_read(
+    container: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(container(nanogpt(CONFIG, WEIGHTS)))
+    taken: list[str] = []
+    array = torch_file.BinaryFile.array
+
+    def counted(self: Any, offset: int, shape: Any, dtype: Any, what: str) -> Any:
+        taken.append(what.removeprefix("tensor "))
+        return array(self, offset, shape, dtype, what)
+
+    monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
+    checkpoint = read(tmp_path)[1]
+    assert not taken
+    list(checkpoint.tensors.values())
+    assert taken == list(CONFIG.tensor_shapes())
+
+
+def changed(**arguments: Any) -> dict[str, Any]:
+    saved = nanogpt(CONFIG, WEIGHTS)
+    saved["model_args"] |= arguments
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "message"),
+    [
+        (changed(n_head=None), ConfigError, "n_head of its model_args is no whole number"),
+        (changed(n_head=3), ConfigError, "n_embd 8 is not a multiple of n_head 3"),
+        (changed(n_layer=True), ConfigError, "n_layer of its model_args is no whole number"),
+        (changed(n_layer=9999), WeightsError, "does not hold the layers"),
+        (changed(n_layer=2), WeightsError, "tensor h.1.ln_1.weight is missing"),
+        (changed(block_size=9), WeightsError, r"wpe.weight has shape \[8, 8\].*\[9, 8\]"),
+        (nanogpt(CONFIG, WEIGHTS) | {"model_args": []}, ConfigError, "model_args is no dict"),
+        (nanogpt(CONFIG, WEIGHTS) | {"model": None}, WeightsError, "no tensors under names"),
+    ],
+)
+def test_what_is_no_such_model_is_refused(
+    saved: Any, error: type[Exception], message: str, container: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(container(saved))
+    with pytest.raises(error, match=message):
+        read(tmp_path)
+
+
+def test_a_folder_with_another_ckpt_is_refused(container: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path, GPT2Config(), container({"epoch": 3}), "ckpt.pt")
+    with pytest.raises(WeightsError, match="nanoGPT did not write it"):
+        read(tmp_path)
+
+
+def use_of(folder: Path) -> Any:
+    """What reads every number."""
+
+    def use() -> None:
+        for tensor in nanogpt_file.read(folder).tensors.values():
+            assert tensor is not None
+
+    return use
+
+
+def test_damaged_files_are_refused_in_one_line(container: Any, tmp_path: Path) -> None:
+    saved = nanogpt(CONFIG, WEIGHTS, bias=False)
+    pickle = Pickle(saved, legacy=container is not CONTAINERS["zip"])
+
+    def damage(data: bytes, rng: rnd.Random) -> bytes:
+        """Change the pickle in an archive whose checksums are right."""
+        code = rng.choice(MUTATIONS)(pickle.code, rng)
+        if container is CONTAINERS["zip"]:
+            return zip_of(code, pickle.storages)
+        return data.replace(pickle.code, code)
+
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(container(saved))
+    assert fuzz(file, use_of(tmp_path), mutations=[damage] * 4) > 100
+
+
+def test_every_prefix_is_refused(container: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(container(nanogpt(CONFIG, WEIGHTS, bias=False)))
+    refuse_every_prefix(file, use_of(tmp_path), step=5)

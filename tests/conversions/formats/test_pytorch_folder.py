@@ -1,0 +1,326 @@
+"""gptx.conversions.formats.pytorch_folder: pytorch_model.bin as PyTorch wrote it through the years."""
+
+from __future__ import annotations
+
+import json
+import random as rnd
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gptx
+from gptx.config import GPT2Config
+from gptx.conversions import convert, detect, read
+from gptx.conversions.checkpoint import Checkpoint
+from gptx.conversions.containers import torch_file
+from gptx.conversions.containers.binary import BinaryFile
+from gptx.conversions.containers.zip_archive import records
+from gptx.conversions.formats import pytorch_folder
+from gptx.errors import ConfigError, NotFoundError, WeightsError
+from gptx.hub.resolve import EMBEDDED, locate
+from gptx.random_weights import random_weights
+from tests.support.fuzz import MUTATIONS, accepted, fuzz, refuse_every_prefix
+from tests.support.random_models import CASES, random_ids, to_bfloat16
+from tests.support.torch_files import (
+    CONTAINERS,
+    Pickle,
+    View,
+    legacy_bytes,
+    state_dict,
+    view,
+    write_folder,
+    zip_bytes,
+    zip_of,
+)
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "torch"
+GOLDEN_CONFIG = GPT2Config(
+    vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+CONFIG = CASES["tiny"]
+WEIGHTS = random_weights(CONFIG)
+SMALL = random_weights(GOLDEN_CONFIG)  # to be damaged: smaller still
+
+
+@pytest.fixture(params=list(CONTAINERS))
+def container(request: pytest.FixtureRequest) -> Any:
+    return CONTAINERS[request.param]
+
+
+def bits_of(array: np.ndarray, dtype: str) -> bytes:
+    """float32 numbers as the bytes of another type."""
+    return to_bfloat16(array).tobytes() if dtype == "bfloat16" else array.astype(dtype).tobytes()
+
+
+def assert_holds(checkpoint: Checkpoint, weights: dict[str, np.ndarray], dtype: str) -> None:
+    assert list(checkpoint.tensors) == list(weights)
+    for name, tensor in checkpoint.tensors.items():
+        assert isinstance(tensor, np.ndarray)
+        assert tensor.shape == weights[name].shape
+        assert tensor.tobytes() == bits_of(weights[name], dtype), name
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.bin")), ids=lambda file: file.stem)
+def test_what_pytorch_wrote_is_read_bit_for_bit(file: Path) -> None:
+    assert detect(file) == "pytorch"
+    dtype = file.name.partition("-")[0]
+    checkpoint = read(file, config=GOLDEN_CONFIG)[1]
+    assert_holds(checkpoint, random_weights(GOLDEN_CONFIG), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_model_and_type_is_read_bit_for_bit(
+    case: str, dtype: str, container: Any, tmp_path: Path
+) -> None:
+    config, weights = CASES[case], random_weights(CASES[case])
+    folder = write_folder(tmp_path / "m", config, container(state_dict(weights, dtype)))
+    checkpoint = read(folder)[1]
+    assert checkpoint.config == config
+    assert_holds(checkpoint, weights, dtype)
+
+
+def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) -> None:
+    model = gptx.load("shakespeare")
+    config = model.config
+    weights = {
+        name: np.asarray(tensor, np.float32)
+        for name, tensor in read("shakespeare")[1].as_floats().tensors.items()
+    }
+    source = write_folder(tmp_path / "bin", config, container(state_dict(weights)))
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (source / name).write_bytes((EMBEDDED["shakespeare"] / name).read_bytes())
+    with pytest.raises(NotFoundError, match=r"gptx convert .* DST"):
+        locate(source)
+    convert(source, tmp_path / "out")
+    converted = gptx.load(tmp_path / "out")
+    ids = random_ids(config, 1, 20).tolist()[0]
+    assert (converted.logits(ids) == model.logits(ids)).all()
+    assert converted.encode("All's well") == model.encode("All's well")
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_shards_are_read_by_their_index(prefix: str, container: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    found = state_dict(WEIGHTS, prefix=prefix)
+    names, parts = list(found), {}
+    for i, some in enumerate((names[:7], names[7:]), start=1):
+        file = f"pytorch_model-{i:05d}-of-00002.bin"
+        write_folder(folder, CONFIG, container({name: found[name] for name in some}), file)
+        parts |= dict.fromkeys(some, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
+    assert detect(folder) == "pytorch"
+    assert_holds(read(folder)[1], WEIGHTS, "float32")
+    (folder / file).unlink()
+    with pytest.raises(NotFoundError, match=f"{file} is missing"):
+        read(folder)
+
+
+def test_keys_of_two_shards_are_not_mixed_up(container: Any, tmp_path: Path) -> None:
+    """Each numbers its storages from 0: the head of one is not the table of the other."""
+    config = replace(CASES["355M"], n_head=1, tie_word_embeddings=False, bos_token_id=None)
+    config = replace(config, eos_token_id=None)
+    weights = random_weights(config)
+    head = {"lm_head.weight": view(weights["lm_head.weight"])}
+    rest = {name: view(array) for name, array in weights.items() if name not in head}
+    folder = tmp_path / "m"
+    write_folder(folder, config, container(rest), "a.bin")
+    write_folder(folder, config, container(head), "b.bin")
+    (folder / "config.json").unlink()
+    index = {"weight_map": {"wte.weight": "a.bin", "lm_head.weight": "b.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = read(folder)[1]
+    assert checkpoint.config == config
+    assert_holds(checkpoint, weights, "float32")
+
+
+def test_without_a_config_a_shared_head_is_tied(container: Any, tmp_path: Path) -> None:
+    config = replace(CASES["355M"], n_head=1, bos_token_id=None, eos_token_id=None)
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(container(state_dict(random_weights(config))))
+    checkpoint = read(file)[1]
+    assert checkpoint.config == config
+    assert "does not say how many heads" in checkpoint.notes[0]
+    file.write_bytes(container(state_dict(WEIGHTS)))
+    with pytest.raises(ConfigError, match=r"a width of 8.*config\.json"):
+        read(file)
+
+
+def test_views_are_read_as_they_are_laid_out(container: Any, tmp_path: Path) -> None:
+    base = np.arange(400, dtype=np.float32)
+    w = WEIGHTS["h.0.attn.c_proj.weight"]
+    found = state_dict(WEIGHTS, prefix="")
+    found["h.0.attn.c_proj.weight"] = View(w.T.ravel(), 0, (8, 8), (1, 8))
+    found["h.0.mlp.c_fc.weight"] = View(base, 5, (8, 32), (40, 1))
+    found["ln_f.weight"] = View(base, 1, (8,), (50,))
+    expected = WEIGHTS | {
+        "h.0.mlp.c_fc.weight": base.reshape(10, 40)[:8, 5:37],
+        "ln_f.weight": base[1::50],
+    }
+    folder = write_folder(tmp_path / "m", CONFIG, container(found))
+    assert_holds(read(folder)[1], expected, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_file_of_a_big_endian_machine_is_read(dtype: str, tmp_path: Path) -> None:
+    data = zip_bytes(state_dict(WEIGHTS, dtype), order="big")
+    assert_holds(read(write_folder(tmp_path / "m", CONFIG, data))[1], WEIGHTS, dtype)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([1, 2], "holds no tensors under names"),
+        ({}, "holds no tensors under names"),
+        ({"state_dict": {}}, "state_dict is no tensor"),
+        ({"wte.weight\n": view(np.ones(3))}, "no proper name"),
+        ({"ln_f.weight": View(np.ones(3, "<f4"), 1, (3,), (1,))}, "lie within its storage"),
+        ({"ln_f.weight": View(np.ones(3, "<f4"), 0, (3,), (-1,))}, "lie within its storage"),
+        ({"ln_f.weight": View(np.ones(3, "<f4"), 0, (10**9,), (0,))}, "overlaps with itself"),
+        (state_dict(WEIGHTS) | {"ln_f.weight": view(WEIGHTS["ln_f.weight"])}, "there twice"),
+        (state_dict(WEIGHTS) | {"score.weight": view(np.ones(3))}, "score.weight is unknown"),
+        (
+            state_dict(WEIGHTS) | {"transformer.ln_f.bias": View(np.ones(8, "<i8"), 0, (8,), (1,))},
+            "ln_f.bias is of type int64",
+        ),
+    ],
+)
+def test_what_is_no_gpt2_is_refused(
+    found: Any, message: str, container: Any, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG, container(found))
+    with pytest.raises(WeightsError, match=message):
+        read(folder)
+
+
+def test_a_changed_number_of_an_archive_is_found_by_its_checksum(tmp_path: Path) -> None:
+    part = View(np.arange(400, dtype=np.float32), 5, (8,), (1,))
+    for name, value in (("wte.weight", view(WEIGHTS["wte.weight"])), ("ln_f.weight", part)):
+        found = state_dict(WEIGHTS, prefix="") | {name: value}
+        data = bytearray(zip_bytes(found))
+        data[data.index(value.storage.tobytes()) + 4 * value.storage.size - 1] ^= 1
+        folder = write_folder(tmp_path / "m", CONFIG, bytes(data))
+        with pytest.raises(WeightsError, match=f"{name} is damaged .its CRC-32 differs"):
+            read(folder)[1].tensors[name]
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG, zip_bytes(state_dict(WEIGHTS)))
+    packed = tmp_path / "packed.bin"
+    with (
+        zipfile.ZipFile(folder / "pytorch_model.bin") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(WeightsError, match="compressed or encrypted"):
+        read(packed, config=CONFIG)
+
+
+def test_other_files_are_not_taken_for_ones_of_pytorch(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("word/document.xml", "text")
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x02}.")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for file in tmp_path.iterdir():
+        assert not pytorch_folder.detect(file)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"PK\5\6" + bytes(18)])
+def test_what_follows_the_end_is_refused(extra: bytes, container: Any, tmp_path: Path) -> None:
+    data = container(state_dict(WEIGHTS))
+    folder = write_folder(tmp_path / "m", CONFIG, data + extra)
+    with pytest.raises(WeightsError):
+        read(folder)
+
+
+def use_of(folder: Path) -> Any:
+    """What reads every number."""
+
+    def use() -> None:
+        for tensor in pytorch_folder.read(folder).tensors.values():
+            assert tensor is not None
+
+    return use
+
+
+def test_damaged_files_are_refused_in_one_line(container: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", GOLDEN_CONFIG, container(state_dict(SMALL)))
+    assert fuzz(folder / "pytorch_model.bin", use_of(folder)) > 100
+
+
+def test_damaged_pickles_are_refused_in_one_line(container: Any, tmp_path: Path) -> None:
+    """In an archive whose checksums are right, so that the unpickler has to see the damage."""
+    pickle = Pickle(state_dict(SMALL), legacy=container is legacy_bytes)
+
+    def damage(data: bytes, rng: rnd.Random) -> bytes:
+        code = rng.choice(MUTATIONS)(pickle.code, rng)
+        if container is legacy_bytes:
+            return data.replace(pickle.code, code)
+        return zip_of(code, pickle.storages)
+
+    folder = write_folder(tmp_path / "m", GOLDEN_CONFIG, container(state_dict(SMALL)))
+    assert fuzz(folder / "pytorch_model.bin", use_of(folder), mutations=[damage] * 9) > 100
+
+
+def test_a_damaged_archive_of_64_bits_is_refused(tmp_path: Path) -> None:
+    """One that PyTorch wrote: its directory is the only one here with 64-bit numbers."""
+    file = tmp_path / "m.bin"
+    file.write_bytes((GOLDEN / "float32-zip.bin").read_bytes())
+
+    def use() -> None:
+        for tensor in pytorch_folder.read(file, GOLDEN_CONFIG).tensors.values():
+            assert tensor is not None
+
+    assert fuzz(file, use) > 100
+
+
+def test_every_prefix_is_refused(container: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", GOLDEN_CONFIG, container(state_dict(SMALL)))
+    refuse_every_prefix(folder / "pytorch_model.bin", use_of(folder), step=5)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for text in ("", "[]", '{"weight_map": {"a": "../b.bin"}}', '{"weight_map": {}}'):
+        index.write_text(text)
+        assert not accepted(lambda: pytorch_folder.read(tmp_path), text)
+
+
+def test_nothing_is_read_before_it_is_asked_for(
+    container: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights(CASES["124M"])
+    folder = write_folder(tmp_path / "m", CASES["124M"], container(state_dict(weights)))
+    taken: list[str] = []
+    array = torch_file.BinaryFile.array
+
+    def counted(self: Any, offset: int, shape: Any, dtype: Any, what: str) -> Any:
+        taken.append(what)
+        return array(self, offset, shape, dtype, what)
+
+    monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
+    checkpoint = read(folder)[1]
+    assert not taken
+    checkpoint.tensors["ln_f.weight"]
+    assert taken == ["tensor ln_f.weight"]
+
+
+def test_a_field_of_64_bit_numbers_that_breaks_off_is_no_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo("a/data.pkl")
+        info.extra = b"\1\0\xff\0abc"  # 255 bytes are announced
+        archive.writestr(info, b"text")
+    assert records(BinaryFile(path))["a/data.pkl"].n_bytes == 4
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2") + 24
+    data[at : at + 4] = b"\xff" * 4  # the size is said to be in that field
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="contradicts itself"):
+        records(BinaryFile(path))

@@ -1,0 +1,170 @@
+"""Prompts that are empty, too long, no text or no tokens are refused by name, in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptx.backends import get_backend
+from gptx.errors import PromptError
+from gptx.generation.api import Model
+from tests.support.cli import run, start
+from tests.support.models import make_model
+from tests.support.random_models import CASES, random_ids
+from tests.support.refusals import command, refused, short
+
+
+def test_no_prompt() -> None:
+    command(code=2, says="there is no prompt")
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], ["O", ""], [[]], [[1], []], np.array([], int)])
+def test_empty_prompt(shakespeare: Model, prompt: Any) -> None:
+    with refused(PromptError, "give at least one"):
+        shakespeare.generate(prompt)
+
+
+@pytest.mark.parametrize(("prompt", "stdin"), [("", b""), ("-", b""), ("-", b"\n")])
+def test_empty_prompt_of_the_command(prompt: str, stdin: bytes) -> None:
+    command(prompt, stdin=stdin, code=65, says="the prompt is empty")
+
+
+def a_megabyte(kind: str) -> str:
+    if kind == "one letter":
+        return "a" * 1_000_000
+    words = ["the", "king", "of", "love's", "banished", "O!", "\n", "\t42", "é", "—"]
+    picked = np.random.default_rng(0).integers(0, len(words), 400_000)
+    return " ".join(words[i] for i in picked)[:1_000_000]
+
+
+@pytest.mark.parametrize("kind", ["one letter", "varied"])
+def test_a_megabyte_is_encoded_and_refused(shakespeare: Model, kind: str) -> None:
+    """Byte-pair encoding that is quadratic in the length of a word would take hours."""
+    prompt = a_megabyte(kind)
+    n = len(shakespeare.encode(prompt))
+    assert n > 100_000
+    with refused(PromptError, f"{n} tokens", "context holds 256", "overflow="):
+        shakespeare.generate(prompt)
+
+
+def test_a_megabyte_on_standard_input() -> None:
+    says = "1000000 tokens, the context holds 256"
+    command("-", stdin=b"a" * 1_000_000, code=65, says=says)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\xff\xfe", "byte 0xff at position 0"),
+        (b"good \xe2\x82", "byte 0xe2 at position 5"),
+        (b"\xed\xa0\x80", "byte 0xed at position 0"),  # a surrogate, as UTF-8 may not hold
+        (b"caf\xe9\n", "byte 0xe9 at position 3"),
+    ],
+)
+def test_standard_input_that_is_not_utf8(data: bytes, says: str) -> None:
+    command("-", stdin=data, code=65, says=f"standard input is not UTF-8: {says}")
+
+
+def test_lone_surrogate(shakespeare: Model) -> None:
+    for call in (shakespeare.generate, shakespeare.encode, shakespeare.score, shakespeare.prefill):
+        with refused(PromptError, r"lone surrogate '\ud800' at character 1"):
+            call("a\ud800b")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere arguments are not mere bytes")
+def test_an_argument_that_is_not_utf8() -> None:
+    args = ("generate", "-m", "shakespeare", b"a\xffb")
+    with start(*args, PYTHONUTF8="1") as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (65, b"")
+    assert err.count(b"\n") == 1
+    assert rb"lone surrogate '\udcff' at character 1" in err
+
+
+@pytest.fixture(scope="module")
+def wide() -> Model:
+    """A tiny model with GPT-2's own context."""
+    config = replace(CASES["tiny"], n_positions=1024)
+    return make_model(config, get_backend("numpy"))
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    """One token more than `wide` can read."""
+    found: list[int] = random_ids(CASES["tiny"], 1, 1025)[0].tolist()
+    return found
+
+
+def test_more_tokens_than_the_context(wide: Model, ids: list[int]) -> None:
+    with refused(PromptError, "1025 tokens", "1024"):
+        wide.generate(ids, max_tokens=1)
+    for call in (wide.logits, wide.prefill):
+        with refused(PromptError, "1025 tokens", "1024"):
+            call(ids)
+
+
+def test_no_room_for_what_is_asked(wide: Model, ids: list[int]) -> None:
+    with refused(PromptError, "1024 tokens and 2 new ones", "context of 1024"):
+        wide.generate(ids[:1024], max_tokens=2)
+
+
+def test_a_full_context_has_one_more_token(wide: Model, ids: list[int]) -> None:
+    expected = wide.logits(ids[:1024])[-1].argmax()
+    assert wide.generate(ids[:1024], max_tokens=1).tokens == [expected]
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "slide"])
+def test_overflow_reads_the_newest_tokens(wide: Model, ids: list[int], overflow: Any) -> None:
+    result = wide.generate(ids, max_tokens=1, overflow=overflow)
+    assert result.prompt_tokens == 1024
+    assert result.tokens == wide.generate(ids[1:], max_tokens=1).tokens
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "slide"])
+def test_overflow_of_the_command(shakespeare: Model, overflow: str) -> None:
+    prompt = "x" * 257
+    assert len(shakespeare.encode(prompt)) == 257
+    command(prompt, "-n", "1", code=65, says="257 tokens, the context holds 256")
+    done = run("generate", "-m", "shakespeare", "-n1", "--json", "--overflow", overflow, prompt)
+    assert done.code == 0
+    assert json.loads(done.out)["prompt_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ([-1], "token id is -1, expected 0 to 1023"),
+        ([5, 1024], "token id is 1024, expected 0 to 1023"),
+        (np.array([5, 1024]), "token id is 1024, expected 0 to 1023"),
+        ([[5], [1024]], "token id is 1024, expected 0 to 1023"),
+        ([2**31], "token id is 2147483648"),
+        ([2**64], "18446744073709551616"),
+        ([1, 2.5], "2.5"),
+        (np.array([1.5]), "1.5"),
+        ([True], "True"),
+        ([1, "a"], "'a'"),
+        ([1, None], "None"),
+        ([[[1]]], "[[1]]"),
+        (np.array([[1, 2], [3, 4]]), "one list of whole numbers"),
+        (b"abc", "b'abc'"),
+        ([1.5], "1.5"),
+        ([[1], 2.5], "2.5"),
+        ([1, [2]], "[2]"),
+        ([[1, [2]]], "[2]"),
+        (None, "None"),
+        (5, "5"),
+        (np.array(5), "5"),
+        ([None], "None"),
+        ({"a": 1}, "{'a': 1}"),
+        ({1, 2}, "{1, 2}"),
+    ],
+    ids=short,
+)
+def test_what_is_no_prompt(shakespeare: Model, prompt: Any, says: str) -> None:
+    with refused(PromptError, says):
+        shakespeare.generate(prompt, max_tokens=1)

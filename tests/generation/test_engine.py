@@ -1,0 +1,223 @@
+"""The engine: batches, ends, the context's end, on a model small enough to check by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gptx.generation.engine
+from gptx.backends import get_backend
+from gptx.errors import NonFiniteError, ParameterError, PromptError
+from gptx.generation.api import Model
+from gptx.generation.engine import Token, TokenGenerator, streams_of
+from gptx.generation.sampling import SamplingParams
+from gptx.model import Transformer
+from tests.support.backends import BACKENDS, make_backend
+from tests.support.models import make_model
+from tests.support.random_models import CASES, random_ids
+
+GREEDY = SamplingParams()
+WARM = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=11)
+
+
+def tokens_of(run: TokenGenerator) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in run.prompts]
+    for step in run:
+        for token in step:
+            if token.id is not None:
+                out[token.sequence].append(token.id)
+    return out
+
+
+@pytest.fixture
+def counting() -> Transformer:
+    """A model whose next token is always the last one plus one, modulo 97."""
+    model = make_model(CASES["untied"], get_backend("numpy")).gpt2
+
+    def forward(ids: Any, positions: Any, cache: Any, last_only: bool = False) -> Any:
+        assert positions.stop <= model.config.n_positions
+        return 10.0 * np.eye(97, dtype=np.float32)[(ids[:, -1:] + 1) % 97]
+
+    vars(model)["forward"] = forward  # in place of what the backend would compile
+    return model
+
+
+def test_counts_up(counting: Transformer) -> None:
+    assert tokens_of(TokenGenerator(counting, [[3], [90]], GREEDY, max_tokens=9)) == [
+        list(range(4, 13)),
+        [91, 92, 93, 94, 95, 96, 0, 1, 2],
+    ]
+
+
+def test_reasons_to_end(counting: Transformer) -> None:
+    run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_id=10)
+    steps = list(run)
+    assert [len(step) for step in steps] == [3, 3, 3, 2, 2]
+    assert steps[2][1] == Token(1, None, None, "stop")
+    assert steps[4] == [Token(0, 8, None, "length"), Token(2, 6, None, "length")]
+
+
+def test_a_finished_sequence_leaves_the_batch(counting: Transformer) -> None:
+    run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=6)
+    seen = []
+    for n, step in enumerate(run):
+        seen.append([token.sequence for token in step])
+        if n == 1:
+            run.finish(0)
+        if n == 3:
+            run.finish(2)
+    assert seen == [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2], [1], [1]]
+
+
+def test_slide_goes_on_with_the_newer_half(
+    counting: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills = []
+    real = gptx.generation.engine.prefill
+
+    def prefill(model: Any, prompts: list[list[int]], cache: Any) -> Any:
+        prefills.append([list(ids) for ids in prompts])
+        return real(model, prompts, cache)
+
+    monkeypatch.setattr(gptx.generation.engine, "prefill", prefill)
+    run = TokenGenerator(counting, [[0, 1, 2], [50]], GREEDY, max_tokens=100, overflow="slide")
+    out = tokens_of(run)
+    assert out == [[i % 97 for i in range(3, 103)], [i % 97 for i in range(51, 151)]]
+    first, second = prefills[1]
+    assert first == list(range(33, 65))  # the newer half of a context of 64, when a 65th came
+    assert second == [i % 97 for i in range(50, 50 + 63)]  # not full yet: kept whole
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "slide"])
+def test_a_long_prompt_keeps_its_newest_tokens(counting: Transformer, overflow: Any) -> None:
+    prompt = [i % 97 for i in range(200)]
+    run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=10, overflow=overflow)
+    assert run.prompts == [prompt[-55:]]
+    assert tokens_of(run)[0][:3] == [i % 97 for i in range(200, 203)]
+    run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=60, overflow=overflow)
+    assert run.prompts == [prompt[-32:]]
+
+
+def test_truncate_ends_with_the_context(counting: Transformer) -> None:
+    run = TokenGenerator(counting, [[1, 2, 3]], GREEDY, max_tokens=500, overflow="truncate")
+    assert run.prompts == [[1, 2, 3]]
+    assert len(tokens_of(run)[0]) == 62  # 61 places after the prompt, and one that needs none
+
+
+def test_no_limit_is_the_end_of_the_context(counting: Transformer) -> None:
+    out = tokens_of(TokenGenerator(counting, [[1], [1, 2, 3]], GREEDY, max_tokens=None))
+    assert [len(ids) for ids in out] == [64, 62]
+
+
+def test_error_refuses_before_computing(counting: Transformer) -> None:
+    TokenGenerator(counting, [[1] * 64], GREEDY, max_tokens=1)
+    with pytest.raises(PromptError, match="prompt has 65 tokens, the context holds 64"):
+        TokenGenerator(counting, [[1] * 65], GREEDY, max_tokens=1)
+    with pytest.raises(PromptError, match="60 tokens and 6 new ones do not fit the context of 64"):
+        TokenGenerator(counting, [[1] * 60], GREEDY, max_tokens=6)
+
+
+def test_slide_needs_a_limit(counting: Transformer) -> None:
+    with pytest.raises(ParameterError, match="max_tokens is None"):
+        TokenGenerator(counting, [[1]], GREEDY, max_tokens=None, overflow="slide")
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_a_ragged_batch_equals_single_runs(small: Model, params: SamplingParams) -> None:
+    lengths = [1, 5, 12, 30, 12, 2]
+    prompts = [random_ids(small.config, 1, n, seed)[0].tolist() for seed, n in enumerate(lengths)]
+    eos = 96  # so that some end early
+    batch = tokens_of(TokenGenerator(small.gpt2, prompts, params, max_tokens=12, eos_id=eos))
+    for prompt, ids in zip(prompts, batch, strict=True):
+        alone = TokenGenerator(small.gpt2, [prompt], params, max_tokens=12, eos_id=eos)
+        assert tokens_of(alone) == [ids]
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
+def test_the_same_seed_gives_the_same_tokens_on_every_backend(name: str) -> None:
+    prompt = random_ids(CASES["124M"], 1, 10, 0)[0].tolist()
+    ours, other = (
+        tokens_of(TokenGenerator(make_model(CASES["124M"], b).gpt2, [prompt], WARM, max_tokens=40))
+        for b in (get_backend("numpy"), make_backend(name))
+    )
+    assert other == ours
+    assert len(set(ours[0])) > 10
+
+
+def test_copies_of_a_prompt_differ_and_the_first_is_what_it_is_alone(small: Model) -> None:
+    prompt, other = [5, 6, 7], [8, 9]
+    run = TokenGenerator(small.gpt2, [prompt, other, prompt, prompt], WARM, max_tokens=12)
+    a, b, c, d = tokens_of(run)
+    assert len({tuple(a), tuple(c), tuple(d)}) == 3
+    assert tokens_of(TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=12)) == [a]
+    assert tokens_of(TokenGenerator(small.gpt2, [other], WARM, max_tokens=12)) == [b]
+    alone = TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=12, streams=[2])
+    assert tokens_of(alone) == [d]
+
+
+def test_streams_number_the_copies() -> None:
+    assert streams_of([[1], [2], [1], [1, 2], [1], [2]]) == [0, 0, 1, 0, 2, 1]
+
+
+def test_logprobs_are_those_of_the_model(small: Model) -> None:
+    prompt = random_ids(small.config, 1, 6, 0)[0].tolist()
+    run = TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=8, logprobs=True)
+    steps = [step[0] for step in run]
+    ids = [token.id for token in steps]
+    logits = small.logits([*prompt, *ids]).astype(np.float64)[len(prompt) - 1 :]
+    for row, token in zip(logits, steps, strict=False):
+        expected = row[token.id] - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert token.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_penalties_reach_across_steps(small: Model) -> None:
+    prompt = random_ids(small.config, 1, 6, 0)[0].tolist()
+    params = SamplingParams(presence_penalty=1000.0)
+    ids = tokens_of(TokenGenerator(small.gpt2, [prompt], params, max_tokens=40))[0]
+    assert len(set(ids)) == 40
+    params = SamplingParams(repetition_penalty=1e6, logit_bias=dict.fromkeys(range(211), 100.0))
+    ids = tokens_of(TokenGenerator(small.gpt2, [prompt], params, max_tokens=40))[0]
+    assert len({*ids, *prompt}) == 40 + len(set(prompt))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_stops(small: Model, value: float) -> None:
+    block = small.gpt2.weights.h[-1].mlp.c_proj
+    host = small.backend.to_numpy(block.bias).copy()
+    host[3] = value
+    block.bias = small.backend.asarray(host)
+    with pytest.raises(NonFiniteError, match="NaN or an infinity"):
+        next(iter(TokenGenerator(small.gpt2, [[1, 2]], GREEDY, max_tokens=5)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "empty"),
+        ([1, 97], "97, expected 0 to 96"),
+        ([-1], "-1, expected 0 to 96"),
+        ([1.5], "whole numbers"),
+        ([[1], [2]], "one list"),
+        ([True, False], "whole numbers"),
+    ],
+)
+def test_bad_ids(counting: Transformer, ids: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        TokenGenerator(counting, [ids], GREEDY)
+
+
+def test_only_token_ids_come_back_from_the_device(small: Model) -> None:
+    """In decoding: one id per sequence and step, and nothing else."""
+    backend = small.backend
+    sizes = []
+    real = backend.to_numpy
+
+    def to_numpy(x: Any) -> np.ndarray:
+        sizes.append(real(x).shape)
+        return real(x)
+
+    backend.to_numpy = to_numpy  # type: ignore[method-assign]
+    tokens_of(TokenGenerator(small.gpt2, [[1, 2], [3]], WARM, max_tokens=5))
+    assert sizes == [(2,)] * 5

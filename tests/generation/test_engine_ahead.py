@@ -1,0 +1,201 @@
+"""A device that runs ahead computes the next step while the engine looks at the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.backends import Backend
+from gptx.backends.cpu.backend import NumpyBackend
+from gptx.errors import NonFiniteError
+from gptx.generation.api import Model
+from gptx.generation.engine import Token, TokenGenerator
+from gptx.generation.sampling import SamplingParams
+from gptx.random_weights import random_weights
+from tests.support.backends import make_backend
+from tests.support.models import make_model
+from tests.support.random_models import CASES
+
+N_CONTEXT, EOS = 24, 3
+SMALL = replace(CASES["untied"], n_positions=N_CONTEXT, vocab_size=23, n_layer=1)
+WEIGHTS = random_weights(SMALL)
+PARAMS = {
+    "greedy": SamplingParams(),
+    "penalties": SamplingParams(presence_penalty=0.7, frequency_penalty=0.2, logit_bias={EOS: 2.0}),
+    "drawn": SamplingParams(temperature=1.0, top_p=0.95, seed=5),
+    "everything": SamplingParams(
+        temperature=0.9, top_k=15, min_p=0.01, repetition_penalty=1.3, presence_penalty=0.2, seed=7
+    ),
+}
+
+
+class Coming(NamedTuple):
+    """What the device has begun to compute."""
+
+    x: Any
+
+
+class Asynchronous(NumpyBackend):
+    """NumPy that pretends to be a device: what was started comes by `to_numpy` alone. `events` says
+    in which order the engine asks for things."""
+
+    asynchronous = True
+
+    def __init__(self) -> None:
+        super().__init__(compile=False)
+        self.events: list[str] = []
+
+    def embed(self, ids: Any, table: Any) -> Any:
+        if len(table) == SMALL.vocab_size:
+            self.events.append("forward")
+        return super().embed(ids, table)
+
+    def copy_to_host_async(self, x: Any) -> Any:
+        return Coming(x.copy())
+
+    def to_numpy(self, x: Any) -> Any:
+        assert isinstance(x, Coming), "nobody has begun to compute this"
+        self.events.append("read")
+        return x.x
+
+
+def steps_of(model: Model, finish: dict[int, int], prompts: Any, **options: Any) -> Any:
+    """All steps of a run in which `finish[step]` is finished from outside, and the run itself."""
+    params = options.pop("params")
+    run = TokenGenerator(model.gpt2, prompts, params, **options)
+    steps = []
+    for n, step in enumerate(run):
+        steps.append(step)
+        if n in finish:
+            run.finish(finish[n])
+    return steps
+
+
+def model_on(backend: Backend) -> Model:
+    return make_model(SMALL, backend, WEIGHTS)
+
+
+AHEAD, BEHIND = model_on(Asynchronous()), model_on(make_backend("numpy-ops"))
+
+
+def alike(found: list[list[Token]], expected: list[list[Token]]) -> None:
+    """The same tokens; log-probabilities to rounding: a product of more rows adds otherwise."""
+    plain = [
+        [[replace(t, logprob=None) for t in step] for step in run] for run in (found, expected)
+    ]
+    assert plain[0] == plain[1]
+    numbers = [[t.logprob for step in run for t in step] for run in (found, expected)]
+    assert numbers[0] == [x if x is None else pytest.approx(x, abs=1e-5) for x in numbers[1]]
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 22), min_size=1, max_size=9), min_size=1, max_size=4),
+    params=st.sampled_from(list(PARAMS)),
+    overflow=st.sampled_from(["error", "truncate", "slide"]),
+    max_tokens=st.integers(1, 16) | st.sampled_from([30, None]),
+    eos_id=st.sampled_from([None, EOS]),
+    logprobs=st.booleans(),
+    finish=st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=3),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_step_is_what_it_is_without(
+    params: str, overflow: Any, max_tokens: int | None, finish: dict[int, int], **options: Any
+) -> None:
+    if overflow == "slide":
+        max_tokens = max_tokens or 40
+    elif overflow == "error" and max_tokens is not None:
+        max_tokens = min(max_tokens, 16)
+    options |= {"params": PARAMS[params], "overflow": overflow, "max_tokens": max_tokens}
+    alike(steps_of(AHEAD, finish, **options), steps_of(BEHIND, finish, **options))
+
+
+@pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
+def test_on_backends_that_run_ahead(name: str) -> None:
+    backend = make_backend(name)
+    assert backend.asynchronous
+    model = model_on(backend)
+    prompts = [[1, 2], [5], [9] * (N_CONTEXT - 9)]
+    options = {
+        "params": PARAMS["everything"],
+        "max_tokens": 14,
+        "overflow": "slide",
+        "logprobs": True,
+    }
+    ahead = steps_of(model, {4: 1}, prompts, **options)
+    backend.asynchronous = False
+    alike(ahead, steps_of(model, {4: 1}, prompts, **options))
+
+
+def events_of(model: Model, finish: dict[int, int], **options: Any) -> str:
+    """f for a forward pass, r for tokens that were read."""
+    model.backend.events.clear()  # type: ignore[attr-defined]
+    steps_of(model, finish, params=PARAMS["greedy"], **options)
+    return "".join(event[0] for event in model.backend.events)  # type: ignore[attr-defined]
+
+
+def test_the_next_step_is_begun_before_the_last_is_read() -> None:
+    # The first tokens come as early as they can; after the last there is nothing to begin.
+    assert events_of(AHEAD, {}, prompts=[[1], [2, 3]], max_tokens=6) == "fr" + "f" + "fr" * 4 + "r"
+
+
+def test_nothing_is_begun_that_is_known_to_be_of_no_use() -> None:
+    # The second prompt has room for three tokens; the other goes on without it.
+    prompts = [[1] * (N_CONTEXT - 14), [2] * (N_CONTEXT - 2)]
+    found = events_of(AHEAD, {}, prompts=prompts, max_tokens=None, overflow="truncate")
+    assert found == "fr" + "f" + "fr" + "r" + "f" + "fr" * 11 + "r"
+    # With its 13th token the context is full, and its newer half is computed anew.
+    found = events_of(AHEAD, {}, prompts=prompts[1:], max_tokens=14, overflow="slide")
+    assert found == "fr" + "f" + "fr" * 11 + "r" + "f" + "r"
+
+
+def test_one_step_is_lost_when_all_are_finished() -> None:
+    assert events_of(AHEAD, {2: 0}, prompts=[[1]], max_tokens=9) == "fr" + "f" + "fr" * 2
+
+
+def test_a_device_that_does_not_run_ahead_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Asynchronous, "asynchronous", False)
+    assert events_of(AHEAD, {}, prompts=[[1], [2, 3]], max_tokens=4) == "fr" * 4
+
+
+@pytest.mark.parametrize("name", [None, "mlx", "cupy", "cupy-cpu"])
+def test_a_number_that_is_not_finite_stops_at_its_own_step(name: str | None) -> None:
+    weights = {name: x.copy() for name, x in WEIGHTS.items()}
+    weights["wpe.weight"][5] = np.nan
+    model = make_model(SMALL, make_backend(name) if name else Asynchronous(), weights)
+    run = TokenGenerator(model.gpt2, [[1, 2, 3]], PARAMS["drawn"], max_tokens=9)
+    steps = []
+    with pytest.raises(NonFiniteError):
+        steps.extend(run)
+    assert len(steps) == 3  # the tokens at 3, 4 and 5, of which the last spoils the next
+
+
+def test_an_interrupt_loses_no_token_that_was_read() -> None:
+    class Interrupted(Asynchronous):
+        def to_numpy(self, x: Any) -> Any:
+            if self.events.count("read") == 3:
+                raise KeyboardInterrupt
+            return super().to_numpy(x)
+
+    run = TokenGenerator(model_on(Interrupted()).gpt2, [[1, 2]], PARAMS["greedy"], max_tokens=9)
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        steps.extend(run)
+    assert len(steps) == 3
+
+
+def test_the_time_of_the_first_step_is_taken_before_the_second_begins() -> None:
+    run = TokenGenerator(AHEAD.gpt2, [[1, 2]], PARAMS["greedy"], max_tokens=9)
+    AHEAD.backend.events.clear()  # type: ignore[attr-defined]
+    next(iter(run))
+    assert AHEAD.backend.events == ["forward", "read"]  # type: ignore[attr-defined]
+    assert run.prefill_seconds > 0
+
+
+def test_what_was_started_arrives(backend: Backend) -> None:
+    x = backend.asarray(np.arange(3))
+    assert np.asarray(backend.to_numpy(backend.copy_to_host_async(x + x))).tolist() == [0, 2, 4]

@@ -1,0 +1,80 @@
+"""Filters: top-k, top-p, min-p and log-softmax against their plain float64 definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.backends import Backend
+from gptx.generation.sampling import keep_min_p, keep_top_k, keep_top_p, log_softmax
+from tests.support.sampling_reference import INF, NUMPY, min_p, run_filter, top_k, top_p
+
+ROWS = {
+    "random": np.random.default_rng(1).normal(0, 3, (8, 50)),
+    "ties": np.array([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0, -1.0], [0.0] * 7]),
+    "one token": np.array([[0.0, 900.0, 0.0, -5.0], [-INF, -INF, 7.0, -INF]]),
+    "banned": np.array([[-INF, 2.0, 1.0, -INF, 0.5, -INF]]),
+}
+VALUES = {
+    "top_k": (keep_top_k, top_k, (0, 1, 2, 3, 5, 49, 50, 51, 10**9)),
+    "top_p": (keep_top_p, top_p, (0.0, 1e-6, 0.2, 0.55, 0.9, 0.999, 1.0)),
+    "min_p": (keep_min_p, min_p, (0.0, 1e-6, 0.2, 0.55, 0.9, 1.0)),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("name", "at"), [(n, at) for n, row in VALUES.items() for at in row[2]])
+def test_filter_is_its_definition(backend: Backend, name: str, at: float, rows: str) -> None:
+    keep, definition, _ = VALUES[name]
+    x = ROWS[rows].astype(np.float32)
+    expected = np.stack([definition(row, at) for row in x])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(run_filter(keep, backend, x, at), expected)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_filter_of_a_whole_vocabulary(name: str) -> None:
+    keep, definition, _ = VALUES[name]
+    x = np.random.default_rng(2).normal(0, 3, (2, 50257)).astype(np.float32)
+    at = {"top_k": 40, "top_p": 0.9, "min_p": 0.05}[name]
+    expected = np.stack([definition(row, at) for row in x])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(run_filter(keep, NUMPY, x, at), expected)
+
+
+def test_top_p_counts_the_token_that_reaches_it(backend: Backend) -> None:
+    x = np.log(np.array([[0.125, 0.5, 0.25, 0.125]]))
+    for p, kept in [(0.49, [1]), (0.51, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2, 3])]:
+        found = run_filter(keep_top_p, backend, x, p)
+        assert np.flatnonzero(found[0] > -INF).tolist() == kept, p
+
+
+def test_min_p_is_relative_to_the_best(backend: Backend) -> None:
+    x = np.log(np.array([[0.1, 0.5, 0.26, 0.14]]))
+    for p, kept in [(0.19, [0, 1, 2, 3]), (0.21, [1, 2, 3]), (0.29, [1, 2]), (0.53, [1])]:
+        found = run_filter(keep_min_p, backend, x, p)
+        assert np.flatnonzero(found[0] > -INF).tolist() == kept, p
+
+
+@given(
+    st.lists(st.integers(-40, 40), min_size=1, max_size=12),
+    st.sampled_from(list(VALUES)),
+    st.integers(0, 14),
+)
+@settings(max_examples=200, deadline=None)
+def test_filters_keep_the_best_and_change_nothing_they_keep(
+    quarters: list[int], name: str, at: int
+) -> None:
+    x = np.array([quarters], np.float32) / 4
+    kept = run_filter(VALUES[name][0], NUMPY, x, at if name == "top_k" else at / 14)
+    assert kept.max() == x.max()
+    assert np.all((kept == x) | (kept == -INF))
+    assert np.max(x[kept == -INF], initial=-INF) < np.min(kept[kept > -INF])
+
+
+def test_log_softmax(backend: Backend, random: np.random.Generator) -> None:
+    x = random.normal(0, 30, (5, 200)).astype(np.float32)
+    found = backend.to_numpy(log_softmax(backend, backend.asarray(x, "float32")))
+    wide = x.astype(np.float64)
+    expected = wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)

@@ -1,0 +1,141 @@
+"""gptx.hub.resolve: names and folders, whatever is found without a connection."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptx.errors import NotFoundError, ParameterError, WeightsError
+from gptx.hub.resolve import ALIASES, EMBEDDED, locate
+from tests.support.hub import CONFIG, Client, index, model
+from tests.support.hub import client as client
+from tests.support.hub import server as server
+
+
+class TestNames:
+    def test_embedded(self) -> None:
+        files = locate("shakespeare")
+        assert files.name == "shakespeare"
+        assert files.revision is None
+        assert files.folder == EMBEDDED["shakespeare"]
+        assert [path.name for path in files.weights] == ["model.safetensors"]
+        assert set(files.tokenizer) == {"tokenizer.json", "vocab.json", "merges.txt"}
+        for path in (files.config, *files.weights, *files.tokenizer.values()):
+            assert path.is_file()
+
+    def test_import_is_light(self) -> None:
+        code = "import sys, gptx.hub.resolve; gptx.hub.resolve.locate('shakespeare'); print(*sys.modules)"
+        modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        assert "gptx.hub.resolve" in modules
+        assert not {"huggingface_hub", "gptx.hub.download"} & set(modules)
+
+    @pytest.mark.parametrize("name", ["", "  ", "a\0b", None, 3, b"gpt2"])
+    def test_no_name(self, name: Any) -> None:
+        with pytest.raises(ParameterError, match="expected an embedded name"):
+            locate(name)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("./gpt2", "../gpt2", "/gpt2", "~/no-such-folder", "a/b/c", "a\\b", "a b", "-a"),
+            *("a--b", "https://huggingface.co/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
+        ],
+    )
+    def test_no_such_place(self, name: Any) -> None:
+        with pytest.raises(NotFoundError, match="expected an embedded name") as caught:
+            locate(name)
+        assert caught.value.exit_code == 66
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("revision", ["", "../../etc", "/main", "main/", "a b", "a\\b", "a\0"])
+    def test_bad_revision(self, revision: str) -> None:
+        with pytest.raises(ParameterError, match="revision is"):
+            locate("gpt2", revision=revision)
+
+    def test_bad_token_is_not_shown(self) -> None:
+        with pytest.raises(ParameterError) as caught:
+            locate("gpt2", token="hf_secret\n")
+        assert "secret" not in str(caught.value)
+
+    def test_revision_only_for_the_hub(self, tmp_path: Path) -> None:
+        for name in ("shakespeare", str(tmp_path)):
+            with pytest.raises(ParameterError, match="not from the Hub"):
+                locate(name, revision="main")
+
+    def test_aliases(self) -> None:
+        for name, size in (("", "124M"), ("-medium", "355M"), ("-large", "774M"), ("-xl", "1558M")):
+            assert ALIASES[f"gpt2{name}"] == ALIASES[size] == f"openai-community/gpt2{name}"
+        assert ALIASES["distilgpt2"] == "distilbert/distilgpt2"
+
+
+class TestFolder:
+    @staticmethod
+    def make(folder: Path, files: dict[str, bytes]) -> Path:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    def test_single(self, tmp_path: Path) -> None:
+        files = locate(self.make(tmp_path, model()))
+        assert files.folder == tmp_path
+        assert files.weights == (tmp_path / "model.safetensors",)
+        assert set(files.tokenizer) == {"tokenizer.json", "vocab.json", "merges.txt"}
+        assert locate(tmp_path, weights=False).weights == ()
+
+    def test_goes_before_the_hub(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+    ) -> None:
+        (tmp_path / "gpt2").mkdir()
+        self.make(tmp_path / "gpt2", model())
+        monkeypatch.chdir(tmp_path)
+        assert locate("gpt2").weights[0].samefile(tmp_path / "gpt2" / "model.safetensors")
+
+    def test_shards_in_the_order_of_the_index(self, tmp_path: Path) -> None:
+        names = ["b.safetensors", "a.safetensors", "b.safetensors"]
+        self.make(tmp_path, dict.fromkeys(names, b"") | {"config.json": CONFIG})
+        self.make(tmp_path, {"model.safetensors.index.json": index(*names)})
+        assert locate(tmp_path).weights == tuple(tmp_path / name for name in names[:2])
+        (tmp_path / "a.safetensors").unlink()
+        with pytest.raises(NotFoundError, match=r"a\.safetensors is missing"):
+            locate(tmp_path)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *map(index, ("../a", "/a", "a/b", "a\\b", "..", "", "a\0", "C:a", 1, None)),
+            *(index(), b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff", b"[" * 100000),
+        ],
+        ids=lambda content: repr(content[:40]),
+    )
+    def test_index_that_lies(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "a").touch()
+        files = {"config.json": CONFIG, "model.safetensors.index.json": content}
+        with pytest.raises(WeightsError) as caught:
+            locate(self.make(tmp_path / "folder", files))
+        assert caught.value.exit_code == 65
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+    def test_only_pickles(self, tmp_path: Path, name: str) -> None:
+        self.make(tmp_path, {"config.json": CONFIG, name: b""})
+        with pytest.raises(NotFoundError, match=f"holds {name}.*`gptx convert {tmp_path} DST`"):
+            locate(tmp_path)
+
+    def test_what_may_be_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError, match=r"config\.json is missing"):
+            locate(tmp_path)
+        self.make(tmp_path, {"config.json": CONFIG})
+        with pytest.raises(NotFoundError, match=r"model\.safetensors is missing"):
+            locate(tmp_path)
+        self.make(tmp_path, {"model.safetensors": b""})
+        assert locate(tmp_path).tokenizer == {}
+
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        self.make(tmp_path, {"model.safetensors": b""})
+        with pytest.raises(NotFoundError, match="is a file, expected"):
+            locate(tmp_path / "model.safetensors")

@@ -1,0 +1,41 @@
+"""Models of random weights, without files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptx.backends import Backend
+from gptx.config import GPT2Config
+from gptx.generation.api import Model
+from gptx.hub.resolve import ModelFiles
+from gptx.model import Transformer
+from gptx.quantization import Quantization, QuantizedTensor, dequantize
+from gptx.random_weights import random_weights
+from gptx.weights import TABLES, fingerprint, quantize_weights, to_backend
+
+
+def make_model(
+    config: GPT2Config, backend: Backend, weights: Any = None, how: Quantization | None = None
+) -> Model:
+    """A model of random weights (or the given ones), quantized if `how` says so, without files and
+    without a tokenizer."""
+    found = random_weights(config) if weights is None else weights
+    found, config = quantize_weights(found, config, how)
+    nowhere = Path("random")
+    files = ModelFiles("random", nowhere, nowhere, (), {}, None)
+    with backend.scope():
+        gpt2 = Transformer(config, to_backend(found, backend), backend)
+        return Model(gpt2, files, fingerprint(found))
+
+
+def floats_of(weights: Any) -> dict[str, np.ndarray]:
+    """The weights of a quantized model as floats, in the Hub's layout."""
+    floats = {}
+    for name, x in weights.items():
+        if isinstance(x, QuantizedTensor):
+            x = dequantize(x) if name in TABLES else dequantize(x).T
+        floats[name] = x
+    return floats

@@ -1,0 +1,33 @@
+"""Safetensors files made by hand, byte by byte, and the smallest model there can be."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptx.config import GPT2Config
+from gptx.random_weights import random_weights
+from tests.support.random_models import write_model
+
+# The smallest model there can be: its file is little more than a header.
+MICRO = GPT2Config(vocab_size=3, n_positions=2, n_embd=2, n_layer=1, n_head=1)
+DATA = np.array([1.5, -2.0], "<f4").tobytes()
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), begin: Any = 0, end: Any = 8) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of any header (an object, or its bytes), said to be `length` bytes long."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def weights_path(folder: Path, weights: Any = None, config: Any = MICRO, **options: Any) -> Path:
+    found = random_weights(config) if weights is None else weights
+    return write_model(folder, config, found, **options) / "model.safetensors"

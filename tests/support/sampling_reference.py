@@ -1,0 +1,88 @@
+"""The sampling filters as plain float64 definitions, and gptx's run on host arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptx.backends import Backend, get_backend
+from gptx.generation.sampling import Sampler, SamplingParams, draw
+
+Floats = NDArray[np.floating[Any]]
+INF = math.inf
+NUMPY = get_backend("numpy")
+
+# The definitions, in float64 NumPy, for one row.
+
+
+def softmax(x: Floats) -> Floats:
+    e = np.exp(x.astype(np.float64) - x.max())
+    return e / e.sum()
+
+
+def top_k(x: Floats, k: int) -> Floats:
+    if k == 0:
+        return x
+    worst = sorted(x, reverse=True)[min(k, len(x)) - 1]
+    return np.where(x < worst, -INF, x)
+
+
+def top_p(x: Floats, p: float) -> Floats:
+    if p == 1:
+        return x
+    probs = softmax(x)
+    total = 0.0
+    for worst in sorted(probs, reverse=True):
+        total += worst
+        if total >= p:
+            break
+    return np.where(probs < worst, -INF, x)
+
+
+def min_p(x: Floats, p: float) -> Floats:
+    probs = softmax(x)
+    return np.where(probs < p * probs.max(), -INF, x)
+
+
+def run_filter(
+    keep: Callable[[Backend, Any, Any], Any], backend: Backend, x: Floats, at: float
+) -> Floats:
+    """One of gptx's filters on host logits [B, V]."""
+    kept = keep(backend, backend.asarray(x.astype(np.float32), "float32"), at)
+    return np.asarray(backend.to_numpy(kept))
+
+
+def run_draw(backend: Backend, x: Floats, u: Floats) -> NDArray[np.integer[Any]]:
+    """`draw` on host logits [B, V] and host numbers [B]."""
+    logits = backend.asarray(x.astype(np.float32), "float32")
+    return np.asarray(backend.to_numpy(draw(backend, logits, backend.asarray(u, "float32"))))
+
+
+def make_sampler(
+    backend: Backend,
+    shape: tuple[int, ...],
+    *,
+    prompts: list[list[int]] | None = None,
+    streams: list[int] | None = None,
+    **params: Any,
+) -> Sampler:
+    n_rows, vocab_size = shape
+    return Sampler(
+        SamplingParams(**params),
+        backend,
+        [[]] * n_rows if prompts is None else prompts,
+        list(range(n_rows)) if streams is None else streams,
+        vocab_size,
+    )
+
+
+def step(sampler: Sampler, logits: Any) -> list[int]:
+    """One step of a sampler on host logits [B, V], in the surroundings that the engine gives it."""
+    backend = sampler.backend
+    with backend.scope():
+        ids = sampler(backend.asarray(np.asarray(logits, np.float32), "float32"))
+        return [int(i) for i in backend.to_numpy(ids)]

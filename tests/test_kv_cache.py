@@ -1,0 +1,229 @@
+"""The KV cache: positions, growth, rows, and travel between backends."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.backends import get_backend
+from gptx.errors import DataError, GptxError, NotFoundError, ParameterError, StorageError
+from gptx.generation.api import Model
+from gptx.generation.engine import prefill
+from gptx.kv_cache import KVCache, pad
+from gptx.random_weights import random_weights
+from tests.support.backends import BACKENDS, make_backend
+from tests.support.models import make_model
+from tests.support.random_models import CASES, random_ids
+
+CONFIG = CASES["tiny"]
+
+
+def filled(model: Model, prompts: list[list[int]], capacity: int) -> KVCache:
+    cache = KVCache(model.config, model.backend, len(prompts), capacity)
+    with model.backend.scope():
+        prefill(model.gpt2, prompts, cache)
+    return cache
+
+
+def next_logits(model: Model, cache: KVCache, ids: list[list[int]]) -> np.ndarray:
+    with model.backend.scope():
+        return model.backend.to_numpy(prefill(model.gpt2, ids, cache))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_extend_counts_on(steps: list[list[int]]) -> None:
+    cache = KVCache(CONFIG, get_backend("numpy"), 3, 40)
+    held = [0, 0, 0]
+    for counts in steps:
+        positions = cache.extend(counts)
+        T = max(counts)
+        assert positions.index.shape == (3, T)
+        for b, n in enumerate(counts):
+            expected = [held[b] + min(t, n - 1) for t in range(T)]
+            assert positions.index[b].tolist() == expected
+            held[b] += n
+        assert cache.lengths.tolist() == held
+        assert positions.stop == max(held)
+        assert positions.aligned == (len(set(held)) == 1 and len(set(counts)) == 1)
+
+
+def test_a_full_cache_refuses() -> None:
+    cache = KVCache(CONFIG, get_backend("numpy"), 1, 5)
+    cache.extend([5])
+    with pytest.raises(ParameterError, match=r"6 tokens.*room for 5"):
+        cache.extend([1])
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 65])
+def test_capacity_is_checked(capacity: int) -> None:
+    with pytest.raises(ParameterError, match=r"capacity is .*1 to 64"):
+        KVCache(CONFIG, get_backend("numpy"), 1, capacity)
+
+
+def test_padding_repeats_the_last_token() -> None:
+    assert pad([[1, 2, 3], [7], [4, 5]]).tolist() == [[1, 2, 3], [7, 7, 7], [4, 5, 5]]
+
+
+def test_keep_drops_and_reorders(small: Model) -> None:
+    prompts = [random_ids(small.config, 1, n, n)[0].tolist() for n in (4, 9, 6)]
+    cache = filled(small, prompts, 20)
+    with small.backend.scope():
+        cache.keep([2, 0])
+    assert cache.lengths.tolist() == [6, 4]
+    got = next_logits(small, cache, [[3], [5]])
+    for row, (prompt, new) in enumerate(((prompts[2], 3), (prompts[0], 5))):
+        alone = next_logits(small, filled(small, [prompt], 20), [[new]])
+        np.testing.assert_allclose(got[row], alone[0], rtol=0, atol=5e-5)
+
+
+def test_prefix_is_a_copy(small: Model) -> None:
+    ids = random_ids(small.config, 1, 9, 0)[0].tolist()
+    cache = filled(small, [ids], 9)
+    with small.backend.scope():
+        part = cache.prefix(6, 30)
+    got = next_logits(small, part, [[1, 2]])
+    expected = next_logits(small, filled(small, [ids[:6]], 30), [[1, 2]])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5)
+    with small.backend.scope():
+        again = cache.prefix(9, 10)
+    expected = next_logits(small, filled(small, [ids], 30), [[3]])
+    np.testing.assert_allclose(next_logits(small, again, [[3]]), expected, rtol=0, atol=5e-5)
+
+
+KINDS = [name for name in BACKENDS if "generic" not in name and name != "cupy-cpu"]
+PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b]
+PAIRS += [("numpy", "cupy-cpu"), ("cupy-cpu", "numpy")]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_saved_on_one_backend_continues_on_another(
+    source: str, target: str, tmp_path: Path
+) -> None:
+    config = CASES["124M"]
+    one, other = (make_model(config, make_backend(name)) for name in (source, target))
+    prompt = random_ids(config, 1, 12, 4)[0].tolist()
+    one.prefill(prompt).save(tmp_path / "cache")
+    cache = other.load_cache(tmp_path / "cache")
+    assert cache.tokens == [prompt]
+    options: Any = {"max_tokens": 20, "ignore_eos": True}
+    continued = other.generate([*prompt, 1, 2, 3], cache=cache, **options)
+    assert continued.tokens == one.generate([*prompt, 1, 2, 3], **options).tokens
+
+
+def test_what_is_shared_is_not_computed_again() -> None:
+    model = make_model(CASES["124M"], get_backend("numpy"))
+    computed = []
+    real = model.gpt2.forward
+
+    def forward(ids: Any, *args: Any, **options: Any) -> Any:
+        computed.append(ids.shape[1])
+        return real(ids, *args, **options)
+
+    cache = model.prefill([5, 6, 7, 8])
+    vars(model.gpt2)["forward"] = forward
+    for prompt, new in ([5, 6, 7, 8, 9, 10], 2), ([5, 6, 7, 8], 1), ([5, 6, 1], 1), ([4], 1):
+        computed.clear()
+        result = model.generate(prompt, cache=cache, max_tokens=3, ignore_eos=True)
+        assert computed == [new, 1, 1]
+        assert result.tokens == model.generate(prompt, max_tokens=3, ignore_eos=True).tokens
+
+
+def test_a_ragged_cache_travels(small: Model, tmp_path: Path) -> None:
+    prompts = [random_ids(small.config, 1, n, n)[0].tolist() for n in (4, 9, 1)]
+    cache = filled(small, prompts, 12)
+    cache.save(tmp_path / "cache")
+    with small.backend.scope():
+        loaded = KVCache.load(tmp_path / "cache", small.config, small.backend)
+    assert loaded.lengths.tolist() == [4, 9, 1]
+    more = [[3], [5, 6], [7]]
+    expected = next_logits(small, cache, more)
+    np.testing.assert_allclose(next_logits(small, loaded, more), expected, rtol=0, atol=2e-5)
+
+
+def test_16_bit_cache_travels(tmp_path: Path) -> None:
+    half = make_model(CASES["124M"], make_backend("mlx", dtype="bfloat16"))
+    half.prefill([1, 2, 3]).save(tmp_path / "cache")
+    full = make_model(CASES["124M"], get_backend("numpy"))
+    k = full.load_cache(tmp_path / "cache").keys[0]
+    np.testing.assert_allclose(k, full.prefill([1, 2, 3]).prefix(3, 64).keys[0], atol=0.1)
+
+
+def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
+    models = [make_model(CASES[name], get_backend("numpy")) for name in ("124M", "tiny")]
+    models[0].prefill([1, 2]).save(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"another model: expected 1 layers"):
+        models[1].load_cache(tmp_path / "cache")
+    with pytest.raises(ParameterError, match="another model"):
+        models[1].generate([1, 2], cache=models[0].prefill([1, 2]))
+
+
+def test_a_cache_of_another_backend_is_refused() -> None:
+    one, other = (make_model(CONFIG, get_backend("numpy", generic=g)) for g in (False, True))
+    with pytest.raises(ParameterError, match="another model or backend: save it"):
+        other.generate([1, 2], cache=one.prefill([1, 2]), max_tokens=1)
+
+
+def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    backend = get_backend("numpy")
+    one = make_model(CONFIG, backend, weights)
+    name = "h.0.attn.c_attn.weight"  # as after a LoRA, which leaves biases and norms alone
+    other = make_model(CONFIG, backend, {**weights, name: weights[name] * 1.5})
+    cache = one.prefill([1, 2, 3])
+    with pytest.raises(ParameterError, match="another model"):
+        other.generate([1, 2, 3], cache=cache, max_tokens=1)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(DataError, match="other weights"):
+        other.load_cache(tmp_path / "cache")
+    assert one.load_cache(tmp_path / "cache").tokens == [[1, 2, 3]]
+
+
+def test_a_cache_goes_with_one_prompt() -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    cache = model.prefill([1, 2, 3])
+    with pytest.raises(ParameterError, match="one prompt"):
+        model.generate([[1, 2], [1, 2, 3]], cache=cache, max_tokens=1)
+
+
+def test_capacity_of_a_loaded_cache(tmp_path: Path) -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    model.prefill([1, 2, 3]).save(tmp_path / "cache")
+    load = partial(KVCache.load, tmp_path / "cache", CONFIG, model.backend)
+    assert (load().capacity, load(capacity=3).capacity) == (64, 3)
+    for capacity in (2, 0, 65):
+        with pytest.raises(ParameterError, match=f"capacity is {capacity}"):
+            load(capacity=capacity)
+
+
+def test_damaged_and_missing_caches(tmp_path: Path) -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    with pytest.raises(NotFoundError):
+        model.load_cache(tmp_path / "none")
+    path = tmp_path / "cache"
+    model.prefill([1, 2, 3]).save(path)
+    data = path.read_bytes()
+    for damaged in (b"", data[:50], data[:-1], data.replace(b"gptx-kv-cache", b"gptx-xx-cache")):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError):
+            model.load_cache(path)
+    for at in range(0, len(data), 7):  # any flipped byte is refused, or changes numbers only
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        try:
+            cache = model.load_cache(path)
+        except GptxError:
+            continue
+        assert cache.lengths.tolist() == [3]
+
+
+def test_save_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    cache = make_model(CONFIG, get_backend("numpy")).prefill([1, 2, 3])
+    with pytest.raises(StorageError, match="nowhere"):
+        cache.save(tmp_path / "nowhere" / "cache")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,399 @@
+"""Byte-level BPE and the incremental decoder, with GPT-2's own tokenizer and the embedded one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.errors import PromptError, TokenizerError
+from gptx.hub.resolve import EMBEDDED
+from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, TextDecoder, byte_of_letter
+from tests.support.shared_files import shared
+
+ONE_FILE, TWO_FILES = ("tokenizer.json",), ("vocab.json", "merges.txt")
+KINDS = {
+    "gpt2": ("gpt2", ONE_FILE),
+    "gpt2, two files": ("gpt2", TWO_FILES),
+    "shakespeare": ("shakespeare", ONE_FILE),
+    "shakespeare, two files": ("shakespeare", TWO_FILES),
+}
+
+
+def path_of(vocabulary: str, name: str) -> Path:
+    if vocabulary == "gpt2":  # not part of the repository
+        return shared(f"tokenizer/gpt2/{name}")
+    return EMBEDDED[vocabulary] / name
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(kind: str) -> BytePairTokenizer:
+    """Both vocabularies, each from both forms of its files."""
+    vocabulary, names = KINDS[kind]
+    return BytePairTokenizer({name: path_of(vocabulary, name) for name in names})
+
+
+@pytest.fixture(scope="session")
+def library(kind: str) -> tokenizers.Tokenizer:
+    """The same vocabulary in the tokenizers library, which is not asked through gptx."""
+    return tokenizers.Tokenizer.from_file(str(path_of(KINDS[kind][0], "tokenizer.json")))
+
+
+@pytest.fixture(scope="session", params=[ONE_FILE, TWO_FILES], ids=["one file", "two files"])
+def gpt2(request: pytest.FixtureRequest) -> BytePairTokenizer:
+    return BytePairTokenizer({name: path_of("gpt2", name) for name in request.param})
+
+
+def random_texts(n: int) -> list[str]:
+    """Texts of pieces of many kinds, from all planes of Unicode; the same in every run."""
+    rng = np.random.default_rng(0)
+    kinds: list[Callable[[], str]] = [
+        lambda: "".join(map(chr, rng.integers(0x20, 0x7F, 6))),
+        lambda: str(
+            rng.choice(["word", "The", "don't", "we'll", " and", "0123", "naïve", "Čertík"])
+        ),
+        lambda: str(rng.choice([" ", "  ", "\n\n", "\t", "\r\n", " \n ", "\u00a0", "\u3000"])) * 3,
+        lambda: "e" + "".join(map(chr, rng.integers(0x300, 0x370, 3))),  # combining marks
+        lambda: "".join(map(chr, rng.integers(0x1F300, 0x1FAFF, 2))) + "\u200d\ufe0f",  # emoji
+        lambda: "".join(map(chr, rng.integers(0, 0x20, 3))),  # control characters
+        lambda: "".join(map(chr, rng.integers(0x80, 0xD800, 3))),
+        lambda: "".join(map(chr, rng.integers(0xE000, 0x110000, 3))),
+        lambda: END_OF_TEXT,
+    ]
+    choices = rng.integers(0, len(kinds), (n, 8))
+    lengths = rng.integers(0, 9, n)
+    return [
+        "".join(kinds[i]() for i in row[:length])
+        for row, length in zip(choices, lengths, strict=True)
+    ]
+
+
+TEXTS = random_texts(10_000)
+
+# Encoding
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        (
+            "Alan Turing theorized that computers would one day become very powerful, but even he "
+            "could not imagine",
+            "36235 39141 18765 1143 326 9061 561 530 "
+            "1110 1716 845 3665 11 475 772 339 714 407 5967",
+        ),
+        (
+            "Ondřej Čertík was born in",
+            "46 358 129 247 68 73 34754 234 861 8836 74 373 4642 287",
+        ),
+        ("", ""),
+    ],
+)
+def test_ids_of_gpt2(gpt2: BytePairTokenizer, text: str, ids: str) -> None:
+    expected = [int(id) for id in ids.split()]
+    assert gpt2.encode(text) == expected
+    assert gpt2.decode(expected) == text
+
+
+def test_end_of_text_of_gpt2(gpt2: BytePairTokenizer) -> None:
+    text = f"a{END_OF_TEXT}b"
+    assert gpt2.encode(text, allow_special=True) == [64, 50256, 65]
+    assert 50256 not in gpt2.encode(text)
+    assert gpt2.vocab_size == 50257
+
+
+def test_end_of_text_is_text_unless_allowed(tokenizer: BytePairTokenizer) -> None:
+    text = f"One.{END_OF_TEXT}Two.{END_OF_TEXT}"
+    special = tokenizer.encode(END_OF_TEXT, allow_special=True)
+    ordinary = tokenizer.encode(text)
+    allowed = tokenizer.encode(text, allow_special=True)
+    assert len(special) == 1
+    assert special[0] not in ordinary
+    assert allowed.count(special[0]) == 2
+    assert tokenizer.decode(ordinary) == tokenizer.decode(allowed) == text
+    assert tokenizer.encode(text) == ordinary, "allowing it once must not allow it for good"
+
+
+def test_both_forms_of_the_files_agree(tokenizer: BytePairTokenizer, kind: str) -> None:
+    vocabulary, _ = KINDS[kind]
+    other = BytePairTokenizer({name: path_of(vocabulary, name) for name in ONE_FILE})
+    for text in TEXTS[:1000]:
+        assert tokenizer.encode(text) == other.encode(text)
+        assert tokenizer.encode(text, allow_special=True) == other.encode(text, allow_special=True)
+
+
+def test_the_other_form_is_not_opened_beside_tokenizer_json(tmp_path: Path) -> None:
+    files = dict.fromkeys(TWO_FILES, tmp_path / "absent")
+    files["tokenizer.json"] = path_of("shakespeare", "tokenizer.json")
+    assert BytePairTokenizer(files).vocab_size == 1024
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfffc", "\ude00\ud83d"])
+def test_lone_surrogate_is_refused(tokenizer: BytePairTokenizer, text: str) -> None:
+    with pytest.raises(PromptError, match="lone surrogate") as error:
+        tokenizer.encode(text)
+    assert str(error.value).isprintable()
+    assert f"character {2 if text[0] == 'a' else 0}" in str(error.value)
+
+
+# Decoding
+
+
+def test_random_texts_come_back(tokenizer: BytePairTokenizer) -> None:
+    assert [text for text in TEXTS if tokenizer.decode(tokenizer.encode(text)) != text] == []
+
+
+def test_random_texts_are_what_they_should_be() -> None:
+    everything = "".join(TEXTS)
+    assert {ord(letter) >> 16 for letter in everything} == set(range(17))  # every plane
+    assert not any(0xD800 <= ord(letter) < 0xE000 for letter in everything)
+    assert END_OF_TEXT in everything
+    assert "" in TEXTS
+
+
+@given(text=st.text())
+@settings(max_examples=100, deadline=None)
+def test_any_text_comes_back(tokenizer: BytePairTokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def random_ids(vocab_size: int, n: int) -> list[list[int]]:
+    """Sequences of tokens that few texts have: most of them are not UTF-8."""
+    rng = np.random.default_rng(1)
+    # Half of them from the first 256 tokens, which are single bytes.
+    limits = [vocab_size, 256]
+    return [[int(i) for i in rng.integers(0, limits[i % 2], rng.integers(0, 24))] for i in range(n)]
+
+
+def test_decode_is_the_library_s(
+    tokenizer: BytePairTokenizer, library: tokenizers.Tokenizer
+) -> None:
+    sequences = random_ids(tokenizer.vocab_size, 2000)
+    texts = [tokenizer.decode(ids) for ids in sequences]
+    assert texts == [library.decode(ids, skip_special_tokens=False) for ids in sequences]
+    assert sum("\ufffd" in text for text in texts) > 500, "few of them tried what is not UTF-8"
+
+
+def test_every_token_has_the_bytes_that_the_library_decodes(
+    tokenizer: BytePairTokenizer, library: tokenizers.Tokenizer
+) -> None:
+    for id in range(tokenizer.vocab_size):
+        text = tokenizer.token_bytes(id).decode(errors="replace")
+        assert text == library.decode([id], skip_special_tokens=False)
+        assert text
+
+
+@pytest.mark.parametrize("id", [10**6, 2**31, 2**32 - 1, 2**32, 2**70, -1])
+def test_ids_outside_the_vocabulary_decode_to_nothing(
+    tokenizer: BytePairTokenizer, id: int
+) -> None:
+    assert tokenizer.token_bytes(id) == b""
+    good = tokenizer.encode("ab")
+    assert tokenizer.decode([id, *good, id]) == "ab"
+
+
+def test_the_vocabulary_ends_where_it_says(tokenizer: BytePairTokenizer) -> None:
+    assert tokenizer.token_bytes(tokenizer.vocab_size - 1) != b""
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
+def test_byte_of_letter_is_a_bijection() -> None:
+    table = byte_of_letter()
+    assert sorted(table.values()) == list(range(256))
+    assert all(len(letter) == 1 and letter.isprintable() for letter in table)
+    # From GPT-2's vocabulary: a space, a line feed, a letter, the first byte of ř.
+    assert [table[letter] for letter in "ĠĊaÅ"] == [0x20, 0x0A, 0x61, 0xC5]
+
+
+def test_added_tokens_stand_for_themselves(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(path_of("shakespeare", "tokenizer.json")))
+    library.add_special_tokens(["<| señor |>"])  # its letters do not stand for bytes
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    found = BytePairTokenizer({"tokenizer.json": path})
+    ids = found.encode("a<| señor |>b", allow_special=True)
+    assert ids[1:-1] == [1024]
+    assert found.decode(ids) == library.decode(ids, skip_special_tokens=False) == "a<| señor |>b"
+
+
+# The incremental decoder
+
+
+def pieces_of(tokenizer: BytePairTokenizer, ids: list[int]) -> list[str]:
+    decoder = TextDecoder(tokenizer)
+    return [*map(decoder.feed, ids), decoder.finish()]
+
+
+def test_pieces_of_texts_make_the_text(tokenizer: BytePairTokenizer) -> None:
+    for text in TEXTS[:3000]:
+        pieces = pieces_of(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == text
+        assert pieces[-1] == ""
+        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_pieces_of_random_ids_make_what_decode_does(tokenizer: BytePairTokenizer) -> None:
+    for ids in random_ids(tokenizer.vocab_size, 2000):
+        pieces, whole = pieces_of(tokenizer, ids), tokenizer.decode(ids)
+        assert "".join(pieces) == whole
+        assert sum(piece.count("\ufffd") for piece in pieces) == whole.count("\ufffd")
+
+
+@given(numbers=st.lists(st.integers(0, 2**16)), shorten=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_any_ids(tokenizer: BytePairTokenizer, numbers: list[int], shorten: int) -> None:
+    ids = [n % tokenizer.vocab_size for n in numbers] + tokenizer.encode("😀")
+    ids = ids[: len(ids) - shorten]
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+class ByteTokenizer:
+    """Each byte a token: every character of more than one byte is cut."""
+
+    vocab_size = 256
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id])
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    pieces = [decoder.feed(byte) for byte in "aé€😀".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+    assert decoder.finish() == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "pieces"),
+    [
+        (b"\xe2\x82", ["", "", "\ufffd"]),  # the text ends in the middle of a character
+        (b"\xe2\x82a", ["", "", "\ufffda", ""]),  # which a letter breaks off
+        (b"\xffa", ["\ufffd", "a", ""]),  # never the beginning of one
+        (b"\xc3\xc3\xa9", ["", "\ufffd", "é", ""]),
+    ],
+)
+def test_bytes_that_are_not_text(data: bytes, pieces: list[str]) -> None:
+    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    assert [*map(decoder.feed, data), decoder.finish()] == pieces
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe\x00", b'{"version": "1.0", "model": {}}'],
+)
+def test_a_damaged_tokenizer_json(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match="cannot be read as a tokenizer") as error:
+        BytePairTokenizer({"tokenizer.json": path})
+    assert str(path) in str(error.value)
+
+
+def test_a_truncated_tokenizer_json(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path_of("shakespeare", "tokenizer.json").read_bytes()[:-100])
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        BytePairTokenizer({"tokenizer.json": path})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b""),
+        ("vocab.json", b"[]"),
+        ("vocab.json", b'{"a": 0}'),  # the merges ask for more
+        ("vocab.json", b'{"a": -1}'),
+        ("vocab.json", b'{"a": "b"}'),
+        ("merges.txt", b"#version: 0.2\nfoo bar\n"),
+        ("merges.txt", b"#version: 0.2\nfoo\n"),
+        ("merges.txt", b"\xff\xff"),
+    ],
+)
+def test_damaged_vocabulary_or_merges(tmp_path: Path, name: str, content: bytes) -> None:
+    files = {other: path_of("shakespeare", other) for other in TWO_FILES}
+    files[name] = tmp_path / name
+    files[name].write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"vocab\.json and .*merges\.txt cannot be read"):
+        BytePairTokenizer(files)
+
+
+@pytest.mark.parametrize("there", [[], ["vocab.json"], ["merges.txt"]])
+def test_too_few_files(there: list[str]) -> None:
+    with pytest.raises(TokenizerError, match="is missing") as error:
+        BytePairTokenizer({name: path_of("shakespeare", name) for name in there})
+    absent = next(name for name in TWO_FILES if name not in there)
+    assert f"'{absent}' is missing" in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        BytePairTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
+
+
+def test_a_vocabulary_that_is_not_byte_level(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"hello": 0, "你好": 1}, "unk_token": "hello"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = BytePairTokenizer({"tokenizer.json": path})
+    assert tokenizer.token_bytes(0) == b"hello"
+    with pytest.raises(TokenizerError, match="token 1 is '你好', which is not byte-level BPE"):
+        tokenizer.decode([1])
+
+
+def test_padding_and_truncation_of_the_file_are_not_applied(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(path_of("shakespeare", "tokenizer.json")))
+    library.enable_padding(length=64)
+    library.enable_truncation(4)
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    text = "Before we proceed any further, hear me speak."
+    found = BytePairTokenizer({"tokenizer.json": path})
+    plain = BytePairTokenizer({"tokenizer.json": path_of("shakespeare", "tokenizer.json")})
+    assert found.encode(text) == plain.encode(text)
+    assert found.encode("O", allow_special=True) == plain.encode("O")
+
+
+def test_a_token_that_is_not_called_special_is_text_too(tmp_path: Path) -> None:
+    source = EMBEDDED["shakespeare"] / "tokenizer.json"
+    data = json.loads(source.read_text())
+    data["added_tokens"][0]["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    tokenizer = BytePairTokenizer({"tokenizer.json": path})
+    assert 0 not in tokenizer.encode("a<|endoftext|>b")
+    assert 0 in tokenizer.encode("a<|endoftext|>b", allow_special=True)
+
+
+def test_other_added_tokens_are_those_of_the_library(tmp_path: Path) -> None:
+    data = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())
+    plain = {**data["added_tokens"][0], "id": 1024, "content": "covid", "special": False}
+    mask = {**plain, "id": 1025, "content": "<mask>", "special": True, "lstrip": True}
+    data["added_tokens"] += [plain, mask]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    text = "hello covid <mask> x"
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    ours = BytePairTokenizer({"tokenizer.json": path})
+    assert ours.encode(text, allow_special=True) == expected
+    assert 1024 in ours.encode(text)
+    assert 1025 not in ours.encode(text)
