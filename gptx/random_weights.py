@@ -6,6 +6,7 @@ Imports NumPy and `gptx.config` only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,30 +14,42 @@ from gptx.config import GPT2Config
 
 LOGIT_STD = 3.0  # standard deviation of the logits, about; trained GPT-2s have 2 to 5
 EMBEDDING_STD = 0.4
+CHUNK_SIZE = 2**15  # float64 numbers; they stay in the cache of a core
 
 
 def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Draw every tensor of a model, named as in `config.tensor_shapes()`, in float32.
 
-    Uniform numbers and not normal ones: they are bits, a subtraction and a multiplication, so no
-    version of NumPy and no platform's math library can change them, and the golden logits hold.
+    The numbers are uniform, not normal: they need bits, a subtraction and a multiplication only.
+    No version of NumPy and no platform's math library can change them, so golden logits hold.
 
-    Activations stay lively at any width and depth: what is added to the residual stream is scaled
-    by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the embeddings. The
-    last layer norm gives the logits a standard deviation of about `LOGIT_STD`; half of its weights
-    are negative, since otherwise the tied head would favor the token just read, and a greedy
-    continuation would repeat one token forever.
+    The scales keep activations lively at any width and depth. What a layer adds to the residual
+    stream is scaled by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the
+    embeddings. The last layer norm gives the logits a standard deviation of about `LOGIT_STD`.
+    Half of its weights are negative: otherwise the tied head would favor the token just read, and
+    a greedy continuation would repeat one token forever.
     """
+    return dict(random_tensors(config, seed))
+
+
+def random_tensors(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and tensor of `random_weights` one at a time: the largest model has 6 GB."""
     rng = np.random.Generator(np.random.Philox(seed))
-    weights = {}
+    chunk = np.empty(CHUNK_SIZE)
     for name, shape in config.tensor_shapes().items():
         mean, std = _mean_std(name, shape, config)
-        draw = rng.random(shape)
-        draw -= 0.5
-        draw *= std * math.sqrt(12.0)
-        draw += mean
-        weights[name] = draw.astype(np.float32)
-    return weights
+        tensor = np.empty(shape, np.float32)
+        flat = tensor.reshape(-1)
+        means = np.broadcast_to(mean, flat.shape)
+        for start in range(0, flat.size, CHUNK_SIZE):
+            stop = min(start + CHUNK_SIZE, flat.size)
+            draw = chunk[: stop - start]
+            rng.random(out=draw)
+            draw -= 0.5
+            draw *= std * math.sqrt(12.0)
+            draw += means[start:stop]
+            flat[start:stop] = draw
+        yield name, tensor
 
 
 def _mean_std(
