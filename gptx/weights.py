@@ -1,8 +1,9 @@
 """Weights: safetensors files -> arrays on a backend, checked by key, shape and dtype.
 
 Names are the Hub's without the `transformer.` prefix (`h.0.attn.c_attn.weight`), layouts are the
-Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one `QuantizedTensor`
-[out, in] under its weight's name; in a file it is three tensors, as MLX writes them.
+Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one
+`QuantizedTensor` [out, in] under its weight's name; in a file it is three tensors, as MLX writes
+them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,73 @@ BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 LINEAR = re.compile(r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight")
 POSITIONS = "wpe.weight"
 TABLES = ("wte.weight", POSITIONS, "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """The weights of a model on a backend.
+
+    Attributes
+    ----------
+    tree
+        The tensors: `h.0.attn.c_attn.weight` is `tree.h[0].attn.c_attn.weight`.
+    config
+        The config given, with the quantization that the weights now have.
+    fingerprint
+        See `fingerprint`.
+    """
+
+    tree: SimpleNamespace
+    config: GPT2Config
+    fingerprint: str
+
+
+def load(
+    files: Iterable[Path],
+    config: GPT2Config,
+    backend: Backend,
+    *,
+    quantization: Quantization | None = None,
+    threads: int | None = None,
+) -> LoadedWeights:
+    """Read, check and quantize the weights of a model, and bring them to a backend.
+
+    Parameters
+    ----------
+    files
+        The safetensors file, or its shards.
+    quantization
+        Quantize the matrices in this way; None leaves them unchanged.
+    threads
+        CPU threads that quantize; None takes one for each processor.
+
+    Raises
+    ------
+    WeightsError
+        A file is damaged, or its tensors do not fit the config.
+    ParameterError
+        The matrices cannot be quantized in this way.
+    StorageError
+        A file cannot be read.
+    """
+    return load_arrays(
+        read_weights(files, config), config, backend, quantization=quantization, threads=threads
+    )
+
+
+def load_arrays(
+    found: Mapping[str, Tensor],
+    config: GPT2Config,
+    backend: Backend,
+    *,
+    quantization: Quantization | None = None,
+    threads: int | None = None,
+) -> LoadedWeights:
+    """Quantize weights that are in memory and bring them to a backend; see `load`."""
+    found, config = quantize_weights(found, config, quantization, threads)
+    with backend.scope():
+        tree = to_backend(found, backend)
+    return LoadedWeights(tree, config, fingerprint(found))
 
 
 def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]:

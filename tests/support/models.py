@@ -14,7 +14,7 @@ from gptx.hub.resolve import ModelFiles
 from gptx.model import Transformer
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.random_weights import random_weights
-from gptx.weights import TABLES, fingerprint, quantize_weights, to_backend
+from gptx.weights import TABLES, load_arrays
 
 
 def make_model(
@@ -23,12 +23,12 @@ def make_model(
     """A model of random weights (or the given ones), quantized if `how` says so, without files and
     without a tokenizer."""
     found = random_weights(config) if weights is None else weights
-    found, config = quantize_weights(found, config, how)
     nowhere = Path("random")
     files = ModelFiles("random", nowhere, nowhere, (), {}, None)
+    loaded = load_arrays(found, config, backend, quantization=how)
     with backend.scope():
-        gpt2 = Transformer(config, to_backend(found, backend), backend)
-        return Model(gpt2, files, fingerprint(found))
+        gpt2 = Transformer(loaded.config, loaded.tree, backend)
+    return Model(gpt2, files, loaded.fingerprint)
 
 
 def floats_of(weights: Any) -> dict[str, np.ndarray]:
