@@ -22,6 +22,7 @@ from typing import Any
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Array, Checkpoint, Stored, end_of_text
 from gptx.conversions.containers.binary import DTYPES as FLOATS
+from gptx.embedded import EMBEDDED
 from gptx.errors import (
     DataError,
     NotFoundError,
@@ -31,7 +32,7 @@ from gptx.errors import (
     WeightsError,
 )
 from gptx.files import atomic_path
-from gptx.hub.resolve import ALIASES, EMBEDDED, importing_hub, locate
+from gptx.hub.resolve import ALIASES, importing_hub, locate
 from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
 from gptx.tokenization.bpe import FILES, BytePairTokenizer
 

@@ -16,7 +16,7 @@ from gptx.conversions.checkpoint import Checkpoint, Stored, config_of_shapes
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_names import Tensor
 from gptx.errors import NotFoundError, WeightsError
-from gptx.hub.resolve import shard_names
+from gptx.model_files import shard_names
 from gptx.tokenization.bpe import BytePairTokenizer
 from gptx.weights import BUFFERS, is_no_weight
 

@@ -13,6 +13,7 @@ import pytest
 from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert, detect, read
 from gptx.conversions.verify import compare
+from gptx.embedded import EMBEDDED
 from gptx.errors import (
     ConfigError,
     NotFoundError,
@@ -21,7 +22,6 @@ from gptx.errors import (
     TokenizerError,
     WeightsError,
 )
-from gptx.hub.resolve import EMBEDDED
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from tests.support.conversions import (

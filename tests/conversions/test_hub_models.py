@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gptx.conversions import read
-from gptx.hub.resolve import EMBEDDED
+from gptx.embedded import EMBEDDED
 from gptx.random_weights import random_weights
 from tests.support.hub_server import HubServer
 from tests.support.random_models import CASES

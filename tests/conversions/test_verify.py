@@ -12,8 +12,8 @@ import pytest
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Checkpoint, Stored
 from gptx.conversions.verify import check, compare
+from gptx.embedded import EMBEDDED
 from gptx.errors import WeightsError
-from gptx.hub.resolve import EMBEDDED
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.random_models import CASES, write_model

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from gptx.embedded import EMBEDDED
 from gptx.errors import NotFoundError, ParameterError, WeightsError
-from gptx.hub.resolve import ALIASES, EMBEDDED, locate
+from gptx.hub.resolve import ALIASES, locate
 from tests.support.hub import CONFIG, Client, index, model
 from tests.support.hub import client as client
 from tests.support.hub import server as server

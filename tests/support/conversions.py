@@ -14,8 +14,8 @@ from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert, read
 from gptx.conversions.checkpoint import Checkpoint, Stored
 from gptx.conversions.formats import mlx_lm as mlx_folder
+from gptx.embedded import EMBEDDED
 from gptx.files import widened
-from gptx.hub.resolve import EMBEDDED
 from gptx.quantization import Quantization, QuantizedTensor
 from gptx.random_weights import random_weights
 from tests.support.random_models import CASES, write_model

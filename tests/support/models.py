@@ -10,8 +10,8 @@ import numpy as np
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.generation.api import Model
-from gptx.hub.resolve import ModelFiles
 from gptx.model import Transformer
+from gptx.model_files import ModelFiles
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.random_weights import random_weights
 from gptx.weights import TABLES, load_arrays

@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptx.embedded import EMBEDDED
 from gptx.errors import PromptError, TokenizerError
-from gptx.hub.resolve import EMBEDDED
 from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, TextDecoder, byte_of_letter
 from tests.support.shared_files import shared
 

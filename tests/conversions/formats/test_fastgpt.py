@@ -18,8 +18,8 @@ from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import gguf as gguf_container
 from gptx.conversions.formats import fastgpt, fastgpt_dat
 from gptx.conversions.vocabularies.token_lists import tokenizer_of
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
-from gptx.hub.resolve import EMBEDDED
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
 from tests.support.fuzz import fuzz, refuse_every_prefix

@@ -19,9 +19,9 @@ from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import gguf as gguf_container
 from gptx.conversions.formats import gguf as gguf_file
 from gptx.conversions.formats.gguf import gguf_name, write
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.files import BFLOAT16, widened
-from gptx.hub.resolve import EMBEDDED
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
 from tests.support.fuzz import fuzz, refuse_every_prefix

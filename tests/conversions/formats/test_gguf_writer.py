@@ -19,10 +19,10 @@ from gptx.conversions import convert
 from gptx.conversions.containers import binary
 from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS
 from gptx.conversions.formats.gguf import write
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import BFLOAT16
 from gptx.generation.api import Model
-from gptx.hub.resolve import EMBEDDED
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer

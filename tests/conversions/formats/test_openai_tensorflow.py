@@ -18,9 +18,9 @@ from gptx.config import GPT2Config
 from gptx.conversions import convert, detect, read
 from gptx.conversions.formats.openai_tensorflow import detect as is_openai
 from gptx.conversions.verify import compare
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.files import BFLOAT16
-from gptx.hub.resolve import EMBEDDED
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.fuzz import COPIES, EXTREMES, MUTATIONS, accepted, fuzz, refuse_every_prefix

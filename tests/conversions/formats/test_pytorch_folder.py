@@ -20,8 +20,9 @@ from gptx.conversions.containers import torch_file
 from gptx.conversions.containers.binary import BinaryFile
 from gptx.conversions.containers.zip_archive import records
 from gptx.conversions.formats import pytorch_folder
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
-from gptx.hub.resolve import EMBEDDED, locate
+from gptx.hub.resolve import locate
 from gptx.random_weights import random_weights
 from tests.support.fuzz import MUTATIONS, accepted, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, random_ids, to_bfloat16

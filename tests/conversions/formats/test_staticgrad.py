@@ -16,8 +16,8 @@ from gptx.conversions import convert, detect
 from gptx.conversions.formats import staticgrad
 from gptx.conversions.vocabularies.byte_tokens import merges_of, tokenizer_of_bytes
 from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
+from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
-from gptx.hub.resolve import EMBEDDED
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.fuzz import fuzz, refuse_every_prefix

@@ -1,0 +1,178 @@
+"""The files of a model: config.json, safetensors in one file or in shards, a tokenizer.
+
+This module handles paths only; `gptx.weights` reads the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gptx.errors import GptxError, NotFoundError, StorageError, WeightsError
+from gptx.tokenization.bpe import FILES as TOKENIZER
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+# No separator and no leading dot: a shard is stored beside its index.
+_PLAIN_NAME = re.compile(r"(?!\.)[\w.+=@-]+")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model.
+
+    Attributes
+    ----------
+    name
+        An embedded name, the path of a folder, or a Hub id.
+    folder
+        Folder that holds the files.
+    config
+        Path of config.json.
+    weights
+        The safetensors file, or its shards in the order of the index; empty if not requested.
+    tokenizer
+        Name -> path, of those of tokenizer.json, vocab.json and merges.txt that exist.
+    revision
+        Commit hash of a Hub snapshot; None for an embedded model or a folder.
+    """
+
+    name: str
+    folder: Path
+    config: Path
+    weights: tuple[Path, ...]
+    tokenizer: dict[str, Path]
+    revision: str | None
+
+
+class Source(Protocol):
+    """A place that holds the files of a model: a folder, or a repository of the Hub."""
+
+    name: str
+
+    @property
+    def revision(self) -> str | None:
+        """Commit hash of a repository; None for a folder."""
+
+    def find(self, filename: str) -> Path | None:
+        """Path of a file; None if it is missing."""
+
+    def need(self, filename: str) -> Path:
+        """Path of a required file.
+
+        Raises
+        ------
+        NotFoundError
+            It is missing.
+        """
+
+    def no_weights(self) -> GptxError:
+        """The error for a source without safetensors."""
+
+
+class Folder:
+    """A folder on this machine as a `Source`."""
+
+    revision = None
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = str(path) if name is None else name
+
+    def find(self, filename: str) -> Path | None:
+        path = self.path / filename
+        return path if os.path.isfile(path) else None
+
+    def need(self, filename: str) -> Path:
+        if path := self.find(filename):
+            return path
+        raise NotFoundError(
+            f"{filename} is missing in folder {self.path}: expected config.json and "
+            "model.safetensors (or its index and every shard in it)"
+        )
+
+    def no_weights(self) -> GptxError:
+        if found := sorted(self.path.glob("*.bin*")):
+            return NotFoundError(
+                f"folder {self.path} holds {found[0].name} and no safetensors: "
+                f"run `gptx convert {self.path} DST` to make safetensors of it"
+            )
+        return NotFoundError(
+            f"model.safetensors is missing in folder {self.path}: fetch it, or make it "
+            f"from weights of another format with `gptx convert {self.path} DST`"
+        )
+
+
+def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
+    """Find the files of a model in `source`.
+
+    Parameters
+    ----------
+    weights
+        Find the weights too, not only the config and the tokenizer.
+
+    Raises
+    ------
+    NotFoundError
+        A file is missing.
+    WeightsError
+        The index of a sharded model is invalid.
+    """
+    config = source.need(CONFIG)
+    tokenizer: dict[str, Path] = {}
+    for name in TOKENIZER:
+        if "tokenizer.json" in tokenizer and source.revision is not None:
+            break  # the other two files repeat its contents: spare the download
+        if path := source.find(name):
+            tokenizer[name] = path
+    return ModelFiles(
+        name=source.name,
+        folder=config.parent,
+        config=config,
+        weights=_weights(source) if weights else (),
+        tokenizer=tokenizer,
+        revision=source.revision,
+    )
+
+
+def _weights(source: Source) -> tuple[Path, ...]:
+    if single := source.find(WEIGHTS):
+        return (single,)
+    if index := source.find(INDEX):
+        return tuple(source.need(shard) for shard in shard_names(index))
+    raise source.no_weights()
+
+
+def shard_names(index: Path) -> list[str]:
+    """Read the file names of an index, without duplicates, in its order.
+
+    Raises
+    ------
+    WeightsError
+        The index is invalid, or a name in it leads out of the folder.
+    StorageError
+        The index cannot be read.
+    """
+    try:
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
+    except OSError as error:
+        raise StorageError(f"{index} cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise WeightsError(
+            f'{index} is invalid: expected JSON with an object "weight_map": fetch the model again'
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise WeightsError(
+                f"{index} has the shard {name!r}, expected a file name without a path: "
+                "fetch the model again"
+            )
+    if not names:
+        raise WeightsError(f'{index} has an empty "weight_map": fetch the model again')
+    return list(dict.fromkeys(names))
