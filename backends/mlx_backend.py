@@ -116,7 +116,7 @@ class MlxBackend(Backend):
         return mx.array(host.astype(np.int32))  # its default
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
-        scales, biases = self.asarray(q.scales), self.asarray(q.biases)
+        scales, biases = self.asarray(q.scales), self.asarray(q.offsets)
         return QuantizedWeight(mx.array(q.weight), scales, biases, q.group_size, q.bits)
 
     def to_numpy(self, x: Array) -> np.ndarray:

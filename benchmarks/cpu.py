@@ -29,10 +29,10 @@ import threadpoolctl
 import gptx
 from benchmarks.compare.peers.plain_numpy import PlainGPT2
 from gptx.config import GPT2Config
-from gptx.files import read_safetensors
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import SamplingParams
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import read_safetensors
 from tests.support.random_models import write_model
 
 STEPS = 16  # tokens per measurement of a decode step

@@ -16,7 +16,8 @@ import numpy as np
 from gptx.backends import Backend, Positions
 from gptx.config import GPT2Config
 from gptx.errors import DataError, NotFoundError, ParameterError
-from gptx.files import atomic_write, read_safetensors
+from gptx.files import atomic_write
+from gptx.safetensors_file import read_safetensors
 
 Array = Any
 FORMAT = "gptx-kv-cache"

@@ -1,14 +1,11 @@
-"""Weights: safetensors files -> arrays on a backend, checked by key, shape and dtype.
+"""Weights: from the files of a model to a tree of arrays on a backend.
 
-Names are the Hub's without the `transformer.` prefix (`h.0.attn.c_attn.weight`), layouts are the
-Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one
-`QuantizedTensor` [out, in] under its weight's name; in a file it is three tensors, as MLX writes
-them.
+`load` goes the whole way: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
+`to_backend`. Names and layouts are described in `gptx.stored_weights`.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,20 +17,17 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, WeightsError
-from gptx.files import BFLOAT16, read_safetensors, widened
+from gptx.errors import ParameterError
 from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
-
-Tensor = np.ndarray | QuantizedTensor
-
-# The causal mask, which some files store as if it were a weight.
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-
-# What can be quantized: linear layers, and tables, which are [N, C] in every layout. Positions are
-# a small one: mlx-lm quantizes them, gptx does not, and computes with floats.
-LINEAR = re.compile(r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight")
-POSITIONS = "wpe.weight"
-TABLES = ("wte.weight", POSITIONS, "lm_head.weight")
+from gptx.safetensors_file import widen_bfloat16
+from gptx.stored_weights import (
+    POSITIONS,
+    TABLES,
+    Tensor,
+    is_linear_weight,
+    read_weights,
+    should_quantize,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class LoadedWeights:
     tree
         The tensors: `h.0.attn.c_attn.weight` is `tree.h[0].attn.c_attn.weight`.
     config
-        The config given, with the quantization that the weights now have.
+        The given config, with the quantization of the loaded weights.
     fingerprint
         See `fingerprint`.
     """
@@ -70,7 +64,7 @@ def load(
     files
         The safetensors file, or its shards.
     quantization
-        Quantize the matrices in this way; None leaves them unchanged.
+        Quantization of the matrices; None keeps the one in the files.
     threads
         CPU threads that quantize; None takes one for each processor.
 
@@ -79,7 +73,7 @@ def load(
     WeightsError
         A file is damaged, or its tensors do not fit the config.
     ParameterError
-        The matrices cannot be quantized in this way.
+        This quantization of the matrices is not possible.
     StorageError
         A file cannot be read.
     """
@@ -103,120 +97,6 @@ def load_arrays(
     return LoadedWeights(tree, config, fingerprint(found))
 
 
-def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]:
-    """The tensors that `config` asks for, from one safetensors file or several shards.
-
-    Names may have the prefix `transformer.`, or mlx-lm's `model.`, with which the matrices of
-    linear layers lie `[out, in]`.
-
-    Raises
-    ------
-    WeightsError
-        A file is damaged, or a tensor is missing, unknown, there twice or misshapen.
-    """
-    found: dict[str, np.ndarray] = {}
-    for path in paths:
-        for stored, array in read_safetensors(path)[0].items():
-            name, transposed = our_name(stored)
-            if is_no_weight(name, config):
-                continue
-            if name in found:
-                raise WeightsError(f"{path}: tensor {name} is there twice")
-            found[name] = array.T if transposed and array.dtype != np.uint32 else array
-    weights = _joined(found, config.quantization)
-    check_weights(weights, config)
-    return weights
-
-
-def our_name(stored: str) -> tuple[str, bool]:
-    """gptx's name of a tensor in a safetensors file, and whether it lies `[out, in]` there."""
-    name = stored.removeprefix("transformer.").removeprefix("model.")
-    return name, stored.startswith("model.") and LINEAR.fullmatch(name) is not None
-
-
-def is_no_weight(name: str, config: GPT2Config) -> bool:
-    """Whether the tensor of a file is left out: a mask, or a tied head that is stored twice."""
-    tied_head = config.tie_word_embeddings and name.startswith("lm_head.")
-    return tied_head or BUFFERS.fullmatch(name) is not None
-
-
-def _joined(found: dict[str, np.ndarray], how: Quantization | None) -> dict[str, Tensor]:
-    """Make one `QuantizedTensor` of the three tensors of each quantized matrix."""
-    joined: dict[str, Tensor] = dict(found)
-    quantized = {
-        name.rpartition(".")[0]: None  # a set that keeps its order
-        for name, array in found.items()
-        if name.endswith((".scales", ".biases"))
-        or (name.endswith(".weight") and array.dtype == np.uint32)
-    }
-    for layer in quantized:
-        name = f"{layer}.weight"
-        if how is None:
-            raise WeightsError(
-                f'tensor {name} is quantized, but the config has no "quantization" that says how: '
-                "fetch config.json again"
-            )
-        parts = (name, f"{layer}.scales", f"{layer}.biases")
-        if missing := [part for part in parts if part not in found]:
-            raise WeightsError(f"{_names(missing)} missing: {layer} is not whole")
-        weight, scales, biases = (found[part] for part in parts)
-        try:
-            matrix = QuantizedTensor(
-                weight, _float32(scales), _float32(biases), how.group_size, how.bits
-            )
-        except WeightsError as error:
-            raise WeightsError(f"tensor {name} is not {how}: {error}") from None
-        for part in parts:
-            del joined[part]
-        joined[name] = matrix
-    return joined
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    wide = widened(array)
-    return wide.astype(np.float32, copy=False) if wide.dtype.kind == "f" else wide
-
-
-def check_weights(found: Mapping[str, Tensor], config: GPT2Config) -> None:
-    """Raise WeightsError unless `found` is what `config` asks for, no more and no less.
-
-    In a quantized model some matrices may be floats all the same: mlx-lm leaves those as they are
-    whose inputs are no whole number of groups.
-    """
-    expected = config.tensor_shapes()
-    if missing := [name for name in expected if name not in found]:
-        raise WeightsError(f"{_names(missing)} missing: the weights do not fit the config")
-    if unknown := [name for name in found if name not in expected]:
-        raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
-    for name, shape in expected.items():
-        array = found[name]
-        if isinstance(array, QuantizedTensor):
-            how = Quantization(array.group_size, array.bits)
-            wanted = config.quantization if _is_quantizable(name) else None
-            if how != wanted:
-                raise WeightsError(
-                    f"tensor {name} is {how}, the config asks for {wanted or 'floats'}"
-                )
-            shape = shape[::-1] if LINEAR.fullmatch(name) else shape
-        elif array.dtype.kind != "f" and array.dtype != BFLOAT16:
-            raise WeightsError(f"tensor {name} is of type {array.dtype}, expected a float type")
-        if array.shape != shape:
-            raise WeightsError(
-                f"tensor {name} has shape {list(array.shape)}, the config asks for {list(shape)}"
-            )
-    if config.quantization and not any(isinstance(x, QuantizedTensor) for x in found.values()):
-        raise WeightsError(f"no tensor is quantized, the config asks for {config.quantization}")
-
-
-def _is_quantizable(name: str) -> bool:
-    return name in TABLES or LINEAR.fullmatch(name) is not None
-
-
-def takes_codes(name: str) -> bool:
-    """Whether gptx quantizes a tensor: linear layers, and tables of tokens."""
-    return _is_quantizable(name) and name != POSITIONS
-
-
 def quantize_weights(
     found: Mapping[str, Tensor],
     config: GPT2Config,
@@ -228,12 +108,12 @@ def quantize_weights(
     Returns
     -------
     weights, config
-        What they are then; as they were if that is so already, or if `how` is None.
+        The quantized weights and their config; unchanged if `how` is None or theirs already.
 
     Raises
     ------
     ParameterError
-        A matrix does not divide into groups of that size, or is quantized in another way.
+        The inputs of a matrix do not divide into groups, or it is quantized in another way.
     WeightsError
         A weight is not finite.
     """
@@ -241,13 +121,14 @@ def quantize_weights(
         return dict(found), config
     if config.quantization:
         raise ParameterError(
-            f"{how} was asked for, but the weights are {config.quantization} already: "
-            "leave quantize out, or take the model's float weights"
+            f"the weights are {config.quantization} already, {how} was requested: "
+            "omit quantize, or take the model's float weights"
         )
     quantized: dict[str, Tensor] = {}
     for name, array in found.items():
-        if isinstance(array, np.ndarray) and takes_codes(name):
-            w = widened(array).T if LINEAR.fullmatch(name) else widened(array)
+        if isinstance(array, np.ndarray) and should_quantize(name):
+            floats = widen_bfloat16(array)
+            w = floats.T if is_linear_weight(name) else floats
             quantized[name] = quantize(w, how.bits, how.group_size, name=name, threads=threads)
         else:
             quantized[name] = array
@@ -255,9 +136,9 @@ def quantize_weights(
 
 
 def fingerprint(found: Mapping[str, Tensor]) -> str:
-    """A checksum that tells models of one shape apart: of biases, norms and a row of each matrix.
+    """Return a checksum that differs between models of one shape.
 
-    Not of everything, since that would read the whole file.
+    It covers biases, norms and one row of each matrix; all of them would read the whole file.
     """
     crc = 0
     for name in sorted(found):
@@ -267,20 +148,12 @@ def fingerprint(found: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def _names(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"tensor {names[0]} is"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensors {', '.join(names[:3])}{more} are"
-
-
 def _floats(array: Tensor) -> np.ndarray:
-    return dequantize(array) if isinstance(array, QuantizedTensor) else widened(array)
+    return dequantize(array) if isinstance(array, QuantizedTensor) else widen_bfloat16(array)
 
 
 def to_backend(found: Mapping[str, Tensor], backend: Backend) -> SimpleNamespace:
-    """Bring the tensors to the backend, as a tree: `h.0.attn.c_attn.weight` becomes
-    `tree.h[0].attn.c_attn.weight`."""
+    """Bring tensors to a backend, as a tree (see `as_tree`); call it in the backend's scope."""
     return as_tree({name: _on_backend(name, array, backend) for name, array in found.items()})
 
 
@@ -288,11 +161,11 @@ def _on_backend(name: str, array: Tensor, backend: Backend) -> Any:
     if isinstance(array, QuantizedTensor) and name != POSITIONS:
         return backend.pack_quantized(array, table=name in TABLES)
     floats = _floats(array)
-    return backend.pack_weight(floats) if LINEAR.fullmatch(name) else backend.asarray(floats)
+    return backend.pack_weight(floats) if is_linear_weight(name) else backend.asarray(floats)
 
 
 def as_tree(found: Mapping[str, Any]) -> SimpleNamespace:
-    """What is under the name `h.0.attn.c_attn.weight` as `tree.h[0].attn.c_attn.weight`."""
+    """Make a tree of names: `h.0.attn.c_attn.weight` becomes `tree.h[0].attn.c_attn.weight`."""
     tree: dict[str, Any] = {}
     for name, leaf in found.items():
         *branches, last = name.split(".")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from gptx.errors import StorageError, WeightsError
-from gptx.files import DTYPES, atomic_file, atomic_write, read_safetensors, widened
+from gptx.files import atomic_file, atomic_write
+from gptx.safetensors_file import DTYPES, read_safetensors, widen_bfloat16
 from tests.support.safetensors_bytes import DATA, entry, safetensors, weights_path
 
 
@@ -71,7 +72,7 @@ def test_bfloat16_becomes_float32_exactly(read: Any) -> None:
     data = struct.pack(f"<{len(BFLOAT16)}H", *BFLOAT16)
     mapped = read(safetensors({"a": entry("BF16", [3, 4], 0, 24)}, data))["a"]
     assert mapped.nbytes == 24
-    array = widened(mapped)
+    array = widen_bfloat16(mapped)
     expected = np.array(list(BFLOAT16.values()), np.float32).reshape(3, 4)
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, expected)
@@ -95,7 +96,7 @@ def test_data_may_lie_anywhere(read: Any, dtype: str, pad: int) -> None:
     bits = {"F64": [1.5, -2.0], "F32": [1.5, -2.0], "F16": [1.5, -2.0], "BF16": [0x3FC0, 0xC000]}
     data = np.array(bits[dtype], DTYPES[dtype]).tobytes()
     header = json.dumps({"a": entry(dtype, [2], 0, len(data))}).encode() + b" " * pad
-    assert widened(read(safetensors(header, data))["a"]).tolist() == [1.5, -2.0]
+    assert widen_bfloat16(read(safetensors(header, data))["a"]).tolist() == [1.5, -2.0]
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F32", [2]), ("F16", [4]), ("BF16", [4])])

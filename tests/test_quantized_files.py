@@ -20,12 +20,12 @@ from gptx.errors import ParameterError, WeightsError
 from gptx.generation.api import Model
 from gptx.quantization import Quantization, QuantizedTensor, quantize
 from gptx.random_weights import random_weights
-from gptx.weights import check_weights, quantize_weights, read_weights
-from tests.support.cli import run
+from gptx.stored_weights import check_weights, read_weights
+from gptx.weights import quantize_weights
+from tests.support.cli import raises_error, run
 from tests.support.conversions import save
 from tests.support.models import floats_of, make_model
 from tests.support.random_models import CASES
-from tests.support.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden"
 INT4 = Quantization(32, 4)
@@ -168,7 +168,7 @@ def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
     tensors = load_file(saved / "model.safetensors")
     change(tensors)
     save_file(tensors, saved / "model.safetensors")
-    with refused(WeightsError, says):
+    with raises_error(WeightsError, says):
         gptx.load(saved)
     done = run("generate", "-m", str(saved), "O")
     assert (done.code, done.out) == (65, "")
@@ -186,7 +186,7 @@ def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
 def test_a_config_that_does_not_fit(saved: Path, quantization: Any, says: str) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
-    with refused(WeightsError, says):
+    with raises_error(WeightsError, says):
         gptx.load(saved)
 
 
@@ -194,14 +194,18 @@ def test_floats_that_the_config_calls_quantized(folder: Callable[..., Path]) -> 
     path = folder("124M")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization": {**vars(INT4)}}))
-    with refused(WeightsError, "no tensor is quantized, the config asks for int4 in groups of 32"):
+    with raises_error(
+        WeightsError, "no tensor is quantized, the config asks for int4 in groups of 32"
+    ):
         gptx.load(path)
 
 
 def test_norms_and_biases_are_floats() -> None:
     weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
     weights["ln_f.weight"] = weights["wte.weight"]
-    with refused(WeightsError, "ln_f.weight is int4 in groups of 32, the config asks for floats"):
+    with raises_error(
+        WeightsError, "ln_f.weight is int4 in groups of 32, the config asks for floats"
+    ):
         check_weights(weights, config)
 
 
@@ -224,7 +228,9 @@ def test_asking_for_what_the_model_is_already(saved: Path) -> None:
     same = gptx.load(saved, quantize="int4", group_size=32)
     assert same.fingerprint == gptx.load(saved).fingerprint
     for options in ({"quantize": "int8", "group_size": 32}, {"quantize": "int4"}):
-        with refused(ParameterError, "was asked for, but the weights are int4 in groups of 32"):
+        with raises_error(
+            ParameterError, "was asked for, but the weights are int4 in groups of 32"
+        ):
             gptx.load(saved, **options)
 
 

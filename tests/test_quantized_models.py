@@ -14,16 +14,15 @@ import pytest
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.errors import ParameterError, WeightsError
-from gptx.files import BFLOAT16
 from gptx.generation.api import Model
 from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import BFLOAT16
 from gptx.weights import fingerprint, quantize_weights
 from tests.support.backends import make_backend
-from tests.support.cli import run
+from tests.support.cli import assert_generate_fails, raises_error, run
 from tests.support.models import floats_of, make_model
 from tests.support.random_models import CASES, random_ids, to_bfloat16
-from tests.support.refusals import command, refused
 from tests.support.shared_files import shared
 
 INT4 = Quantization(32, 4)
@@ -119,7 +118,7 @@ def test_16_bits_come_close(dtype: str) -> None:
     ],
 )
 def test_bad_options_are_found_before_a_model_is_looked_for(options: Any, says: str) -> None:
-    with refused(ParameterError, says):
+    with raises_error(ParameterError, says):
         gptx.load("./nowhere", **options)
 
 
@@ -136,13 +135,13 @@ def test_bad_options_are_found_before_a_model_is_looked_for(options: Any, says: 
     ],
 )
 def test_bad_options_of_the_command(args: tuple[str, ...], says: str) -> None:
-    command(*args, "O", code=2, says=says)
+    assert_generate_fails(*args, "O", code=2, message=says)
 
 
 def test_weights_that_are_not_finite(folder: Callable[..., Path]) -> None:
     weights = random_weights(CONFIG)
     weights["h.1.mlp.c_fc.weight"][5, 7] = math.nan
-    with refused(WeightsError, "h.1.mlp.c_fc.weight holds a NaN"):
+    with raises_error(WeightsError, "h.1.mlp.c_fc.weight holds a NaN"):
         gptx.load(folder("124M", weights=weights), quantize="int4", group_size=32)
 
 

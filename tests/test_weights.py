@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, StorageError, WeightsError
-from gptx.files import read_safetensors, widened
 from gptx.random_weights import random_weights
-from gptx.weights import check_weights, read_weights, to_backend
+from gptx.safetensors_file import read_safetensors, widen_bfloat16
+from gptx.stored_weights import check_weights, read_weights
+from gptx.weights import to_backend
 from tests.support.backends import make_backend
 from tests.support.random_models import CASES, to_bfloat16, write_model
 from tests.support.safetensors_bytes import MICRO, weights_path
@@ -52,7 +53,7 @@ def test_float16_is_kept(tmp_path: Path) -> None:
 def test_bfloat16_model(tmp_path: Path) -> None:
     found = read_weights([weights_path(tmp_path, dtype="bfloat16")], MICRO)
     for name, array in random_weights(MICRO).items():
-        wide = widened(found[name])
+        wide = widen_bfloat16(found[name])
         np.testing.assert_array_equal(to_bfloat16(wide), to_bfloat16(array))
         np.testing.assert_allclose(wide, array, rtol=2**-8)
         assert not found[name].flags.owndata

@@ -61,9 +61,9 @@ class QuantizedWeight:
         self.format = FORMATS[q.bits]
         self.group = q.group_size
         self.weight = _tiled(pool, q.weight)
-        words = as_words(q.scales, q.biases, q.bits)
+        words = as_words(q.scales, q.offsets, q.bits)
         self.steps = 0 if words is None else q.bits
-        numbers = (q.scales, q.biases) if words is None else (words,)
+        numbers = (q.scales, q.offsets) if words is None else (words,)
         self.scales = _tiled(pool, *(x.view(np.uint32) for x in numbers))
 
     def product(self, x: Array, bias: Array | None, threads: int | None) -> Array:

@@ -46,7 +46,7 @@ class QuantizedWeight:
         return cls(
             cupy.asarray(q.weight),
             cupy.asarray(q.scales, dtype=cupy.float32),
-            cupy.asarray(q.biases, dtype=cupy.float32),
+            cupy.asarray(q.offsets, dtype=cupy.float32),
             q.shape,
             kinds._replace(bits=q.bits, group=q.group_size),
         )

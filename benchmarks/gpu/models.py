@@ -12,7 +12,8 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.hub.resolve import locate
 from gptx.quantization import BITS, GROUP_SIZE, Quantization, QuantizedTensor
-from gptx.weights import Tensor, quantize_weights, read_weights, takes_codes
+from gptx.stored_weights import Tensor, read_weights, should_quantize
+from gptx.weights import quantize_weights
 
 EMBEDDED = "shakespeare"
 POOL = 2**24  # random numbers, of which every tensor takes what it needs, again and again
@@ -49,7 +50,7 @@ def random_weights(config: GPT2Config, how: Quantization | None = None) -> dict[
     for name, shape in config.tensor_shapes().items():
         start = zlib.crc32(name.encode()) % (POOL // 2)
         mean, std = _mean_std(name, shape, config)
-        if how is None or not takes_codes(name):
+        if how is None or not should_quantize(name):
             weights[name] = _cut(pool, start, shape) * np.float32(std * math.sqrt(12))
             weights[name] += mean
             continue
@@ -95,7 +96,7 @@ def read_bytes(config: GPT2Config, itemsize: int) -> int:
     for name, shape in config.tensor_shapes().items():
         if name == "wpe.weight":
             continue
-        each = how.bits / 8 + 8 / how.group_size if how and takes_codes(name) else itemsize
+        each = how.bits / 8 + 8 / how.group_size if how and should_quantize(name) else itemsize
         n_bytes += each * math.prod(shape)
     return int(n_bytes)
 

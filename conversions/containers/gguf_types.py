@@ -15,7 +15,7 @@ import numpy as np
 
 from gptx.conversions.containers.binary import Array, cast
 from gptx.errors import WeightsError
-from gptx.files import BFLOAT16
+from gptx.safetensors_file import BFLOAT16
 
 
 @dataclass(frozen=True)

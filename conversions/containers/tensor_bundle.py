@@ -20,7 +20,7 @@ import numpy as np
 from gptx.conversions.containers.binary import BinaryFile
 from gptx.conversions.containers.crc32c import crc32c
 from gptx.errors import NotFoundError, StorageError, WeightsError
-from gptx.files import BFLOAT16
+from gptx.safetensors_file import BFLOAT16
 
 Array = np.ndarray
 

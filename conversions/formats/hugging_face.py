@@ -1,15 +1,16 @@
 """A Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files.
 
-gptx's own form. What is read also has mlx-lm's names and quantized matrices; what is written has
-the names and the layout of OpenAI's models on the Hub: without `transformer.`, Conv1D `[in, out]`,
-no tied head, no masks (https://github.com/huggingface/safetensors, "Format").
+This is gptx's own form. The reader shares `gptx.model_files` and `gptx.stored_weights` with
+`gptx.load`; it also reads mlx-lm's names and quantized matrices. The writer uses the names and the
+layout of OpenAI's models on the Hub: no `transformer.`, Conv1D `[in, out]`, no tied head, no masks
+(https://github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,36 +20,30 @@ from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import (
     Array,
     Checkpoint,
-    Stored,
-    config_of_shapes,
-    float_array,
-    plain,
+    StoredTensor,
+    infer_config,
+    unquantized,
+    write_config,
 )
-from gptx.conversions.containers.binary import BinaryFile, dtype_name, write_array
-from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
-from gptx.errors import WeightsError
-from gptx.files import DTYPES, create, safetensors_header
-from gptx.hub.resolve import locate
-from gptx.quantization import Quantization, QuantizedTensor
+from gptx.conversions.containers.binary import dtype_name, write_array
+from gptx.files import create
+from gptx.model_files import CONFIG, INDEX, WEIGHTS, Folder, find_files
+from gptx.stored_weights import open_weights
 from gptx.tokenization.bpe import BytePairTokenizer
-from gptx.weights import is_no_weight, our_name
 
-WEIGHTS = "model.safetensors"
-ALIGNMENT = 64  # of the data, so that mapped floats are aligned for vector instructions
-MAX_NAME = 200  # letters: the Hub's have fewer than 50
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+ALIGNMENT_BYTES = 64  # of the data, for vector instructions on the mapped file
+STORED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a folder with safetensors, or such a file."""
+    """Test for a folder with safetensors, or for a safetensors file."""
     if path.is_dir():
-        names = (WEIGHTS, f"{WEIGHTS}.index.json")
-        return (path / "config.json").is_file() and any((path / name).is_file() for name in names)
-    return path.suffix == ".safetensors" or _begins_like_one(path)
+        return (path / CONFIG).is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX))
+    return path.suffix == ".safetensors" or _begins_with_header(path)
 
 
-def _begins_like_one(path: Path) -> bool:
-    """Whether a file begins with the length of a header that can be there, and a header."""
+def _begins_with_header(path: Path) -> bool:
+    """Test for the length of a header that fits into the file, and for the header's first byte."""
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -58,165 +53,62 @@ def _begins_like_one(path: Path) -> bool:
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open a folder, or one safetensors file with the config.json beside it, if there is one.
+    """Open a folder, or one safetensors file, with the config.json beside it if it exists.
 
     Raises
     ------
     ConfigError, WeightsError, TokenizerError
-        What the files hold is damaged, or no GPT-2 that gptx can run.
+        A file is damaged, or the model is not a GPT-2 that gptx supports.
     NotFoundError, StorageError
         A file is missing, or cannot be read.
     """
     if not path.is_dir():
-        beside = path.with_name("config.json")
+        beside = path.with_name(CONFIG)
         if config is None and beside.is_file():
             config = GPT2Config.from_file(beside)
         return _checkpoint((path,), config, None)
-    files = locate(path)
+    files = find_files(Folder(path))
     found = GPT2Config.from_file(files.config)
     tokenizer = BytePairTokenizer(files.tokenizer) if files.tokenizer else None
     return _checkpoint(files.weights, config or found, tokenizer)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of a file, as its header tells."""
-
-    file: BinaryFile
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    name: str
-    transposed: bool
-
-    def read(self) -> Array:
-        array = self.file.array(self.offset, self.shape, self.dtype, f"tensor {self.name}")
-        return array.T if self.transposed else array
-
-    def stored(self) -> Stored:
-        shape = self.shape[::-1] if self.transposed else self.shape
-        return Stored(shape, self.dtype, self.read)
-
-
 def _checkpoint(
-    paths: tuple[Path, ...], config: GPT2Config | None, tokenizer: BytePairTokenizer | None
+    paths: Sequence[Path], config: GPT2Config | None, tokenizer: BytePairTokenizer | None
 ) -> Checkpoint:
-    entries: dict[str, _Entry] = {}
-    for path in paths:
-        for entry in _entries(path):
-            if config is not None and is_no_weight(entry.name, config):
-                continue
-            if entry.name in entries:
-                raise WeightsError(f"{path}: tensor {entry.name} is there twice")
-            entries[entry.name] = entry
+    found = open_weights(paths, config)
     notes: tuple[str, ...] = ()
     if config is None:
-        shapes = {name: entry.stored().shape for name, entry in entries.items()}
-        config, notes = config_of_shapes(shapes)
-        entries = {n: e for n, e in entries.items() if not is_no_weight(n, config)}
-    stored = dict(_joined(entries, config.quantization))
-    return Checkpoint(config, stored, tokenizer, notes)
-
-
-def _entries(path: Path) -> Iterator[_Entry]:
-    header, _, start = safetensors_header(path)
-    file = BinaryFile(path)
-    for raw, entry in header.items():
-        if not raw.isprintable() or len(raw) > MAX_NAME:
-            raise WeightsError(f"{path} has a tensor with no readable name: it is damaged")
-        name, transposed = our_name(raw)
-        if entry["dtype"] not in DTYPES:
-            what = f"{path}: tensor {name} is of type {entry['dtype']}"
-            raise WeightsError(f"{what}, gptx reads {', '.join(DTYPES)}")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        shape = tuple(entry["shape"])
-        transposed = transposed and dtype != np.uint32 and len(shape) == 2
-        yield _Entry(file, start + entry["data_offsets"][0], shape, dtype, name, transposed)
-
-
-def _joined(
-    entries: Mapping[str, _Entry], how: Quantization | None
-) -> Iterator[tuple[str, Stored]]:
-    """The tensors; the codes, scales and biases of a quantized matrix are one."""
-    parts_of = {
-        name: (
-            name,
-            f"{name.removesuffix('.weight')}.scales",
-            f"{name.removesuffix('.weight')}.biases",
-        )
-        for name, entry in entries.items()
-        if entry.dtype == np.uint32
+        config, notes = infer_config({name: tensor.shape for name, tensor in found.items()})
+    stored = {
+        name: StoredTensor(tensor.shape, tensor.dtype, tensor.read, tensor.quantization)
+        for name, tensor in found.items()
     }
-    done = {part for parts in parts_of.values() for part in parts[1:]}
-    for name, entry in entries.items():
-        if name in done:
-            continue
-        if name not in parts_of:
-            yield name, entry.stored()
-            continue
-        if how is None:
-            raise WeightsError(
-                f'tensor {name} is quantized, but there is no "quantization" in a config.json '
-                "that says how"
-            )
-        if missing := [part for part in parts_of[name] if part not in entries]:
-            raise WeightsError(f"tensor {missing[0]} is missing: {name} is not whole")
-        parts = tuple(entries[part] for part in parts_of[name])
-        if odd := [part for part in parts if len(part.shape) != 2 or 0 in part.shape]:
-            raise WeightsError(
-                f"tensor {odd[0].name} has shape {list(odd[0].shape)}, expected a matrix"
-            )
-        matrix = _Matrix(parts, how)
-        n_out, n_in = matrix.check().shape
-        _, linear = our_name(f"model.{name}")
-        shape = (n_in, n_out) if linear else (n_out, n_in)
-        yield name, Stored(shape, np.dtype(np.float32), matrix.read, how)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """The three parts of a quantized matrix."""
-
-    parts: tuple[_Entry, ...]
-    how: Quantization
-
-    def check(self) -> QuantizedTensor:
-        """One with these shapes, which takes no memory; raises if the parts do not fit."""
-        return self._join(lambda part: np.broadcast_to(np.zeros((), part.dtype), part.shape))
-
-    def read(self) -> QuantizedTensor:
-        return self._join(_Entry.read)
-
-    def _join(self, get: Callable[[_Entry], Array]) -> QuantizedTensor:
-        weight, scales, biases = (get(part) for part in self.parts)
-        how = self.how
-        try:
-            return QuantizedTensor(
-                weight, _float32(scales), _float32(biases), how.group_size, how.bits
-            )
-        except WeightsError as error:
-            raise WeightsError(f"tensor {self.parts[0].name} is not {how}: {error}") from None
-
-
-def _float32(array: Array) -> Array:
-    wide = float_array(array)
-    return wide.astype(np.float32, copy=False) if wide.dtype.kind == "f" else wide
+    return Checkpoint(config, stored, tokenizer, notes)
 
 
 # Writing
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor of the file to be written, and how to get its numbers."""
+class FileTensor:
+    """A tensor of a file to be written.
+
+    Attributes
+    ----------
+    name, shape
+        Name and shape in the file.
+    dtype
+        A key of `STORED_TYPES`.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # one of NAMES
+    dtype: str
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes of its data."""
+    def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * (2 if self.dtype.endswith("16") else 4)
 
 
@@ -226,62 +118,80 @@ def write(checkpoint: Checkpoint, folder: Path, *, dtype: str | None = None) -> 
     Parameters
     ----------
     folder
-        It exists and is empty.
+        An empty folder.
     dtype
-        "float32", "float16" or "bfloat16"; None leaves each tensor as it is (float64 as float32).
+        "float32", "float16" or "bfloat16"; None keeps the type of each tensor (float64 becomes
+        float32).
     """
-    parts = [
-        (Part(name, tensor.shape, dtype or dtype_name(tensor.dtype)),)
+    layout = [
+        (FileTensor(name, tensor.shape, dtype or dtype_name(tensor.dtype)),)
         for name, tensor in checkpoint.stored.items()
     ]
-    tensors = ((plain(tensor),) for tensor in checkpoint.tensors.values())
-    write_safetensors(folder / WEIGHTS, parts, tensors, "pt")
+    tensors = ((unquantized(tensor),) for tensor in checkpoint.tensors.values())
+    write_safetensors(folder / WEIGHTS, layout, tensors, "pt")
     write_config(checkpoint, folder, dtype)
 
 
-def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Write config.json and the tokenizer's files."""
-    data = checkpoint.config.to_dict()
-    found = {dtype_name(tensor.dtype) for tensor in checkpoint.stored.values()}
-    if dtype or len(found) == 1:
-        data["torch_dtype"] = dtype or found.pop()
-    with create(folder / "config.json") as file:
+def write_tensors(
+    folder: Path,
+    config: GPT2Config,
+    tensors: Iterable[tuple[str, Array]],
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Write a folder of tensors that arrive one by one, without a tokenizer.
+
+    Parameters
+    ----------
+    folder
+        An empty folder.
+    tensors
+        Name and array, in the order of `config.tensor_shapes()`, as from
+        `gptx.random_weights.random_tensors`. One array is in memory at a time.
+    dtype
+        "float32", "float16" or "bfloat16".
+    """
+    shapes = config.tensor_shapes()
+    layout = [(FileTensor(name, shape, dtype),) for name, shape in shapes.items()]
+    write_safetensors(folder / WEIGHTS, layout, ((array,) for _, array in tensors), "pt")
+    with create(folder / CONFIG) as file:
+        data = {**config.to_dict(), "torch_dtype": dtype}
         file.write((json.dumps(data, indent=2) + "\n").encode())
-    if checkpoint.tokenizer is not None:
-        write_tokenizer(checkpoint.tokenizer, checkpoint.config, folder)
 
 
 def write_safetensors(
     path: Path,
-    layout: Sequence[tuple[Part, ...]],
+    layout: Sequence[tuple[FileTensor, ...]],
     tensors: Iterator[tuple[Array, ...]],
     made_for: str,
 ) -> None:
-    """Write a safetensors file whose data come one by one.
+    """Write a safetensors file of arrays that arrive one by one.
 
     Parameters
     ----------
-    layout, tensors
-        The parts that each item of `tensors` brings, and their arrays.
+    layout
+        Tensors of the file, a tuple for each item of `tensors`.
+    tensors
+        Arrays of those tensors.
     made_for
-        What the file calls its format, "pt" or "mlx": transformers asks for it.
+        "pt" or "mlx", the `format` in the file's metadata, which transformers requires.
     """
     header: dict[str, object] = {"__metadata__": {"format": made_for}}
     end = 0
-    for part in (part for parts in layout for part in parts):
-        begin, end = end, end + part.n_bytes
-        header[part.name] = {
-            "dtype": NAMES[part.dtype],
-            "shape": part.shape,
+    for tensor in (tensor for group in layout for tensor in group):
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": STORED_TYPES[tensor.dtype],
+            "shape": tensor.shape,
             "data_offsets": (begin, end),
         }
     head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-(8 + len(head)) % ALIGNMENT)
+    head += b" " * (-(8 + len(head)) % ALIGNMENT_BYTES)
     with create(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for parts, arrays in zip(layout, tensors, strict=True):
-            for part, array in zip(parts, arrays, strict=True):
-                if part.dtype == "uint32":
+        for group, arrays in zip(layout, tensors, strict=True):
+            for tensor, array in zip(group, arrays, strict=True):
+                if tensor.dtype == "uint32":
                     file.write(np.ascontiguousarray(array, "<u4").data)
                 else:
-                    write_array(file, array, part.dtype, f"tensor {part.name}")
+                    write_array(file, array, tensor.dtype, f"tensor {tensor.name}")

@@ -27,8 +27,9 @@ from gptx.conversions.checkpoint import (
 )
 from gptx.conversions.containers.binary import BinaryFile, dtype_name, write_array
 from gptx.errors import ConfigError, GptxError, WeightsError
-from gptx.files import BFLOAT16, create
-from gptx.weights import LINEAR
+from gptx.files import create
+from gptx.safetensors_file import BFLOAT16
+from gptx.stored_weights import is_linear_weight
 
 MAGIC = 20240326
 HEADER = 256 * 4  # bytes
@@ -118,7 +119,7 @@ def _count(config: GPT2Config, padded: int) -> int:
 def _layout(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors in the order of the file, with their shapes there, without padding."""
     for name, shape in replace(config, n_layer=1).tensor_shapes().items():
-        stored = shape[::-1] if LINEAR.fullmatch(name) else shape
+        stored = shape[::-1] if is_linear_weight(name) else shape
         if not name.startswith("h."):
             yield name, stored
             continue
@@ -147,7 +148,7 @@ class _Tensor:
 
     @property
     def transposed(self) -> bool:
-        return LINEAR.fullmatch(self.name) is not None
+        return is_linear_weight(self.name)
 
     def read(self) -> Array:
         array = self.file.array(self.offset, self.shape, self.dtype, f"tensor {self.name}")
@@ -185,7 +186,7 @@ def write(checkpoint: Checkpoint, path: Path, *, dtype: str | None = None) -> No
         file.write(struct.pack("<8i", *header, V + padding).ljust(HEADER, b"\0"))
         for name, _ in _layout(config):
             array = plain(checkpoint.tensors[name])
-            write_array(file, array.T if LINEAR.fullmatch(name) else array, dtype, f"tensor {name}")
+            write_array(file, array.T if is_linear_weight(name) else array, dtype, f"tensor {name}")
             if name == "wte.weight":
                 rows = np.zeros((padding, C), np.float32)
                 write_array(file, rows, dtype, "padding")

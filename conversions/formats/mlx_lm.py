@@ -1,7 +1,7 @@
 """A folder of mlx-lm: safetensors with its names, `[out, in]`, quantized or not.
 
-Read by `hugging_face.py`, which knows both kinds of names. mlx-lm's GPT-2 has OpenAI's settings
-alone: a tied head, `gelu_new`, an MLP four times as wide as the model
+`hugging_face.py` reads it, with either kind of names. mlx-lm's GPT-2 supports OpenAI's settings
+only: a tied head, `gelu_new`, an MLP four times as wide as the model
 (https://github.com/ml-explore/mlx-lm, mlx_lm/models/gpt2.py).
 """
 
@@ -14,29 +14,31 @@ from pathlib import Path
 from gptx.conversions.checkpoint import (
     Array,
     Checkpoint,
-    Stored,
+    StoredTensor,
     float_array,
-    plain,
-    require_openai,
+    require_openai_settings,
+    unquantized,
+    write_config,
 )
 from gptx.conversions.containers.binary import dtype_name
 from gptx.conversions.formats import hugging_face
-from gptx.conversions.formats.hugging_face import Part, read
+from gptx.conversions.formats.hugging_face import FileTensor, read, write_safetensors
 from gptx.errors import GptxError
-from gptx.files import safetensors_header
-from gptx.hub.resolve import locate
+from gptx.model_files import WEIGHTS, Folder, find_files
 from gptx.quantization import Quantization, QuantizedTensor, check_group_size, quantize
-from gptx.weights import LINEAR, takes_codes
+from gptx.safetensors_file import SafetensorsFile
+from gptx.stored_weights import is_linear_weight, should_quantize
 
 __all__ = ["detect", "read", "write"]
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a folder with safetensors that MLX wrote."""
+    """Test for a folder with safetensors of MLX."""
     try:
         if not (path.is_dir() and hugging_face.detect(path)):
             return False
-        return safetensors_header(locate(path).weights[0])[1].get("format") == "mlx"
+        first = find_files(Folder(path)).weights[0]
+        return SafetensorsFile(first).metadata.get("format") == "mlx"
     except GptxError:
         return False
 
@@ -50,79 +52,81 @@ def write(
 ) -> None:
     """Write a folder that mlx-lm and gptx load.
 
-    It is also gptx's own form of quantized weights: those of a model that mlx-lm does not have are
-    written all the same, for gptx alone.
+    It is also gptx's own form of quantized weights. A quantized model with settings that mlx-lm
+    does not support is written too; only gptx loads it.
 
     Parameters
     ----------
     folder
-        It exists and is empty.
+        An empty folder.
     dtype
-        Of what is not quantized; None leaves each tensor as it is.
+        Type of the floats; None keeps the type of each tensor.
     quantization
-        Quantize every linear layer and table of tokens; None leaves them as they are.
+        Quantization of every linear layer and table of tokens; None keeps the checkpoint's.
 
     Raises
     ------
     ConfigError
         The weights are floats, and mlx-lm's GPT-2 would compute something else.
     ParameterError
-        A matrix does not divide into such groups.
+        The inputs of a matrix do not divide into groups.
     """
     if quantization is not None:
         checkpoint = _quantized(checkpoint, quantization)
     if checkpoint.config.quantization is None:
-        require_openai(checkpoint.config, "mlx-lm's GPT-2", "layer_norm_epsilon")
-    layout = [tuple(_parts(name, tensor, dtype)) for name, tensor in checkpoint.stored.items()]
+        require_openai_settings(checkpoint.config, "mlx-lm's GPT-2", "layer_norm_epsilon")
+    layout = [
+        tuple(_file_tensors(name, tensor, dtype)) for name, tensor in checkpoint.stored.items()
+    ]
     tensors = (_arrays(name, tensor) for name, tensor in checkpoint.tensors.items())
-    hugging_face.write_safetensors(folder / hugging_face.WEIGHTS, layout, tensors, "mlx")
-    hugging_face.write_config(checkpoint, folder, dtype)
+    write_safetensors(folder / WEIGHTS, layout, tensors, "mlx")
+    write_config(checkpoint, folder, dtype)
 
 
 def _quantized(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
     stored = {
-        name: replace(tensor, read=_CodesOf(name, tensor, how), quantization=how)
-        if takes_codes(name)
+        name: replace(tensor, read=_QuantizingReader(name, tensor, how), quantization=how)
+        if should_quantize(name)
         else tensor
         for name, tensor in checkpoint.stored.items()
     }
     for name, tensor in stored.items():
-        if tensor.quantization:  # refuse before anything is written
-            n_in = tensor.shape[0 if LINEAR.fullmatch(name) else 1]
+        if tensor.quantization:  # an error comes before the first write
+            n_in = tensor.shape[0 if is_linear_weight(name) else 1]
             check_group_size(n_in, how.group_size, name)
     return replace(checkpoint, config=replace(checkpoint.config, quantization=how), stored=stored)
 
 
 @dataclass(frozen=True)
-class _CodesOf:
-    """Reads floats and quantizes them."""
+class _QuantizingReader:
+    """A function that reads floats and quantizes them."""
 
     name: str
-    floats: Stored
+    floats: StoredTensor
     how: Quantization
 
     def __call__(self) -> QuantizedTensor:
         w = float_array(self.floats.read())
-        w = w.T if LINEAR.fullmatch(self.name) else w
+        w = w.T if is_linear_weight(self.name) else w
         return quantize(w, self.how.bits, self.how.group_size, name=self.name)
 
 
-def _parts(name: str, tensor: Stored, dtype: str | None) -> Iterator[Part]:
-    """What a tensor is in the file."""
-    shape = tensor.shape[::-1] if LINEAR.fullmatch(name) else tensor.shape
+def _file_tensors(name: str, tensor: StoredTensor, dtype: str | None) -> Iterator[FileTensor]:
+    """Yield the tensors of the file that store one tensor of the model."""
+    shape = tensor.shape[::-1] if is_linear_weight(name) else tensor.shape
     if tensor.quantization is None:
-        yield Part(f"model.{name}", shape, dtype or dtype_name(tensor.dtype))
+        yield FileTensor(f"model.{name}", shape, dtype or dtype_name(tensor.dtype))
         return
     how = tensor.quantization
     layer = "model." + name.rpartition(".")[0]
     n_out, n_in = shape
-    yield Part(f"{layer}.weight", (n_out, n_in * how.bits // 32), "uint32")
+    yield FileTensor(f"{layer}.weight", (n_out, n_in * how.bits // 32), "uint32")
     for part in ("scales", "biases"):
-        yield Part(f"{layer}.{part}", (n_out, n_in // how.group_size), dtype or "float32")
+        yield FileTensor(f"{layer}.{part}", (n_out, n_in // how.group_size), dtype or "float32")
 
 
 def _arrays(name: str, tensor: Array | QuantizedTensor) -> tuple[Array, ...]:
     if isinstance(tensor, QuantizedTensor):
-        return tensor.weight, tensor.scales, tensor.biases
-    array = plain(tensor)
-    return (array.T if LINEAR.fullmatch(name) else array,)
+        return tensor.weight, tensor.scales, tensor.offsets
+    array = unquantized(tensor)
+    return (array.T if is_linear_weight(name) else array,)

@@ -22,7 +22,7 @@ from gptx.conversions.checkpoint import Checkpoint, Stored, end_of_text
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_names import Tensor
 from gptx.errors import ConfigError, GptxError, WeightsError
-from gptx.weights import BUFFERS, LINEAR
+from gptx.stored_weights import is_linear_weight, is_mask_buffer
 
 FILE = "ckpt.pt"
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile's and DDP's
@@ -74,7 +74,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         name = WRAPPERS.sub("", raw)
         if name in tensors:
             raise WeightsError(f"{path}: tensor {name} is there twice")
-        if not BUFFERS.fullmatch(name):
+        if not is_mask_buffer(name):
             tensors[name] = tensor
     notes: tuple[str, ...] = (TOKENIZER_NOTE,)
     # Tied, but for the first weeks of nanoGPT.
@@ -88,7 +88,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     stored = {
-        name: file.stored(tensor, name, transposed=LINEAR.fullmatch(name) is not None)
+        name: file.stored(tensor, name, transposed=is_linear_weight(name))
         for name, tensor in tensors.items()
     }
     return Checkpoint(config, dict(_with_biases(stored, config)), None, notes)

@@ -21,7 +21,7 @@ from gptx.conversions.formats.hugging_face import write_config
 from gptx.errors import BackendError, ParameterError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization
-from gptx.weights import LINEAR, takes_codes
+from gptx.stored_weights import is_linear_weight, should_quantize
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 HEADS = ("logits", "argmax")
@@ -89,7 +89,7 @@ def _trace() -> Any:
 
 def _matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is quantized: linear layers, and tables of tokens."""
-    return tuple(name for name in checkpoint.stored if takes_codes(name))
+    return tuple(name for name in checkpoint.stored if should_quantize(name))
 
 
 class _Data:
@@ -136,7 +136,7 @@ class _Data:
 
 def _scales(name: str, floats: Array) -> Array:
     """One scale for each output: [1, O] of a linear layer [I, O], [V, 1] of a table [V, C]."""
-    axis = 0 if LINEAR.fullmatch(name) else 1
+    axis = 0 if is_linear_weight(name) else 1
     with np.errstate(all="ignore"):  # what is not finite is refused, not warned of
         low, high = (f(axis=axis, keepdims=True) for f in (floats.min, floats.max))
         scales = (np.maximum(high, -low) / 127).astype(np.float32)

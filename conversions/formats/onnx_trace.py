@@ -24,7 +24,8 @@ from gptx._version import __version__
 from gptx.backends import Backend, Positions
 from gptx.config import GPT2Config
 from gptx.model import Transformer
-from gptx.weights import LINEAR, as_tree
+from gptx.stored_weights import is_linear_weight
+from gptx.weights import as_tree
 
 Array = Any
 
@@ -190,7 +191,7 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
         dtype = ndonnx.int8 if name in quantized else ndonnx.float32
         weights[name] = arguments[name] = ndonnx.argument(dtype=dtype, shape=shape)
         if name in quantized:
-            n_out = shape[1 if LINEAR.fullmatch(name) else 0]
+            n_out = shape[1 if is_linear_weight(name) else 0]
             scales = ndonnx.argument(dtype=ndonnx.float32, shape=(n_out,))
             arguments[f"{name}_scale"] = scales
             weights[name] = Codes(weights[name], scales)

@@ -17,8 +17,8 @@ from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_names import Tensor
 from gptx.errors import NotFoundError, WeightsError
 from gptx.model_files import shard_names
+from gptx.stored_weights import is_dropped, is_mask_buffer
 from gptx.tokenization.bpe import BytePairTokenizer
-from gptx.weights import BUFFERS, is_no_weight
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
@@ -67,7 +67,7 @@ def _checkpoint(
         file = TorchFile(path)
         for raw, tensor in file.state_dict(file.value).items():
             name = raw.removeprefix("transformer.")
-            if BUFFERS.fullmatch(name):
+            if is_mask_buffer(name):
                 continue
             if name in stored:
                 raise WeightsError(f"{path}: tensor {name} is there twice")
@@ -81,5 +81,5 @@ def _checkpoint(
                 del stored["lm_head.weight"]
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         config, notes = config_of_shapes(shapes)
-    stored = {name: tensor for name, tensor in stored.items() if not is_no_weight(name, config)}
+    stored = {name: tensor for name, tensor in stored.items() if not is_dropped(name, config)}
     return Checkpoint(config, stored, tokenizer, notes)

@@ -32,8 +32,10 @@ from gptx.hub.resolve import ModelFiles, locate
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
-from gptx.tokenization.bpe import BytePairTokenizer, Tokenizer
-from gptx.weights import fingerprint, quantize_weights, read_weights, to_backend
+from gptx.stored_weights import read_weights
+from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.protocol import Tokenizer
+from gptx.weights import fingerprint, quantize_weights, to_backend
 
 Chunks = Generator[Chunk, None, None]
 

@@ -9,7 +9,8 @@ from typing import cast
 from gptx.generation.engine import FinishReason, Token, TokenGenerator
 from gptx.generation.options import Prompt
 from gptx.generation.results import Chunk, Result
-from gptx.tokenization.bpe import TextDecoder, Tokenizer
+from gptx.tokenization.decoder import TextDecoder
+from gptx.tokenization.protocol import Tokenizer
 
 
 class Output:

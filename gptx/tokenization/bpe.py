@@ -1,35 +1,17 @@
-"""Text <-> token ids: the Tokenizer protocol, byte-level BPE, the incremental text decoder."""
+"""GPT-2's byte-level BPE."""
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gptx.errors import PromptError, TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
-FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or the other two
-
-
-class Tokenizer(Protocol):
-    """What gptx asks of a tokenizer."""
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of a text; special tokens in it are ordinary text unless allowed."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for; none for an id that is not in the vocabulary."""
-
-    @property
-    def vocab_size(self) -> int:
-        """How many tokens there are."""
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or both others
 
 
 class BytePairTokenizer:
@@ -38,26 +20,26 @@ class BytePairTokenizer:
     Parameters
     ----------
     files
-        "tokenizer.json", or "vocab.json" and "merges.txt", each with its path.
+        Name -> path, of "tokenizer.json", or of "vocab.json" and "merges.txt".
     definition
-        What a tokenizer.json says, in the place of files.
+        Contents of a tokenizer.json, in place of files.
 
     Raises
     ------
     TokenizerError
-        The files are damaged, or not enough of them are there.
+        A file is damaged or missing.
     """
 
     def __init__(self, files: Mapping[str, Path], *, definition: str | None = None) -> None:
         self._files = dict(files)
         self._definition = definition
         self._ordinary = self._read()
-        # Ordinary text is where this library finds special tokens unless it is told otherwise.
+        # By default the library finds special tokens in any text.
         self._ordinary.encode_special_tokens = True
 
     @classmethod
     def of_folder(cls, folder: Path) -> BytePairTokenizer | None:
-        """The tokenizer whose files lie in a folder; None if there are none."""
+        """Read the tokenizer of a folder; None if the folder has none."""
         files = {name: folder / name for name in FILES if (folder / name).is_file()}
         return cls(files) if files else None
 
@@ -68,17 +50,21 @@ class BytePairTokenizer:
         merges: Sequence[tuple[str, str]],
         special: Mapping[str, int] | None = None,
     ) -> BytePairTokenizer:
-        """GPT-2's tokenizer with this vocabulary, in the letters of its files, and these merges.
+        """Make GPT-2's tokenizer of a vocabulary and its merges.
 
         Parameters
         ----------
+        vocab
+            Token -> id; tokens in the letters of the files, see `byte_of_letter`.
+        merges
+            Pairs of tokens, the first merge first.
         special
-            Tokens that are found whole in a text where that is allowed, with their ids.
+            Special token -> id.
 
         Raises
         ------
         TokenizerError
-            A merge makes no token of the vocabulary.
+            A merge makes a token that is not in the vocabulary.
         """
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         byte_level["use_regex"] = True
@@ -131,7 +117,7 @@ class BytePairTokenizer:
 
     @cached_property
     def _special(self) -> Any:
-        """The same tokenizer, minding special tokens."""
+        """The same tokenizer, which finds special tokens."""
         return self._read()
 
     @property
@@ -140,11 +126,11 @@ class BytePairTokenizer:
 
     @property
     def end_of_text_id(self) -> int | None:
-        """The id of `<|endoftext|>`; None if there is no such token."""
+        """Id of `<|endoftext|>`; None if the vocabulary lacks it."""
         return self._ordinary.token_to_id(END_OF_TEXT)
 
     def definition(self) -> dict[str, Any]:
-        """What its tokenizer.json says, or would say."""
+        """Return the contents of its tokenizer.json."""
         return dict(json.loads(self._ordinary.to_str()))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -163,7 +149,7 @@ class BytePairTokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         token = self._ordinary.id_to_token(id) if 0 <= id < 2**32 else None
-        if token is None:  # not an id, or one of a vocabulary padded beyond the tokenizer's
+        if token is None:  # no id, or one that only pads the vocabulary of the model
             return b""
         if id in self._added:
             return token.encode()
@@ -178,7 +164,7 @@ class BytePairTokenizer:
 
 
 def _with_special_end(tokenizer: Any) -> Any:
-    """Some files do not call the end of text special, and then it would be found in any text."""
+    """Make the end of text special: some files do not, and then any text may contain it."""
     from tokenizers import AddedToken
 
     id = tokenizer.token_to_id(END_OF_TEXT)
@@ -190,28 +176,12 @@ def _with_special_end(tokenizer: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def byte_of_letter() -> dict[str, int]:
-    """GPT-2 writes each byte as a printable letter in its vocabulary: this reads them back.
+    """Return the byte of each letter in the tokens of GPT-2's files.
 
-    Bytes that are printable in Latin-1 stand for themselves, the others for U+0100 and on, in order
-    (https://github.com/openai/gpt-2, encoder.py).
+    The files write each byte as a printable letter: a byte that is printable in Latin-1 as itself,
+    the others in order as U+0100 and up (https://github.com/openai/gpt-2, encoder.py).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
     return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-class TextDecoder:
-    """Tokens -> text as they come; a character is held back until all its bytes are there."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, id: int) -> str:
-        """The text that a token completes, possibly none."""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
-
-    def finish(self) -> str:
-        """What is left: U+FFFD for a character that never got all its bytes, or nothing."""
-        return self._utf8.decode(b"", final=True)

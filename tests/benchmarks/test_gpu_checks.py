@@ -15,7 +15,7 @@ from gptx.backends import get_backend
 from gptx.backends.base import OPS
 from gptx.config import GPT2Config
 from gptx.quantization import Quantization
-from gptx.weights import check_weights, takes_codes
+from gptx.stored_weights import check_weights, should_quantize
 from tests.support.random_models import CASES
 
 # Models
@@ -27,7 +27,7 @@ def test_random_weights_are_a_model_and_their_bytes_are_counted(how: Quantizatio
     weights = gpu_models.random_weights(config, how)
     check_weights(weights, config)
     del weights["wpe.weight"]  # of which a step reads a row
-    parts = [(x.weight, x.scales, x.biases) if takes_codes(n) and how else (x,)
+    parts = [(x.weight, x.scales, x.offsets) if should_quantize(n) and how else (x,)
              for n, x in weights.items()]  # fmt: skip
     assert gpu_models.read_bytes(config, 4) == sum(x.nbytes for part in parts for x in part)
 

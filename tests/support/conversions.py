@@ -15,9 +15,9 @@ from gptx.conversions import FORMATS, convert, read
 from gptx.conversions.checkpoint import Checkpoint, Stored
 from gptx.conversions.formats import mlx_lm as mlx_folder
 from gptx.embedded import EMBEDDED
-from gptx.files import widened
 from gptx.quantization import Quantization, QuantizedTensor
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import widen_bfloat16
 from tests.support.random_models import CASES, write_model
 
 WRITTEN = [name for name, row in FORMATS.items() if row.writes]
@@ -70,7 +70,7 @@ def numbers(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in checkpoint.tensors.items():
         assert not isinstance(tensor, QuantizedTensor)
-        found[name] = widened(tensor)
+        found[name] = widen_bfloat16(tensor)
     return found
 
 

@@ -12,14 +12,14 @@ from gptx.quantization import QuantizedTensor
 
 def as_kept(q: QuantizedTensor) -> QuantizedTensor:
     """With the scales that the kernels keep, so that what is compared is how they compute."""
-    words = as_words(q.scales, q.biases, q.bits)
+    words = as_words(q.scales, q.offsets, q.bits)
     assert words is not None
-    scales, biases = of_lanes(words[..., None], np.zeros(len(words), int), q.bits)
-    return replace(q, scales=scales, biases=biases)
+    scales, offsets = of_lanes(words[..., None], np.zeros(len(words), int), q.bits)
+    return replace(q, scales=scales, offsets=offsets)
 
 
 def in_16_bits(q: QuantizedTensor) -> QuantizedTensor:
     """With scales and offsets as files of 16 bits have them, which the kernels keep as floats."""
-    scales, biases = (x.astype(np.float16).astype(np.float32) for x in (q.scales, q.biases))
-    assert as_words(scales, biases, q.bits) is None
-    return replace(q, scales=scales, biases=biases)
+    scales, offsets = (x.astype(np.float16).astype(np.float32) for x in (q.scales, q.offsets))
+    assert as_words(scales, offsets, q.bits) is None
+    return replace(q, scales=scales, offsets=offsets)

@@ -14,7 +14,8 @@ from gptx.model import Transformer
 from gptx.model_files import ModelFiles
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.random_weights import random_weights
-from gptx.weights import TABLES, load_arrays
+from gptx.stored_weights import TABLES
+from gptx.weights import load_arrays
 
 
 def make_model(

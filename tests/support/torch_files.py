@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.weights import LINEAR
+from gptx.stored_weights import is_linear_weight
 from tests.support.random_models import to_bfloat16
 
 STORAGES = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "|b1": "Bool", "<i8": "Long"}
@@ -175,7 +175,7 @@ def nanogpt(
         if not bias and name.endswith(".bias"):
             continue
         stored = name if name.startswith("lm_head") else f"transformer.{name}"
-        model[prefix + stored] = view(array.T if LINEAR.fullmatch(name) else array, dtype)
+        model[prefix + stored] = view(array.T if is_linear_weight(name) else array, dtype)
     model.setdefault(f"{prefix}lm_head.weight", model[f"{prefix}transformer.wte.weight"])
     arguments = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
     arguments |= {"block_size": config.n_positions, "bias": bias, "dropout": 0.0}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gptx.embedded import EMBEDDED
 from gptx.errors import PromptError, TokenizerError
-from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, TextDecoder, byte_of_letter
+from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, byte_of_letter
+from gptx.tokenization.decoder import TextDecoder
 from tests.support.shared_files import shared
 
 ONE_FILE, TWO_FILES = ("tokenizer.json",), ("vocab.json", "merges.txt")

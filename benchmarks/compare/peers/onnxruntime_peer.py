@@ -83,8 +83,8 @@ def write_graph(folder: Path, work: Path) -> None:
     from onnx import TensorProto, helper
 
     from gptx.config import GPT2Config
-    from gptx.files import widened
-    from gptx.weights import read_weights
+    from gptx.safetensors_file import widen_bfloat16
+    from gptx.stored_weights import read_weights
 
     config = GPT2Config.from_file(folder / "config.json")
     tensors = read_weights(sorted(folder.glob("*.safetensors")), config)
@@ -104,7 +104,7 @@ def write_graph(folder: Path, work: Path) -> None:
                     external_data=entries,
                 )
             )
-            file.write(np.ascontiguousarray(widened(array), "<f4").data)
+            file.write(np.ascontiguousarray(widen_bfloat16(array), "<f4").data)
 
     def constant(name: str, value: Any) -> str:
         initializers.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))

@@ -83,7 +83,7 @@ def test_embedding_adds_the_rows_of_tokens_and_positions(
     expected = table.astype(np.float64)
     if bits:
         q = quantize(table.astype(np.float32), bits, group)
-        parts, expected = [q.weight, q.scales, q.biases], dequantize(q).astype(np.float64)
+        parts, expected = [q.weight, q.scales, q.offsets], dequantize(q).astype(np.float64)
     ids, index = np.array([10, 0, 3, 3]), np.array([0, 10, 1, 2])
     out = np.zeros((4, 128), np.float32)
     args = [ids, index, *parts, positions, out, np.int32(128)]
@@ -111,6 +111,6 @@ def test_expanded_codes_are_the_weights(
 ) -> None:
     q = quantize(random.normal(size=(5, 128)).astype(np.float32), bits, group)
     out = np.zeros((5, 128), TYPES[real])
-    args = [q.weight, q.scales, q.biases, out, np.int32(128)]
+    args = [q.weight, q.scales, q.offsets, out, np.int32(128)]
     kernels(real, bits, group).launch("expand", (5, 1, 1), (64, 1, 1), args)
     near(out, dequantize(q), real)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptx.conversions.containers.crc32c import PIECE, P, Q, crc32c
 from gptx.conversions.containers.tensor_bundle import Bundle, is_bundle
 from gptx.errors import NotFoundError, StorageError, WeightsError
-from gptx.files import BFLOAT16
+from gptx.safetensors_file import BFLOAT16
 from tests.support.tensor_bundle_bytes import message, slow_crc32c, table, write_bundle
 
 TENSORS = {

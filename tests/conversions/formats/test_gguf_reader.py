@@ -21,8 +21,8 @@ from gptx.conversions.formats import gguf as gguf_file
 from gptx.conversions.formats.gguf import gguf_name, write
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
-from gptx.files import BFLOAT16, widened
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
 from tests.support.fuzz import fuzz, refuse_every_prefix
 from tests.support.gguf import IDS, TYPES, checkpoint, written
@@ -49,7 +49,7 @@ def numbers(model: Checkpoint) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in model.tensors.items():
         assert isinstance(tensor, np.ndarray)
-        found[name] = widened(tensor).astype(np.float32)
+        found[name] = widen_bfloat16(tensor).astype(np.float32)
     return found
 
 

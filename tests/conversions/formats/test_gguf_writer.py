@@ -21,10 +21,10 @@ from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS
 from gptx.conversions.formats.gguf import write
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
-from gptx.files import BFLOAT16
 from gptx.generation.api import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import BFLOAT16
 from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.gguf import IDS, TYPES, checkpoint, decoded, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16

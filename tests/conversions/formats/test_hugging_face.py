@@ -15,10 +15,10 @@ from gptx.conversions import convert, detect, read
 from gptx.conversions.containers.binary import cast
 from gptx.conversions.verify import compare
 from gptx.errors import ConfigError, WeightsError
-from gptx.files import read_safetensors
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from gptx.weights import check_weights, read_weights
+from gptx.safetensors_file import read_safetensors
+from gptx.stored_weights import check_weights, read_weights
 from tests.support.conversions import numbers, read_all, source_of, with_header
 from tests.support.fuzz import accepted, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model

@@ -16,9 +16,9 @@ from gptx.config import GPT2Config
 from gptx.conversions import convert
 from gptx.conversions.formats import llm_c
 from gptx.errors import ConfigError, WeightsError
-from gptx.files import widened
 from gptx.quantization import QuantizedTensor
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import widen_bfloat16
 from tests.support.fuzz import EXTREMES, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, to_bfloat16, write_model
 
@@ -79,7 +79,7 @@ def tensors(path: Path, config: GPT2Config | None = None) -> dict[str, np.ndarra
     found = {}
     for name, tensor in llm_c.read(path, config).tensors.items():
         assert not isinstance(tensor, QuantizedTensor)
-        found[name] = widened(tensor)
+        found[name] = widen_bfloat16(tensor)
     return found
 
 

@@ -16,8 +16,8 @@ from gptx.conversions import convert, detect, read
 from gptx.conversions.containers import torch_file
 from gptx.conversions.formats import nanogpt as nanogpt_file
 from gptx.errors import ConfigError, WeightsError
-from gptx.files import widened
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import widen_bfloat16
 from tests.support.fuzz import MUTATIONS, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES
 from tests.support.torch_files import CONTAINERS, Pickle, nanogpt, view, write_folder, zip_of
@@ -70,7 +70,7 @@ def test_a_model_without_biases_gets_zeros(dtype: str, container: Any, tmp_path:
     for name, tensor in tensors.items():
         assert isinstance(tensor, np.ndarray)
         assert tensor.dtype == tensors["wte.weight"].dtype  # type: ignore[union-attr]
-        assert widened(tensor).any() != name.endswith(".bias")
+        assert widen_bfloat16(tensor).any() != name.endswith(".bias")
 
 
 def test_the_padded_vocabulary_stays(container: Any, tmp_path: Path) -> None:

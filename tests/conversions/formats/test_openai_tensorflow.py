@@ -20,8 +20,8 @@ from gptx.conversions.formats.openai_tensorflow import detect as is_openai
 from gptx.conversions.verify import compare
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
-from gptx.files import BFLOAT16
 from gptx.random_weights import random_weights
+from gptx.safetensors_file import BFLOAT16
 from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.fuzz import COPIES, EXTREMES, MUTATIONS, accepted, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, to_bfloat16

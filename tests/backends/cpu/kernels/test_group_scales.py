@@ -21,13 +21,13 @@ def test_what_quantize_makes_goes_into_words(
     w = (size * random.standard_normal((200, 3 * group))).astype(np.float32)
     w[7] = 0
     q = quantize(w, bits, group)
-    packed = as_words(q.scales, q.biases, bits)
+    packed = as_words(q.scales, q.offsets, bits)
     assert packed is not None
     assert packed.dtype == np.uint32
     scales, offsets = of_lanes(packed[..., None], np.zeros(200, int), bits)
     lost = bits - 3  # of a fraction of 23 bits
     np.testing.assert_allclose(scales, q.scales, rtol=2.0 ** (lost - 24))
-    np.testing.assert_allclose(offsets, q.biases, rtol=2.0 ** (lost - 23) + 2**-22)
+    np.testing.assert_allclose(offsets, q.offsets, rtol=2.0 ** (lost - 23) + 2**-22)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
