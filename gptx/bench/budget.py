@@ -1,8 +1,8 @@
-"""The preset `budget`: what a fixed time for each call allows, with and without what makes it fast.
+"""The preset `budget`: the tokens that fit a fixed time for each call, for several setups.
 
-Two questions: how many tokens of input still leave time for one token of output, and how many
-tokens of output there are for a given input. Without a cache, each new token reads the whole text
-again; generic, the backend does without its own ops. Loading is not counted.
+It answers two questions. How many input tokens leave time for one output token? How many output
+tokens are there for a given input? Each is answered with a cache and without (each new token reads
+the whole text again), with the backend's own ops and with the generic ones. Loading does not count.
 """
 
 from __future__ import annotations
@@ -10,48 +10,56 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from gptx.bench.grid import measured, numbered
-from gptx.bench.machine import about
-from gptx.bench.plan import Settings, Setup, check_context, setups
-from gptx.bench.process import Events
-from gptx.bench.sources import sources
-from gptx.bench.speed import GREEDY
+from gptx.bench.machine import describe
+from gptx.bench.setups import (
+    GREEDY,
+    Settings,
+    Setup,
+    check_context,
+    measure_setup,
+    number_setups,
+    plan_setups,
+)
+from gptx.bench.sources import open_sources, random_ids
+from gptx.bench.tables import BACKEND, DTYPE, MODEL, THREADS, Column, count
+from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
 from gptx.generation.api import Model
 from gptx.generation.engine import TokenGenerator, prefill
 from gptx.kv_cache import KVCache
 
-PROMPTS = (19,)
+PROMPT_TOKENS = (19,)
 
 
 def run(settings: Settings) -> Events:
-    """Ask both questions of each setup, with its own ops and with the generic ones."""
-    prompts = settings.prompts or PROMPTS
+    """Measure each setup, with the backend's own ops and with the generic ones."""
+    prompts = settings.prompts or PROMPT_TOKENS
     if min(prompts) < 1:
         raise ParameterError(f"-p has {min(prompts)}, this preset expects at least 1 input token")
     if not 0 < settings.budget < math.inf:
         raise ParameterError(f"budget is {settings.budget}, expected seconds, more than 0")
-    with sources(settings.models, offline=settings.offline) as found:
-        for source in found.values():
+    with open_sources(settings.models, offline=settings.offline) as sources:
+        for source in sources.values():
             check_context(source, max(prompts), f"an input of {max(prompts)} tokens")
         plan = [
             setup
             for generic in (False, True)
-            for setup in setups(replace(settings, generic=generic), found.values())
+            for setup in plan_setups(replace(settings, generic=generic), sources.values())
         ]
-        for title, setup in numbered(plan):
-            arguments = {
-                "prompts": prompts,
-                "budget": settings.budget,
-                "repetitions": settings.repetitions,
-            }
-            yield from measured("budget", title, setup, found[setup.model], **arguments)
+        for title, setup in number_setups(plan):
+            yield from measure_setup(
+                "gptx.bench.budget:measure",
+                title,
+                setup,
+                sources[setup.model],
+                prompts=prompts,
+                budget=settings.budget,
+                repetitions=settings.repetitions,
+            )
 
 
 def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetitions: int) -> Events:
@@ -60,59 +68,60 @@ def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetition
     Parameters
     ----------
     setup
-        A `Setup` as JSON has it.
+        The fields of a `Setup`.
     prompts
         Numbers of input tokens.
     budget
         Seconds for a call.
     repetitions
-        Each time that is compared with the budget, and each count, is the median of so many.
+        Number of runs; their median time is compared with the budget, their median count reported.
     """
     chosen = Setup(**setup)
     model = chosen.load()
     n_positions = model.config.n_positions
-    random = np.random.default_rng(0)
-    text = random.integers(0, model.config.vocab_size, n_positions).tolist()
-    for _ in _cached(model, text[:1], 3):  # what has to be compiled
+    [text] = random_ids(model.config, 1, n_positions)
+    for _ in _cached_steps(model, text[:1], 3):  # compiles
         pass
 
-    def in_time(n: int) -> bool:
-        return _median(lambda: _seconds(_cached(model, text[:n], 1)), repetitions) <= budget
+    def fits(n: int) -> bool:
+        times = [_seconds(_cached_steps(model, text[:n], 1)) for _ in range(repetitions)]
+        return statistics.median(times) <= budget
 
-    yield {"progress": "how much input"}
-    inputs = largest(in_time, n_positions)  # a cache is of no use to a single output
-    for name, steps in (("yes", _cached), ("no", _uncached)):
+    yield {"progress": "input tokens for one output token"}
+    inputs = largest(fits, n_positions)  # a cache is of no use to a single output token
+    for cache, steps in ((True, _cached_steps), (False, _uncached_steps)):
         outputs = {}
         for n in prompts:
-            yield {"progress": f"how much output for {n} tokens, cache: {name}"}
-            room = n_positions - n + 1
+            name = "with a cache" if cache else "without a cache"
+            yield {"progress": f"output tokens for {count(n, 'input token')}, {name}"}
+            limit = n_positions - n + 1
             counts = [
-                count(steps(model, text[:n], room), budget, time.perf_counter)
+                count_steps(steps(model, text[:n], limit), budget, time.perf_counter)
                 for _ in range(repetitions)
             ]
             outputs[str(n)] = round(statistics.median(counts))
         yield {
             **chosen.facts,
-            "cache": name == "yes",
+            "cache": cache,
             "budget": budget,
             "context": n_positions,
             "inputs": inputs,
             "outputs": outputs,
-            **about(model.backend),
+            **describe(model.backend),
         }
 
 
-def largest(in_time: Callable[[int], bool], limit: int) -> int:
-    """The largest of 1 ... `limit` that is in time, 0 if none is, by bisection."""
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest of 1 ... `limit` that fits, 0 if none does, by bisection."""
     low, high = 0, limit + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if in_time(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def count(steps: Iterator[Any], budget: float, clock: Callable[[], float]) -> int:
-    """How many steps end within `budget` seconds of `clock`."""
+def count_steps(steps: Iterator[Any], budget: float, clock: Callable[[], float]) -> int:
+    """Count the steps that end within `budget` seconds of `clock`."""
     n, end = 0, clock() + budget
     for _ in steps:
         if clock() > end:
@@ -121,11 +130,11 @@ def count(steps: Iterator[Any], budget: float, clock: Callable[[], float]) -> in
     return n
 
 
-def _cached(model: Model, ids: list[int], n: int) -> Iterator[Any]:
+def _cached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
     return iter(TokenGenerator(model.gpt2, [ids], GREEDY, max_tokens=n))
 
 
-def _uncached(model: Model, ids: list[int], n: int) -> Iterator[Any]:
+def _uncached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
     backend = model.backend
     ids = list(ids)
     for _ in range(n):
@@ -143,5 +152,25 @@ def _seconds(steps: Iterator[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _median(measure: Callable[[], float], repetitions: int) -> float:
-    return statistics.median(measure() for _ in range(repetitions))
+def columns(records: Sequence[Event]) -> tuple[Column, ...]:
+    """Return the columns: one for each length of the input."""
+
+    def outputs(prompt: str) -> Column:
+        def text(record: Event) -> str:
+            return mark_full(record["outputs"][prompt], record["context"] - int(prompt) + 1)
+
+        return Column(f"outputs for {count(int(prompt), 'input')}", text)
+
+    def mark_full(n: int, limit: int) -> str:
+        return f"{n} (all)" if n == limit else str(n)
+
+    return (
+        MODEL,
+        BACKEND,
+        DTYPE,
+        THREADS,
+        Column("budget", lambda r: f"{r['budget']:g} s"),
+        Column("cache", lambda r: "yes" if r["cache"] else "no", right=False),
+        Column("inputs for 1 output", lambda r: mark_full(r["inputs"], r["context"])),
+        *(outputs(prompt) for prompt in (records[0]["outputs"] if records else ())),
+    )

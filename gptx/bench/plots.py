@@ -1,4 +1,4 @@
-"""The grid as pictures: rate, time and speedup by threads, and rate by context; PNG and SVG."""
+"""Plots of the grid: rate, time and speedup by threads, and rate by context; PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptx.bench.process import Event
-from gptx.bench.report import count
+from gptx.bench.tables import count
+from gptx.bench.worker import Event
 from gptx.errors import ParameterError
 
-# Okabe and Ito's colors, which people with color blindness can tell apart.
+# Okabe and Ito's colors are distinct for readers with color blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
-DASHES = ("-", "--", ":", "-.")  # for another round of those
+DASHES = ("-", "--", ":", "-.")  # the next one for each further round of colors
 IDEAL = "ideal"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -29,14 +29,15 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "gptx",  # the same picture gives the same file
+    "svg.hashsalt": "gptx",  # the same plot gives the same file
 }
-KINDS = {"prompt": "reading a prompt", "output": "generating"}
+PNG_DPI = 200
+PANELS = {"prompt": "reading a prompt", "output": "generating"}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture: a record's place on the x axis, and its height (and the deviation of that)."""
+    """A plot: its file, its labels, the field on the x axis, and the number on the y axis."""
 
     file: str
     title: str
@@ -44,8 +45,8 @@ class Plot:
     x_label: str
     y_label: str
     y: Callable[[Event], float]
-    spread: Callable[[Event], float | None] = lambda record: None
-    relative: bool = False  # to the first point of each line, whose ideal is as much as x
+    deviation: Callable[[Event], float | None] = lambda record: None
+    relative: bool = False  # to the first point of each line; the ideal line is y = x
 
 
 def _rate(record: Event) -> float:
@@ -91,13 +92,13 @@ PLOTS = (
 )
 
 
-def plotting_into(folder: str) -> Path:
-    """Make the folder, and see that there is something to draw with, before hours are spent.
+def prepare_folder(folder: str) -> Path:
+    """Make the folder and import matplotlib, before any measurement.
 
     Raises
     ------
     ParameterError
-        matplotlib is not there.
+        matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -111,9 +112,9 @@ def plotting_into(folder: str) -> Path:
 
 
 def draw(records: Sequence[Event], folder: Path) -> list[Path]:
-    """Draw what the records allow, and return the files.
+    """Draw the plots that the records have numbers for, and return the files.
 
-    Backends without a number of threads are in the picture of the context alone.
+    Backends without a number of threads are in the plot by context only.
     """
     import matplotlib
 
@@ -124,7 +125,10 @@ def draw(records: Sequence[Event], folder: Path) -> list[Path]:
             if not chosen:
                 continue
             figure = _figure(plot, chosen)
-            for ending, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+            for ending, options in (
+                ("png", {"dpi": PNG_DPI}),
+                ("svg", {"metadata": {"Date": None}}),
+            ):
                 path = folder / f"{plot.file}.{ending}"
                 figure.savefig(path, **options)
                 written.append(path)
@@ -135,7 +139,7 @@ def _figure(plot: Plot, records: Sequence[Event]) -> Any:
     from matplotlib.figure import Figure
 
     panels = {}
-    for kind, title in KINDS.items():
+    for kind, title in PANELS.items():
         if chosen := [record for record in records if record[kind]]:
             lengths = {record[kind] for record in chosen}
             length = f", {count(lengths.pop(), 'token')}" if len(lengths) == 1 else ""
@@ -144,7 +148,7 @@ def _figure(plot: Plot, records: Sequence[Event]) -> Any:
     figure = Figure(figsize=(1.0 + 4.6 * len(panels), 4.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.suptitle(f"{plot.title}\n", x=0.01, ha="left", weight="bold", size=13)
-    figure.text(0.01, 0.925, _about(records), ha="left", va="top", color="#555555", size=9)
+    figure.text(0.01, 0.925, _subtitle(records), ha="left", va="top", color="#555555", size=9)
     shown: dict[str, Any] = {}
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         ax.set_title(title, loc="left")
@@ -159,7 +163,7 @@ def _figure(plot: Plot, records: Sequence[Event]) -> Any:
 
 
 def _lines(records: Sequence[Event], plot: Plot) -> dict[str, list[Event]]:
-    """The points of each line, by its label."""
+    """Group the records to lines: label -> points."""
     names = [name for name in FIELDS if name != plot.x and len({r[name] for r in records}) > 1]
     lines: dict[str, list[Event]] = {}
     for record in sorted(records, key=lambda record: record[plot.x]):
@@ -171,7 +175,7 @@ def _lines(records: Sequence[Event], plot: Plot) -> dict[str, list[Event]]:
 def _panel(
     ax: Any, plot: Plot, lines: dict[str, list[Event]], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Draw lines, styled by their place in `labels`; label -> what stands for it in a legend."""
+    """Draw lines, styled by their index in `labels`; return label -> handle for the legend."""
     shown = {}
     highest = 0.0
     for label, points in lines.items():
@@ -179,32 +183,32 @@ def _panel(
         unit = plot.y(points[0]) / points[0][plot.x] if plot.relative else 1.0
         x = [point[plot.x] for point in points]
         y = [plot.y(point) / unit for point in points]
-        spread = [plot.spread(point) or 0.0 for point in points]
+        deviations = [plot.deviation(point) or 0.0 for point in points]
         style: dict[str, Any] = {
             "color": COLORS[number % len(COLORS)],
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
         }
         [shown[label]] = ax.plot(x, y, **style)
-        ax.errorbar(x, y, spread, fmt="none", ecolor=style["color"], capsize=3)
-        highest = max(highest, *(a + b for a, b in zip(y, spread, strict=True)))
-    places = sorted({point[plot.x] for points in lines.values() for point in points})
+        ax.errorbar(x, y, deviations, fmt="none", ecolor=style["color"], capsize=3)
+        highest = max(highest, *(a + b for a, b in zip(y, deviations, strict=True)))
+    ticks = sorted({point[plot.x] for points in lines.values() for point in points})
     if plot.relative:
-        highest = max(highest, places[-1])
-        [shown[IDEAL]] = ax.plot(places, places, color="#888888", linestyle="--", zorder=1)
-    ax.set_xticks(_apart(places))
+        highest = max(highest, ticks[-1])
+        [shown[IDEAL]] = ax.plot(ticks, ticks, color="#888888", linestyle="--", zorder=1)
+    ax.set_xticks(_thin_out(ticks))
     ax.margins(x=0.08)
     ax.set_ylim(0, 1.08 * highest)
     ax.yaxis.set_major_formatter("{x:,.6g}")
     return shown
 
 
-def _apart(places: Sequence[int]) -> list[int]:
-    """Those of the places whose numbers do not run into each other on an axis."""
-    kept = [places[-1]]
-    for place in reversed(places[:-1]):
-        if kept[-1] - place >= 0.06 * (places[-1] - places[0]):
-            kept.append(place)
+def _thin_out(ticks: Sequence[int]) -> list[int]:
+    """Return the ticks whose labels do not overlap, from the last one down."""
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if kept[-1] - tick >= 0.06 * (ticks[-1] - ticks[0]):
+            kept.append(tick)
     return kept
 
 
@@ -219,14 +223,12 @@ FIELDS: dict[str, Callable[[Event], str]] = {
     "output": lambda r: f"{r['output']} tokens" if r["output"] else "",
     "depth": lambda r: f"after {count(r['depth'], 'token')}",
 }
+DEFAULTS = {"batch": 1, "depth": 0}  # not shown
 
 
-USUAL = {"batch": 1, "depth": 0}  # not worth a word
-
-
-def _about(records: Sequence[Event]) -> str:
-    """What all records have in common."""
+def _subtitle(records: Sequence[Event]) -> str:
+    """Name the fields that all records share."""
     first = records[0]
     shared = [name for name in FIELDS if all(record[name] == first[name] for record in records)]
-    parts = [FIELDS[name](first) for name in shared if first[name] != USUAL.get(name)]
+    parts = [FIELDS[name](first) for name in shared if first[name] != DEFAULTS.get(name)]
     return " · ".join(filter(None, [*parts, first["cpu"], first["date"][:10]]))

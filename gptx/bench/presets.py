@@ -1,30 +1,30 @@
-"""What `gptx bench` can run: the grid, and the presets that end in the tables people know."""
+"""The registry of `gptx bench`: the grid, and the presets that end in other tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gptx.bench import budget, grid, ladder, report, total
-from gptx.bench.plan import Settings
-from gptx.bench.process import Event, Events
-from gptx.bench.report import Column
+from gptx.bench import ablation, budget, grid, total
+from gptx.bench.setups import Settings
+from gptx.bench.tables import Column
+from gptx.bench.worker import Event, Events
 
-EVERYWHERE = frozenset({"models", "threads", "prompts", "outputs", "repetitions", "offline"})
+COMMON = frozenset({"models", "threads", "prompts", "outputs", "repetitions", "offline"})
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One row of the table below.
+    """A row of the registry.
 
     Attributes
     ----------
     run
-        Yields progress and records.
+        The generator of progress and records.
     columns
-        Of its markdown table, given the records.
+        The columns of its markdown table, given the records.
     takes
-        The fields of `Settings` that mean something to it.
+        The fields of `Settings` that it uses, and "plot".
     """
 
     run: Callable[[Settings], Events]
@@ -34,19 +34,15 @@ class Preset:
 
 GRID = Preset(
     grid.run,
-    report.grid_columns,
-    EVERYWHERE | {"backends", "dtypes", "batches", "depths", "generic", "plot"},
+    grid.columns,
+    COMMON | {"backends", "dtypes", "batches", "depths", "generic", "plot"},
 )
 
 TABLE = {
-    "ablation": Preset(ladder.run, lambda _: report.ABLATION, EVERYWHERE),
-    "threads": Preset(grid.threads, report.grid_columns, GRID.takes - {"threads"}),
+    "ablation": Preset(ablation.run, lambda _: ablation.COLUMNS, COMMON),
+    "threads": Preset(grid.run_threads, grid.columns, GRID.takes - {"threads"}),
     "budget": Preset(
-        budget.run,
-        report.budget_columns,
-        EVERYWHERE - {"outputs"} | {"backends", "dtypes", "budget"},
+        budget.run, budget.columns, COMMON - {"outputs"} | {"backends", "dtypes", "budget"}
     ),
-    "total": Preset(
-        total.run, lambda _: report.TOTAL, EVERYWHERE | {"backends", "dtypes", "generic"}
-    ),
+    "total": Preset(total.run, lambda _: total.COLUMNS, COMMON | {"backends", "dtypes", "generic"}),
 }

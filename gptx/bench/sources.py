@@ -1,10 +1,8 @@
-"""The models that are measured: what `gptx.load` finds, and random weights of a known size."""
+"""The measured models: those that `gptx.load` finds, and random weights of a known size."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +14,14 @@ import numpy as np
 from gptx.config import SIZES, GPT2Config
 from gptx.errors import ParameterError, StorageError
 from gptx.hub.resolve import locate
+from gptx.random_weights import random_tensors
 
 RANDOM = "random:"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model: its name in the table, the folder that it is loaded from, and its shape."""
+    """A model: its name in the table, its folder, and its config."""
 
     name: str
     folder: Path
@@ -30,18 +29,19 @@ class Source:
 
 
 @contextmanager
-def sources(names: Sequence[str], *, offline: bool = False) -> Iterator[dict[str, Source]]:
-    """Find models by name; they are downloaded now, so that no measurement waits for the network.
+def open_sources(names: Sequence[str], *, offline: bool = False) -> Iterator[dict[str, Source]]:
+    """Find models by name; models on the Hub are downloaded before any measurement.
 
-    A name is anything that `gptx.load` takes, or "random:124M" (or another of the four sizes), for
-    speed depends on the shape and not on what was learned. The folders of random weights, which
-    `write` fills, are there as long as this context.
+    A name is anything that `gptx.load` takes, or "random:124M" (or another of the four sizes):
+    speed depends on the shape, not on what was learned. `write_source` writes random weights to a
+    folder that is deleted when the context ends.
     """
     with tempfile.TemporaryDirectory(prefix="gptx-bench-") as scratch:
-        yield {name: _find(name, Path(scratch), offline) for name in names}
+        yield {name: find_source(name, Path(scratch), offline=offline) for name in names}
 
 
-def _find(name: str, scratch: Path, offline: bool) -> Source:
+def find_source(name: str, scratch: Path, *, offline: bool = False) -> Source:
+    """Find one model; the folder of random weights is in `scratch`."""
     if not name.startswith(RANDOM):
         files = locate(name, offline=offline)
         return Source(name, files.folder, GPT2Config.from_file(files.config))
@@ -52,10 +52,10 @@ def _find(name: str, scratch: Path, offline: bool) -> Source:
     return Source(name, scratch / f"random-{size}", GPT2Config.of_size(size))
 
 
-def write(source: Source) -> None:
-    """Write the weights of a random model, unless they are there or it is not one.
+def write_source(source: Source) -> None:
+    """Write the weights of a random model, unless its folder exists or the model is not random.
 
-    They go to a file, float32 as GPT-2's own do, so that loading them is what a user's loading is.
+    They go to a file, in float32 as GPT-2's own, so that loading them is a user's loading.
     """
     if not source.name.startswith(RANDOM) or source.folder.exists():
         return
@@ -66,30 +66,25 @@ def write(source: Source) -> None:
             f"{source.folder.parent} has {free / 1e9:.1f} GB left, the weights of {source.name} "
             f"take {needed / 1e9:.1f} GB: set TMPDIR to a folder on another disk"
         )
-    source.folder.mkdir()
-    config = json.dumps(source.config.to_dict())
-    (source.folder / "config.json").write_text(config, encoding="utf-8")
-    shapes = source.config.tensor_shapes()
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of their size
-    with (source.folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in _tensors(shapes):  # one at a time: the largest model has 6 GB
-            file.write(tensor.data)
+    write_random_model(source.folder, source.config)
 
 
-def _tensors(shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
-    """Tensors of the size that GPT-2's own have at the start of its training."""
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            yield np.full(shape, float(name.endswith("weight")), np.float32)  # a norm's, or a bias
-            continue
-        tensor = rng.random(shape, dtype=np.float32)
-        tensor -= 0.5
-        tensor *= 0.02 * 12**0.5  # a standard deviation of 0.02
-        yield tensor
+def write_random_model(folder: Path, config: GPT2Config) -> Path:
+    """Write a folder as on the Hub with `random_weights`, and return it.
+
+    The folder gets its name when it is complete: what a killed process leaves is not taken for it.
+    """
+    from gptx.conversions.formats.hugging_face import write_tensors
+
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    write_tensors(part, config, random_tensors(config))
+    return part.rename(folder)
+
+
+def random_ids(config: GPT2Config, batch: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Draw prompts: token ids [B, T] of the whole vocabulary."""
+    random = np.random.default_rng(seed)
+    ids: list[list[int]] = random.integers(0, config.vocab_size, (batch, length)).tolist()
+    return ids

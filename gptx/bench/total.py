@@ -1,70 +1,79 @@
-"""The preset `total`: a whole process, from its start to its end, for a few tokens.
+"""The preset `total`: a whole process from its start to its end, for a few tokens.
 
 Each run is a fresh Python that imports gptx, loads the model, reads a prompt and generates, as a
-short script would. The first run of each setup finds files in the state that they happen to be in
-(cold, perhaps) and may have to compile; the others find them in the system's cache (warm). They are
-told apart, and only the warm ones count for the median.
+short script does. The first run of each setup may find the files on the disk (cold) and may
+compile; the others find them in the page cache (warm). Only warm runs count for the median.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
-import time
 from typing import Any
-
-import numpy as np
 
 from gptx import errors
 from gptx.backends import get_backend
-from gptx.bench.machine import about
-from gptx.bench.plan import Settings, Setup, check_context, setups, single
-from gptx.bench.process import Events, check, environment
-from gptx.bench.sources import sources, write
+from gptx.bench import worker
+from gptx.bench.machine import describe
+from gptx.bench.setups import Settings, Setup, check_context, plan_setups, single_count
+from gptx.bench.sources import open_sources, random_ids, write_source
+from gptx.bench.tables import BACKEND, DTYPE, LOAD, MEMORY, MODEL, THREADS, Column, duration
+from gptx.bench.worker import Events
 from gptx.errors import GptxError
 
-PROMPT, OUTPUT = 19, 20
+PROMPT_TOKENS, OUTPUT_TOKENS = 19, 20
 
 SCRIPT = """
 import json, sys, time
 folder, options, prompt, output = json.loads(sys.argv[1])
-began = time.perf_counter()
+start = time.perf_counter()
 import gptx.generation.api
 imported = time.perf_counter()
 model = gptx.generation.api.load_once(folder, output, **options)
 loaded = time.perf_counter()
 result = model.generate(prompt, max_tokens=output, ignore_eos=True)
 done = time.perf_counter()
-print(json.dumps([imported - began, loaded - imported, result.time_to_first_token,
+print(json.dumps([imported - start, loaded - imported, result.time_to_first_token,
                   done - loaded - result.time_to_first_token, result.peak_memory]))
 """
 PARTS = ("import_time", "load_time", "time_to_first_token", "other_tokens", "peak_memory")
 
+COLUMNS = (
+    MODEL,
+    BACKEND,
+    DTYPE,
+    THREADS,
+    Column("test", lambda r: f"{r['prompt']} + {r['output']}"),
+    Column("whole process", lambda r: duration(r["median"])),
+    Column("fastest–slowest", lambda r: f"{r['fastest']:.2f}–{r['slowest']:.2f} s"),
+    Column("first run", lambda r: duration(r["first"])),
+    Column("import", lambda r: duration(r["import_time"])),
+    LOAD,
+    Column("first token", lambda r: duration(r["time_to_first_token"])),
+    Column("the others", lambda r: duration(r["other_tokens"])),
+    MEMORY,
+)
+
 
 def run(settings: Settings) -> Events:
-    """Start the processes, the setups taking turns; yield a record for each setup."""
-    prompt = single(settings.prompts, PROMPT, "-p")
-    output = single(settings.outputs, OUTPUT, "-n")
-    with sources(settings.models, offline=settings.offline) as found:
-        for source in found.values():
+    """Run the processes, the setups in turns; yield a record for each setup."""
+    prompt = single_count(settings.prompts, PROMPT_TOKENS, "-p")
+    output = single_count(settings.outputs, OUTPUT_TOKENS, "-n")
+    with open_sources(settings.models, offline=settings.offline) as sources:
+        for source in sources.values():
             check_context(source, prompt + output - 1, f"{prompt} + {output} tokens")
-        plan = setups(settings, found.values())
-        for source in found.values():
+        plan = plan_setups(settings, sources.values())
+        for source in sources.values():
             yield {"progress": f"preparing {source.name}"}
-            write(source)
-        random = np.random.default_rng(0)
-        texts = {
-            source.name: random.integers(0, source.config.vocab_size, prompt).tolist()
-            for source in found.values()
-        }
+            write_source(source)
+        texts = {name: random_ids(source.config, 1, prompt)[0] for name, source in sources.items()}
         runs: dict[Setup, list[dict[str, float]]] = {setup: [] for setup in plan}
         for turn in range(settings.repetitions + 1):
             for setup in plan:
                 what = f"round {turn} of {settings.repetitions}" if turn else "first run"
                 yield {"progress": f"{setup}: {what}"}
-                runs[setup].append(once(setup, texts[setup.model], output))
+                runs[setup].append(run_once(setup, texts[setup.model], output))
     for setup, (first, *warm) in runs.items():
         total = [seconds["total"] for seconds in warm]
         backend = get_backend(setup.backend, threads=setup.threads)
@@ -78,28 +87,18 @@ def run(settings: Settings) -> Events:
             "slowest": max(total),
             **{part: statistics.median(seconds[part] for seconds in warm) for part in PARTS},
             "samples": total,
-            **about(backend),
+            **describe(backend),
         }
 
 
-def once(setup: Setup, prompt: list[int], output: int) -> dict[str, float]:
-    """Run the process once: its `total` seconds, and those of its parts."""
+def run_once(setup: Setup, prompt: list[int], output: int) -> dict[str, float]:
+    """Run the process once; return its `total` seconds and its parts."""
     arguments: list[Any] = [setup.folder, setup.options, prompt, output]
     command = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
-    start = time.perf_counter()
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(),
-        check=False,
-        start_new_session=True,
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode > 0:  # the last line of a traceback: gptx.errors.WeightsError: tensor ...
+    seconds, done = worker.time_process(command)
+    if done.returncode > 0:  # a traceback ends with gptx.errors.WeightsError: tensor ...
         name, _, message = done.stderr.strip().rpartition("\n")[2].partition(": ")
         kind = getattr(errors, name.rpartition(".")[2], GptxError)
         raise kind(message or name)
-    check(done.returncode, "total")
+    worker.check_return_code(done.returncode, "total")
     return {"total": seconds} | dict(zip(PARTS, json.loads(done.stdout), strict=True))

@@ -1,4 +1,4 @@
-"""The ladder of what a step can reuse: every rung gives the same tokens, and does less work."""
+"""The ablation: every rung generates the same tokens with less work."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from gptx.backends import Backend, get_backend
-from gptx.bench import ladder
-from gptx.bench.ablation import (
+from gptx.bench import ablation
+from gptx.bench.ablation import ENGINE, make_rungs
+from gptx.bench.reuse import (
     GELU,
     KEYS,
     LAST,
@@ -20,20 +21,19 @@ from gptx.bench.ablation import (
     NORMS,
     RESIDUALS,
     REUSES,
-    Ablation,
-    continued,
+    ReuseBackend,
+    generate_greedy,
 )
-from gptx.bench.ladder import ENGINE, rungs
-from gptx.bench.plan import Settings
+from gptx.bench.setups import Settings
 from gptx.errors import ParameterError
 from gptx.generation.api import Model
 from gptx.model import Transformer
-from tests.support.bench import in_this_process, records
+from tests.support.bench import records, run_in_process
+from tests.support.cli import raises_error
 from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
-from tests.support.refusals import refused
 
-P, N = 5, 6  # tokens to read and to generate
+P, N = 5, 6  # numbers of tokens to read and to generate
 
 
 def model_of(case: str) -> Model:
@@ -48,24 +48,24 @@ def prompt_of(model: Transformer, length: int = P) -> list[int]:
 @pytest.mark.parametrize("length", [1, P])
 def test_every_rung_gives_the_engine_s_tokens(case: str, length: int) -> None:
     model = model_of(case).gpt2
-    ways = rungs(model, prompt_of(model, length), N)
-    expected = ways[ENGINE]()
+    rungs = make_rungs(model, prompt_of(model, length), N)
+    expected = rungs[ENGINE]()
     assert len(expected) == N
-    for name, generate in ways.items():
+    for name, generate in rungs.items():
         if "table" not in name:
             assert generate() == expected, name
-            assert generate() == expected, f"{name}, the second time"
+            assert generate() == expected, f"{name}, again"
 
 
 def test_every_single_reuse_gives_the_same_tokens() -> None:
     model = model_of("124M").gpt2
     ids = prompt_of(model)
-    expected = continued(model, Ablation(model), ids, N)
+    expected = generate_greedy(model, ReuseBackend(model), ids, N)
     for reuse in REUSES:
-        assert continued(model, Ablation(model, [reuse]), ids, N) == expected, reuse
+        assert generate_greedy(model, ReuseBackend(model, [reuse]), ids, N) == expected, reuse
 
 
-# Which op shows that a reuse is on, and how many rows it has in each pass.
+# The op that shows that a reuse is on.
 WITNESSES = {
     KEYS: "attention",
     LINEAR: "linear",
@@ -74,14 +74,14 @@ WITNESSES = {
     NORMS: "layer_norm",
     LAST: "unembed",
 }
-ALL = list(range(P, P + N))  # a pass over the whole text, again and again
+ALL = list(range(P, P + N))  # rows of each pass: the whole text
 NEWEST = [P, *[1] * (N - 1)]
 ONE = [1] * N
 
 
 @pytest.mark.parametrize("rung", range(len(REUSES) + 1))
 def test_a_rung_computes_what_it_does_not_reuse(rung: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the rows that reach the generic ops: all of the text's, or the newest alone."""
+    """Count the rows that reach the generic ops: all of the text, or the new ones only."""
     model = model_of("124M").gpt2
     reused = REUSES[:rung]
     rows: dict[str, list[int]] = defaultdict(list)
@@ -95,7 +95,7 @@ def test_a_rung_computes_what_it_does_not_reuse(rung: int, monkeypatch: pytest.M
             return real(self, x, *rest)
 
         monkeypatch.setattr(Backend, op, spied)
-    continued(model, Ablation(model, reused), prompt_of(model), N)
+    generate_greedy(model, ReuseBackend(model, reused), prompt_of(model), N)
     layers = model.config.n_layer
     for reuse, op in WITNESSES.items():
         if reuse == LAST:
@@ -111,7 +111,7 @@ def test_a_rung_computes_what_it_does_not_reuse(rung: int, monkeypatch: pytest.M
 
 
 def test_keys_and_values_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With them alone, the product of queries, keys and values is parted."""
+    """With this reuse only, the product of queries, keys and values is split."""
     model = model_of("124M").gpt2
     shapes: list[tuple[int, int]] = []
     real = Backend.linear
@@ -122,39 +122,39 @@ def test_keys_and_values_are_not_computed_again(monkeypatch: pytest.MonkeyPatch)
         return real(self, x, weight, bias)
 
     monkeypatch.setattr(Backend, "linear", spied)
-    continued(model, Ablation(model, [KEYS]), prompt_of(model), 2)
+    generate_greedy(model, ReuseBackend(model, [KEYS]), prompt_of(model), 2)
     per_layer = shapes[-3:]  # keys and values, queries, and the product after the attention
     assert per_layer == [(1, 192), (P + 1, 96), (P + 1, 96)]
     assert (P + 1, 288) not in shapes
 
 
 @pytest.mark.parametrize("case", ["124M", "gelu-erf"])
-def test_the_table_is_the_gelu_in_16_bits(case: str) -> None:
+def test_the_gelu_table_has_16_bits(case: str) -> None:
     model = model_of(case).gpt2
     x = np.linspace(-12, 12, 10_001, dtype=np.float32)[None, :, None]
     name = model.config.activation_function
     exact = getattr(model.backend, name)(x)
-    ops = Ablation(model, table=True)
-    looked_up = ops._looked_up(x)
+    backend = ReuseBackend(model, gelu_table=True)
+    looked_up = backend._look_up(x)
     assert looked_up.dtype == np.float32
     np.testing.assert_allclose(looked_up, exact, rtol=2e-3, atol=1e-3)
     assert not np.array_equal(looked_up, exact)
-    halves = np.array([0.5, -1.0, 3.0], np.float32)[None, :, None]  # which 16 bits hold exactly
+    halves = np.array([0.5, -1.0, 3.0], np.float32)[None, :, None]  # exact in 16 bits
     expected = getattr(model.backend, name)(halves).astype(np.float16)
-    np.testing.assert_array_equal(ops._looked_up(halves), expected)
+    np.testing.assert_array_equal(backend._look_up(halves), expected)
 
 
-def test_a_relu_has_no_table() -> None:
+def test_relu_has_no_table() -> None:
     model = model_of("relu").gpt2
-    assert not any("table" in name for name in rungs(model, [1], 2))
+    assert not any("table" in name for name in make_rungs(model, [1], 2))
 
 
 def test_the_preset(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:
-    in_this_process(monkeypatch)
+    run_in_process(monkeypatch)
     settings = Settings(
         models=(str(folder("124M")),), threads=(1,), prompts=(3,), outputs=(4,), repetitions=2
     )
-    found = records(ladder.run(settings))
+    found = records(ablation.run(settings))
     assert [r["rung"] for r in found] == [
         "no cache",
         *(f"+ {reuse}" for reuse in REUSES),
@@ -170,7 +170,7 @@ def test_the_preset(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"prompts": (60,)}, "60 + 20 tokens needs 79 tokens of context"),
         ({"prompts": (0,)}, "-p is 0, this preset expects one number of at least 1"),
@@ -178,8 +178,8 @@ def test_the_preset(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
         ({"outputs": (0,)}, "-n is 0"),
     ],
 )
-def test_settings_that_cannot_be(
-    settings: dict[str, Any], says: str, folder: Callable[..., Path]
+def test_invalid_settings(
+    settings: dict[str, Any], message: str, folder: Callable[..., Path]
 ) -> None:
-    with refused(ParameterError, says):
-        list(ladder.run(Settings(models=(str(folder()),), **settings)))
+    with raises_error(ParameterError, message):
+        list(ablation.run(Settings(models=(str(folder()),), **settings)))

@@ -1,4 +1,4 @@
-"""The presets `budget` and `total`, and what the table of presets promises."""
+"""The presets `budget` and `total`, and the registry of presets."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from hypothesis import strategies as st
 from gptx import bench
 from gptx.backends import get_backend
 from gptx.bench import budget, presets, total
-from gptx.bench.plan import Settings
+from gptx.bench.setups import Settings
 from gptx.errors import DeviceOutOfMemory, GptxError, ParameterError, WeightsError
-from tests.support.bench import in_this_process, records
+from tests.support.bench import records, run_in_process
+from tests.support.cli import raises_error
 from tests.support.models import make_model
 from tests.support.random_models import CASES
-from tests.support.refusals import refused
 
 
 @given(limit=st.integers(1, 2000), answer=st.integers(0, 3000))
-def test_the_largest_in_time_is_found(limit: int, answer: int) -> None:
-    asked: list[int] = []
+def test_the_largest_that_fits(limit: int, answer: int) -> None:
+    tried: list[int] = []
 
-    def in_time(n: int) -> bool:
-        asked.append(n)
+    def fits(n: int) -> bool:
+        tried.append(n)
         return n <= answer
 
-    assert budget.largest(in_time, limit) == min(answer, limit)
-    assert len(asked) <= limit.bit_length() + 1
-    assert all(1 <= n <= limit for n in asked)
+    assert budget.largest(fits, limit) == min(answer, limit)
+    assert len(tried) <= limit.bit_length() + 1
+    assert all(1 <= n <= limit for n in tried)
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,18 @@ def test_steps_are_counted_by_the_clock(seconds: list[float], n: int) -> None:
             now += step
             yield
 
-    assert budget.count(steps(), 1.0 + 1e-9, lambda: now) == n
+    assert budget.count_steps(steps(), 1.0 + 1e-9, lambda: now) == n
 
 
-def test_without_a_cache_come_the_same_tokens() -> None:
+def test_the_tokens_are_the_same_without_a_cache() -> None:
     model = make_model(CASES["124M"], get_backend("numpy", generic=True))
     ids = [3, 1, 4, 1, 5]
-    cached = [token.id for [token] in budget._cached(model, ids, 8)]
-    *_, last = budget._uncached(model, ids, 8)
+    cached = [token.id for [token] in budget._cached_steps(model, ids, 8)]
+    *_, last = budget._uncached_steps(model, ids, 8)
     assert last == [*ids, *cached]
 
 
-# What a call takes on a machine where everything takes a second a token that is computed.
+# A machine that takes a second for each token that it computes.
 class FakeClock:
     def __init__(self) -> None:
         self.now = 0.0
@@ -77,12 +77,12 @@ class FakeClock:
     def perf_counter(self) -> float:
         return self.now
 
-    def cached(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
+    def cached_steps(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
         for work in [len(ids), *itertools.repeat(1, n - 1)]:
             self.now += work
             yield
 
-    def uncached(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
+    def uncached_steps(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
         for length in range(len(ids), len(ids) + n):
             self.now += length
             yield
@@ -93,8 +93,8 @@ def test_the_budget_on_a_fake_machine(
 ) -> None:
     clock = FakeClock()
     monkeypatch.setattr(budget, "time", clock)
-    monkeypatch.setattr(budget, "_cached", clock.cached)
-    monkeypatch.setattr(budget, "_uncached", clock.uncached)
+    monkeypatch.setattr(budget, "_cached_steps", clock.cached_steps)
+    monkeypatch.setattr(budget, "_uncached_steps", clock.uncached_steps)
     setup = {"model": "m", "folder": str(folder("124M")), "threads": 1, "generic": True}
     events = budget.measure(setup, prompts=[5, 30, 50], budget=45.0, repetitions=3)
     with_cache, without = records(events)
@@ -105,9 +105,9 @@ def test_the_budget_on_a_fake_machine(
 
 
 def test_the_preset_budget(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:
-    in_this_process(monkeypatch)
+    run_in_process(monkeypatch)
     path = str(folder())
-    monkeypatch.setattr(budget, "largest", lambda in_time, limit: limit if in_time(1) else 0)
+    monkeypatch.setattr(budget, "largest", lambda fits, limit: limit if fits(1) else 0)
     settings = Settings(
         models=(path,), dtypes=("float64",), threads=(1,), prompts=(60, 64), budget=500.0,
         repetitions=1,
@@ -121,7 +121,7 @@ def test_the_preset_budget(monkeypatch: pytest.MonkeyPatch, folder: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"budget": 0.0}, "budget is 0.0, expected seconds, more than 0"),
         ({"budget": float("nan")}, "budget is nan"),
@@ -130,10 +130,10 @@ def test_the_preset_budget(monkeypatch: pytest.MonkeyPatch, folder: Callable[...
         ({"prompts": (19, 65)}, "an input of 65 tokens needs 65 tokens of context"),
     ],
 )
-def test_budgets_that_cannot_be(
-    settings: dict[str, Any], says: str, folder: Callable[..., Path]
+def test_invalid_budgets(
+    settings: dict[str, Any], message: str, folder: Callable[..., Path]
 ) -> None:
-    with refused(ParameterError, says):
+    with raises_error(ParameterError, message):
         list(budget.run(Settings(models=(str(folder()),), **settings)))
 
 
@@ -156,13 +156,13 @@ def test_the_first_run_is_kept_apart_and_setups_take_turns(
 ) -> None:
     ran: list[str] = []
 
-    def once(setup: Any, prompt: list[int], output: int) -> dict[str, float]:
+    def run_once(setup: Any, prompt: list[int], output: int) -> dict[str, float]:
         assert (len(prompt), output) == (19, 20)
         ran.append(setup.dtype)
         seconds = {1: 9.0, 2: 3.0, 3: 1.0, 4: 2.0}[ran.count(setup.dtype)]
         return {"total": seconds} | dict.fromkeys(total.PARTS, seconds)
 
-    monkeypatch.setattr(total, "once", once)
+    monkeypatch.setattr(total, "run_once", run_once)
     settings = Settings(
         models=(str(folder()),), dtypes=("float32", "float64"), threads=(1,), repetitions=3
     )
@@ -175,7 +175,7 @@ def test_the_first_run_is_kept_apart_and_setups_take_turns(
 
 
 @pytest.mark.parametrize(
-    ("code", "err", "kind", "says"),
+    ("code", "err", "kind", "message"),
     [
         (1, "Traceback\ngptx.errors.WeightsError: h.0 is damaged", WeightsError, "h.0 is damaged"),
         (1, "ZeroDivisionError: division by zero", GptxError, "division by zero"),
@@ -183,15 +183,15 @@ def test_the_first_run_is_kept_apart_and_setups_take_turns(
     ],
 )
 def test_a_process_that_fails(
-    monkeypatch: pytest.MonkeyPatch, code: int, err: str, kind: Any, says: str
+    monkeypatch: pytest.MonkeyPatch, code: int, err: str, kind: Any, message: str
 ) -> None:
     done = SimpleNamespace(returncode=code, stdout="", stderr=err)
-    monkeypatch.setattr(total.subprocess, "run", lambda *_, **__: done)
-    with refused(kind, says):
-        total.once(total.Setup("m", "f"), [1], 1)
+    monkeypatch.setattr(total.worker, "time_process", lambda *_: (1.0, done))
+    with raises_error(kind, message):
+        total.run_once(total.Setup("m", "f"), [1], 1)
 
 
-def test_the_table_of_presets_is_whole() -> None:
+def test_the_registry_is_complete() -> None:
     assert tuple(presets.TABLE) == bench.PRESETS
     known = {field.name for field in fields(Settings)} | {"plot"}
     for preset in (presets.GRID, *presets.TABLE.values()):

@@ -1,54 +1,57 @@
-"""Running benchmarks without processes of their own, and without waiting for large buffers."""
+"""Benchmarks without workers and large buffers, and parsers of their output formats."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 from typing import Any
 
 import pytest
 
-from gptx.bench import bandwidth, child, grid
-from gptx.bench.process import Event, Events
+from gptx.bench import machine, worker
+from gptx.bench.worker import Event, Events
 
 QUICK = ("-r", "1", "-t", "1", "--generic")
 BOTH = ("-p", "3", "-n", "2", *QUICK)
 READ = ("-p", "3", "-n", "0", *QUICK)
 
 
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Have tasks run here, their arguments and events as JSON all the same; those that ran."""
-    ran: list[tuple[str, dict[str, Any]]] = []
+def run_in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run tasks in this process, through JSON as in a worker; return the list of their names."""
+    names: list[str] = []
 
-    def fresh(task: str, **arguments: Any) -> Events:
-        ran.append((task, arguments))
-        for event in child.TASKS[task](**json.loads(json.dumps(arguments))):
+    def run_task(task: str, **arguments: Any) -> Events:
+        names.append(task)
+        module, _, function = task.partition(":")
+        events = getattr(importlib.import_module(module), function)
+        for event in events(**json.loads(json.dumps(arguments))):
             yield json.loads(json.dumps(event))
 
-    monkeypatch.setattr(grid, "fresh", fresh)
-    monkeypatch.setattr(bandwidth, "SMALLEST", 4_000_000)
-    monkeypatch.setattr(bandwidth, "LARGEST", 4_000_000)
-    monkeypatch.setattr(bandwidth, "largest_cache", lambda: 0)
-    return ran
+    monkeypatch.setattr(worker, "run_task", run_task)
+    monkeypatch.setattr(machine, "MIN_READ_BYTES", 4_000_000)
+    monkeypatch.setattr(machine, "MAX_READ_BYTES", 4_000_000)
+    monkeypatch.setattr(machine, "largest_cache_bytes", lambda: 0)
+    return names
 
 
 def records(events: Events) -> list[Event]:
-    """What is left without the progress."""
+    """Return the events without the progress."""
     return [event for event in events if "progress" not in event]
 
 
-def parsed(text: str, output_format: str) -> list[dict[str, Any]]:
-    """The records that were printed as csv, json or jsonl."""
+def parse(text: str, output_format: str) -> list[dict[str, Any]]:
+    """Parse records that were printed as csv, json or jsonl."""
     if output_format == "json":
         return json.loads(text)
     if output_format == "jsonl":
         return [json.loads(line) for line in text.splitlines()]
     rows = csv.DictReader(io.StringIO(text))
-    return [{name: _value(field) for name, field in row.items()} for row in rows]
+    return [{name: _parse_field(field) for name, field in row.items()} for row in rows]
 
 
-def _value(field: str) -> Any:
+def _parse_field(field: str) -> Any:
     if not field:
         return None
     try:
@@ -57,8 +60,8 @@ def _value(field: str) -> Any:
         return field
 
 
-def table(text: str) -> list[dict[str, str]]:
-    """The rows of the one markdown table in a text."""
+def parse_table(text: str) -> list[dict[str, str]]:
+    """Parse the rows of the only markdown table in a text."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, rule, *rows = cells

@@ -1,0 +1,114 @@
+"""Plots of the grid's records."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import struct
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from gptx.bench import plots
+from gptx.bench.grid import Trial
+from gptx.bench.worker import Event
+from gptx.errors import ParameterError
+from tests.bench.test_tables import make_record
+from tests.support.cli import raises_error
+
+
+def many(threads: tuple[int, ...] = (1, 2, 4), depths: tuple[int, ...] = (0, 512)) -> list[Event]:
+    return [
+        make_record(Trial(p, n, depth), 1.0 / t, 1.1 / t, threads=t, dtype=dtype)
+        for t, depth, dtype in itertools.product(threads, depths, ("float32", "int4"))
+        for p, n in ((256, 0), (0, 64))
+    ]
+
+
+def check(path: Path) -> None:
+    """A PNG of the size it promises, or an SVG with text in it."""
+    data = path.read_bytes()
+    if path.suffix == ".png":
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert data[-8:-4] == b"IEND"
+        assert min(struct.unpack(">II", data[16:24])) > 500
+    else:
+        root = ElementTree.fromstring(data)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert any(node.text for node in root.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def texts(path: Path) -> set[str]:
+    """Return the texts of an SVG."""
+    found = ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+    return {"".join(node.itertext()).strip() for node in found}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw every plot of `many`; a folder."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("drawn")
+    written = plots.draw(many(), folder)
+    names = [f"{plot.file}.{ending}" for plot in plots.PLOTS for ending in ("png", "svg")]
+    assert [path.name for path in written] == names
+    return folder
+
+
+def test_files_are_valid(drawn: Path) -> None:
+    files = list(drawn.iterdir())
+    assert len(files) == 8
+    for path in files:
+        check(path)
+
+
+def test_labels_and_titles(drawn: Path) -> None:
+    found = texts(drawn / "speedup-by-threads.svg")
+    assert {"Speedup by number of threads", "threads", "times as fast", "ideal"} <= found
+    assert {"reading a prompt, 256 tokens", "generating, 64 tokens", "1", "2", "4"} <= found
+    assert "random:124M · numpy · A processor, of some kind · 2026-11-20" in found
+    assert "tokens per second" in texts(drawn / "tokens-per-second-by-threads.svg")
+    assert "milliseconds per token" in texts(drawn / "seconds-per-token-by-threads.svg")
+
+
+def test_labels_of_lines_name_what_differs(drawn: Path) -> None:
+    found = texts(drawn / "tokens-per-second-by-context.svg")
+    assert {"float32, 1 thread", "int4, 4 threads", "tokens in the cache before"} <= found
+    found = texts(drawn / "tokens-per-second-by-threads.svg")
+    assert {"float32, after 0 tokens", "int4, after 512 tokens"} <= found
+
+
+def test_a_single_point(tmp_path: Path) -> None:
+    """Of the context alone, where there are no threads; the same for the same record."""
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        written = plots.draw([make_record(Trial(4, 0), 1.0, threads=None)], tmp_path / name)
+        assert {path.stem for path in written} == {"tokens-per-second-by-context"}
+        contents.append([path.read_bytes() for path in written])
+    assert contents[0] == contents[1]
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_labels_of_ticks_do_not_overlap() -> None:
+    assert plots._thin_out([1]) == [1]
+    assert plots._thin_out([1, 2, 4, 8]) == [8, 4, 2, 1]
+    assert plots._thin_out([1, 2, 4, 8, 16, 32, 64, 96, 128]) == [128, 96, 64, 32, 16, 8]
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with raises_error(ParameterError, "--plot needs matplotlib", "pip install 'gptx[plot]'"):
+        plots.prepare_folder(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

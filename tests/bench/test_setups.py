@@ -1,0 +1,140 @@
+"""Setups of a run, and the sources of its models."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gptx
+from gptx import config
+from gptx.bench import sources
+from gptx.bench.machine import count_cores
+from gptx.bench.setups import Settings, Setup, plan_setups
+from gptx.bench.sources import Source, open_sources, random_ids, write_source
+from gptx.config import GPT2Config
+from gptx.errors import BackendError, NotFoundError, ParameterError, StorageError
+from gptx.random_weights import random_weights
+from tests.support.cli import raises_error
+
+SMALL = Source("small", Path("small"), GPT2Config(n_positions=64))
+LARGE = Source("large", Path("large"), GPT2Config())
+
+
+def test_setups_are_every_combination() -> None:
+    settings = Settings(
+        dtypes=("float32", "float64", "int8", "int4"), threads=(1, 2), batches=(1, 8)
+    )
+    found = plan_setups(settings, [SMALL, LARGE])
+    expected = product(("small", "large"), settings.dtypes, (1, 2), (1, 8))
+    assert [(s.model, s.dtype, s.threads, s.batch) for s in found] == list(expected)
+
+
+def test_threads_are_one_for_each_core() -> None:
+    [setup] = plan_setups(Settings(), [SMALL])
+    assert setup.threads == count_cores() >= 1
+
+
+def test_a_backend_without_threads_runs_once() -> None:
+    pytest.importorskip("mlx.core")
+    settings = Settings(backends=("numpy", "mlx"), threads=(1, 2))
+    assert [(s.backend, s.threads) for s in plan_setups(settings, [SMALL])] == [
+        ("numpy", 1),
+        ("numpy", 2),
+        ("mlx", None),
+    ]
+    with raises_error(BackendError, "threads is 2, but the mlx backend has no setting for threads"):
+        plan_setups(Settings(backends=("mlx",), threads=(2,)), [SMALL])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backends": ("jax",)}, "backend is 'jax'"),
+        ({"dtypes": ("float32", "float8")}, "dtype is 'float8'"),
+        ({"dtypes": ("float16",)}, "dtype is 'float16', the numpy backend computes in float32"),
+        ({"dtypes": ("int8/float16",)}, "dtype is 'float16', the numpy backend computes in"),
+    ],
+)
+def test_invalid_setups(settings: dict[str, Any], message: str) -> None:
+    with raises_error(BackendError, message):
+        plan_setups(Settings(**settings), [SMALL])
+
+
+def test_only_quantized_weights_have_another_type() -> None:
+    with raises_error(ParameterError, "dtype is 'float32/float64': before the slash, expected"):
+        plan_setups(Settings(dtypes=("float32/float64",)), [SMALL])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float64", {"dtype": "float64"}),
+        ("int8", {"quantize": "int8"}),
+        ("int4/float64", {"quantize": "int4", "dtype": "float64"}),
+    ],
+)
+def test_options_of_a_setup(dtype: str, options: dict[str, str]) -> None:
+    setup = Setup("m", "f", dtype=dtype, threads=2, generic=True)
+    expected = {"backend": "numpy", "threads": 2, "generic": True} | options
+    assert setup.options == expected
+    assert str(setup) == f"m numpy generic {dtype} 2 threads"
+
+
+def test_random_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.SIZES, "tiny", (2, 2, 8))
+    monkeypatch.setitem(sources.SIZES, "tiny", (2, 2, 8))
+    with open_sources(["random:tiny"]) as found:
+        source = found["random:tiny"]
+        write_source(source)
+        before = (source.folder / "model.safetensors").stat().st_mtime_ns
+        write_source(source)  # already written
+        assert (source.folder / "model.safetensors").stat().st_mtime_ns == before
+        model = gptx.load(source.folder, generic=True)
+        assert model.config == source.config == GPT2Config(n_layer=2, n_head=2, n_embd=8)
+        np.testing.assert_array_equal(
+            model.gpt2.weights.wte.weight, random_weights(model.config)["wte.weight"]
+        )
+        assert len(model.generate([1, 2, 3], max_tokens=3, ignore_eos=True).tokens) == 3
+        del model
+    assert not source.folder.exists()
+
+
+def test_random_weights_need_disk_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with (
+        open_sources(["random:124M"]) as found,
+        raises_error(StorageError, "0.0 GB left, the weights of random:124M take 0.5 GB", "TMPDIR"),
+    ):
+        write_source(found["random:124M"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("random:9M", ParameterError, "expected one of random:124M, random:355M"),
+        ("random:", ParameterError, "model is 'random:'"),
+        ("./no-such-folder", NotFoundError, "does not exist"),
+    ],
+)
+def test_missing_models(name: str, kind: Any, message: str) -> None:
+    with raises_error(kind, message), open_sources([name]):
+        pass
+
+
+def test_temporary_files_are_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with raises_error(NotFoundError, "does not exist"), open_sources(["shakespeare", "./no"]):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_ids_repeat() -> None:
+    ids = random_ids(SMALL.config, 2, 3)
+    assert [len(row) for row in ids] == [3, 3]
+    assert random_ids(SMALL.config, 2, 3) == ids != random_ids(SMALL.config, 2, 3, seed=1)
