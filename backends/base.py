@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,9 +46,28 @@ OVERRIDABLE = (
     "pack_weight",
     "pack_quantized",
     "compile",
-    "decode",
     "sampler",
+    "decode",
 )  # `generic` undoes
+
+
+class NextTokens(NamedTuple):
+    """The next token of each of B sequences, on the device and copied to the host.
+
+    Attributes
+    ----------
+    ids
+        Token ids [B] on the device; -1 where a logit is not finite.
+    host_ids
+        The copy of `ids` to the host, as `Backend.copy_to_host_async` returns it.
+    logprobs, host_logprobs
+        Log-probabilities [B, 1] of the tokens, and their copy to the host; None without logprobs.
+    """
+
+    ids: Array
+    host_ids: Any
+    logprobs: Array | None = None
+    host_logprobs: Any = None
 
 
 class Backend:
@@ -235,6 +254,12 @@ class Backend:
         e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
         return e / xp.sum(e, axis=-1, keepdims=True)
 
+    def log_softmax(self, x: Array) -> Array:
+        """Return log(softmax(x)) over the last axis, in x's dtype."""
+        xp = self.xp
+        x = x - xp.max(x, axis=-1, keepdims=True)
+        return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))
+
     # Runtime
 
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
@@ -268,30 +293,77 @@ class Backend:
         """
         return functools.partial(forward, model)
 
+    # Decode steps: the engine calls `decode`, then `read_tokens`
+
+    def sampler(
+        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
+    ) -> Any:
+        """Return the backend's own sampler, or None, as here, for the generic one.
+
+        Parameters and methods are those of `gptx.generation.sampling.Sampler`.
+        """
+        return None
+
     def decode(
         self,
         model: Any,
         ids: Array,
         positions: Positions,
         cache: Any,
-        choose: Callable[[Array], Any],
-    ) -> Any:
-        """A decode step of a `gptx.model.Transformer`: what `choose` makes of its logits [B, V].
+        sampler: Any,
+        *,
+        logprobs: bool = False,
+    ) -> NextTokens:
+        """Run one decode step: add a token to each sequence, and sample the token after it.
 
-        `ids` [B] are the tokens that are fed, as a sampler returned them. A backend may write the
-        logits of the next step over these, as soon as `choose` has returned.
+        Parameters
+        ----------
+        model
+            A `gptx.model.Transformer`.
+        ids
+            Token ids [B] on the device: the newest token of each sequence.
+        positions
+            Positions of these tokens: `cache.extend([1] * B)`.
+        sampler
+            A sampler, see `sample`.
+        logprobs
+            Compute the log-probabilities of the new tokens, too.
         """
         logits = model.forward(self.xp.reshape(ids, (-1, 1)), positions, cache)
-        return choose(logits[:, -1, :])
+        return self.sample(logits[:, -1, :], sampler, logprobs=logprobs)
 
-    def sampler(
-        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
-    ) -> Any:
-        """What does the work of a `gptx.generation.sampling.Sampler` of the same arguments: called with logits
-        [B, V] it returns ids [B], and it has `copy_to_host_async` and `keep`. None, as here, leaves it to the
-        generic ops.
+    def sample(self, logits: Array, sampler: Any, *, logprobs: bool = False) -> NextTokens:
+        """Sample a token from each row of logits [B, V], and start the copies to the host.
+
+        `sampler(logits)` returns token ids [B] on the device and their asynchronous copy to the
+        host.
         """
-        return None
+        xp = self.xp
+        ids, host_ids = sampler(logits)
+        if not logprobs:
+            return NextTokens(ids, host_ids)
+        index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
+        chosen = xp.take_along_axis(self.log_softmax(logits), index, axis=-1)
+        return NextTokens(ids, host_ids, chosen, self.copy_to_host_async(chosen))
+
+    def read_tokens(self, tokens: NextTokens) -> tuple[list[int], list[float] | None]:
+        """Wait for the tokens of a step; return their ids [B] and log-probabilities [B] or None."""
+        ids = self.to_numpy(tokens.host_ids).tolist()
+        if tokens.logprobs is None:
+            return ids, None
+        return ids, self.to_numpy(tokens.host_logprobs)[:, 0].tolist()
+
+    def keep_tokens(self, tokens: NextTokens, rows: list[int]) -> NextTokens:
+        """Return the tokens of the sequences `rows` only."""
+        index = self.asarray(np.asarray(rows))
+        ids = self.xp.take(tokens.ids, index, axis=0)
+        host_ids = self.copy_to_host_async(ids)
+        if tokens.logprobs is None:
+            return NextTokens(ids, host_ids)
+        logprobs = self.xp.take(tokens.logprobs, index, axis=0)
+        return NextTokens(ids, host_ids, logprobs, self.copy_to_host_async(logprobs))
+
+    # Transfers and memory
 
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype

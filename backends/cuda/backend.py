@@ -7,6 +7,7 @@ device for what they do; the array-API names come from array_api_compat.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import cupy
 import cupyx
 import numpy as np
 
-from gptx.backends.base import Array, Backend
+from gptx.backends.base import Array, Backend, NextTokens
 from gptx.backends.cuda.capture import TURNS
 from gptx.backends.cuda.compiled import CompiledForward
 from gptx.backends.cuda.compiler import ROW, TYPES, Kinds, kernel
@@ -85,11 +86,14 @@ class CupyBackend(Backend):
         ids: Array,
         positions: Positions,
         cache: Any,
-        choose: Callable[[Array], Any],
-    ) -> Any:
-        if isinstance(model.forward, CompiledForward):
-            return model.forward.decode(ids, positions, cache, choose)
-        return super().decode(model, ids, positions, cache, choose)
+        sampler: Any,
+        *,
+        logprobs: bool = False,
+    ) -> NextTokens:
+        if not isinstance(model.forward, CompiledForward):
+            return super().decode(model, ids, positions, cache, sampler, logprobs=logprobs)
+        sample = functools.partial(self.sample, sampler=sampler, logprobs=logprobs)
+        return model.forward.decode(ids, positions, cache, sample)
 
     def pack_weight(self, host: np.ndarray) -> Array:
         # Outputs one after the other, each with its inputs together: what the kernels read.

@@ -84,10 +84,15 @@ class CupySampler:
             np.uint64(params.seed or 0),
         )
 
-    def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] in float32 -> token ids [B]; -1 where a logit is not finite.
+    def __call__(self, logits: Array) -> tuple[Array, HostCopy]:
+        """Sample a token id from each row of float32 logits [B, V]; -1 where a logit is not finite.
 
-        It is the same array each time.
+        Returns
+        -------
+        ids
+            Token ids [B] on the device; every call returns the same array.
+        host_ids
+            Their copy to the host; to be read before `SLOTS` further calls.
         """
         B, V = logits.shape
         host, told = self._slots[self._n_calls % SLOTS]
@@ -113,13 +118,7 @@ class CupySampler:
             told,
             shared_bytes=self._shared_bytes,
         )
-        self._arriving = self._arrivals.expect(host)
-        return self._ids
-
-    def copy_to_host_async(self) -> HostCopy:
-        """`Backend.copy_to_host_async` of the ids that the last call returned: they are on their way, and have
-        to be read before `SLOTS` further calls."""
-        return self._arriving
+        return self._ids, self._arrivals.expect(host)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`."""

@@ -14,10 +14,11 @@ from gptx.backends import get_backend
 from gptx.bench.speed import weights_bytes
 from gptx.config import GPT2Config
 from gptx.generation.engine import TokenGenerator, prefill
-from gptx.generation.sampling import Sampler, SamplingParams
+from gptx.generation.sampling import SamplingParams, make_sampler
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer
-from gptx.weights import Tensor, to_backend
+from gptx.stored_weights import Tensor
+from gptx.weights import to_backend
 
 GREEDY = SamplingParams(seed=0)
 
@@ -115,19 +116,20 @@ class Gptx(Engine):
         B, T = prompts.shape
         with backend.scope():
             cache = KVCache(self.model.config, backend, B, T + n - 1)
-            sampler = Sampler(GREEDY, backend, texts, list(range(B)), self.model.config.vocab_size)
+            vocab_size = self.model.config.vocab_size
+            sampler = make_sampler(GREEDY, backend, texts, list(range(B)), vocab_size)
             ids: Any = None
 
             def first() -> None:
                 nonlocal ids
-                ids = sampler(prefill(self.model, texts, cache))
+                ids = backend.sample(prefill(self.model, texts, cache), sampler).ids
                 self._demand(ids)
 
             def steps() -> None:
                 nonlocal ids
                 for _ in range(n - 1):
                     positions = cache.extend([1] * B)
-                    ids = backend.decode(self.model, ids, positions, cache, sampler)
+                    ids = backend.decode(self.model, ids, positions, cache, sampler).ids
                 self._demand(ids)
 
             return self.elapsed(first), self.elapsed(steps) / max(n - 1, 1)

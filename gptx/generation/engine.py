@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import repeat
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from gptx.backends.base import NextTokens
 from gptx.errors import NonFiniteError, ParameterError, PromptError
-from gptx.generation.sampling import Sampler, SamplingParams, is_int, log_softmax
+from gptx.generation.sampling import SamplingParams, is_int, make_sampler
 from gptx.kv_cache import KVCache, pad
 from gptx.model import Transformer
 
@@ -149,14 +151,14 @@ class TokenGenerator:
         backend = self.model.backend
         start = time.perf_counter()
         with backend.scope():
-            batch = _Batch(self, windows)
+            batch = Batch(self, windows)
             step = batch.prefill(windows, self._capacity(windows), self._cache)
         self._cache = None
         while True:
             with backend.scope():
                 # The device goes on while its newest tokens are read and looked at.
                 ahead = batch.decode(step) if self._may_go_ahead(windows) else None
-                host, picked = batch.read(step)
+                host, logprobs = batch.read(step)
             if min(host) < 0:
                 raise NonFiniteError(
                     "the model computed a NaN or an infinity: its weights are damaged, "
@@ -166,7 +168,9 @@ class TokenGenerator:
                 self.prefill_seconds = time.perf_counter() - start
             yield [
                 self._token(row, token, logprob)
-                for row, token, logprob in zip(self._rows, host, picked, strict=True)
+                for row, token, logprob in zip(
+                    self._rows, host, logprobs or repeat(None), strict=False
+                )
             ]
             stay = [i for i, row in enumerate(self._rows) if row not in self._finished]
             if not stay:
@@ -220,15 +224,11 @@ class TokenGenerator:
         return min(self.model.config.n_positions, longest)
 
 
-class _Step(NamedTuple):
-    """The next token of each sequence, which the device has been told to compute."""
+class Batch:
+    """The cache and the sampler of a `TokenGenerator`, and the calls to the backend.
 
-    results: tuple[Array, ...]  # ids [B], and log-probabilities [B, 1] if they were asked for
-    coming: tuple[Array, ...]  # the same, as `Backend.copy_to_host_async` gave them
-
-
-class _Batch:
-    """The device's side of a `TokenGenerator`: nothing here waits for it but `read`."""
+    Only `read` waits for the device. A decode step is two calls: `decode`, `read`.
+    """
 
     cache: KVCache
 
@@ -237,11 +237,11 @@ class _Batch:
         self.backend = run.model.backend
         self.logprobs = run.logprobs
         vocab_size = run.model.config.vocab_size
-        self.sampler = Sampler(run.params, self.backend, windows, run.streams, vocab_size)
+        self.sampler = make_sampler(run.params, self.backend, windows, run.streams, vocab_size)
 
     def prefill(
         self, windows: list[list[int]], capacity: int, known: KVCache | None = None
-    ) -> _Step:
+    ) -> NextTokens:
         """Read whole windows into a new cache."""
         common = 0
         if known is not None and len(windows) == 1:
@@ -249,37 +249,26 @@ class _Batch:
         if common and known is not None:
             self.cache = known.prefix(common, capacity)
         else:
-            self.cache = KVCache(self.model.config, self.backend, len(windows), capacity)
-        return self._sample(prefill(self.model, [ids[common:] for ids in windows], self.cache))
+            self.cache = KVCache(self.model.config, self.model.backend, len(windows), capacity)
+        logits = prefill(self.model, [ids[common:] for ids in windows], self.cache)
+        return self.backend.sample(logits, self.sampler, logprobs=self.logprobs)
 
-    def decode(self, step: _Step) -> _Step:
-        """Go on with the tokens of `step`."""
-        ids = step.results[0]
-        positions = self.cache.extend([1] * ids.shape[0])
-        return self.backend.decode(self.model, ids, positions, self.cache, self._sample)
+    def decode(self, tokens: NextTokens) -> NextTokens:
+        """Start the step that adds `tokens` to the sequences."""
+        positions = self.cache.extend([1] * len(self.cache.lengths))
+        return self.backend.decode(
+            self.model, tokens.ids, positions, self.cache, self.sampler, logprobs=self.logprobs
+        )
 
-    def keep(self, rows: list[int], step: _Step) -> _Step:
-        """Drop all sequences but `rows`, also of `step`, which is the newest."""
+    def read(self, tokens: NextTokens) -> tuple[list[int], list[float] | None]:
+        """Wait for the tokens of a step; return their ids [B] and log-probabilities [B] or None."""
+        return self.backend.read_tokens(tokens)
+
+    def keep(self, rows: list[int], tokens: NextTokens) -> NextTokens:
+        """Drop all sequences but `rows`; return the tokens of the newest step without them."""
         self.sampler.keep(rows)
         self.cache.keep(rows)
-        index = self.backend.asarray(np.array(rows))
-        results = tuple(self.backend.xp.take(x, index, axis=0) for x in step.results)
-        return _Step(results, tuple(map(self.backend.copy_to_host_async, results)))
-
-    def read(self, step: _Step) -> tuple[list[int], list[float] | list[None]]:
-        """Wait for the tokens of `step` and their log-probabilities."""
-        ids, *logprobs = map(self.backend.to_numpy, step.coming)
-        picked = [float(x) for x in logprobs[0][:, 0]] if logprobs else [None] * len(ids)
-        return ids.tolist(), picked
-
-    def _sample(self, logits: Array) -> _Step:
-        xp, ids = self.backend.xp, self.sampler(logits)
-        coming = self.sampler.copy_to_host_async(ids)
-        if not self.logprobs:
-            return _Step((ids,), (coming,))
-        index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
-        picked = xp.take_along_axis(log_softmax(self.backend, logits), index, axis=-1)
-        return _Step((ids, picked), (coming, self.backend.copy_to_host_async(picked)))
+        return self.backend.keep_tokens(tokens, rows)
 
 
 def check_limits(max_tokens: int | None, overflow: str) -> None:

@@ -138,10 +138,22 @@ def uniform(seed: int, stream: int, step: int) -> float:
     return float(int(random.random_raw()) >> 40) / 2**24
 
 
-class Sampler:
-    """Chooses the next tokens of B sequences; holds what the penalties have to remember.
+def make_sampler(
+    params: SamplingParams,
+    backend: Backend,
+    prompts: list[list[int]],
+    streams: list[int],
+    vocab_size: int,
+) -> Any:
+    """Return the backend's own sampler, or a `Sampler` if it has none; same parameters."""
+    own = backend.sampler(params, prompts, streams, vocab_size)
+    return Sampler(params, backend, prompts, streams, vocab_size) if own is None else own
 
-    A backend may do all of it in its own way (`Backend.sampler`); what it does is defined here.
+
+class Sampler:
+    """The generic sampler of B sequences, with the state of its penalties.
+
+    It defines what a backend's own sampler computes (`Backend.sampler`).
 
     Parameters
     ----------
@@ -166,10 +178,6 @@ class Sampler:
         self.streams = list(streams)
         self.steps = [0] * len(prompts)
         self._bias = self._seen = self._output = None
-        params.check_bias(vocab_size)
-        self._native = backend.sampler(params, prompts, self.streams, vocab_size)
-        if self._native is not None:
-            return
         if params.logit_bias:
             bias = np.zeros(vocab_size, np.float32)
             bias[list(params.logit_bias)] = list(params.logit_bias.values())
@@ -187,23 +195,22 @@ class Sampler:
         """Drop all sequences but `rows`."""
         self.streams = [self.streams[row] for row in rows]
         self.steps = [self.steps[row] for row in rows]
-        if self._native is not None:
-            self._native.keep(rows)
-            return
         index = self.backend.asarray(np.asarray(rows))
         if self._seen is not None:
             self._seen = self.backend.xp.take(self._seen, index, axis=0)
         if self._output is not None:
             self._output = self.backend.xp.take(self._output, index, axis=0)
 
-    def __call__(self, logits: Array) -> Array:
-        """Logits [B, V] -> token ids [B], on the device; -1 where a logit is not finite.
+    def __call__(self, logits: Array) -> tuple[Array, Any]:
+        """Sample a token id from each row of logits [B, V]; -1 where a logit is not finite.
 
-        The next call may write over what this one returned.
+        Returns
+        -------
+        ids
+            Token ids [B] on the device; the next call may write over them.
+        host_ids
+            Their copy to the host, see `Backend.copy_to_host_async`.
         """
-        if self._native is not None:
-            self.steps = [step + 1 for step in self.steps]
-            return self._native(logits)
         xp, params = self.backend.xp, self.params
         finite = xp.all(xp.isfinite(logits), axis=-1)
         x = self._penalize(logits)
@@ -222,15 +229,8 @@ class Sampler:
         tokens = xp.astype(tokens, self.backend.int_dtype)
         self.steps = [step + 1 for step in self.steps]
         self._remember(tokens, logits.shape[-1])
-        return xp.where(finite, tokens, -xp.ones_like(tokens))
-
-    def copy_to_host_async(self, ids: Array) -> Any:
-        """`Backend.copy_to_host_async` of the ids that the last call returned."""
-        return (
-            self.backend.copy_to_host_async(ids)
-            if self._native is None
-            else self._native.copy_to_host_async()
-        )
+        ids = xp.where(finite, tokens, -xp.ones_like(tokens))
+        return ids, self.backend.copy_to_host_async(ids)
 
     def _penalize(self, x: Array) -> Array:
         xp, params = self.backend.xp, self.params
@@ -291,10 +291,3 @@ def draw(backend: Backend, x: Array, u: Array) -> Array:
     cdf = xp.cumulative_sum(backend.softmax(x), axis=-1)
     passed = cdf <= u[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
     return xp.sum(xp.astype(passed, backend.int_dtype), axis=-1)
-
-
-def log_softmax(backend: Backend, logits: Array) -> Array:
-    """Log-probabilities of logits [..., V]."""
-    xp = backend.xp
-    x = logits - xp.max(logits, axis=-1, keepdims=True)
-    return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))

@@ -9,7 +9,6 @@ import numpy as np
 
 from gptx.errors import NonFiniteError
 from gptx.generation.results import Score
-from gptx.generation.sampling import log_softmax
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer
 
@@ -48,5 +47,5 @@ def _score_window(model: Transformer, window: list[int], done: int) -> list[floa
     xp, backend = model.backend.xp, model.backend
     logits = all_logits(model, window[:-1])[done:, :]
     targets = backend.asarray(np.asarray(window[done + 1 :]))[:, None]
-    picked = xp.take_along_axis(log_softmax(backend, logits), targets, axis=-1)
+    picked = xp.take_along_axis(backend.log_softmax(logits), targets, axis=-1)
     return [float(x) for x in backend.to_numpy(picked)[:, 0]]

@@ -9,14 +9,13 @@ import pytest
 
 from gptx.errors import ParameterError
 from gptx.generation.api import Model
-from tests.support.cli import run
-from tests.support.refusals import command, refused, short
+from tests.support.cli import assert_generate_fails, raises_error, run, short_id
 
 NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": NAN}, "temperature is nan"),
@@ -75,17 +74,17 @@ NAN, INF = math.nan, math.inf
         ({"tempurature": 1}, "unknown option tempurature"),
         ({"model": "gpt2"}, "unknown option model"),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_parameters_out_of_range(shakespeare: Model, options: Any, says: str) -> None:
-    with refused(ParameterError, says):
+def test_parameters_out_of_range(shakespeare: Model, options: Any, message: str) -> None:
+    with raises_error(ParameterError, message):
         shakespeare.generate("O", **({"max_tokens": 1} | options))
-    with refused(ParameterError, says):
+    with raises_error(ParameterError, message):
         list(shakespeare.stream("O", **({"max_tokens": 1} | options)))
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "says"),
+    ("option", "value", "message"),
     [
         ("--temperature", "-1", "temperature is -1.0"),
         ("--temperature", "nan", "temperature is nan"),
@@ -115,8 +114,8 @@ def test_parameters_out_of_range(shakespeare: Model, options: Any, says: str) ->
         ("--nonsense", "1", "--nonsense"),
     ],
 )
-def test_options_out_of_range(option: str, value: str, says: str) -> None:
-    command(option, value, "O", code=2, says=says)
+def test_options_out_of_range(option: str, value: str, message: str) -> None:
+    assert_generate_fails(option, value, "O", code=2, message=message)
 
 
 def test_bad_parameters_are_said_before_the_model_is_loaded() -> None:
@@ -141,6 +140,6 @@ def test_a_temperature_close_to_zero_is_greedy(shakespeare: Model, temperature: 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_bias_that_bans_every_token(shakespeare: Model, temperature: float) -> None:
-    with refused(ParameterError, "logit_bias"):
+    with raises_error(ParameterError, "logit_bias"):
         bias = dict.fromkeys(range(1024), -INF)
         shakespeare.generate("O", logit_bias=bias, temperature=temperature)

@@ -13,25 +13,24 @@ import pytest
 from gptx.backends import get_backend
 from gptx.errors import PromptError
 from gptx.generation.api import Model
-from tests.support.cli import run, start
+from tests.support.cli import assert_generate_fails, raises_error, run, short_id, start
 from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
-from tests.support.refusals import command, refused, short
 
 
 def test_no_prompt() -> None:
-    command(code=2, says="there is no prompt")
+    assert_generate_fails(code=2, message="missing prompt")
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], ["O", ""], [[]], [[1], []], np.array([], int)])
 def test_empty_prompt(shakespeare: Model, prompt: Any) -> None:
-    with refused(PromptError, "give at least one"):
+    with raises_error(PromptError, "give at least one"):
         shakespeare.generate(prompt)
 
 
 @pytest.mark.parametrize(("prompt", "stdin"), [("", b""), ("-", b""), ("-", b"\n")])
 def test_empty_prompt_of_the_command(prompt: str, stdin: bytes) -> None:
-    command(prompt, stdin=stdin, code=65, says="the prompt is empty")
+    assert_generate_fails(prompt, stdin=stdin, code=65, message="the prompt is empty")
 
 
 def a_megabyte(kind: str) -> str:
@@ -48,17 +47,17 @@ def test_a_megabyte_is_encoded_and_refused(shakespeare: Model, kind: str) -> Non
     prompt = a_megabyte(kind)
     n = len(shakespeare.encode(prompt))
     assert n > 100_000
-    with refused(PromptError, f"{n} tokens", "context holds 256", "overflow="):
+    with raises_error(PromptError, f"{n} tokens", "context holds 256", "overflow="):
         shakespeare.generate(prompt)
 
 
 def test_a_megabyte_on_standard_input() -> None:
-    says = "1000000 tokens, the context holds 256"
-    command("-", stdin=b"a" * 1_000_000, code=65, says=says)
+    message = "1000000 tokens, the context holds 256"
+    assert_generate_fails("-", stdin=b"a" * 1_000_000, code=65, message=message)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"\xff\xfe", "byte 0xff at position 0"),
         (b"good \xe2\x82", "byte 0xe2 at position 5"),
@@ -66,13 +65,15 @@ def test_a_megabyte_on_standard_input() -> None:
         (b"caf\xe9\n", "byte 0xe9 at position 3"),
     ],
 )
-def test_standard_input_that_is_not_utf8(data: bytes, says: str) -> None:
-    command("-", stdin=data, code=65, says=f"standard input is not UTF-8: {says}")
+def test_standard_input_that_is_not_utf8(data: bytes, message: str) -> None:
+    assert_generate_fails(
+        "-", stdin=data, code=65, message=f"standard input has {message}, expected text in UTF-8"
+    )
 
 
 def test_lone_surrogate(shakespeare: Model) -> None:
     for call in (shakespeare.generate, shakespeare.encode, shakespeare.score, shakespeare.prefill):
-        with refused(PromptError, r"lone surrogate '\ud800' at character 1"):
+        with raises_error(PromptError, r"lone surrogate '\ud800' at character 1"):
             call("a\ud800b")
 
 
@@ -101,15 +102,15 @@ def ids() -> list[int]:
 
 
 def test_more_tokens_than_the_context(wide: Model, ids: list[int]) -> None:
-    with refused(PromptError, "1025 tokens", "1024"):
+    with raises_error(PromptError, "1025 tokens", "1024"):
         wide.generate(ids, max_tokens=1)
     for call in (wide.logits, wide.prefill):
-        with refused(PromptError, "1025 tokens", "1024"):
+        with raises_error(PromptError, "1025 tokens", "1024"):
             call(ids)
 
 
 def test_no_room_for_what_is_asked(wide: Model, ids: list[int]) -> None:
-    with refused(PromptError, "1024 tokens and 2 new ones", "context of 1024"):
+    with raises_error(PromptError, "1024 tokens and 2 new ones", "context of 1024"):
         wide.generate(ids[:1024], max_tokens=2)
 
 
@@ -129,14 +130,14 @@ def test_overflow_reads_the_newest_tokens(wide: Model, ids: list[int], overflow:
 def test_overflow_of_the_command(shakespeare: Model, overflow: str) -> None:
     prompt = "x" * 257
     assert len(shakespeare.encode(prompt)) == 257
-    command(prompt, "-n", "1", code=65, says="257 tokens, the context holds 256")
+    assert_generate_fails(prompt, "-n", "1", code=65, message="257 tokens, the context holds 256")
     done = run("generate", "-m", "shakespeare", "-n1", "--json", "--overflow", overflow, prompt)
     assert done.code == 0
     assert json.loads(done.out)["prompt_tokens"] == 256
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "message"),
     [
         ([-1], "token id is -1, expected 0 to 1023"),
         ([5, 1024], "token id is 1024, expected 0 to 1023"),
@@ -163,8 +164,8 @@ def test_overflow_of_the_command(shakespeare: Model, overflow: str) -> None:
         ({"a": 1}, "{'a': 1}"),
         ({1, 2}, "{1, 2}"),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_what_is_no_prompt(shakespeare: Model, prompt: Any, says: str) -> None:
-    with refused(PromptError, says):
+def test_what_is_no_prompt(shakespeare: Model, prompt: Any, message: str) -> None:
+    with raises_error(PromptError, message):
         shakespeare.generate(prompt, max_tokens=1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import gptx.generation.engine
-from gptx.backends import get_backend
+from gptx.backends import Backend, get_backend
 from gptx.errors import NonFiniteError, ParameterError, PromptError
 from gptx.generation.api import Model
-from gptx.generation.engine import Token, TokenGenerator, streams_of
+from gptx.generation.engine import Batch, Token, TokenGenerator, streams_of
 from gptx.generation.sampling import SamplingParams
 from gptx.model import Transformer
 from tests.support.backends import BACKENDS, make_backend
@@ -221,3 +221,32 @@ def test_only_token_ids_come_back_from_the_device(small: Model) -> None:
     backend.to_numpy = to_numpy  # type: ignore[method-assign]
     tokens_of(TokenGenerator(small.gpt2, [[1, 2], [3]], WARM, max_tokens=5))
     assert sizes == [(2,)] * 5
+
+
+@pytest.mark.parametrize("name", ["numpy", "mlx", "cupy", "cupy-cpu"])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_decode_step_is_two_calls_to_the_backend(
+    name: str, logprobs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Counted:
+        """The backend as a batch calls it."""
+
+        def __init__(self, backend: Backend) -> None:
+            self.backend = backend
+
+        def __getattr__(self, method: str) -> Any:
+            calls.append(method)
+            return getattr(self.backend, method)
+
+    class CountedBatch(Batch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.backend: Any = Counted(self.backend)
+
+    monkeypatch.setattr(gptx.generation.engine, "Batch", CountedBatch)
+    model = make_model(CASES["tiny"], make_backend(name))
+    run = TokenGenerator(model.gpt2, [[1, 2], [3]], WARM, max_tokens=6, logprobs=logprobs)
+    list(run)
+    assert sorted(calls) == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.backends import Backend
-from gptx.generation.sampling import keep_min_p, keep_top_k, keep_top_p, log_softmax
+from gptx.generation.sampling import keep_min_p, keep_top_k, keep_top_p
 from tests.support.sampling_reference import INF, NUMPY, min_p, run_filter, top_k, top_p
 
 ROWS = {
@@ -74,7 +74,7 @@ def test_filters_keep_the_best_and_change_nothing_they_keep(
 
 def test_log_softmax(backend: Backend, random: np.random.Generator) -> None:
     x = random.normal(0, 30, (5, 200)).astype(np.float32)
-    found = backend.to_numpy(log_softmax(backend, backend.asarray(x, "float32")))
+    found = backend.to_numpy(backend.log_softmax(backend.asarray(x, "float32")))
     wide = x.astype(np.float64)
     expected = wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)

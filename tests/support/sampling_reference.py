@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptx.backends import Backend, get_backend
-from gptx.generation.sampling import Sampler, SamplingParams, draw
+from gptx.generation.sampling import SamplingParams, draw
+from gptx.generation.sampling import make_sampler as new_sampler
 
 Floats = NDArray[np.floating[Any]]
 INF = math.inf
@@ -62,6 +63,13 @@ def run_draw(backend: Backend, x: Floats, u: Floats) -> NDArray[np.integer[Any]]
     return np.asarray(backend.to_numpy(draw(backend, logits, backend.asarray(u, "float32"))))
 
 
+class BackendSampler(NamedTuple):
+    """A backend and its sampler."""
+
+    backend: Backend
+    sampler: Any
+
+
 def make_sampler(
     backend: Backend,
     shape: tuple[int, ...],
@@ -69,20 +77,21 @@ def make_sampler(
     prompts: list[list[int]] | None = None,
     streams: list[int] | None = None,
     **params: Any,
-) -> Sampler:
+) -> BackendSampler:
     n_rows, vocab_size = shape
-    return Sampler(
+    sampler = new_sampler(
         SamplingParams(**params),
         backend,
         [[]] * n_rows if prompts is None else prompts,
         list(range(n_rows)) if streams is None else streams,
         vocab_size,
     )
+    return BackendSampler(backend, sampler)
 
 
-def step(sampler: Sampler, logits: Any) -> list[int]:
-    """One step of a sampler on host logits [B, V], in the surroundings that the engine gives it."""
-    backend = sampler.backend
+def step(made: BackendSampler, logits: Any) -> list[int]:
+    """Sample a token from each row of host logits [B, V], as the engine does."""
+    backend, sampler = made
     with backend.scope():
-        ids = sampler(backend.asarray(np.asarray(logits, np.float32), "float32"))
-        return [int(i) for i in backend.to_numpy(ids)]
+        x = backend.asarray(np.asarray(logits, np.float32), "float32")
+        return backend.read_tokens(backend.sample(x, sampler))[0]
