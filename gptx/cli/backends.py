@@ -1,4 +1,4 @@
-"""`gptx backends`: which are there, which are not, and how to install them."""
+"""`gptx backends`: the backends that work on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from gptx.cli.options import json_option
 @click.command()
 @json_option
 def backends(as_json: bool) -> None:
-    """Show which backends can be used here, and how to install the others."""
+    """Show which backends work on this machine, and how to install more.
+
+    Each line has the name for --backend, yes or no, the hardware, and the version or the reason.
+    """
     statuses = available()
     if as_json:
         click.echo(json.dumps([asdict(status) for status in statuses]))

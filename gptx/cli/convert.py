@@ -1,4 +1,4 @@
-"""`gptx convert`: a model's files in one format -> another; what is in them, and is it whole."""
+"""`gptx convert`: a model from one file format to another; `--check` reads a model only."""
 
 from __future__ import annotations
 
@@ -10,34 +10,60 @@ from typing import Any
 
 import click
 
-from gptx.cli.options import group_size_option, offline_option, revision_option
+from gptx.cli.options import config_option, group_size_option, offline_option, revision_option
 from gptx.config import GPT2Config
-from gptx.conversions import CODES, FORMATS, convert, read
-from gptx.conversions.containers.binary import DTYPES
+from gptx.conversions import DTYPES, FORMATS, QUANTIZED_TYPES, read
+from gptx.conversions import convert as convert_model
 from gptx.conversions.verify import check
 from gptx.hub.resolve import importing_hub
 
 
-@click.command("convert")
+@click.command()
 @click.argument("source", metavar="SRC", required=False)
 @click.argument("destination", metavar="DST", required=False, type=click.Path(path_type=Path))
-@click.option("--to", metavar="FORMAT", help="What to write; else the suffix of DST says it.")
-@click.option("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}, what the format has of them.")
-@click.option("--quantize", metavar="NAME", help=f"{' or '.join(CODES)}, if the format has them.")
-@group_size_option
-@click.option("--head", metavar="NAME", help="Of ONNX: logits (default) or argmax.")
-@click.option("--config", metavar="FILE", help="A config.json, for formats that do not say it all.")
-@click.option("--tokenizer", metavar="DIR", help="A folder with a tokenizer, where SRC has none.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it is there.")
-@click.option("--upload", metavar="REPO", help="Then upload DST to this repository on the Hub.")
-@click.option("--private", is_flag=True, help="Make that repository private if it is new.")
-@click.option("--list", "list_formats", is_flag=True, help="Show the formats, and do nothing else.")
 @click.option(
-    "--check", "check_source", metavar="FILE", help="Read all of FILE, and write nothing."
+    "--to",
+    metavar="FORMAT",
+    help="Format to write, a name from --list.  [default: from the suffix of DST]",
+)
+@click.option(
+    "--dtype",
+    metavar="NAME",
+    help=f"Type of the tensors in DST: {', '.join(DTYPES)} (see --list).  "
+    "[default: as in SRC, or float32]",
+)
+@click.option(
+    "--quantize",
+    metavar="NAME",
+    help=f"Quantize the matrices: {' or '.join(QUANTIZED_TYPES)} (see --list).",
+)
+@group_size_option
+@click.option(
+    "--head",
+    metavar="NAME",
+    help="Output of an ONNX graph: logits, or argmax (only the next token id).  [default: logits]",
+)
+@config_option
+@click.option(
+    "--tokenizer", metavar="DIR", help="A folder with a tokenizer, for an SRC that has none."
+)
+@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+@click.option(
+    "--upload", metavar="OWNER/NAME", help="Upload DST to this repository on the Hub, at the end."
+)
+@click.option(
+    "--private", is_flag=True, help="Make the repository of --upload private if it is new."
+)
+@click.option("--list", "list_formats", is_flag=True, help="List the formats and exit.")
+@click.option(
+    "--check",
+    "check_source",
+    metavar="SRC",
+    help="Check the tensors, numbers and checksums of SRC; write nothing.",
 )
 @revision_option
 @offline_option
-def convert_command(
+def convert(
     source: str | None,
     destination: Path | None,
     list_formats: bool,
@@ -47,60 +73,71 @@ def convert_command(
     head: str | None,
     **options: Any,
 ) -> None:
-    """Convert the model SRC to DST: tensor by tensor, whole or not at all.
+    """Convert a model from one file format to another.
 
-    SRC is a file or a folder of any format (`--list`), which is found out from what is in it, or a
-    name, or a Hub id, or openai:124M for OpenAI's own files. DST is a file or a folder.
+    SRC is a file or a folder of any format in --list, which gptx detects from the content; an
+    embedded model (shakespeare); a Hub id; or openai:124M (355M, 774M, 1558M), which downloads
+    OpenAI's own files.
+
+    DST is the file or folder to write. It is replaced only when all of it is written, so a failed
+    conversion leaves it unchanged. Memory holds one tensor at a
+    time.
+
+    \b
+    Examples:
+      gptx convert gpt2 model.gguf
+      gptx convert gpt2 folder --quantize int4
+      gptx convert --check model.gguf
     """
     if list_formats:
-        click.echo(_table())
+        click.echo(_format_table())
         return
     if check_source is not None:
         if source is not None:
-            raise click.UsageError("--check FILE writes nothing: leave SRC and DST out")
+            raise click.UsageError("--check SRC takes no other arguments: leave out SRC and DST")
         places = {name: options[name] for name in ("config", "tokenizer", "revision", "offline")}
         name, checkpoint = read(check_source, **places)
-        _say_notes(checkpoint.notes)
+        _print_notes(checkpoint.notes)
         check(checkpoint)
-        click.echo(f"{check_source}: {FORMATS[name].title}, whole: {_about(checkpoint.config)}")
+        click.echo(f"{check_source}: {FORMATS[name].title}, valid: {_summary(checkpoint.config)}")
         return
     if source is None or destination is None:
-        raise click.UsageError("expected SRC and DST, or --list, or --check FILE")
+        raise click.UsageError("missing SRC or DST: give both, or --list, or --check SRC")
     if private and upload is None:
-        raise click.UsageError("--private is said of the repository that --upload names")
+        raise click.UsageError("--private applies to an upload only: add --upload OWNER/NAME")
     if head is not None:
         options["head"] = head
     if upload is not None:
         with importing_hub():
             from gptx.hub import upload as hub_upload
-        hub_upload.check_repository(upload)  # before the work is done
-    with _progress() as progress:
-        checkpoint = convert(source, destination, progress=progress, **options)
-    _say_notes(checkpoint.notes)
-    click.echo(f"{destination}: {_about(checkpoint.config)}", err=True)
+        hub_upload.check_repository(upload)  # before the conversion, which takes long
+    with _progress_bar() as progress:
+        checkpoint = convert_model(source, destination, progress=progress, **options)
+    _print_notes(checkpoint.notes)
+    click.echo(f"{destination}: {_summary(checkpoint.config)}", err=True)
     if upload is not None:
         click.echo(hub_upload.upload(destination, upload, private=private))
 
 
-def _about(config: GPT2Config) -> str:
+def _summary(config: GPT2Config) -> str:
     return (
         f"{config.n_parameters:,} parameters, layers {config.n_layer}, heads {config.n_head}, "
         f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}"
     )
 
 
-def _say_notes(notes: tuple[str, ...]) -> None:
+def _print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         click.echo(f"Note: {note}", err=True)
 
 
-def _table() -> str:
-    """The formats: name, read and write, what can be asked for, title."""
-    rows = [("format", "read", "write", "as", "what it is")]
+def _format_table() -> str:
+    """Return the table of the formats: name, read, write, types that can be written, title."""
+    rows = [("format", "read", "write", "types", "description")]
     for name, row in FORMATS.items():
-        kinds = ", ".join((*row.dtypes, *row.quantize)) if row.writes else ""
+        types = ", ".join((*row.dtypes, *row.quantize)) if row.writes else ""
         marks = ("yes" if row.reads else "-", "yes" if row.writes else "-")
-        rows.append((name, *marks, kinds, row.title))
+        rows.append((name, *marks, types, row.title))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
@@ -109,8 +146,8 @@ def _table() -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on a terminal, and nothing elsewhere."""
+def _progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield a function that updates a bar on standard error; None if that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""`gptx download`: fetch models from the Hub, so that they are there when offline."""
+"""`gptx download`: models from the Hub, for later use without a connection."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from gptx.hub.resolve import locate
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @revision_option
 def download(models: tuple[str, ...], revision: str | None) -> None:
-    """Fetch each MODEL from the Hub and print the folder it lies in.
+    """Download models from the Hub, and verify downloaded ones.
 
-    What is in the cache already is checked against its SHA-256, and fetched again if it is wrong.
+    MODEL is a Hub id, or gpt2, gpt2-medium, gpt2-large or gpt2-xl. Each file is compared with the
+    SHA-256 that the Hub states; a damaged one is downloaded again. The command prints the folder of
+    each model. After it, the other commands find the model with --offline.
+
+    \b
+    Example:
+      gptx download gpt2 gpt2-xl
     """
     for model in models:
         files = locate(model, revision=revision, verify_cached=True)

@@ -1,4 +1,4 @@
-"""`gptx generate`: continue a prompt, writing the text as it comes."""
+"""`gptx generate`: the continuation of a prompt, printed as it is generated."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from typing import Any, cast, get_args
 
 import click
 
-from gptx.cli.options import (
-    backend_option,
-    cache_dtype_option,
-    dtype_option,
-    format_size,
-    group_size_option,
-    json_option,
-    offline_option,
-    quantize_option,
-    revision_option,
-    threads_option,
-)
+from gptx.backends import TABLE
+from gptx.cli.formatting import format_size
+from gptx.cli.options import group_size_option, json_option, offline_option, revision_option
 from gptx.errors import Interrupted, PromptError
 from gptx.generation.api import Model, load_once
 from gptx.generation.engine import MAX_TOKENS, Overflow
@@ -31,56 +22,137 @@ from gptx.generation.sampling import SamplingParams
 DEFAULT = SamplingParams()
 
 
+class _BackendName(click.ParamType[str]):
+    """The name of a backend, for completion; `get_backend` reports an unknown one."""
+
+    name = "name"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return [click.shell_completion.CompletionItem(n) for n in TABLE if n.startswith(incomplete)]
+
+
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("-p", "--prompt", "prompt_option", metavar="TEXT", help="The prompt, as an option.")
-@click.option("-m", "--model", default="gpt2", show_default=True, help="Name, folder or Hub id.")
-@backend_option
-@dtype_option
-@cache_dtype_option
-@threads_option
-@quantize_option
+@click.option(
+    "-p", "--prompt", "prompt_option", metavar="TEXT", help="Use TEXT in place of PROMPT."
+)
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    default="gpt2",
+    show_default=True,
+    help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder, or a Hub id.",
+)
+@click.option(
+    "-b",
+    "--backend",
+    type=_BackendName(),
+    default="numpy",
+    show_default=True,
+    help=f"Array library that runs the model: {', '.join(TABLE)} (see gptx backends).",
+)
+@click.option(
+    "--dtype",
+    metavar="NAME",
+    help="Type to compute in: float32, float64 (numpy, cupy), float16 or bfloat16 (cupy, mlx).  "
+    "[default: float32]",
+)
+@click.option(
+    "--cache-dtype",
+    metavar="NAME",
+    help="Type of the KV cache: float16 takes half of the memory of float32.  "
+    "[default: as --dtype]",
+)
+@click.option(
+    "-t",
+    "--threads",
+    type=int,
+    metavar="N",
+    help="CPU threads of the numpy backend.  [default: all cores]",
+)
+@click.option(
+    "--quantize", metavar="NAME", help="Quantize the weights while loading: int8 or int4."
+)
 @group_size_option
 @click.option(
     "-n",
     "--max-tokens",
     type=int,
+    metavar="N",
     default=MAX_TOKENS,
     show_default=True,
-    help="New tokens at most.",
+    help="Tokens to generate at most.",
 )
 @click.option(
-    "--temperature", type=float, default=DEFAULT.temperature, show_default=True, help="0 is greedy."
+    "--temperature",
+    type=float,
+    metavar="X",
+    default=DEFAULT.temperature,
+    show_default=True,
+    help="Divide the logits by X, then sample; 0 takes the most probable token.",
 )
-@click.option("--top-k", type=int, default=DEFAULT.top_k, show_default=True, help="0 is off.")
-@click.option("--top-p", type=float, default=DEFAULT.top_p, show_default=True, help="1 is off.")
-@click.option("--min-p", type=float, default=DEFAULT.min_p, show_default=True, help="0 is off.")
+@click.option(
+    "--top-k",
+    type=int,
+    metavar="N",
+    default=DEFAULT.top_k,
+    show_default=True,
+    help="Sample from the N most probable tokens; 0 is off.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="X",
+    default=DEFAULT.top_p,
+    show_default=True,
+    help="Sample from the fewest tokens whose probabilities sum to X; 1 is off.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    metavar="X",
+    default=DEFAULT.min_p,
+    show_default=True,
+    help="Sample from tokens at least X times as probable as the best one; 0 is off.",
+)
 @click.option(
     "--repetition-penalty",
     type=float,
+    metavar="X",
     default=DEFAULT.repetition_penalty,
     show_default=True,
-    help="1 is off.",
+    help="Penalize tokens that the text already has by the factor X; 1 is off.",
 )
-@click.option("-s", "--seed", type=int, help="The same seed gives the same text.")
+@click.option(
+    "-s",
+    "--seed",
+    type=int,
+    metavar="N",
+    help="Seed of the sampling: the same seed gives the same text.  [default: random]",
+)
 @click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="End before this text (repeatable; a line end is $'\\n').",
+    help="End the output before TEXT (repeatable); $'\\n' is a newline.",
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of a text.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token.")
 @click.option(
     "--overflow",
     type=click.Choice(get_args(Overflow)),
+    metavar="NAME",
     default="error",
     show_default=True,
-    help="What to do past the context.",
+    help="If the text exceeds the context: error; truncate (drop the start of the prompt); "
+    "slide (drop the older half, repeatedly).",
 )
 @revision_option
 @offline_option
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No statistics on standard error.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no statistics.")
 def generate(
     prompt: str | None,
     prompt_option: str | None,
@@ -95,25 +167,24 @@ def generate(
     offline: bool,
     as_json: bool,
     quiet: bool,
-    **choices: Any,
+    **options: Any,
 ) -> None:
-    """Continue PROMPT ("-" reads it from standard input) and print the new text as it comes.
+    """Continue a prompt and print the text as it is generated.
+
+    PROMPT is text, or - to read it from standard input. The new text goes to standard output,
+    without the prompt; statistics go to standard error.
 
     \b
-    gptx generate -m shakespeare "ROMEO:"
-    gptx generate -m gpt2-xl -n 50 --temperature 0.8 --top-p 0.95 "The moon is"
+    Examples:
+      gptx generate -m shakespeare "ROMEO:"
+      gptx generate -m gpt2-xl -n 50 --temperature 0.8 --top-p 0.95 "The moon is"
+      echo "ROMEO:" | gptx generate -m shakespeare --json -
     """
-    if (prompt is None) == (prompt_option is None):
-        problem = "there is no prompt" if prompt is None else "the prompt is given twice"
-        raise click.UsageError(f"{problem}: give PROMPT, or --prompt TEXT, or - for standard input")
-    text = prompt if prompt_option is None else prompt_option
-    assert text is not None
-    if prompt == "-":
-        text = _standard_input()
-    check_options(cast("Options", choices))  # before something large is downloaded
+    text = _prompt_text(prompt, prompt_option)
+    check_options(cast("Options", options))  # before the download of a large model
     loaded = load_once(
         model,
-        choices["max_tokens"],
+        options["max_tokens"],
         backend=backend,
         dtype=dtype,
         cache_dtype=cache_dtype,
@@ -125,15 +196,26 @@ def generate(
     )
     shown: list[str] = []
     try:
-        result = _stream(loaded, text, choices, shown, show=not as_json)
+        result = _stream(loaded, text, options, shown, show=not as_json)
     except Interrupted as interrupt:
         if interrupt.results:
-            rest = str(interrupt.results[0])[len("".join(shown)) :]  # what was held back
+            rest = str(interrupt.results[0])[len("".join(shown)) :]  # held back for a stop string
             if not as_json:
                 click.echo(rest, nl=False)
             _finish(loaded, interrupt.results[0], as_json, quiet)
         raise
     _finish(loaded, result, as_json, quiet)
+
+
+def _prompt_text(argument: str | None, option: str | None) -> str:
+    """Return the prompt from the argument, the option or standard input."""
+    if (argument is None) == (option is None):
+        problem = "missing prompt" if argument is None else "duplicate prompt"
+        raise click.UsageError(f"{problem}: give either PROMPT, or --prompt TEXT, or - for stdin")
+    if option is not None:
+        return option
+    assert argument is not None
+    return _standard_input() if argument == "-" else argument
 
 
 def _standard_input() -> str:
@@ -142,16 +224,18 @@ def _standard_input() -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"standard input is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}"
+            f"standard input has byte 0x{data[error.start]:02x} at position {error.start}, "
+            "expected text in UTF-8: convert it, for example with iconv -t UTF-8"
         ) from None
-    return text.removesuffix("\n")  # which `echo` and editors put at the end
+    return text.removesuffix("\n")  # `echo` and editors end a text with it
 
 
 def _stream(
-    loaded: Model, text: str, choices: dict[str, Any], shown: list[str], show: bool
+    loaded: Model, text: str, options: dict[str, Any], shown: list[str], show: bool
 ) -> Result:
+    """Generate, and append to `shown` what standard output has so far."""
     result = None
-    chunks = loaded.stream(text, **choices)
+    chunks = loaded.stream(text, **options)
     try:
         for chunk in chunks:
             if show and chunk.text:
@@ -161,13 +245,14 @@ def _stream(
             result = chunk.result
     except Interrupted:
         raise
-    except KeyboardInterrupt as interrupt:  # between two chunks: what is there, it knows
+    except KeyboardInterrupt as interrupt:  # outside of the generator, which has the results
         chunks.throw(interrupt)
     assert result is not None
     return result
 
 
 def _finish(loaded: Model, result: Result, as_json: bool, quiet: bool) -> None:
+    """Print the JSON object, or the newline that ends the text; then the statistics."""
     if as_json:
         about = {
             "model": loaded.name,

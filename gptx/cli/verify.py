@@ -1,4 +1,4 @@
-"""`gptx verify`: are two models the same one?"""
+"""`gptx verify`: a comparison of two models, of any formats."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ from typing import Any
 
 import click
 
-from gptx.cli.options import json_option, offline_option
+from gptx.cli.options import config_option, json_option, offline_option
 from gptx.conversions import read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.verify import PROMPT_LENGTH, Comparison, compare
 from gptx.errors import ConfigError
 
-DIFFERENT = 1  # the exit code of a comparison that found a difference, as in cmp and diff
-SHOWN = 10  # tensors, at most
+DIFFERENT = 1  # the exit code for a difference, as in cmp and diff
+MAX_TENSORS_SHOWN = 10
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--config", metavar="FILE", help="A config.json, for formats that do not say it all.")
+@config_option
 @offline_option
 @json_option
 def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> None:
-    """Compare the models A and B, of any formats: settings, tensors, and logits of one prompt.
+    """Compare two models: configuration, tensors and logits.
 
-    Exit code 0 if they are the same, but for rounding to the types in which they are stored; 1 if
-    they are not.
+    A and B are files or folders of any format (see gptx convert --list), embedded models or Hub
+    ids. The logits are those of a fixed prompt.
+
+    The exit code is 0 if the models are the same, except for rounding to the types in which they
+    are stored; 1 if they differ.
+
+    \b
+    Example:
+      gptx verify gpt2 model.gguf
     """
     models = [_open(source, config, offline) for source in (a, b)]
     result = compare(*models)
@@ -39,7 +46,7 @@ def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> 
 
 
 def _open(source: str, config: str | None, offline: bool) -> Checkpoint:
-    """A model; with a config of the user's only if its own files do not say it all."""
+    """Open a model; use `config` only if the model's files have no complete configuration."""
     try:
         checkpoint = read(source, offline=offline)[1]
     except ConfigError:
@@ -57,7 +64,7 @@ def _dict(result: Comparison) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _without_nan(x) for name, x in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -71,10 +78,10 @@ def _text(result: Comparison) -> str:
     if differing:
         lines.append(f"{'tensor':<28} {'largest difference':>18} {'of the largest weight':>22}")
         by_size = sorted(differing.items(), key=lambda item: -item[1].relative)
-        for name, d in by_size[:SHOWN]:
+        for name, d in by_size[:MAX_TENSORS_SHOWN]:
             rest = "" if d.rounded else "  more than rounding"
             lines.append(f"{name:<28} {d.largest:>18.3g} {d.relative:>22.3g}{rest}")
-        if more := len(differing) - SHOWN:
+        if more := len(differing) - MAX_TENSORS_SHOWN:
             lines += [f"... and {more} more"] if more > 0 else []
     if result.logits is not None:
         lines.append(
@@ -84,7 +91,7 @@ def _text(result: Comparison) -> str:
     if result.identical:
         verdict = f"the same: all {len(result.tensors)} tensors, bit for bit"
     elif result.same:
-        verdict = "the same, but for rounding to the types in which they are stored"
+        verdict = "the same, except for rounding to the types in which they are stored"
     else:
-        verdict = "not the same"
+        verdict = "different"
     return "\n".join([*lines, verdict])

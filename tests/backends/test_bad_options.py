@@ -1,4 +1,4 @@
-"""Backends that are unknown, not installed or cannot do what is asked are refused by name."""
+"""Errors of backends that are unknown, not installed, or lack what an option needs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import gptx
 from gptx.backends import TABLE, get_backend
 from gptx.errors import BackendError, GptxError, ParameterError
-from tests.support.refusals import command, refused, short
+from tests.support.cli import assert_generate_fails, raises_error, short_id
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "says"),
+    ("kind", "options", "message"),
     [
         (BackendError, {"backend": "jax"}, "backend is 'jax', expected 'numpy', 'cupy', 'mlx'"),
         (BackendError, {"backend": 5}, "backend is 5"),
@@ -32,22 +32,22 @@ from tests.support.refusals import command, refused, short
         (ParameterError, {"revision": "main"}, "revision is 'main'"),
         (ParameterError, {"bakend": "numpy"}, "unknown option bakend"),
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_what_no_backend_can(kind: type[GptxError], options: Any, says: str) -> None:
-    with refused(kind, says):
+def test_invalid_options(kind: type[GptxError], options: Any, message: str) -> None:
+    with raises_error(kind, message):
         gptx.generate("O", model="shakespeare", max_tokens=1, **options)
 
 
-def test_mlx_has_no_threads() -> None:
+def test_threads_of_mlx() -> None:
     pytest.importorskip("mlx.core")
-    with refused(BackendError, "threads is 2, but the mlx backend has no setting for threads"):
+    with raises_error(BackendError, "threads is 2, but the mlx backend has no setting for threads"):
         get_backend("mlx", threads=2)
-    command("-b", "mlx", "-t", "2", "O", code=2, says="threads is 2")
+    assert_generate_fails("-b", "mlx", "-t", "2", "O", code=2, message="threads is 2")
 
 
-class Absent:
-    """A finder for `sys.meta_path` that knows a package not to be there."""
+class Missing:
+    """A finder for `sys.meta_path` that reports a package as missing."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -67,7 +67,9 @@ def test_a_backend_that_is_not_installed(
     for module in [m for m in sys.modules if m.split(".")[0] == backend]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.delitem(sys.modules, TABLE[backend].module, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Absent(backend), *sys.meta_path])
-    with refused(BackendError, f"backend '{backend}' needs {backend}", "not installed", install):
+    monkeypatch.setattr(sys, "meta_path", [Missing(backend), *sys.meta_path])
+    with raises_error(
+        BackendError, f"backend '{backend}' needs {backend}", "not installed", install
+    ):
         gptx.load("shakespeare", backend=backend)
-    command("-b", backend, "O", code=2, says=install)
+    assert_generate_fails("-b", backend, "O", code=2, message=install)

@@ -1,9 +1,10 @@
-"""`gptx convert` and `gptx verify`."""
+"""gptx convert: the table of formats, conversions, --check, errors and the progress bar."""
 
 from __future__ import annotations
 
-import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.support.conversions import source_of
 from tests.support.random_models import CASES, write_model
 
 
-def test_list_shows_every_format() -> None:
+def test_list() -> None:
     done = run("convert", "--list")
     assert done.code == 0
     lines = done.out.splitlines()[1:]
@@ -26,7 +27,7 @@ def test_list_shows_every_format() -> None:
         assert line.endswith(row.title)
 
 
-def test_convert_says_what_it_made_on_standard_error(tmp_path: Path) -> None:
+def test_the_summary_goes_to_standard_error(tmp_path: Path) -> None:
     done = run("convert", "shakespeare", str(tmp_path / "out"))
     assert (done.code, done.out) == (0, "")
     assert done.err == (
@@ -36,7 +37,7 @@ def test_convert_says_what_it_made_on_standard_error(tmp_path: Path) -> None:
     assert run("generate", "-m", str(tmp_path / "out"), "ROMEO:", "-n", "3").code == 0
 
 
-def test_convert_quantizes(tmp_path: Path) -> None:
+def test_quantize(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert run("convert", "shakespeare", out, "--quantize", "int4", "--group-size", "32").code == 0
     assert "matrices quantized: int4 in groups of 32" in run("info", out).out
@@ -45,8 +46,8 @@ def test_convert_quantizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        ((), 2, "expected SRC and DST, or --list, or --check FILE"),
-        (("shakespeare",), 2, "expected SRC and DST"),
+        ((), 2, "missing SRC or DST: give both, or --list, or --check SRC"),
+        (("shakespeare",), 2, "missing SRC or DST"),
         (("nowhere/at/all", "{out}"), 66, "nowhere/at/all"),
         (("shakespeare", "{out}", "--to", "x"), 2, "to is 'x', expected one of"),
         (("shakespeare", "{out}", "--dtype", "int3"), 2, "dtype is 'int3'"),
@@ -55,11 +56,11 @@ def test_convert_quantizes(tmp_path: Path) -> None:
         (("shakespeare", "{out}", "--config", "/nowhere.json"), 74, "/nowhere.json"),
         (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 66, "tokenizer"),
         (("--check", "{empty}"), 65, "none of the formats"),
-        (("shakespeare", "--check", "shakespeare"), 2, "leave SRC and DST out"),
-        (("shakespeare", "{out}", "--private"), 2, "--upload names"),
+        (("shakespeare", "--check", "shakespeare"), 2, "leave out SRC and DST"),
+        (("shakespeare", "{out}", "--private"), 2, "add --upload OWNER/NAME"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_errors_are_one_line(
     args: tuple[str, ...], code: int, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -71,13 +72,13 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_check_of_a_whole_model() -> None:
+def test_check_of_a_valid_model() -> None:
     done = run("convert", "--check", "shakespeare")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("shakespeare: Hugging Face folder, whole: 2,915,328 parameters")
+    assert done.out.startswith("shakespeare: Hugging Face folder, valid: 2,915,328 parameters")
 
 
-def test_check_finds_what_is_not_finite(tmp_path: Path) -> None:
+def test_check_finds_a_number_that_is_not_finite(tmp_path: Path) -> None:
     weights = random_weights(CASES["tiny"])
     weights["ln_f.weight"][2] = np.nan
     folder = write_model(tmp_path / "m", CASES["tiny"], weights)
@@ -86,64 +87,26 @@ def test_check_finds_what_is_not_finite(tmp_path: Path) -> None:
     assert "tensor ln_f.weight holds a number that is not finite" in done.err
 
 
-def test_notes_of_a_reader_are_shown(tmp_path: Path) -> None:
+def test_notes_of_a_reader_are_printed(tmp_path: Path) -> None:
     file = source_of("355M", tmp_path) / "model.safetensors"
     file.with_name("config.json").unlink()
     done = run("convert", "--check", str(file))
     assert done.err.startswith("Note: the file does not say how many heads there are: 1 of 64")
 
 
-def test_verify_of_the_same(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    run("convert", "shakespeare", out, "--dtype", "float32")
-    done = run("verify", "shakespeare", out)
-    assert (done.code, done.err) == (0, "")
-    assert done.out.splitlines()[-1] == "the same: all 76 tensors, bit for bit"
-
-
-def test_verify_of_a_rounded_one(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    run("convert", "shakespeare", out, "--dtype", "bfloat16")
-    done = run("verify", "shakespeare", out)
-    assert done.code == 0
-    assert done.out.splitlines()[-1].startswith("the same, but for rounding")
-
-
-def test_verify_of_another(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    run("convert", "shakespeare", out, "--quantize", "int8")
-    done = run("verify", "shakespeare", out)
-    assert done.code == 1
-    assert "more than rounding" in done.out
-    assert "... and 15 more" in done.out
-    assert done.out.splitlines()[-1] == "not the same"
-
-
-def test_verify_as_json(tmp_path: Path) -> None:
-    done = run("verify", "shakespeare", str(source_of("124M", tmp_path)), "--json")
-    said = json.loads(done.out)
-    assert done.code == 1
-    assert said["same"] is False
-    assert said["config"]["n_embd"] == [192, 96]
-    assert said["logits"] is None
-
-
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
-def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    here, there = os.openpty()
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
+    reader, writer = os.openpty()
     code = "from gptx.cli import main; main()"
     command = [sys.executable, "-c", code, "convert", "shakespeare", str(tmp_path / "out")]
-    subprocess.run(command, stderr=there, check=True, env=os.environ | {"TERM": "xterm"})
-    os.close(there)
+    subprocess.run(command, stderr=writer, check=True, env=os.environ | {"TERM": "xterm"})
+    os.close(writer)
     shown = b""
     try:
-        while piece := os.read(here, 65536):
+        while piece := os.read(reader, 65536):
             shown += piece
-    except OSError:  # all was read
+    except OSError:  # the end of a pseudoterminal
         pass
-    os.close(here)
+    os.close(reader)
     assert b"100%" in shown
     assert b"[####" in shown

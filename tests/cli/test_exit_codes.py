@@ -1,4 +1,4 @@
-"""How the command line ends: signals, closed pipes, full disks and exit codes."""
+"""Exit codes after signals, closed pipes, full disks and errors."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ import pytest
 from gptx.errors import DeviceOutOfMemory
 from gptx.generation.api import Model
 from tests.support.cli import (
-    ENDLESS,
     GENERATE,
+    LONG_RUN,
     PROGRAM,
     STATISTICS,
     error_lines,
     posix,
     read,
     run,
+    run_into,
     start,
 )
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 
 
 @posix
 def test_ctrl_c_keeps_the_text(shakespeare: Model) -> None:
     expected = str(shakespeare.generate("ROMEO:", max_tokens=30)).encode()[:20]
-    with start(*ENDLESS) as process:
+    with start(*LONG_RUN) as process:
         text = read(process, 20)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
@@ -42,7 +45,7 @@ def test_ctrl_c_keeps_the_text(shakespeare: Model) -> None:
     assert error_lines(err)[-1] == b"Interrupted"
 
 
-# The signal comes after four tokens, wherever the process is by then.
+# The process gets the signal after four tokens, at any point of its code.
 INTERRUPTED = """
 import os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,28 +64,29 @@ main()
 
 @posix
 def test_ctrl_c_keeps_the_json(shakespeare: Model) -> None:
-    whole = shakespeare.generate("ROMEO:", max_tokens=5)
-    with start(*ENDLESS, "--json", program=INTERRUPTED) as process:
+    complete = shakespeare.generate("ROMEO:", max_tokens=5)
+    with start(*LONG_RUN, "--json", program=INTERRUPTED) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     data = json.loads(out)
     assert data["finish_reason"] == "interrupted"
     assert len(data["tokens"]) in (4, 5)
-    assert data["tokens"] == whole.tokens[: len(data["tokens"])]
+    assert data["tokens"] == complete.tokens[: len(data["tokens"])]
     assert data["text"]
-    assert str(whole).startswith(data["text"])
+    assert str(complete).startswith(data["text"])
     statistics, last = error_lines(err)
     assert STATISTICS.fullmatch(statistics.decode())
     assert last == b"Interrupted"
 
 
-def test_ctrl_c_while_writing_still_gives_the_figures(
+def test_ctrl_c_during_a_write_keeps_the_statistics(
     shakespeare: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two tokens is where it hits whoever reacts to what was printed."""
+    """The interrupt arrives outside of the generator, between two tokens."""
     pieces = [str(chunk) for chunk in shakespeare.stream("ROMEO:", max_tokens=3)]
     assert all(pieces)
-    module = sys.modules["gptx.cli.generate"]
+    import gptx.cli.generate as module
+
     real = module.click.echo
     written: list[str] = []
 
@@ -100,8 +104,8 @@ def test_ctrl_c_while_writing_still_gives_the_figures(
 
 
 @posix
-def test_a_reader_that_leaves_ends_it_quietly() -> None:
-    with start(*ENDLESS) as process:
+def test_a_pipe_that_closes_during_the_output() -> None:
+    with start(*LONG_RUN) as process:
         read(process, 5)
         assert process.stdout is not None
         process.stdout.close()
@@ -110,7 +114,7 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
     assert len(error_lines(err)) <= 1
 
 
-EVERY_OUTPUT = [
+OUTPUTS = [
     (*GENERATE, "-n", "3", "-q", "O"),
     (*GENERATE, "-n", "3", "-q", "--json", "O"),
     ("info", "shakespeare"),
@@ -120,13 +124,28 @@ EVERY_OUTPUT = [
     ("--help",),
     ("generate", "--help"),
 ]
+IN_A_CHILD = [OUTPUTS[0], ("--help",)]
+
+
+def closed_pipe() -> int:
+    """The end for writing of a pipe without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 @posix
-@pytest.mark.parametrize("args", EVERY_OUTPUT, ids=" ".join)
-def test_nobody_reads(args: tuple[str, ...]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
+@pytest.mark.parametrize("args", OUTPUTS, ids=" ".join)
+def test_closed_pipe(args: tuple[str, ...]) -> None:
+    done = run_into(closed_pipe(), *args)
+    assert done.code == 141
+    assert done.err.count("\n") <= 1
+
+
+@posix
+@pytest.mark.parametrize("args", IN_A_CHILD, ids=" ".join)
+def test_closed_pipe_of_a_process(args: tuple[str, ...]) -> None:
+    writer = closed_pipe()
     with start(*args, stdout=writer) as process:
         os.close(writer)
         _, err = process.communicate(timeout=120)
@@ -134,13 +153,35 @@ def test_nobody_reads(args: tuple[str, ...]) -> None:
     assert process.returncode == 141
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("args", EVERY_OUTPUT, ids=" ".join)
+DISK_FULL = "Error: standard output: No space left on device"
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@needs_dev_full
+@pytest.mark.parametrize("args", OUTPUTS, ids=" ".join)
 def test_full_disk(args: tuple[str, ...]) -> None:
+    assert run_into(full_disk(), *args) == (74, "", f"{DISK_FULL}\n")
+
+
+@needs_dev_full
+@pytest.mark.parametrize("args", IN_A_CHILD, ids=" ".join)
+def test_full_disk_of_a_process(args: tuple[str, ...]) -> None:
     with open("/dev/full", "wb") as full, start(*args, stdout=full.fileno()) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 74
-    assert error_lines(err) == [b"Error: standard output: No space left on device"]
+    assert error_lines(err) == [DISK_FULL.encode()]
+
+
+@needs_dev_full
+@pytest.mark.parametrize(("args", "code"), [(("nonsense",), 2), ((*GENERATE, ""), 65)])
+def test_an_error_message_that_cannot_be_written(args: tuple[str, ...], code: int) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", PROGRAM, *args]
+        done = subprocess.run(command, stderr=full, stdout=full, check=False)
+    assert done.returncode == code
 
 
 CLOSED = "import os; os.close({}); os.execv({!r}, [{!r}, '-c', {!r}, *__import__('sys').argv[1:]])"
@@ -150,25 +191,13 @@ CLOSED = "import os; os.close({}); os.execv({!r}, [{!r}, '-c', {!r}, *__import__
 @pytest.mark.parametrize(
     ("fd", "prompt", "codes"), [(0, "-", (65, 74)), (1, "O", (0, 74)), (2, "O", (0,))]
 )
-def test_a_closed_stream_is_no_traceback(fd: int, prompt: str, codes: tuple[int, ...]) -> None:
+def test_closed_standard_stream(fd: int, prompt: str, codes: tuple[int, ...]) -> None:
     program = CLOSED.format(fd, sys.executable, sys.executable, PROGRAM)
     with start(*GENERATE, "-n", "3", "-q", prompt, program=program) as process:
         out, err = process.communicate(timeout=120)
     assert len(error_lines(err)) <= 1
     assert process.returncode in codes
     assert bool(out) == (fd == 2)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_an_error_that_cannot_be_said_keeps_its_code() -> None:
-    codes = []
-    for args in (("generate",), (*GENERATE, "")):
-        with open("/dev/full", "wb") as full:
-            done = subprocess.run(
-                [sys.executable, "-c", PROGRAM, *args], stderr=full, stdout=full, check=False
-            )
-        codes.append(done.returncode)
-    assert codes == [2, 65]
 
 
 @pytest.mark.parametrize("args", [("download",), ("info",), ("nonsense",), ("generate", "--no")])
@@ -180,8 +209,14 @@ def test_usage_errors(args: tuple[str, ...]) -> None:
     assert re.search(r"\(see gptx( \w+)? --help\)$", line)
 
 
-def test_memory_running_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = DeviceOutOfMemory("memory ran out on the numpy backend")
-    module = sys.modules["gptx.cli.generate"]  # the package's attribute is the command
-    monkeypatch.setattr(module, "load_once", mock.Mock(side_effect=error))
-    assert run("generate", "-m", "shakespeare", "O") == (71, "", f"Error: {error}\n")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DeviceOutOfMemory("out of memory"), "Error: out of memory\n"),
+        (MemoryError("3 GB"), "Error: out of memory (3 GB): use a smaller model\n"),
+    ],
+    ids=["device", "host"],
+)
+def test_out_of_memory(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptx.cli.generate.load_once", mock.Mock(side_effect=error))
+    assert run(*GENERATE, "O") == (71, "", message)

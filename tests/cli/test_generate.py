@@ -1,4 +1,4 @@
-"""gptx generate: its prompts and options, the text, the JSON and the figures."""
+"""gptx generate: prompts, options, the text, the JSON and the statistics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from gptx.generation.api import Model
 from gptx.generation.results import Result
-from tests.support.cli import ENDLESS, GENERATE, STATISTICS, posix, read, run, start
+from tests.support.cli import GENERATE, LONG_RUN, STATISTICS, posix, read, run, start
 
 
-def test_standard_output_has_the_text_alone(shakespeare: Model) -> None:
+def test_standard_output_has_only_the_text(shakespeare: Model) -> None:
     done = run(*GENERATE, "-n", "12", "ROMEO:")
     assert done.code == 0
     assert done.out == f"{shakespeare.generate('ROMEO:', max_tokens=12).text}\n"
@@ -25,13 +25,13 @@ def test_standard_output_has_the_text_alone(shakespeare: Model) -> None:
     assert found[1] == "length"
 
 
-def test_quiet_says_nothing_on_standard_error() -> None:
+def test_quiet_prints_no_statistics() -> None:
     done = run(*GENERATE, "-n", "2", "-q", "ROMEO:")
     assert (done.code, done.err) == (0, "")
     assert done.out
 
 
-def test_a_line_end_is_not_doubled(shakespeare: Model) -> None:
+def test_a_text_that_ends_with_a_newline(shakespeare: Model) -> None:
     assert shakespeare.generate("ROMEO:", max_tokens=1).text == "\n"
     assert run(*GENERATE, "-n", "1", "ROMEO:").out == "\n"
 
@@ -47,7 +47,7 @@ def test_a_line_end_is_not_doubled(shakespeare: Model) -> None:
         (("-",), b"ROMEO:\n"),
     ],
 )
-def test_ways_to_give_a_prompt(args: tuple[str, ...], stdin: bytes) -> None:
+def test_sources_of_a_prompt(args: tuple[str, ...], stdin: bytes) -> None:
     done = run(*GENERATE, "-n", "1", "--json", *args, stdin=stdin)
     assert done.code == 0
     assert json.loads(done.out)["prompt"] == "ROMEO:"
@@ -62,26 +62,26 @@ def test_ways_to_give_a_prompt(args: tuple[str, ...], stdin: bytes) -> None:
         (("--", "-n"), b"", "-n"),
     ],
 )
-def test_a_prompt_is_taken_to_the_letter(args: Any, stdin: bytes, prompt: str) -> None:
+def test_characters_of_a_prompt_are_kept(args: Any, stdin: bytes, prompt: str) -> None:
     assert json.loads(run(*GENERATE, "--json", "-n1", *args, stdin=stdin).out)["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
-        ((), "there is no prompt"),
-        (("a", "-p", "b"), "the prompt is given twice"),
-        (("-", "-p", "b"), "the prompt is given twice"),
+        ((), "missing prompt"),
+        (("a", "-p", "b"), "duplicate prompt"),
+        (("-", "-p", "b"), "duplicate prompt"),
         (("a", "b"), "unexpected extra argument"),
     ],
 )
-def test_one_prompt_is_expected(args: tuple[str, ...], problem: str) -> None:
+def test_missing_and_duplicate_prompts(args: tuple[str, ...], problem: str) -> None:
     done = run(*GENERATE, *args)
     assert (done.code, done.out) == (2, "")
     assert problem in done.err
 
 
-def test_json_is_one_object_with_the_whole_result(shakespeare: Model) -> None:
+def test_json_has_every_field_of_the_result(shakespeare: Model) -> None:
     done = run(*GENERATE, "-n", "5", "--json", "ROMÉO:")
     assert done.out.count("\n") == 1
     data = json.loads(done.out)
@@ -103,7 +103,7 @@ def test_stop_strings(shakespeare: Model) -> None:
     assert "finish: stop" in done.err
 
 
-def test_a_seed_repeats_its_text() -> None:
+def test_a_seed_repeats_the_text() -> None:
     def text(seed: int) -> str:
         return run(*GENERATE, "-n", "20", "--temperature", "1", "-s", str(seed), "-q", "O").out
 
@@ -111,14 +111,14 @@ def test_a_seed_repeats_its_text() -> None:
     assert text(3) != text(4)
 
 
-def test_the_seed_that_was_taken_repeats_the_text() -> None:
+def test_the_reported_seed_repeats_the_text() -> None:
     first = json.loads(run(*GENERATE, "--temperature", "1.5", "--json", "-n", "20", "O").out)
     seed = str(first["seed"])
     again = run(*GENERATE, "--temperature", "1.5", "--seed", seed, "--json", "-n", "20", "O")
     assert json.loads(again.out)["tokens"] == first["tokens"]
 
 
-def test_top_k_above_the_vocabulary_is_all_of_it() -> None:
+def test_top_k_above_the_vocabulary_keeps_every_token() -> None:
     outs = {
         run(*GENERATE, "-n", "20", "--temperature", "1", "-s", "1", "--top-k", k, "O").out
         for k in ("0", "1024", "1000000")
@@ -137,7 +137,7 @@ def test_top_k_above_the_vocabulary_is_all_of_it() -> None:
         (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
     ],
 )
-def test_options_mean_what_they_mean_in_python(
+def test_options_equal_those_of_python(
     shakespeare: Model, args: tuple[str, ...], options: Any
 ) -> None:
     done = run(*GENERATE, "-n", "20", "-q", *args, "O")
@@ -155,7 +155,7 @@ def test_backend_and_dtype(shakespeare: Model, backend: str, dtype: str) -> None
     assert data["text"] == shakespeare.generate("ROMEO:", max_tokens=3).text
 
 
-def test_ignoring_the_end_of_a_text(folder: Callable[..., Path], shakespeare: Model) -> None:
+def test_ignore_eos(folder: Callable[..., Path], shakespeare: Model) -> None:
     path = copy_of_shakespeare(shakespeare, folder())
     config = json.loads((path / "config.json").read_text())
     first = shakespeare.generate("ROMEO:", max_tokens=1).tokens[0]
@@ -174,28 +174,30 @@ def copy_of_shakespeare(model: Model, folder: Path) -> Path:
 
 
 @posix
-def test_text_comes_before_the_end(shakespeare: Model) -> None:
+def test_text_is_printed_during_the_generation(shakespeare: Model) -> None:
     expected = str(shakespeare.generate("ROMEO:", max_tokens=30)).encode()[:20]
-    with start(*ENDLESS) as process:
+    with start(*LONG_RUN) as process:
         assert read(process, 20) == expected
         assert process.poll() is None
         process.kill()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_letters_that_the_terminal_lacks(encoding: str) -> None:
-    prompt = "ROMÉO 漢"
-    args = (*GENERATE, "-n", "3", "-q", "--json", "-p", prompt)
-    with start(*args, PYTHONIOENCODING=encoding, PYTHONUTF8="0") as process:
+@pytest.mark.parametrize(("encoding", "expected"), [("latin-1", "ROMÉO ?"), ("utf-8", "ROMÉO 漢")])
+def test_characters_that_the_encoding_lacks(encoding: str, expected: str) -> None:
+    done = run(*GENERATE, "-n", "3", "-q", "--json", "-p", "ROMÉO 漢", encoding=encoding)
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["prompt"] == expected
+
+
+def test_characters_in_a_process_without_a_locale() -> None:
+    """Python reports ASCII there, and click writes UTF-8."""
+    args = (*GENERATE, "-n", "3", "-q", "--json", "-p", "ROMÉO 漢")
+    with start(*args, PYTHONIOENCODING="ascii", PYTHONUTF8="0") as process:
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert err == b""
-    if encoding == "latin-1":
-        assert json.loads(out.decode("latin-1"))["prompt"] == "ROMÉO ?"
-    else:  # ASCII is what a process without a locale is told, and not what is there
-        assert json.loads(out.decode())["prompt"] == prompt
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out.decode())["prompt"] == "ROMÉO 漢"
 
 
-@pytest.mark.parametrize("bad", [("-n", "0"), ("--stop", ""), ("--temperature", "-1")])
-def test_options_are_checked_before_a_model_is_looked_for(bad: tuple[str, ...]) -> None:
-    assert run("generate", "-m", "./nowhere", "O", *bad).code == 2
+@pytest.mark.parametrize("options", [("-n", "0"), ("--stop", ""), ("--temperature", "-1")])
+def test_options_are_checked_before_the_model_is_loaded(options: tuple[str, ...]) -> None:
+    assert run("generate", "-m", "./nowhere", "O", *options).code == 2

@@ -1,4 +1,4 @@
-"""Parameters out of range are refused by name, in one line, in Python and on the command line."""
+"""Errors of invalid parameters, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 
+import gptx
 from gptx.errors import ParameterError
 from gptx.generation.api import Model
 from tests.support.cli import assert_generate_fails, raises_error, run, short_id
 
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def shakespeare() -> Model:
+    """The embedded model, not compiled."""
+    return gptx.load("shakespeare", compile=False)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_options_out_of_range(option: str, value: str, message: str) -> None:
     assert_generate_fails(option, value, "O", code=2, message=message)
 
 
-def test_bad_parameters_are_said_before_the_model_is_loaded() -> None:
+def test_parameters_are_checked_before_the_model_is_loaded() -> None:
     done = run("generate", "-m", "./no-such-folder", "--top-p", "2", "O")
     assert done.code == 2
     assert "top_p is 2.0" in done.err

@@ -1,4 +1,4 @@
-"""Prompts that are empty, too long, no text or no tokens are refused by name, in one line."""
+"""Errors of prompts that are missing, empty, too long, invalid text or invalid token ids."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gptx
 from gptx.backends import get_backend
 from gptx.errors import PromptError
 from gptx.generation.api import Model
@@ -18,35 +19,43 @@ from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
 
 
-def test_no_prompt() -> None:
+@pytest.fixture(scope="module")
+def shakespeare() -> Model:
+    """The embedded model, not compiled."""
+    return gptx.load("shakespeare", compile=False)
+
+
+def test_a_missing_prompt() -> None:
     assert_generate_fails(code=2, message="missing prompt")
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], ["O", ""], [[]], [[1], []], np.array([], int)])
-def test_empty_prompt(shakespeare: Model, prompt: Any) -> None:
+def test_an_empty_prompt(shakespeare: Model, prompt: Any) -> None:
     with raises_error(PromptError, "give at least one"):
         shakespeare.generate(prompt)
 
 
 @pytest.mark.parametrize(("prompt", "stdin"), [("", b""), ("-", b""), ("-", b"\n")])
-def test_empty_prompt_of_the_command(prompt: str, stdin: bytes) -> None:
+def test_an_empty_prompt_of_the_command(prompt: str, stdin: bytes) -> None:
     assert_generate_fails(prompt, stdin=stdin, code=65, message="the prompt is empty")
 
 
-def a_megabyte(kind: str) -> str:
+LENGTH = 100_000  # characters; quadratic encoding would take an hour
+
+
+def long_prompt(kind: str) -> str:
     if kind == "one letter":
-        return "a" * 1_000_000
+        return "a" * LENGTH
     words = ["the", "king", "of", "love's", "banished", "O!", "\n", "\t42", "é", "—"]
-    picked = np.random.default_rng(0).integers(0, len(words), 400_000)
-    return " ".join(words[i] for i in picked)[:1_000_000]
+    picked = np.random.default_rng(0).integers(0, len(words), LENGTH)
+    return " ".join(words[i] for i in picked)[:LENGTH]
 
 
 @pytest.mark.parametrize("kind", ["one letter", "varied"])
-def test_a_megabyte_is_encoded_and_refused(shakespeare: Model, kind: str) -> None:
-    """Byte-pair encoding that is quadratic in the length of a word would take hours."""
-    prompt = a_megabyte(kind)
+def test_a_long_prompt(shakespeare: Model, kind: str) -> None:
+    prompt = long_prompt(kind)
     n = len(shakespeare.encode(prompt))
-    assert n > 100_000
+    assert n > LENGTH / 10
     with raises_error(PromptError, f"{n} tokens", "context holds 256", "overflow="):
         shakespeare.generate(prompt)
 
@@ -61,7 +70,7 @@ def test_a_megabyte_on_standard_input() -> None:
     [
         (b"\xff\xfe", "byte 0xff at position 0"),
         (b"good \xe2\x82", "byte 0xe2 at position 5"),
-        (b"\xed\xa0\x80", "byte 0xed at position 0"),  # a surrogate, as UTF-8 may not hold
+        (b"\xed\xa0\x80", "byte 0xed at position 0"),  # a surrogate, which UTF-8 does not allow
         (b"caf\xe9\n", "byte 0xe9 at position 3"),
     ],
 )
@@ -71,13 +80,13 @@ def test_standard_input_that_is_not_utf8(data: bytes, message: str) -> None:
     )
 
 
-def test_lone_surrogate(shakespeare: Model) -> None:
+def test_a_lone_surrogate(shakespeare: Model) -> None:
     for call in (shakespeare.generate, shakespeare.encode, shakespeare.score, shakespeare.prefill):
         with raises_error(PromptError, r"lone surrogate '\ud800' at character 1"):
             call("a\ud800b")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere arguments are not mere bytes")
+@pytest.mark.skipif(sys.platform != "linux", reason="arguments are bytes on Linux only")
 def test_an_argument_that_is_not_utf8() -> None:
     args = ("generate", "-m", "shakespeare", b"a\xffb")
     with start(*args, PYTHONUTF8="1") as process:
@@ -89,14 +98,14 @@ def test_an_argument_that_is_not_utf8() -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> Model:
-    """A tiny model with GPT-2's own context."""
+    """A tiny model with GPT-2's context of 1024 tokens."""
     config = replace(CASES["tiny"], n_positions=1024)
-    return make_model(config, get_backend("numpy"))
+    return make_model(config, get_backend("numpy", compile=False))
 
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    """One token more than `wide` can read."""
+    """Token ids, one more than the context of `wide`."""
     found: list[int] = random_ids(CASES["tiny"], 1, 1025)[0].tolist()
     return found
 
@@ -109,18 +118,18 @@ def test_more_tokens_than_the_context(wide: Model, ids: list[int]) -> None:
             call(ids)
 
 
-def test_no_room_for_what_is_asked(wide: Model, ids: list[int]) -> None:
+def test_output_that_exceeds_the_context(wide: Model, ids: list[int]) -> None:
     with raises_error(PromptError, "1024 tokens and 2 new ones", "context of 1024"):
         wide.generate(ids[:1024], max_tokens=2)
 
 
-def test_a_full_context_has_one_more_token(wide: Model, ids: list[int]) -> None:
+def test_a_full_context_gives_one_token(wide: Model, ids: list[int]) -> None:
     expected = wide.logits(ids[:1024])[-1].argmax()
     assert wide.generate(ids[:1024], max_tokens=1).tokens == [expected]
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "slide"])
-def test_overflow_reads_the_newest_tokens(wide: Model, ids: list[int], overflow: Any) -> None:
+def test_overflow_keeps_the_newest_tokens(wide: Model, ids: list[int], overflow: Any) -> None:
     result = wide.generate(ids, max_tokens=1, overflow=overflow)
     assert result.prompt_tokens == 1024
     assert result.tokens == wide.generate(ids[1:], max_tokens=1).tokens
@@ -166,6 +175,6 @@ def test_overflow_of_the_command(shakespeare: Model, overflow: str) -> None:
     ],
     ids=short_id,
 )
-def test_what_is_no_prompt(shakespeare: Model, prompt: Any, message: str) -> None:
+def test_an_invalid_prompt(shakespeare: Model, prompt: Any, message: str) -> None:
     with raises_error(PromptError, message):
         shakespeare.generate(prompt, max_tokens=1)

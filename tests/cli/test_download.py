@@ -1,0 +1,45 @@
+"""gptx download, and the models that a command does not find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptx.generation.api import Model
+from tests.support.cli import error_lines, run, start
+
+COMMANDS = [("download",), ("info",), ("generate", "O", "-m")]
+
+
+def test_download_prints_the_folder_of_the_embedded_model(shakespeare: Model) -> None:
+    assert run("download", "shakespeare").out == f"{shakespeare.files.folder}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_does_not_exist(command: tuple[str, ...]) -> None:
+    done = run(*command, "./no-such-folder")
+    assert (done.code, done.out) == (66, "")
+    assert "'./no-such-folder' does not exist" in done.err
+
+
+def test_a_model_that_is_not_in_the_cache(tmp_path: Path) -> None:
+    with start(
+        "download",
+        "nobody/nothing",
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=str(tmp_path),
+    ) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (66, b"")
+    [line] = error_lines(err)
+    assert b"gptx download nobody/nothing" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_offline(command: tuple[str, ...]) -> None:
+    done = run(*command, "nobody/nothing", "--offline")
+    assert (done.code, done.out) == (66, "")
+    assert done.err.count("\n") == 1
+    assert "gptx download nobody/nothing" in done.err

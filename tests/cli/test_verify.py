@@ -1,0 +1,44 @@
+"""gptx verify: the verdicts, their exit codes, and the JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.support.cli import run
+from tests.support.conversions import source_of
+
+
+def test_identical_models(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    run("convert", "shakespeare", out, "--dtype", "float32")
+    done = run("verify", "shakespeare", out)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == "the same: all 76 tensors, bit for bit"
+
+
+def test_a_rounded_model_is_the_same(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    run("convert", "shakespeare", out, "--dtype", "bfloat16")
+    done = run("verify", "shakespeare", out)
+    assert done.code == 0
+    assert done.out.splitlines()[-1].startswith("the same, except for rounding")
+
+
+def test_a_quantized_model_is_different(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    run("convert", "shakespeare", out, "--quantize", "int8")
+    done = run("verify", "shakespeare", out)
+    assert done.code == 1
+    assert "more than rounding" in done.out
+    assert "... and 15 more" in done.out
+    assert done.out.splitlines()[-1] == "different"
+
+
+def test_json(tmp_path: Path) -> None:
+    done = run("verify", "shakespeare", str(source_of("124M", tmp_path)), "--json")
+    data = json.loads(done.out)
+    assert done.code == 1
+    assert data["same"] is False
+    assert data["config"]["n_embd"] == [192, 96]
+    assert data["logits"] is None
