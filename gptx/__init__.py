@@ -1,9 +1,9 @@
-"""GPT-2 written once against the Python array API, run by NumPy, CuPy or MLX.
+"""GPT-2, written once against the Python array API and run by NumPy, CuPy or MLX.
 
     >>> import gptx
     >>> print(gptx.generate("ROMEO:", model="shakespeare", max_tokens=40))
 
-Names are imported when they are first used, so that `import gptx` costs next to nothing.
+Names are imported when they are first used: `import gptx` imports no other package.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from gptx.generation.sampling import SamplingParams
     from gptx.kv_cache import KVCache
 
-# In a checkout, backends/ and conversions/ lie beside this folder and not in it: `python` started
-# there finds them, too.
+# In a checkout, backends/ and conversions/ are beside this folder, not in it. With their parent in
+# `__path__`, Python finds them there without an installation.
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "backends")):
     __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
-_HOME = {
+_MODULES = {
     "Backend": "gptx.backends",
     "available": "gptx.backends",
     "get_backend": "gptx.backends",
@@ -67,9 +67,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'gptx' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

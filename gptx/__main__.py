@@ -1,4 +1,4 @@
-"""`python -m gptx` is the command line."""
+"""The command line, as `python -m gptx`."""
 
 from gptx.cli import main
 

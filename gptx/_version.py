@@ -1,3 +1,3 @@
-"""The version, read by the build and by `gptx --version`."""
+"""The version, for the build and for `gptx --version`."""
 
 __version__ = "0.1.0"
