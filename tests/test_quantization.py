@@ -1,4 +1,4 @@
-"""Quantization by itself: its settings, the layout of the codes, and how exact they are."""
+"""gptx.quantization: settings, layout of the quantized values, and accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptx.quantization import (
     quantize,
     unpack,
 )
-from tests.support.refusals import refused
+from tests.support.cli import raises_error
 
 KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
 
@@ -32,7 +32,7 @@ KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
 
 
 @pytest.mark.parametrize(
-    ("group_size", "bits", "says"),
+    ("group_size", "bits", "expected"),
     [
         (48, 4, "group_size is 48, expected 32, 64 or 128"),
         (256, 4, "group_size is 256"),
@@ -46,8 +46,8 @@ KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
         (64, None, "bits is None"),
     ],
 )
-def test_settings_that_there_are_not(group_size: Any, bits: Any, says: str) -> None:
-    with refused(ParameterError, says):
+def test_invalid_settings(group_size: Any, bits: Any, expected: str) -> None:
+    with raises_error(ParameterError, expected):
         Quantization(group_size, bits)
 
 
@@ -78,7 +78,7 @@ GOOD = {"group_size": 64, "bits": 4}
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "expected"),
     [
         ({"quantization": {**GOOD, "bits": 3}}, "bits is 3, expected 8 or 4"),
         ({"quantization": {**GOOD, "bits": 2}}, "bits is 2"),
@@ -86,7 +86,7 @@ GOOD = {"group_size": 64, "bits": 4}
         ({"quantization": {**GOOD, "group_size": 16}}, "group_size is 16, expected 32, 64 or 128"),
         ({"quantization": {"bits": 4}}, "group_size is None"),
         ({"quantization": {"group_size": 64}}, "bits is None"),
-        ({"quantization": {**GOOD, "mode": "mxfp4"}}, "of the mode 'mxfp4', gptx reads 'affine'"),
+        ({"quantization": {**GOOD, "mode": "mxfp4"}}, "has the mode 'mxfp4', gptx reads 'affine'"),
         ({"quantization": {**GOOD, "model.wte": {**GOOD, "bits": 8}}}, "has 'model.wte'"),
         ({"quantization": {**GOOD, "model.h.0.attn.c_attn": False}}, "has 'model.h.0.attn.c_attn'"),
         ({"quantization": 4}, "quantization is 4, expected {"),
@@ -102,47 +102,48 @@ GOOD = {"group_size": 64, "bits": 4}
         ),
     ],
 )
-def test_what_a_config_must_not_say(tmp_path: Path, data: Any, says: str) -> None:
+def test_an_invalid_quantization_in_a_config(tmp_path: Path, data: Any, expected: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
-    with refused(ConfigError, str(path), says):
+    with raises_error(ConfigError, str(path), expected):
         GPT2Config.from_file(path)
 
 
-def test_the_form_in_a_config() -> None:
+def test_the_quantization_of_a_written_config() -> None:
     written = GPT2Config(quantization=Quantization(64, 4)).to_dict()
     assert written["quantization"] == {"group_size": 64, "bits": 4}
     assert "quantization" not in GPT2Config().to_dict()
 
 
-# The layout
+# Layout
 
 
 def quantized(n_out: int, n_in: int, bits: int, group_size: int, seed: int = 0) -> QuantizedTensor:
-    """A matrix of random words, scales and biases."""
+    """Make a matrix of random words, scales and offsets."""
     rng = np.random.default_rng(seed)
     words = rng.integers(0, 2**32, (n_out, n_in * bits // 32), np.uint32)
-    scales, biases = rng.normal(size=(2, n_out, n_in // group_size)).astype(np.float32)
-    return QuantizedTensor(words, scales, biases, group_size, bits)
+    scales, offsets = rng.normal(size=(2, n_out, n_in // group_size)).astype(np.float32)
+    return QuantizedTensor(words, scales, offsets, group_size, bits)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), KINDS)
-def test_codes_lie_along_the_input_lowest_bits_first(bits: int, group_size: int) -> None:
+def test_values_are_packed_along_the_input_lowest_bits_first(bits: int, group_size: int) -> None:
     q = quantized(3, 2 * group_size, bits, group_size)
-    codes, w = unpack(q), dequantize(q)
-    assert (codes.dtype, codes.shape, q.shape) == (np.uint8, q.shape, (3, 2 * group_size))
+    values, w = unpack(q), dequantize(q)
+    assert (values.dtype, values.shape, q.shape) == (np.uint8, q.shape, (3, 2 * group_size))
     assert (w.dtype, w.shape) == (np.float32, q.shape)
     for o in range(3):
         for i in range(2 * group_size):
             word = int(q.weight[o, i * bits // 32])
-            assert codes[o, i] == word >> (i * bits % 32) & (2**bits - 1)
+            assert values[o, i] == word >> (i * bits % 32) & (2**bits - 1)
             group = o, i // group_size
-            exact = float(q.scales[group]) * float(codes[o, i]) + float(q.biases[group])
-            assert w[o, i] == pytest.approx(exact, rel=1e-6, abs=1e-6 * abs(float(q.biases[group])))
+            scale, offset = float(q.scales[group]), float(q.offsets[group])
+            exact = scale * float(values[o, i]) + offset
+            assert w[o, i] == pytest.approx(exact, rel=1e-6, abs=1e-6 * abs(offset))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), KINDS)
-def test_bytes(bits: int, group_size: int) -> None:
+def test_number_of_bytes(bits: int, group_size: int) -> None:
     q = quantized(5, 3 * group_size, bits, group_size)
     assert q.nbytes == 5 * 3 * group_size * bits // 8 + 5 * 3 * 8
 
@@ -154,14 +155,15 @@ def test_rows_of_a_matrix() -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), KINDS)
-def test_many_blocks_of_rows_are_as_one(bits: int, group_size: int) -> None:
+def test_rows_are_independent(bits: int, group_size: int) -> None:
     w = np.random.default_rng(1).normal(size=(2500, 384)).astype(np.float32)  # four blocks
     q = quantize(w, bits, group_size)
+    back = dequantize(q)
     for row in (0, 681, 682, 683, 2499):
-        alone = quantize(w[row : row + 1], bits, group_size)
-        for part in ("weight", "scales", "biases"):
-            np.testing.assert_array_equal(getattr(q, part)[row], getattr(alone, part)[0])
-        np.testing.assert_array_equal(dequantize(q)[row], dequantize(alone)[0])
+        single = quantize(w[row : row + 1], bits, group_size)
+        for part in ("weight", "scales", "offsets"):
+            np.testing.assert_array_equal(getattr(q, part)[row], getattr(single, part)[0])
+        np.testing.assert_array_equal(back[row], dequantize(single)[0])
 
 
 WORDS = np.zeros((3, 8), np.uint32)
@@ -169,28 +171,31 @@ PARTS = np.zeros((3, 1), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("parts", "says"),
+    ("parts", "expected"),
     [
-        ((WORDS.astype(np.int32), PARTS, PARTS), "the codes are int32 [3, 8], expected a matrix"),
-        ((WORDS[0], PARTS, PARTS), "the codes are uint32 [8], expected a matrix of uint32"),
+        (
+            (WORDS.astype(np.int32), PARTS, PARTS),
+            "the quantized values are int32 [3, 8]",
+        ),
+        ((WORDS[0], PARTS, PARTS), "values are uint32 [8], expected a matrix of uint32"),
         ((WORDS, PARTS[:2], PARTS), "the scales are float32 [2, 1], expected float32 [3, 1]"),
-        ((WORDS, PARTS, PARTS[:, :0]), "the biases are float32 [3, 0], expected float32 [3, 1]"),
+        ((WORDS, PARTS, PARTS[:, :0]), "the offsets are float32 [3, 0], expected float32"),
         ((WORDS, PARTS.astype(np.int8), PARTS), "the scales are int8 [3, 1], expected float32"),
-        ((WORDS[:, :6], PARTS, PARTS), "48 inputs are no whole number of groups of 64"),
+        ((WORDS[:, :6], PARTS, PARTS), "48 inputs do not divide into groups of 64"),
     ],
 )
-def test_parts_that_do_not_fit_each_other(parts: Any, says: str) -> None:
+def test_parts_that_do_not_fit_each_other(parts: Any, expected: str) -> None:
     assert QuantizedTensor(WORDS, PARTS, PARTS, 64, 4).shape == (3, 64)
-    with refused(WeightsError, says):
+    with raises_error(WeightsError, expected):
         QuantizedTensor(*parts, 64, 4)
 
 
-# How exact
+# Accuracy
 
 
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
-    """A matrix of any range, even of one number, with bits and a group size."""
+    """Draw a matrix of any range, even of equal numbers, with bits and a group size."""
     bits, group_size = draw(st.sampled_from(KINDS))
     shape = draw(st.integers(1, 3)), group_size * draw(st.integers(1, 2))
     largest = 10.0 ** draw(st.integers(-9, 9))
@@ -198,14 +203,14 @@ def matrices(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return draw(arrays(np.float64, shape, elements=elements)).astype(np.float32), bits, group_size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
 def test_the_error_is_half_a_step_at_most(given: tuple[np.ndarray, int, int]) -> None:
-    """Within what the codes reach; beyond it is one end of a group, by a step at most."""
+    """The error is half a step within the range of the quantized values, at most one beyond."""
     w, bits, group_size = given
     q = quantize(w, bits, group_size)
-    scales, biases = (np.repeat(x.astype(float), group_size, 1) for x in (q.scales, q.biases))
-    ends = np.stack([biases, biases + scales * (2**bits - 1)])
+    scales, offsets = (np.repeat(x.astype(float), group_size, 1) for x in (q.scales, q.offsets))
+    ends = np.stack([offsets, offsets + scales * (2**bits - 1)])
     reached = np.clip(w.astype(float), ends.min(0), ends.max(0))
     step = np.abs(scales)
     rounding = 2**-22 * np.abs(w).reshape(len(w), -1, group_size).max(-1).repeat(group_size, 1)
@@ -213,34 +218,34 @@ def test_the_error_is_half_a_step_at_most(given: tuple[np.ndarray, int, int]) ->
     assert (np.abs(reached - w) <= step + rounding).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
-def test_the_far_end_and_zero_are_met(given: tuple[np.ndarray, int, int]) -> None:
+def test_the_far_end_and_zero_are_exact(given: tuple[np.ndarray, int, int]) -> None:
     w, bits, group_size = given
     w[:, 1] = 0
     back = dequantize(quantize(w, bits, group_size))
     for old, new in zip(w.reshape(-1, group_size), back.reshape(-1, group_size), strict=True):
         far = np.abs(old).max()
-        if far >= 1e-7:  # below, the step is MLX's smallest
+        if far >= 1e-7:  # below, the step is MLX's minimum
             assert far in np.abs(new[np.abs(old) == far])
         np.testing.assert_allclose(new[old == 0], 0, atol=2**-21 * far)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
-def test_codes_are_those_of_the_definition(given: tuple[np.ndarray, int, int]) -> None:
+def test_values_are_those_of_the_definition(given: tuple[np.ndarray, int, int]) -> None:
     w, bits, group_size = given
     q = quantize(w, bits, group_size)
-    scales, biases = (np.repeat(x, group_size, 1) for x in (q.scales, q.biases))
-    codes = np.clip(np.rint((w - biases) / scales), 0, 2**bits - 1)
-    np.testing.assert_array_equal(unpack(q), codes)
+    scales, offsets = (np.repeat(x, group_size, 1) for x in (q.scales, q.offsets))
+    expected = np.clip(np.rint((w - offsets) / scales), 0, 2**bits - 1)
+    np.testing.assert_array_equal(unpack(q), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_any_float_and_any_layout(dtype: Any) -> None:
+def test_every_float_type_and_layout(dtype: Any) -> None:
     w = np.random.default_rng(2).normal(size=(64, 33)).astype(dtype)
     one, other = quantize(w.T, 4, 32), quantize(np.ascontiguousarray(w.T).astype(np.float32), 4, 32)
-    for part in ("weight", "scales", "biases"):
+    for part in ("weight", "scales", "offsets"):
         np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
 
 
@@ -248,8 +253,8 @@ def test_any_float_and_any_layout(dtype: Any) -> None:
 @pytest.mark.parametrize(
     "kind", ["normal", "positive", "negative", "zero", "constant", "tiny", "large"]
 )
-def test_the_same_as_mlx(kind: str, bits: int, group_size: int) -> None:
-    """Number for number, but for a code or two of thousands on a device that rounds otherwise."""
+def test_the_result_of_mlx(kind: str, bits: int, group_size: int) -> None:
+    """Numbers are equal, except for few quantized values on a device with other rounding."""
     mx = pytest.importorskip("mlx.core")
     w = np.random.default_rng(3).normal(size=(33, 3 * group_size))
     w = {
@@ -262,22 +267,22 @@ def test_the_same_as_mlx(kind: str, bits: int, group_size: int) -> None:
         "large": w * 1e25,
     }[kind].astype(np.float32)
     q = quantize(w, bits, group_size)
-    words, scales, biases = mx.quantize(mx.array(w), group_size=group_size, bits=bits)
-    theirs = QuantizedTensor(*map(np.array, (words, scales, biases)), group_size, bits)
+    parts = mx.quantize(mx.array(w), group_size=group_size, bits=bits)
+    theirs = QuantizedTensor(*map(np.array, parts), group_size, bits)
     np.testing.assert_allclose(q.scales, theirs.scales, rtol=1e-6)
-    np.testing.assert_array_equal(q.biases, theirs.biases)
+    np.testing.assert_array_equal(q.offsets, theirs.offsets)
     off = np.abs(unpack(q).astype(int) - unpack(theirs))
     assert off.max() <= 1
     assert off.mean() < 1e-3
-    floats = np.array(mx.dequantize(words, scales, biases, group_size=group_size, bits=bits))
+    floats = np.array(mx.dequantize(*parts, group_size=group_size, bits=bits))
     np.testing.assert_allclose(dequantize(theirs), floats, rtol=1e-6, atol=1e-6 * np.abs(w).max())
 
 
-# What cannot be quantized
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("n_in", "group_size", "says"),
+    ("n_in", "group_size", "expected"),
     [
         (192, 128, "group_size is 128, but the head has 192 inputs: give 32 or 64"),
         (1600, 128, "but the head has 1600 inputs: give 32 or 64"),
@@ -286,8 +291,8 @@ def test_the_same_as_mlx(kind: str, bits: int, group_size: int) -> None:
         (128, 48, "group_size is 48, expected 32, 64 or 128"),
     ],
 )
-def test_inputs_that_do_not_divide(n_in: int, group_size: int, says: str) -> None:
-    with refused(ParameterError, says):
+def test_inputs_that_do_not_divide(n_in: int, group_size: int, expected: str) -> None:
+    with raises_error(ParameterError, expected):
         quantize(np.zeros((2, n_in)), 4, group_size, name="the head")
 
 
@@ -296,5 +301,5 @@ def test_inputs_that_do_not_divide(n_in: int, group_size: int, says: str) -> Non
 def test_weights_that_are_not_finite(value: float, at: tuple[int, int]) -> None:
     w = np.zeros((3, 64))
     w[at] = value
-    with refused(WeightsError, "the head holds a NaN, an infinity or a number beyond 1e30"):
+    with raises_error(WeightsError, "the head holds a NaN, an infinity or a number beyond 1e30"):
         quantize(w, 8, 32, name="the head")

@@ -1,7 +1,7 @@
 """Small GPT-2 configs, random token ids, and a writer of model folders.
 
-Imports NumPy, `gptx.config` and `gptx.random_weights` only: the environments of the reference
-implementations (`golden/make_golden.py`) make the same models without gptx's other dependencies.
+Imports NumPy and `gptx.config` only: the environments of the reference implementations
+(`golden/make_golden.py`) make the same models without gptx's other dependencies.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def _small(n_head: int, n_embd: int, n_layer: int, vocab_size: int) -> GPT2Confi
 _BASE = _small(n_head=4, n_embd=32, n_layer=3, vocab_size=97)
 
 CASES: dict[str, GPT2Config] = {
-    # The four sizes, shrunk: as many heads, hence widths that are no power of two.
+    # The four sizes, shrunk. The number of heads stays, so no width is a power of two.
     "124M": _small(n_head=12, n_embd=96, n_layer=4, vocab_size=211),
     "355M": _small(n_head=16, n_embd=64, n_layer=5, vocab_size=128),
     "774M": _small(n_head=20, n_embd=80, n_layer=4, vocab_size=157),
     "1558M": _small(n_head=25, n_embd=200, n_layer=3, vocab_size=181),
-    # One setting each.
+    # One other setting each.
     "gelu-erf": replace(_BASE, activation_function="gelu"),
     "relu": replace(_BASE, activation_function="relu"),
     "unscaled": replace(_BASE, scale_attn_weights=False),
@@ -58,7 +58,7 @@ def random_ids(config: GPT2Config, batch: int, length: int, seed: int = 0) -> np
 
 
 def checksum(weights: dict[str, np.ndarray]) -> int:
-    """CRC-32 over all tensors in order: tells other weights from another model."""
+    """Return the CRC-32 of all tensors in order."""
     crc = 0
     for tensor in weights.values():
         crc = zlib.crc32(tensor.tobytes(), crc)
@@ -74,23 +74,18 @@ def write_model(
     prefix: str = "",
     shards: int = 1,
 ) -> Path:
-    """Write a model as the Hub keeps it: config.json and model.safetensors.
+    """Write a model in the form of the Hub: config.json and model.safetensors; return the folder.
 
     Parameters
     ----------
     folder
-        Made if it does not exist.
+        Created if it does not exist.
     dtype
-        "float32", "float16" or "bfloat16"; config.json's `torch_dtype` says it too.
+        "float32", "float16" or "bfloat16", in config.json as `torch_dtype`.
     prefix
-        Put before every name but the head's, "transformer." for example.
+        Prefix of every name but the head's, "transformer." for example.
     shards
-        Into how many files the tensors go, in order; more than one come with an index.
-
-    Returns
-    -------
-    Path
-        The folder.
+        Number of files that the tensors are split into, in order; over 1 with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,24 +107,27 @@ def write_model(
     return folder
 
 
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_STORED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _write_safetensors(
     path: Path, names: dict[str, str], weights: dict[str, np.ndarray], dtype: str
 ) -> None:
-    """Write a safetensors file, tensor by tensor: stored name -> name in `weights`.
+    """Write a safetensors file, tensor by tensor; `names` is stored name -> name in `weights`.
 
-    The safetensors package has no public way to write bfloat16 from NumPy, and would hold a
-    second copy of a large model; the format is a length, a JSON header and the bytes.
+    The safetensors package has no public function that writes bfloat16 from NumPy.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for stored, name in names.items():
         start, end = end, end + weights[name].size * _ITEMSIZE[dtype]
         shape = list(weights[name].shape)
-        header[stored] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[stored] = {
+            "dtype": _STORED_TYPES[dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -144,6 +142,6 @@ def _as_bytes(tensor: np.ndarray, dtype: str) -> bytes:
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round finite float32 numbers to bfloat16, ties to even; the bits as uint16."""
+    """Round finite float32 numbers to bfloat16, ties to even; return the bits as uint16."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

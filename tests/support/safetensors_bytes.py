@@ -1,4 +1,4 @@
-"""Safetensors files made by hand, byte by byte, and the smallest model there can be."""
+"""Safetensors files written byte by byte, and the smallest possible model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptx.config import GPT2Config
 from gptx.random_weights import random_weights
 from tests.support.random_models import write_model
 
-# The smallest model there can be: its file is little more than a header.
+# The smallest possible model: its file is little more than a header.
 MICRO = GPT2Config(vocab_size=3, n_positions=2, n_embd=2, n_layer=1, n_head=1)
 DATA = np.array([1.5, -2.0], "<f4").tobytes()
 
@@ -23,11 +23,12 @@ def entry(dtype: str = "F32", shape: Any = (2,), begin: Any = 0, end: Any = 8) -
 
 
 def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file of any header (an object, or its bytes), said to be `length` bytes long."""
+    """Return a file of any header (an object, or bytes) whose length field is `length`."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def weights_path(folder: Path, weights: Any = None, config: Any = MICRO, **options: Any) -> Path:
+    """Write a model of random or given weights; return the path of its safetensors file."""
     found = random_weights(config) if weights is None else weights
     return write_model(folder, config, found, **options) / "model.safetensors"

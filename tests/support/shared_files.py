@@ -11,9 +11,9 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def shared(path: str) -> Path:
-    """A file of the shared folder; in CI it has to be there, elsewhere its absence is a skip."""
+    """Return the path of a shared file; skip the test if it is missing, but fail in CI."""
     found = SHARED / path
     if not found.exists() and not os.environ.get("CI"):
-        pytest.skip(f"{found.name} is not there (it is not part of the repository)")
-    assert found.exists(), f"CI has no {found}"
+        pytest.skip(f"{found.name} is missing (it is not part of the repository)")
+    assert found.exists(), f"{found} is missing in CI"
     return found

@@ -1,0 +1,238 @@
+"""gptx.stored_weights: the tensors of a model in its files, and the errors of files that do not
+fit the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.errors import DataError, StorageError, WeightsError
+from gptx.random_weights import random_weights
+from gptx.safetensors_file import read_safetensors, widen_bfloat16
+from gptx.stored_weights import check_weights, open_weights, read_weights
+from tests.support.random_models import CASES, to_bfloat16, write_model
+from tests.support.safetensors_bytes import MICRO, weights_path
+
+# Types, with and without a copy
+
+
+def test_float32_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    expected = random_weights(MICRO)
+    found = read_weights([weights_path(tmp_path)], MICRO)
+    assert list(found) == list(expected)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name])
+        assert isinstance(array, np.ndarray)
+        assert array.dtype == np.float32
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+def test_float16_stays_float16(tmp_path: Path) -> None:
+    expected = random_weights(MICRO)
+    for name, array in read_weights([weights_path(tmp_path, dtype="float16")], MICRO).items():
+        assert isinstance(array, np.ndarray)
+        assert array.dtype == np.float16
+        np.testing.assert_array_equal(array, expected[name].astype(np.float16))
+        assert not array.flags.owndata
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    found = read_weights([weights_path(tmp_path, dtype="bfloat16")], MICRO)
+    for name, expected in random_weights(MICRO).items():
+        array = found[name]
+        assert isinstance(array, np.ndarray)
+        assert not array.flags.owndata
+        wide = widen_bfloat16(array)
+        np.testing.assert_array_equal(to_bfloat16(wide), to_bfloat16(expected))
+        np.testing.assert_allclose(wide, expected, rtol=2**-8)
+
+
+def test_a_tensor_is_mapped_or_read(tmp_path: Path) -> None:
+    for name, tensor in open_weights([weights_path(tmp_path)], MICRO).items():
+        assert tensor.shape == MICRO.tensor_shapes()[name]
+        mapped, copied = tensor.map(), tensor.read()
+        assert isinstance(mapped, np.ndarray)
+        assert isinstance(copied, np.ndarray)
+        np.testing.assert_array_equal(mapped, copied)
+        assert not mapped.flags.writeable
+        assert copied.flags.writeable
+
+
+# Names
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_prefix_and_shards(tmp_path: Path, prefix: str, shards: int) -> None:
+    config = CASES["untied"]
+    expected = random_weights(config)
+    write_model(tmp_path, config, expected, prefix=prefix, shards=shards)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == shards
+    found = read_weights(paths, config)
+    assert set(found) == set(expected)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_mask_buffers_are_dropped(tmp_path: Path, prefix: str) -> None:
+    masks = {
+        "h.0.attn.bias": np.tril(np.ones((1, 1, 2, 2), np.float32)),
+        "h.0.attn.masked_bias": np.array(-1e4, np.float32),
+    }
+    path = weights_path(tmp_path, random_weights(MICRO) | masks, prefix=prefix)
+    assert set(read_safetensors(path)[0]) > {prefix + name for name in masks}
+    assert set(read_weights([path], MICRO)) == set(MICRO.tensor_shapes())
+    assert set(open_weights([path], None)) == set(MICRO.tensor_shapes())
+
+
+def test_the_duplicate_of_a_tied_head_is_dropped(tmp_path: Path) -> None:
+    weights = random_weights(MICRO)
+    path = weights_path(tmp_path, weights | {"lm_head.weight": weights["wte.weight"]})
+    assert "lm_head.weight" in read_safetensors(path)[0]
+    assert "lm_head.weight" not in read_weights([path], MICRO)
+
+
+def test_an_untied_head_is_required(tmp_path: Path) -> None:
+    config = CASES["untied"]
+    weights = random_weights(config)
+    assert "lm_head.weight" in read_weights([weights_path(tmp_path, weights, config)], config)
+    del weights["lm_head.weight"]
+    path = weights_path(tmp_path, weights, config)
+    with pytest.raises(WeightsError, match=r": tensor lm_head\.weight is missing") as caught:
+        read_weights([path], config)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+# Tensors that do not fit the config
+
+
+def test_missing_tensors_are_named() -> None:
+    weights = random_weights(MICRO)
+    del weights["h.0.mlp.c_fc.bias"]
+    with pytest.raises(WeightsError, match=r"^tensor h\.0\.mlp\.c_fc\.bias is missing"):
+        check_weights(weights, MICRO)
+    del weights["ln_f.weight"]
+    with pytest.raises(WeightsError, match=r"h\.0\.mlp\.c_fc\.bias, ln_f\.weight are missing"):
+        check_weights(weights, MICRO)
+    with pytest.raises(WeightsError, match=r"^tensors .*wte.* and 13 more are missing"):
+        check_weights({}, MICRO)
+
+
+def test_unknown_tensors_are_named() -> None:
+    weights = random_weights(MICRO)
+    extra = np.zeros(2, np.float32)
+    with pytest.raises(WeightsError, match=r"^tensor h\.1\.ln_1\.bias is unknown"):
+        check_weights(weights | {"h.1.ln_1.bias": extra}, MICRO)
+    with pytest.raises(WeightsError, match=r"^tensors x, y are unknown"):
+        check_weights(weights | {"x": extra, "y": extra}, MICRO)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 1), (6, 2), (12,), (2, 5), ()])
+def test_a_tensor_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    """(6, 2) is the layout of torch.nn.Linear in place of the Hub's Conv1D."""
+    weights = random_weights(MICRO) | {"h.0.attn.c_attn.weight": np.zeros(shape, np.float32)}
+    with pytest.raises(WeightsError) as caught:
+        check_weights(weights, MICRO)
+    expected = f"tensor h.0.attn.c_attn.weight has shape {list(shape)}, expected [2, 6]"
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.bool_])
+def test_weights_are_floats(dtype: Any) -> None:
+    weights: Any = random_weights(MICRO) | {"ln_f.bias": np.zeros(2, dtype)}
+    with pytest.raises(WeightsError, match=r"tensor ln_f\.bias is of type \w+, expected a float"):
+        check_weights(weights, MICRO)
+
+
+def test_integers_in_a_file(tmp_path: Path) -> None:
+    path = weights_path(tmp_path)
+    data = path.read_bytes()
+    assert data.count(b'"dtype": "F32"') == 16
+    path.write_bytes(data.replace(b'"dtype": "F32"', b'"dtype": "I32"', 1))
+    with pytest.raises(WeightsError, match=r"wte\.weight is of type int32, expected a float"):
+        read_weights([path], MICRO)
+
+
+def test_a_duplicate_tensor_in_two_shards(tmp_path: Path) -> None:
+    one = weights_path(tmp_path / "one")
+    two = weights_path(tmp_path / "two", {"ln_f.bias": np.zeros(2, np.float32)})
+    with pytest.raises(WeightsError) as caught:
+        read_weights([one, two], MICRO)
+    assert str(caught.value) == f"{two}: duplicate tensor ln_f.bias"
+
+
+def test_a_tensor_with_and_without_the_prefix(tmp_path: Path) -> None:
+    weights = random_weights(MICRO)
+    both = weights | {"transformer.ln_f.bias": weights["ln_f.bias"]}
+    with pytest.raises(WeightsError, match=r"duplicate tensor ln_f\.bias"):
+        read_weights([weights_path(tmp_path, both)], MICRO)
+
+
+def test_the_tensors_of_a_missing_shard(tmp_path: Path) -> None:
+    write_model(tmp_path, MICRO, random_weights(MICRO), shards=3)
+    paths = sorted(tmp_path.glob("*.safetensors"))[:2]
+    with pytest.raises(WeightsError, match=r"and \d+ more are missing") as caught:
+        read_weights(paths, MICRO)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+# Damaged files
+
+# Position, from 0 to 1 of the file; new bytes; number of bytes removed, None for as many.
+EDITS = st.lists(
+    st.tuples(
+        st.floats(0, 1),
+        st.one_of(
+            st.sampled_from([b"0", b"1", b"2", b"3", b"12", b"6", b"I", b"B", b"a", b".", b" "]),
+            st.sampled_from([b"9" * 20, b"-", b"[", b"]", b"null", b'"', b",", b"16", b"64"]),
+            st.binary(max_size=4),
+        ),
+        st.one_of(st.none(), st.integers(0, 8)),
+    ),
+    min_size=1,
+    max_size=2,
+)
+Edits = list[tuple[float, bytes, int | None]]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A path for damaged files, and the bytes of a valid file."""
+    path = weights_path(tmp_path_factory.mktemp("damaged"))
+    return path, path.read_bytes()
+
+
+def read_or_refuse(path: Path, data: bytes, edits: Edits) -> None:
+    """Damage a file; expect an error of gptx or a complete model."""
+    for where, new, removed in edits:
+        at = int(where * len(data))
+        data = data[:at] + new + data[at + (len(new) if removed is None else removed) :]
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    try:
+        found = read_weights([path], MICRO)
+    except (DataError, StorageError):
+        return
+    assert {name: array.shape for name, array in found.items()} == MICRO.tensor_shapes()
+    assert sum(len(np.asarray(array).tobytes()) for array in found.values())  # touch every byte
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(edits=EDITS)
+def test_a_damaged_file_is_read_or_refused(micro: tuple[Path, bytes], edits: Edits) -> None:
+    read_or_refuse(*micro, edits)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=2000, deadline=None, database=None)
+@given(edits=EDITS)
+def test_many_damaged_files(micro: tuple[Path, bytes], edits: Edits) -> None:
+    read_or_refuse(*micro, edits)
