@@ -1,0 +1,77 @@
+"""gptx.tokenization.decoder: text from tokens that arrive one by one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.decoder import TextDecoder
+from tests.tokenization.vocabularies import TEXTS, random_ids
+
+
+def pieces_of(tokenizer: BytePairTokenizer, ids: list[int]) -> list[str]:
+    decoder = TextDecoder(tokenizer)
+    return [*map(decoder.feed, ids), decoder.finish()]
+
+
+def test_the_pieces_of_texts_join_to_the_texts(tokenizer: BytePairTokenizer) -> None:
+    for text in TEXTS[:750]:
+        pieces = pieces_of(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == text
+        assert pieces[-1] == ""
+        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_the_pieces_of_random_ids_join_to_the_result_of_decode(
+    tokenizer: BytePairTokenizer,
+) -> None:
+    for ids in random_ids(tokenizer.vocab_size, 1000):
+        pieces, complete = pieces_of(tokenizer, ids), tokenizer.decode(ids)
+        assert "".join(pieces) == complete
+        assert sum(piece.count("\ufffd") for piece in pieces) == complete.count("\ufffd")
+
+
+@given(numbers=st.lists(st.integers(0, 2**16)), shorten=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_pieces_of_any_ids(tokenizer: BytePairTokenizer, numbers: list[int], shorten: int) -> None:
+    ids = [n % tokenizer.vocab_size for n in numbers] + tokenizer.encode("😀")
+    ids = ids[: len(ids) - shorten]
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+class ByteTokenizer:
+    """A tokenizer of bytes, which splits every character of more than one byte."""
+
+    vocab_size = 256
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id])
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    pieces = [decoder.feed(byte) for byte in "aé€😀".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+    assert decoder.finish() == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "pieces"),
+    [
+        (b"\xe2\x82", ["", "", "\ufffd"]),  # an incomplete character at the end
+        (b"\xe2\x82a", ["", "", "\ufffda", ""]),  # an incomplete character before a letter
+        (b"\xffa", ["\ufffd", "a", ""]),  # a byte that begins no character
+        (b"\xc3\xc3\xa9", ["", "\ufffd", "é", ""]),
+    ],
+)
+def test_bytes_that_are_not_utf_8(data: bytes, pieces: list[str]) -> None:
+    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    assert [*map(decoder.feed, data), decoder.finish()] == pieces
