@@ -1,7 +1,7 @@
-"""What makes one GPT-2 differ from another: sizes and a few switches.
+"""The config of a GPT-2: sizes and a few switches.
 
-`GPT2Config` reads any `config.json` of model type "gpt2". A setting that would change the numbers
-and that the model does not support is refused by its name.
+`GPT2Config` reads any `config.json` of model type "gpt2". A setting that changes the result and is
+not supported is an error that names it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gptx.quantization import Quantization
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
-# What transformers takes for the same, too.
-OTHER_NAMES = {
+# transformers accepts these names too.
+KEY_ALIASES = {
     "n_ctx": "n_positions",
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "num_hidden_layers": "n_layer",
 }
 
-MAX_LAYERS = 10_000  # a damaged file must not make a list of a billion names
+MAX_LAYERS = 10_000  # limits the list of tensor names of a damaged file
 
 # Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
 SIZES = {
@@ -39,28 +39,37 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2, under the names that the Hub's config.json uses.
+    """The sizes and switches of a GPT-2, with the names of the Hub's config.json.
 
     Attributes
     ----------
-    vocab_size, n_positions, n_embd, n_layer, n_head
-        V, the longest context in tokens, C, L and H of the shape comments.
+    vocab_size
+        V, number of tokens.
+    n_positions
+        Maximum context, in tokens.
+    n_embd, n_layer, n_head
+        C, width; L, number of layers; H, number of heads.
     n_inner
         Width of the MLP; None means 4 * n_embd.
     activation_function
         "gelu_new" (tanh form, the original), "gelu" (erf form) or "relu".
     layer_norm_epsilon
-        Added to the variance before its square root is taken.
+        Number added to the variance, in (0, 1].
     scale_attn_weights
-        Divide the attention scores by sqrt(D).
+        True divides the attention scores by sqrt(D).
     scale_attn_by_inverse_layer_idx
-        Divide them by the layer's number, counted from 1, too.
+        True divides the attention scores by the number of the layer too, counted from 1.
     tie_word_embeddings
-        The head is the transposed token embedding; otherwise it is `lm_head.weight`.
+        True makes the transposed token embedding the head; otherwise it is `lm_head.weight`.
     bos_token_id, eos_token_id
-        The end of a text is `eos_token_id`; None where the model has none.
+        Token ids of the beginning and the end of a text; None if the model has none.
     quantization
-        How the matrices are quantized; None where they are floats.
+        Quantization of the matrices; None for floats.
+
+    Raises
+    ------
+    ConfigError
+        A value is invalid or not supported.
     """
 
     vocab_size: int = 50257
@@ -135,7 +144,7 @@ class GPT2Config:
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model: name (without `transformer.`) -> shape, layers in order."""
+        """Return name (without `transformer.`) -> shape of every tensor, layers in order."""
         C, M = self.n_embd, self.mlp_dim
         shapes: dict[str, tuple[int, ...]] = {
             "wte.weight": (self.vocab_size, C),
@@ -164,7 +173,7 @@ class GPT2Config:
 
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> GPT2Config:
-        """The config of one of OpenAI's four models: "124M", "355M", "774M" or "1558M"."""
+        """Return the config of one of OpenAI's four models: "124M", "355M", "774M" or "1558M"."""
         if not isinstance(size, str) or size not in SIZES:
             raise ConfigError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
         n_layer, n_head, n_embd = SIZES[size]
@@ -172,14 +181,20 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GPT2Config:
-        """Read the contents of a config.json; keys that do not change the numbers are ignored."""
+        """Read the contents of a config.json; ignore keys that do not change the result.
+
+        Raises
+        ------
+        ConfigError
+            A value is invalid or not supported.
+        """
         if not isinstance(data, dict):
-            raise ConfigError(f"a {type(data).__name__} was found, expected a JSON object")
+            raise ConfigError(f"the contents are a {type(data).__name__}, expected a JSON object")
         _refuse_unsupported(data)
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}
         given["quantization"] = _quantization(data)
-        for other, name in OTHER_NAMES.items():
+        for other, name in KEY_ALIASES.items():
             if other in data:
                 given.setdefault(name, data[other])
         return cls(**given)
@@ -191,7 +206,9 @@ class GPT2Config:
         Raises
         ------
         ConfigError
-            It is not JSON, or describes something that gptx does not support.
+            The file is not valid JSON, or a value is invalid or not supported.
+        StorageError
+            The file cannot be read.
         """
         try:
             data = json.loads(Path(path).read_bytes())
@@ -205,7 +222,7 @@ class GPT2Config:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that this and other GPT-2 libraries read."""
+        """Return the contents of a config.json for gptx and other GPT-2 libraries."""
         data = {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -222,22 +239,22 @@ def _is_int(value: object) -> bool:
 
 
 def _refuse_unsupported(data: dict[str, Any]) -> None:
-    """Raise for settings that would change the numbers and that the model does not have.
+    """Raise ConfigError for settings that change the result and are not supported.
 
-    `reorder_and_upcast_attn` is not among them: it is a remedy for float16 that changes the order
-    of operations and not the result, and gptx takes every softmax in float32 anyway.
+    `reorder_and_upcast_attn` does not change it: it only makes a softmax of float16 accurate, and
+    gptx computes every softmax in float32.
     """
     if data.get("model_type", "gpt2") != "gpt2":
-        raise ConfigError(f"model_type is {data['model_type']!r}, gptx runs 'gpt2' only")
+        raise ConfigError(f"model_type is {data['model_type']!r}, gptx supports 'gpt2' only")
     for name in ("add_cross_attention", "is_encoder_decoder", "pruned_heads"):
         if data.get(name):
             raise ConfigError(f"{name} is {data[name]!r}, which gptx does not support")
 
 
 def _quantization(data: dict[str, Any]) -> Quantization | None:
-    """What MLX's libraries write, some of them under both names."""
+    """Read the quantization that MLX's libraries write, some of them under both names."""
     names = [name for name in ("quantization", "quantization_config") if data.get(name)]
     found = {Quantization.from_dict(data[name], name) for name in names}
     if len(found) > 1:
-        raise ConfigError("quantization and quantization_config differ, expected the same twice")
+        raise ConfigError("quantization and quantization_config differ, expected equal values")
     return found.pop() if found else None
