@@ -11,7 +11,7 @@ from gptx.backends import get_backend
 from gptx.conversions.checkpoint import Array, Checkpoint, float_array
 from gptx.conversions.containers.binary import cast, chunks, dtype_name
 from gptx.errors import WeightsError
-from gptx.generation.scoring import all_logits
+from gptx.logits import all_logits
 from gptx.model import Transformer
 from gptx.weights import to_backend
 

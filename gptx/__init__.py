@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from gptx.backends import Backend, available, get_backend
     from gptx.config import GPT2Config
     from gptx.errors import GptxError, Interrupted
-    from gptx.generation.api import Model, generate, load, stream
+    from gptx.generation.api import generate, load, stream
     from gptx.generation.results import Chunk, Result, Score
     from gptx.generation.sampling import SamplingParams
+    from gptx.generation.text_model import Model
     from gptx.kv_cache import KVCache
 
 # In a checkout, backends/ and conversions/ are beside this folder, not in it. With their parent in
@@ -37,7 +38,7 @@ _MODULES = {
     "GptxError": "gptx.errors",
     "Interrupted": "gptx.errors",
     "Chunk": "gptx.generation.results",
-    "Model": "gptx.generation.api",
+    "Model": "gptx.generation.text_model",
     "Result": "gptx.generation.results",
     "Score": "gptx.generation.results",
     "generate": "gptx.generation.api",

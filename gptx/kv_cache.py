@@ -58,7 +58,7 @@ class KVCache:
         """Make room for `counts[b]` new tokens in sequence b, and say where they stand.
 
         The forward pass that follows must be given ids [B, max(counts)], in which a sequence with
-        fewer new tokens repeats its last one (see `Positions`, and `pad`).
+        fewer new tokens repeats its last one (see `Positions`).
         """
         counts = np.asarray(counts)
         first, last = self.lengths, self.lengths + counts - 1
@@ -168,12 +168,6 @@ class KVCache:
             cache.update(layer, k, v, positions)
         cache.lengths = lengths.astype(np.int64)
         return cache
-
-
-def pad(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Token ids of different lengths -> [B, T], each repeating its last token up to T."""
-    T = max(map(len, prompts))
-    return np.array([[*ids, *[ids[-1]] * (T - len(ids))] for ids in prompts])
 
 
 def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[list[int]] | None:

@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("tests.support", "tests.emulator")
 
 import gptx
 from gptx.backends import Backend
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from tests import emulator as cuda_on_cpu

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from gptx.backends import get_backend
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError, StorageError
-from gptx.generation.api import Model
-from gptx.generation.engine import prefill
-from gptx.kv_cache import KVCache, pad
+from gptx.generation.text_model import Model
+from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits, pad
 from gptx.random_weights import random_weights
 from tests.support.backends import BACKENDS, make_backend
 from tests.support.models import make_model
@@ -27,13 +27,13 @@ CONFIG = CASES["tiny"]
 def filled(model: Model, prompts: list[list[int]], capacity: int) -> KVCache:
     cache = KVCache(model.config, model.backend, len(prompts), capacity)
     with model.backend.scope():
-        prefill(model.gpt2, prompts, cache)
+        next_token_logits(model.gpt2, prompts, cache)
     return cache
 
 
 def next_logits(model: Model, cache: KVCache, ids: list[list[int]]) -> np.ndarray:
     with model.backend.scope():
-        return model.backend.to_numpy(prefill(model.gpt2, ids, cache))
+        return model.backend.to_numpy(next_token_logits(model.gpt2, ids, cache))
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,7 +12,7 @@ import gptx
 from gptx.backends import get_backend
 from gptx.config import GPT2Config
 from gptx.errors import BackendError, ParameterError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.quantization import Quantization
 from tests.support.backends import BACKENDS, make_backend

@@ -11,8 +11,9 @@ import pytest
 
 import gptx
 from gptx.backends import Backend, get_backend
-from gptx.generation.api import Model
-from gptx.kv_cache import KVCache, pad
+from gptx.generation.text_model import Model
+from gptx.kv_cache import KVCache
+from gptx.logits import pad
 from gptx.model import forward
 from gptx.random_weights import random_weights
 from tests.support.backends import BACKENDS, make_backend

@@ -17,7 +17,7 @@ import gptx
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ParameterError, WeightsError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.quantization import Quantization, QuantizedTensor, quantize
 from gptx.random_weights import random_weights
 from gptx.stored_weights import check_weights, read_weights

@@ -14,7 +14,7 @@ import pytest
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.errors import ParameterError, WeightsError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16

@@ -18,9 +18,10 @@ from benchmarks.gpu.times import told
 from gptx.backends import Backend, Positions, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import DeviceOutOfMemory
-from gptx.generation.engine import TokenGenerator, prefill
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import SamplingParams
-from gptx.kv_cache import KVCache, pad
+from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits, pad
 from gptx.model import Transformer
 from gptx.quantization import Quantization
 from gptx.weights import quantize_weights, to_backend
@@ -204,7 +205,7 @@ def _logits(model: Transformer, lengths: Sequence[int]) -> np.ndarray:
     prompts = [random.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
     with backend.scope():
         cache = KVCache(model.config, backend, len(lengths), max(lengths) + STEPS)
-        found = [backend.to_numpy(prefill(model, prompts, cache))]
+        found = [backend.to_numpy(next_token_logits(model, prompts, cache))]
         for _ in range(STEPS):
             ids = random.integers(0, model.config.vocab_size, (len(lengths), 1))
             positions = cache.extend([1] * len(lengths))

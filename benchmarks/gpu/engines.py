@@ -13,9 +13,10 @@ import numpy as np
 from gptx.backends import get_backend
 from gptx.bench.speed import weights_bytes
 from gptx.config import GPT2Config
-from gptx.generation.engine import TokenGenerator, prefill
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import SamplingParams, make_sampler
 from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits
 from gptx.model import Transformer
 from gptx.stored_weights import Tensor
 from gptx.weights import to_backend
@@ -122,7 +123,7 @@ class Gptx(Engine):
 
             def first() -> None:
                 nonlocal ids
-                ids = backend.sample(prefill(self.model, texts, cache), sampler).ids
+                ids = backend.sample(next_token_logits(self.model, texts, cache), sampler).ids
                 self._demand(ids)
 
             def steps() -> None:
@@ -153,7 +154,7 @@ class Gptx(Engine):
     def logits(self, ids: list[int]) -> np.ndarray:
         with self.backend.scope():
             cache = KVCache(self.model.config, self.backend, 1, len(ids))
-            return self.backend.to_numpy(prefill(self.model, [ids], cache))[0]
+            return self.backend.to_numpy(next_token_logits(self.model, [ids], cache))[0]
 
     def memory(self) -> tuple[int, int]:
         if self._cupy is None:

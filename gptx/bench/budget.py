@@ -28,9 +28,10 @@ from gptx.bench.sources import open_sources, random_ids
 from gptx.bench.tables import BACKEND, DTYPE, MODEL, THREADS, Column, count
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
-from gptx.generation.api import Model
-from gptx.generation.engine import TokenGenerator, prefill
+from gptx.generation.engine import TokenGenerator
+from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits
 
 PROMPT_TOKENS = (19,)
 
@@ -140,7 +141,7 @@ def _uncached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
     for _ in range(n):
         with backend.scope():
             cache = KVCache(model.config, backend, 1, len(ids))
-            best = backend.xp.argmax(prefill(model.gpt2, [ids], cache), axis=-1)
+            best = backend.xp.argmax(next_token_logits(model.gpt2, [ids], cache), axis=-1)
             ids.append(int(backend.to_numpy(best)[0]))
         yield ids
 

@@ -50,10 +50,11 @@ from gptx.bench.tables import (
 )
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
-from gptx.generation.api import Model
-from gptx.generation.engine import TokenGenerator, prefill
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import make_sampler
+from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits
 from gptx.model import Transformer
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128  # the defaults of llama-bench
@@ -227,7 +228,9 @@ class TrialRunner:
         with model.backend.scope():
             self.cache = KVCache(model.config, model.backend, batch, max(capacity, 1))
             if depth:
-                model.backend.to_numpy(prefill(model.gpt2, self._texts(0, depth), self.cache))
+                model.backend.to_numpy(
+                    next_token_logits(model.gpt2, self._texts(0, depth), self.cache)
+                )
         self.cache.tokens = self._texts(0, depth)
 
     def _texts(self, start: int, stop: int) -> list[list[int]]:
@@ -246,7 +249,9 @@ class TrialRunner:
             start = time.perf_counter()
             streams = list(range(self.batch))
             sampler = make_sampler(GREEDY, backend, prompts, streams, model.config.vocab_size)
-            backend.read_tokens(backend.sample(prefill(model.gpt2, prompts, self.cache), sampler))
+            backend.read_tokens(
+                backend.sample(next_token_logits(model.gpt2, prompts, self.cache), sampler)
+            )
             backend.synchronize()
             return time.perf_counter() - start
 

@@ -15,8 +15,9 @@ from gptx.bench.machine import count_cores
 from gptx.bench.sources import Source, write_source
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
-from gptx.generation.api import Model, load
+from gptx.generation.api import load
 from gptx.generation.sampling import SamplingParams
+from gptx.generation.text_model import Model
 from gptx.quantization import BITS
 
 QUANTIZED_DTYPES = tuple(BITS)  # of the weights, in groups of 64

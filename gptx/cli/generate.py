@@ -13,11 +13,11 @@ from gptx.backends import TABLE
 from gptx.cli.formatting import format_size
 from gptx.cli.options import group_size_option, json_option, offline_option, revision_option
 from gptx.errors import Interrupted, PromptError
-from gptx.generation.api import Model, load_once
-from gptx.generation.engine import MAX_TOKENS, Overflow
-from gptx.generation.options import Options, check_options
+from gptx.generation.api import load_once
+from gptx.generation.options import MAX_TOKENS, CheckedOptions, Options, Overflow, check_options
 from gptx.generation.results import Result
 from gptx.generation.sampling import SamplingParams
+from gptx.generation.text_model import Model, stream_checked
 
 DEFAULT = SamplingParams()
 
@@ -181,10 +181,10 @@ def generate(
       echo "ROMEO:" | gptx generate -m shakespeare --json -
     """
     text = _prompt_text(prompt, prompt_option)
-    check_options(cast("Options", options))  # before the download of a large model
+    checked = check_options(cast("Options", options))  # before the download of a large model
     loaded = load_once(
         model,
-        options["max_tokens"],
+        checked.max_tokens,
         backend=backend,
         dtype=dtype,
         cache_dtype=cache_dtype,
@@ -196,7 +196,7 @@ def generate(
     )
     shown: list[str] = []
     try:
-        result = _stream(loaded, text, options, shown, show=not as_json)
+        result = _stream(loaded, text, checked, shown, show=not as_json)
     except Interrupted as interrupt:
         if interrupt.results:
             rest = str(interrupt.results[0])[len("".join(shown)) :]  # held back for a stop string
@@ -231,11 +231,11 @@ def _standard_input() -> str:
 
 
 def _stream(
-    loaded: Model, text: str, options: dict[str, Any], shown: list[str], show: bool
+    loaded: Model, text: str, options: CheckedOptions, shown: list[str], show: bool
 ) -> Result:
     """Generate, and append to `shown` what standard output has so far."""
     result = None
-    chunks = loaded.stream(text, **options)
+    chunks = stream_checked(loaded, [text], options)
     try:
         for chunk in chunks:
             if show and chunk.text:

@@ -1,47 +1,51 @@
-"""The keyword options of `load`, `generate` and `stream`, named and explained once."""
+"""Options of `load`, `generate` and `stream`, and the checks of a request.
+
+A request is checked once, here: `check_options` runs before a model is loaded, `check_ids` on each
+prompt. The engine trusts its arguments; it raises an error only for a prompt that exceeds the
+context.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, TypedDict
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
-from gptx.errors import ParameterError
-from gptx.generation.engine import Overflow, check_limits
-from gptx.generation.sampling import SamplingParams, is_int
+from gptx.errors import ParameterError, PromptError
+from gptx.generation.sampling import SamplingParams, is_int, random_seed
 from gptx.kv_cache import KVCache
 
 Prompt = str | Sequence[int]
-BATCH_SIZE = 8
-ENGINE_OPTIONS = ("max_tokens", "overflow", "logprobs", "cache")
+Overflow = Literal["error", "truncate", "slide"]
+MAX_TOKENS = 100  # default number of new tokens for each prompt
+BATCH_SIZE = 8  # default number of prompts in a batch
 
 
 class Options(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt.
+    """Options of `generate` and `stream`.
 
-    The options of `SamplingParams` (temperature, top_k, top_p, min_p, repetition_penalty,
+    The fields of `SamplingParams` (temperature, top_k, top_p, min_p, repetition_penalty,
     presence_penalty, frequency_penalty, logit_bias, seed), and:
 
     max_tokens
-        New tokens at most, default 100; None goes on to the end of the context.
+        Limit of new tokens, default 100; None generates to the end of the context.
     stop
-        A string or several: generation ends where one of them appears, and the text ends before it.
+        A string or several: generation ends where one of them appears. The text ends before it.
     ignore_eos
-        Go on past the end of a text.
+        Continue after the end-of-text token.
     overflow
-        "error" (default), "truncate" or "slide", where prompt and output do not fit the context
-        (see `gptx.generation.engine.TokenGenerator`).
+        "error" (default), "truncate" or "slide": see `gptx.generation.engine.TokenGenerator`.
     logprobs
         Return the log-probability of each token, too.
     allow_special
         Read `<|endoftext|>` in the prompt as that token, not as text.
     batch_size
-        How many prompts are computed at once, default 8.
+        Number of prompts in a batch, default 8.
     cache
-        What `Model.prefill` returned, with a single prompt: the part of the prompt that it shares
-        is not computed again.
+        Result of `Model.prefill`, with a single prompt. The tokens that the prompt shares with the
+        cache are not computed again.
     """
 
     temperature: float
@@ -64,22 +68,23 @@ class Options(TypedDict, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-    """The options of `load` beside the model.
+    """Options of `load`.
 
     backend, dtype, device, threads, generic, compile, cache_dtype
-        See `gptx.get_backend`. Where a model is loaded for one call (`gptx.generate`, `gptx.stream`
-        and the command line), the default is to compile it if that pays within the call.
+        See `gptx.get_backend`. `gptx.generate`, `gptx.stream` and the command line load a model for
+        one call: by default they compile it only if that pays within the call.
     quantize
-        "int8" or "int4": quantize linear layers and token embeddings; the default is to take the
-        weights as they are stored.
+        "int8" or "int4": quantize linear layers and token embeddings. By default the weights stay
+        as stored.
     group_size
-        How many weights share a scale, 32, 64 (default) or 128: fewer are more exact and larger.
+        Number of weights that share a scale: 32, 64 (default) or 128. Smaller groups are more exact
+        and take more memory.
     revision
         Branch, tag or commit on the Hub.
     offline
-        Make no connection: use what was downloaded before.
+        Make no connection; use files of earlier downloads.
     token
-        For gated models on the Hub; the default is the one that `hf auth login` stored.
+        Access token for gated models on the Hub; by default the one that `hf auth login` stored.
     """
 
     backend: Any
@@ -97,11 +102,34 @@ class LoadOptions(TypedDict, total=False):
 
 
 class AllOptions(Options, LoadOptions, total=False):
-    """The options of `load` and of `Model.generate` together."""
+    """Options of `load` and of `Model.generate` together."""
 
 
-def check_options(options: Options) -> tuple[SamplingParams, list[str]]:
-    """Check what can be checked without a model; the sampling parameters and the stop strings.
+@dataclass(frozen=True)
+class CheckedOptions:
+    """Options of one request, checked by `check_options`; see `Options`.
+
+    Attributes
+    ----------
+    params
+        Sampling parameters, with a random seed if the request has none.
+    stop
+        Stop strings.
+    """
+
+    params: SamplingParams
+    stop: list[str]
+    max_tokens: int | None
+    ignore_eos: bool
+    overflow: Overflow
+    logprobs: bool
+    allow_special: bool
+    batch_size: int
+    cache: KVCache | None
+
+
+def check_options(options: Options) -> CheckedOptions:
+    """Check everything about a request that needs no model.
 
     Raises
     ------
@@ -110,17 +138,44 @@ def check_options(options: Options) -> tuple[SamplingParams, list[str]]:
     """
     if unknown := set(options) - set(Options.__annotations__):
         raise ParameterError(
-            f"unknown option {', '.join(sorted(unknown))}: see gptx.generation.options for those there are"
+            f"unknown option {', '.join(sorted(unknown))}: "
+            "see gptx.generation.options.Options for the known ones"
         )
-    check_limits(options.get("max_tokens", 1), options.get("overflow", "error"))
+    max_tokens, overflow = options.get("max_tokens", MAX_TOKENS), options.get("overflow", "error")
+    _check_limits(max_tokens, overflow)
     cache = options.get("cache")
     if cache is not None and not isinstance(cache, KVCache):
-        raise ParameterError(f"cache is {cache!r}, expected what Model.prefill returned")
+        raise ParameterError(f"cache is {cache!r}, expected the result of Model.prefill")
     batch_size = options.get("batch_size", BATCH_SIZE)
     if not is_int(batch_size) or batch_size < 1:
         raise ParameterError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
     given = {f.name: options[f.name] for f in fields(SamplingParams) if f.name in options}  # type: ignore[literal-required]
-    return SamplingParams(**given), _stop_strings(options.get("stop"))
+    if given.get("seed") is None:
+        given["seed"] = random_seed()
+    return CheckedOptions(
+        params=SamplingParams(**given),
+        stop=_stop_strings(options.get("stop")),
+        max_tokens=max_tokens,
+        ignore_eos=options.get("ignore_eos", False),
+        overflow=overflow,
+        logprobs=options.get("logprobs", False),
+        allow_special=options.get("allow_special", False),
+        batch_size=batch_size,
+        cache=cache,
+    )
+
+
+def _check_limits(max_tokens: int | None, overflow: str) -> None:
+    if overflow not in get_args(Overflow):
+        raise ParameterError(
+            f"overflow is {overflow!r}, expected one of {', '.join(get_args(Overflow))}"
+        )
+    if max_tokens is None and overflow == "slide":
+        raise ParameterError(
+            "max_tokens is None, expected a number with overflow='slide', which has no end"
+        )
+    if max_tokens is not None and (not is_int(max_tokens) or max_tokens < 1):
+        raise ParameterError(f"max_tokens is {max_tokens!r}, expected a whole number of at least 1")
 
 
 def _stop_strings(stop: Any) -> list[str]:
@@ -134,7 +189,30 @@ def _stop_strings(stop: Any) -> list[str]:
 
 
 def is_ids(prompt: Any) -> bool:
-    """Whether a prompt is one list of token ids, and not one of prompts."""
+    """Return True if a prompt is one list of token ids, False if it is a list of prompts."""
     return isinstance(prompt, np.ndarray) or (
         len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
     )
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Return token ids as a list of ints: at least one, each in the vocabulary.
+
+    Raises
+    ------
+    PromptError
+        There is no id, one is not an integer, or one is outside the vocabulary.
+    """
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError, OverflowError):  # for example, lists of different lengths
+        array = np.asarray(None)
+    if array.shape == (0,):
+        raise PromptError("the prompt is empty: give at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        given = " ".join(str(ids)[:60].split())
+        raise PromptError(f"token ids are {given}, expected one list of whole numbers")
+    if array.min() < 0 or array.max() >= vocab_size:
+        bad = int(array[(array < 0) | (array >= vocab_size)][0])
+        raise PromptError(f"token id is {bad}, expected 0 to {vocab_size - 1}")
+    return array.tolist()

@@ -1,43 +1,71 @@
-"""What comes back: results, the chunks of a stream, scores."""
+"""Results of generation: tokens, chunks of a stream, whole continuations, scores."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from gptx.generation.engine import FinishReason
 from gptx.generation.options import Prompt
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of one sequence.
+
+    Attributes
+    ----------
+    sequence
+        Index of the prompt, from 0.
+    id
+        Token id; None if the end-of-text token ended the sequence.
+    logprob
+        Log-probability in nats that the model gives the token, before penalties and temperature;
+        None if not requested.
+    finish_reason
+        "stop" or "length" for the last token of a sequence, None for the others.
+    """
+
+    sequence: int
+    id: int | None
+    logprob: float | None
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One continuation; `str(result)` is its text.
+    """The continuation of one prompt; `str(result)` is its text.
 
     Attributes
     ----------
     prompt
-        As it was given: text or token ids.
+        The prompt as given: text or token ids.
     text
-        What was generated; None for a model without a tokenizer.
+        Generated text; None for a model without a tokenizer.
     tokens
-        The generated token ids, without the end-of-text token.
+        Generated token ids, without the end-of-text token.
     logprobs
-        The logarithm of the model's own probability for each token; None unless asked for.
+        Log-probability of each token in nats, before penalties and temperature; None if not
+        requested.
     finish_reason
         "stop" (end of text or a stop string), "length" (max_tokens or the context) or
         "interrupted".
     seed
-        With which the same tokens come again.
+        Seed of the sampling; the same seed gives the same tokens again.
     prompt_tokens
-        How many tokens of the prompt were used.
-    prompt_tps, generation_tps
-        Prompt tokens per second until the first new token, those that a cache held included, and
-        new tokens per second after it, what the caller did between two of them included (0 where
-        there were none). In a batch, of this sequence.
+        Number of prompt tokens after truncation.
+    prompt_tps
+        Prompt tokens per second until the first new token, those found in a cache included.
+    generation_tps
+        New tokens per second after the first one, in this sequence; the time that the caller takes
+        between two of them counts. 0 with fewer than two tokens.
     time_to_first_token
-        Seconds from the start of its batch.
+        Seconds from the start of the batch to its first tokens.
     peak_memory
-        Bytes: the process's largest resident size so far, or what the device's pool has held.
+        Bytes: largest resident size of the process so far, or largest size of the device's memory
+        pool.
     """
 
     prompt: Prompt
@@ -58,10 +86,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a stream: one token, and the text that it completes (possibly none).
+    """One token of a stream, and the text that it completes.
 
-    The last one of a `sequence` (which prompt, counted from 0) has a `finish_reason`, and the
-    `result` of the whole.
+    Attributes
+    ----------
+    text
+        New text; empty if the token completes no character, or if a stop string may begin here.
+    token
+        Token id; None if the end-of-text token ended the sequence.
+    logprob
+        Log-probability of the token in nats; None if not requested.
+    sequence
+        Index of the prompt, from 0.
+    finish_reason, result
+        Set in the last chunk of a sequence, None in the others.
     """
 
     text: str
@@ -77,14 +115,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Score:
-    """How probable a text is to the model.
+    """The log-probabilities of the tokens of a text.
 
     Attributes
     ----------
     tokens
-        The text's token ids.
+        Token ids of the text.
     logprobs
-        The log-probability of each token given those before it; None for the first.
+        Log-probability in nats of each token, given the tokens before it; None for the first.
     """
 
     tokens: list[int]
@@ -92,15 +130,15 @@ class Score:
 
     @property
     def n_scored(self) -> int:
-        """How many tokens have a log-probability."""
+        """Number of tokens with a log-probability."""
         return sum(x is not None for x in self.logprobs)
 
     @property
     def loss(self) -> float:
-        """The mean of -logprob, in nats per token."""
+        """Mean of -logprob, in nats per token."""
         return -math.fsum(x for x in self.logprobs if x is not None) / self.n_scored
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is too large for a float."""
+        """exp(loss); infinite if that exceeds the range of a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf

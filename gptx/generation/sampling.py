@@ -12,6 +12,7 @@ same tokens on every backend, in any batch, after any restart.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -126,6 +127,11 @@ def is_int(value: object) -> bool:
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def random_seed() -> int:
+    """Return a seed of 64 random bits."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

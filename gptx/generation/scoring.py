@@ -1,29 +1,19 @@
-"""The model as an object of study: the logits of every position, how probable a text is."""
+"""Log-probabilities of a text."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from gptx.errors import NonFiniteError
 from gptx.generation.results import Score
-from gptx.kv_cache import KVCache
+from gptx.logits import all_logits
 from gptx.model import Transformer
-
-Array = Any
-
-
-def all_logits(model: Transformer, ids: list[int]) -> Array:
-    """Logits [T, V] of the token after each of T token ids, which have to fit the context."""
-    cache = KVCache(model.config, model.backend, 1, len(ids))
-    batch = model.backend.asarray(np.asarray([ids]))
-    return model.forward(batch, cache.extend([len(ids)]), cache)[0, :, :]
 
 
 def score(model: Transformer, ids: list[int], stride: int) -> Score:
-    """The log-probability of each of at least two token ids, see `Model.score`.
+    """Return the log-probability of each of at least two token ids, see `Model.score`.
 
     Raises
     ------
@@ -33,8 +23,8 @@ def score(model: Transformer, ids: list[int], stride: int) -> Score:
     logprobs: list[float] = []
     for first in range(0, len(ids), stride):
         window = ids[first : first + model.config.n_positions + 1]
-        done = len(logprobs) - first  # predictions of this window that the one before has made
-        logprobs += _score_window(model, window, done)
+        n_done = len(logprobs) - first  # tokens of this window that earlier windows scored
+        logprobs += _score_window(model, window, n_done)
         if len(logprobs) == len(ids) - 1:
             break
     if not all(map(math.isfinite, logprobs)):
@@ -42,10 +32,10 @@ def score(model: Transformer, ids: list[int], stride: int) -> Score:
     return Score(ids, [None, *logprobs])
 
 
-def _score_window(model: Transformer, window: list[int], done: int) -> list[float]:
-    """Log-probabilities of `window[done + 1:]`, each given all before it in the window."""
+def _score_window(model: Transformer, window: list[int], n_done: int) -> list[float]:
+    """Return the log-probabilities of `window[n_done + 1:]`, each given all before it."""
     xp, backend = model.backend.xp, model.backend
-    logits = all_logits(model, window[:-1])[done:, :]
-    targets = backend.asarray(np.asarray(window[done + 1 :]))[:, None]
+    logits = all_logits(model, window[:-1])[n_done:, :]
+    targets = backend.asarray(np.asarray(window[n_done + 1 :]))[:, None]
     picked = xp.take_along_axis(backend.log_softmax(logits), targets, axis=-1)
     return [float(x) for x in backend.to_numpy(picked)[:, 0]]

@@ -1,4 +1,4 @@
-"""From new tokens to text as it grows: half characters, stop strings, times."""
+"""Text that grows from tokens: whole characters, stop strings, times."""
 
 from __future__ import annotations
 
@@ -6,15 +6,31 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from gptx.generation.engine import FinishReason, Token, TokenGenerator
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.options import Prompt
-from gptx.generation.results import Chunk, Result
+from gptx.generation.results import Chunk, FinishReason, Result, Token
 from gptx.tokenization.decoder import TextDecoder
 from gptx.tokenization.protocol import Tokenizer
 
 
-class Output:
-    """One prompt's output while it grows: text, stop strings, times."""
+class Continuation:
+    """The continuation of one prompt while it grows: tokens, text, times.
+
+    Parameters
+    ----------
+    sequence
+        Index of the prompt in the request.
+    prompt
+        The prompt as given.
+    prompt_tokens
+        Number of its tokens after truncation.
+    tokenizer
+        None for a model without a tokenizer: the continuation then has no text.
+    stop
+        Stop strings.
+    run
+        The generator of the tokens.
+    """
 
     def __init__(
         self,
@@ -31,13 +47,14 @@ class Output:
         self._decoder = tokenizer and TextDecoder(tokenizer)
         self._stop = StopFinder(stop)
         self._run = run
-        self._pieces: list[tuple[int | None, float | None, str]] = []  # token, its logprob, text
-        self._first = self._last = 0.0
-        self._done: Result | None = None
+        self._pieces: list[tuple[int | None, float | None, str]] = []  # token id, logprob, text
+        self._first_time = self._last_time = 0.0
+        self._result: Result | None = None
 
     def add(self, token: Token) -> Chunk:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+        """Add a token; return the chunk of the stream that reports it."""
+        self._last_time = time.perf_counter()
+        self._first_time = self._first_time or self._last_time
         reason = token.finish_reason
         text = ""
         if token.id is not None and self._decoder:
@@ -46,19 +63,20 @@ class Output:
             text += self._stop.feed(self._decoder.finish()) + self._stop.finish()
         if self._stop.found:
             reason = "stop"
-        self._pieces.append((token.id, token.logprob, text))  # all at once, or Ctrl-C parts them
+        self._pieces.append((token.id, token.logprob, text))  # in one call, safe from Ctrl-C
         if reason:
-            self._done = self.result(reason)
-        return Chunk(text, token.id, token.logprob, self._sequence, reason, self._done)
+            self._result = self.result(reason)
+        return Chunk(text, token.id, token.logprob, self._sequence, reason, self._result)
 
     def result(self, reason: FinishReason) -> Result:
-        if self._done is not None:
-            return self._done
+        """Return the result so far; `reason` is its finish reason if it has none yet."""
+        if self._result is not None:
+            return self._result
         rest = self._stop.finish() if reason == "interrupted" else ""
         tokens = [id for id, _, _ in self._pieces if id is not None]
         logprobs = [logprob for _, logprob, _ in self._pieces if logprob is not None]
-        n, seconds = len(tokens), self._last - self._first
-        first = self._run.prefill_seconds
+        n, seconds = len(tokens), self._last_time - self._first_time
+        prefill_seconds = self._run.prefill_seconds
         return Result(
             prompt=self._prompt,
             text="".join(text for _, _, text in self._pieces) + rest if self._decoder else None,
@@ -67,15 +85,23 @@ class Output:
             finish_reason=reason,
             seed=cast("int", self._run.params.seed),
             prompt_tokens=self._prompt_tokens,
-            prompt_tps=self._prompt_tokens / first if first else 0.0,
+            prompt_tps=self._prompt_tokens / prefill_seconds if prefill_seconds else 0.0,
             generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
-            time_to_first_token=first,
+            time_to_first_token=prefill_seconds,
             peak_memory=self._run.model.backend.peak_memory(),
         )
 
 
 class StopFinder:
-    """Finds stop strings in text that comes in pieces, and holds back what may begin one."""
+    """Search for stop strings in text that arrives in pieces.
+
+    It holds back text that may be the start of a stop string.
+
+    Attributes
+    ----------
+    found
+        True if a stop string appeared.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
@@ -83,7 +109,10 @@ class StopFinder:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """The text that can be shown now; nothing once a stop string was found."""
+        """Add text; return the text that no stop string can include any more.
+
+        After a stop string, that is empty.
+        """
         if self.found:
             return ""
         self._held += text
@@ -91,17 +120,17 @@ class StopFinder:
         if starts:
             self.found = True
             return self._held[: min(starts)]
-        keep = 0
+        n_held = 0
         for stop in self._stop:
             longest = min(len(stop) - 1, len(self._held))
-            keep = max(
-                keep, next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+            n_held = max(
+                n_held, next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
             )
-        shown = self._held[: len(self._held) - keep]
+        shown = self._held[: len(self._held) - n_held]
         self._held = self._held[len(shown) :]
         return shown
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return the text held back, at the end of all text."""
         rest, self._held = self._held, ""
         return "" if self.found else rest

@@ -26,7 +26,7 @@ from gptx.bench.reuse import (
 )
 from gptx.bench.setups import Settings
 from gptx.errors import ParameterError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.model import Transformer
 from tests.support.bench import records, run_in_process
 from tests.support.cli import raises_error

@@ -19,8 +19,8 @@ from gptx.bench.sources import Source
 from gptx.config import GPT2Config
 from gptx.conversions import convert
 from gptx.errors import ParameterError
-from gptx.generation.api import Model
 from gptx.generation.engine import TokenGenerator
+from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from tests.emulator import cupy_stand_in as cupy_on_cpu
 from tests.support.backends import make_backend

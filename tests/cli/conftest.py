@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import gptx
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 
 
 @pytest.fixture(scope="session")

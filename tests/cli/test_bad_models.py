@@ -14,7 +14,7 @@ import pytest
 
 import gptx
 from gptx.errors import NonFiniteError, PromptError, TokenizerError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.safetensors_file import read_safetensors
 from tests.support.cli import raises_error, run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from tests.support.cli import error_lines, run, start
 
 COMMANDS = [("download",), ("info",), ("generate", "O", "-m")]

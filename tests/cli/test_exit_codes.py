@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from gptx.errors import DeviceOutOfMemory
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from tests.support.cli import (
     GENERATE,
     LONG_RUN,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gptx.generation.api import Model
 from gptx.generation.results import Result
+from gptx.generation.text_model import Model
 from tests.support.cli import GENERATE, LONG_RUN, STATISTICS, posix, read, run, start
 
 

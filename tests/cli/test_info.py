@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from tests.support.cli import run
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import gptx
 from gptx.errors import ParameterError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from tests.support.cli import assert_generate_fails, raises_error, run, short_id
 
 NAN, INF = math.nan, math.inf

@@ -13,7 +13,7 @@ import pytest
 import gptx
 from gptx.backends import get_backend
 from gptx.errors import PromptError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from tests.support.cli import assert_generate_fails, raises_error, run, short_id, start
 from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids

@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gptx.generation.batching
 import gptx.generation.engine
 from gptx.backends import Backend, get_backend
-from gptx.errors import NonFiniteError, ParameterError, PromptError
-from gptx.generation.api import Model
-from gptx.generation.engine import Batch, Token, TokenGenerator, streams_of
+from gptx.errors import NonFiniteError, PromptError
+from gptx.generation.batching import Batch
+from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.options import check_ids
+from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams
+from gptx.generation.text_model import Model
+from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits
 from gptx.model import Transformer
 from tests.support.backends import BACKENDS, make_backend
 from tests.support.models import make_model
@@ -75,13 +81,12 @@ def test_slide_goes_on_with_the_newer_half(
     counting: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefills = []
-    real = gptx.generation.engine.prefill
 
-    def prefill(model: Any, prompts: list[list[int]], cache: Any) -> Any:
+    def spy(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Any:
         prefills.append([list(ids) for ids in prompts])
-        return real(model, prompts, cache)
+        return next_token_logits(model, prompts, cache)
 
-    monkeypatch.setattr(gptx.generation.engine, "prefill", prefill)
+    monkeypatch.setattr(gptx.generation.batching, "next_token_logits", spy)
     run = TokenGenerator(counting, [[0, 1, 2], [50]], GREEDY, max_tokens=100, overflow="slide")
     out = tokens_of(run)
     assert out == [[i % 97 for i in range(3, 103)], [i % 97 for i in range(51, 151)]]
@@ -117,11 +122,6 @@ def test_error_refuses_before_computing(counting: Transformer) -> None:
         TokenGenerator(counting, [[1] * 65], GREEDY, max_tokens=1)
     with pytest.raises(PromptError, match="60 tokens and 6 new ones do not fit the context of 64"):
         TokenGenerator(counting, [[1] * 60], GREEDY, max_tokens=6)
-
-
-def test_slide_needs_a_limit(counting: Transformer) -> None:
-    with pytest.raises(ParameterError, match="max_tokens is None"):
-        TokenGenerator(counting, [[1]], GREEDY, max_tokens=None, overflow="slide")
 
 
 @pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -203,9 +203,9 @@ def test_a_number_that_is_not_finite_stops(small: Model, value: float) -> None:
         ([True, False], "whole numbers"),
     ],
 )
-def test_bad_ids(counting: Transformer, ids: Any, message: str) -> None:
+def test_bad_ids(ids: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        TokenGenerator(counting, [ids], GREEDY)
+        check_ids(ids, 97)
 
 
 def test_only_token_ids_come_back_from_the_device(small: Model) -> None:
@@ -241,8 +241,8 @@ def test_a_decode_step_is_two_calls_to_the_backend(
             return getattr(self.backend, method)
 
     class CountedBatch(Batch):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             self.backend: Any = Counted(self.backend)
 
     monkeypatch.setattr(gptx.generation.engine, "Batch", CountedBatch)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from gptx.backends import Backend
 from gptx.backends.cpu.backend import NumpyBackend
 from gptx.errors import NonFiniteError
-from gptx.generation.api import Model
-from gptx.generation.engine import Token, TokenGenerator
+from gptx.generation.engine import TokenGenerator
+from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams
+from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from tests.support.backends import make_backend
 from tests.support.models import make_model

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptx.generation.engine import FinishReason, Token
-from gptx.generation.results import Chunk, Score
-from gptx.generation.streaming import Output, StopFinder
+from gptx.generation.results import Chunk, FinishReason, Score, Token
+from gptx.generation.streaming import Continuation, StopFinder
 
 # Stop strings
 
@@ -126,18 +125,18 @@ class Words:
         return self.words[id]
 
 
-def make_output(*words: bytes, stop: Sequence[str] = (), logprobs: bool = False) -> Output:
+def make_output(*words: bytes, stop: Sequence[str] = (), logprobs: bool = False) -> Continuation:
     run: Any = SimpleNamespace(
         prefill_seconds=0.5,
         logprobs=logprobs,
         params=SimpleNamespace(seed=7),
         model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
     )
-    return Output(0, "prompt", 10, Words(*words) if words else None, list(stop), run)
+    return Continuation(0, "prompt", 10, Words(*words) if words else None, list(stop), run)
 
 
 def add_all(
-    output: Output, ids: Sequence[int | None], reason: FinishReason = "length"
+    output: Continuation, ids: Sequence[int | None], reason: FinishReason = "length"
 ) -> list[Chunk]:
     """Add tokens up to the one that stops the output; the last id has the reason."""
     chunks = []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -18,6 +21,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import gptx
+import gptx.cli.generate  # its defaults are no part of a request
 from gptx.backends import get_backend
 from gptx.errors import (
     DeviceOutOfMemory,
@@ -27,9 +31,10 @@ from gptx.errors import (
     PromptError,
     TokenizerError,
 )
-from gptx.generation.api import Model
 from gptx.generation.engine import TokenGenerator
+from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
+from tests.support.cli import run
 from tests.support.models import make_model
 from tests.support.random_models import CASES
 from tests.support.shared_files import shared
@@ -273,6 +278,41 @@ def test_stream_finds_a_bad_call_before_it_is_iterated_over(shakespeare: Model) 
         shakespeare.stream("O", logit_bias={99999: 1.0})
 
 
+CHECKS = ["check_options", "_check_limits", "_stop_strings", "__post_init__", "check_bias"]
+
+
+@pytest.mark.parametrize(
+    "request_tokens",
+    [
+        lambda model, prompts: model.generate(prompts, max_tokens=1),
+        lambda model, prompts: gptx.generate(prompts, model=model, max_tokens=1),
+        lambda model, prompts: list(model.stream(prompts[0], max_tokens=1)),
+        lambda model, prompts: list(gptx.stream(prompts[0], model=model, max_tokens=1)),
+        lambda model, prompts: run("generate", "-m", "shakespeare", "-n1", prompts[0]),
+    ],
+    ids=["generate", "gptx.generate", "stream", "gptx.stream", "command"],
+)
+def test_a_request_is_checked_once(
+    shakespeare: Model, request_tokens: Callable[[Model, list[str]], Any]
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and Path(code.co_filename).parent.name == "generation":
+            calls[code.co_name] += 1
+
+    prompts = ["ROMEO:", "O", "KING:"]
+    sys.setprofile(count)
+    try:
+        done = request_tokens(shakespeare, prompts)
+    finally:
+        sys.setprofile(None)
+    n_prompts = len(done) if isinstance(done, list) and len(done) > 1 else 1
+    assert calls["check_ids"] == n_prompts
+    assert [calls[name] for name in CHECKS] == [1] * len(CHECKS)
+
+
 def test_options_of_load_are_refused_for_a_loaded_model(shakespeare: Model) -> None:
     assert gptx.generate("O", model=shakespeare, max_tokens=2).text is not None
     with pytest.raises(ParameterError, match=r"backend.*gptx\.load"):
@@ -337,9 +377,7 @@ def test_a_relative_folder_is_found_after_a_move(
 
 
 def test_memory_running_out_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "gptx.generation.api.read_weights", mock.Mock(side_effect=MemoryError("no"))
-    )
+    monkeypatch.setattr("gptx.weights.read_weights", mock.Mock(side_effect=MemoryError("no")))
     with pytest.raises(DeviceOutOfMemory, match="memory ran out"):
         gptx.load("shakespeare")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
 from gptx.quantization import Quantization, QuantizedTensor, dequantize

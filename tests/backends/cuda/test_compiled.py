@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from gptx.backends import get_backend
-from gptx.generation.api import Model
-from gptx.generation.engine import Token, TokenGenerator, prefill
+from gptx.generation.engine import TokenGenerator
+from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams, make_sampler
-from gptx.kv_cache import KVCache, pad
+from gptx.generation.text_model import Model
+from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits, pad
 from gptx.quantization import Quantization
 from tests.support.backends import make_backend
 from tests.support.models import make_model
@@ -36,7 +38,7 @@ def read(model: Model, prompts: list[list[int]]) -> np.ndarray:
     backend = model.backend
     with backend.scope():
         cache = KVCache(CONFIG, backend, len(prompts), 100)
-        return backend.to_numpy(prefill(model.gpt2, prompts, cache))
+        return backend.to_numpy(next_token_logits(model.gpt2, prompts, cache))
 
 
 def texts(steps: list[list[Token]]) -> list[list[int | None]]:
@@ -109,7 +111,9 @@ def test_a_prompt_may_fill_the_cache(name: str) -> None:
     for n in (100, CONFIG.n_positions):
         with model.backend.scope(), exact.backend.scope():
             found, expected = (
-                m.backend.to_numpy(prefill(m.gpt2, [ids[:n]], KVCache(CONFIG, m.backend, 1, n)))
+                m.backend.to_numpy(
+                    next_token_logits(m.gpt2, [ids[:n]], KVCache(CONFIG, m.backend, 1, n))
+                )
                 for m in (model, exact)
             )
         assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
@@ -123,8 +127,8 @@ def test_a_prompt_goes_on_where_the_cache_ends(name: str) -> None:
     for _ in range(3):  # kernel by kernel, captured, as a graph
         with backend.scope():
             cache = KVCache(CONFIG, backend, 1, 100)
-            prefill(model.gpt2, [ids[:17]], cache)
-            rest = backend.to_numpy(prefill(model.gpt2, [ids[17:]], cache))
+            next_token_logits(model.gpt2, [ids[:17]], cache)
+            rest = backend.to_numpy(next_token_logits(model.gpt2, [ids[17:]], cache))
         assert np.linalg.norm(rest - whole) < 0.005 * np.linalg.norm(whole)
 
 
@@ -209,7 +213,7 @@ def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_
 def decoding(model: Model, *texts: list[int]) -> tuple[KVCache, Callable[[Any], Any]]:
     """A cache with all of each text but the last token, and what feeds one more to each."""
     cache = KVCache(CONFIG, model.backend, len(texts), 100)
-    prefill(model.gpt2, [ids[:-1] for ids in texts], cache)
+    next_token_logits(model.gpt2, [ids[:-1] for ids in texts], cache)
 
     def feed(tokens: Any) -> Any:
         return model.gpt2.forward(tokens, cache.extend([1] * len(texts)), cache)

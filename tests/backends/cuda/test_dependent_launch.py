@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.generation.engine import prefill
 from gptx.kv_cache import KVCache
+from gptx.logits import next_token_logits
 from tests.emulator.cupy_stand_in import installed
 from tests.emulator.cupy_stand_in.kernels import HEADER, Driver
 from tests.support.backends import make_backend
@@ -122,7 +122,7 @@ def test_prompts_of_early_launches_are_the_same(dtype: str, calls: list[Any]) ->
         for _ in range(3):  # kernel by kernel, captured, and once more
             with backend.scope():
                 cache = KVCache(SMALL, backend, 2, 40)
-                found.append(backend.to_numpy(prefill(model.gpt2, ids, cache)).tolist())
+                found.append(backend.to_numpy(next_token_logits(model.gpt2, ids, cache)).tolist())
         assert bool(calls) == early
     assert all(logits == found[0] for logits in found)
 

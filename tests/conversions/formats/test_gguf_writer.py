@@ -21,7 +21,7 @@ from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS
 from gptx.conversions.formats.gguf import write
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16

@@ -16,7 +16,7 @@ from gptx.config import GPT2Config
 from gptx.conversions import convert
 from gptx.conversions.formats import onnx_folder as onnx_graph
 from gptx.errors import BackendError, ParameterError, WeightsError
-from gptx.generation.api import Model
+from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from tests.backends.test_base import REFERENCE, cases
 from tests.support.backends import make_backend

@@ -10,7 +10,8 @@ import pytest
 
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.kv_cache import KVCache, pad
+from gptx.kv_cache import KVCache
+from gptx.logits import pad
 from gptx.model import Transformer, forward
 from gptx.quantization import QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights

@@ -1,0 +1,308 @@
+"""A model of text: Transformer and tokenizer; generate, stream, score."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Unpack, cast, overload
+
+import numpy as np
+
+from gptx.backends import Backend
+from gptx.config import GPT2Config
+from gptx.errors import DataError, Interrupted, ParameterError, PromptError, TokenizerError
+from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.options import (
+    CheckedOptions,
+    Options,
+    Prompt,
+    check_ids,
+    check_options,
+    is_ids,
+)
+from gptx.generation.results import Chunk, Result, Score
+from gptx.generation.sampling import is_int
+from gptx.generation.scoring import score
+from gptx.generation.streaming import Continuation
+from gptx.kv_cache import KVCache
+from gptx.logits import all_logits, next_token_logits
+from gptx.model import Transformer
+from gptx.model_files import ModelFiles
+from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.protocol import Tokenizer
+
+Chunks = Generator[Chunk, None, None]
+
+
+class Model:
+    """A GPT-2 with its tokenizer, on one backend; `gptx.load` returns one.
+
+    Attributes
+    ----------
+    gpt2
+        Config, weights and backend, for `gptx.model.forward`.
+    files
+        Files that the model was read from.
+    fingerprint
+        Checksum of a sample of the weights; a saved cache holds that of its model.
+    """
+
+    def __init__(self, gpt2: Transformer, files: ModelFiles, fingerprint: str) -> None:
+        self.gpt2 = gpt2
+        self.files = files
+        self.fingerprint = fingerprint
+
+    def __repr__(self) -> str:
+        return f"<gptx.Model {self.name} on {self.backend!r}>"
+
+    @property
+    def name(self) -> str:
+        """Embedded name, folder or Hub id."""
+        return self.files.name
+
+    @property
+    def config(self) -> GPT2Config:
+        """Config: sizes and settings of the model."""
+        return self.gpt2.config
+
+    @property
+    def backend(self) -> Backend:
+        """Backend that holds the weights."""
+        return self.gpt2.backend
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the model.
+
+        Raises
+        ------
+        TokenizerError
+            The model has none.
+        """
+        if not self.files.tokenizer:
+            raise TokenizerError(
+                f"{self.name} has no tokenizer: give token ids instead of text, or put "
+                f"tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
+            )
+        return BytePairTokenizer(self.files.tokenizer)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Return the token ids of a text; `<|endoftext|>` is plain text unless allowed."""
+        if not isinstance(text, str):
+            raise PromptError(f"the text is {text!r}, expected a string")
+        return self.tokenizer.encode(text, allow_special=allow_special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; an id outside the vocabulary has no text."""
+        if not isinstance(ids, Sequence | np.ndarray) or not all(map(is_int, ids)):
+            raise PromptError(f"token ids are {ids!r}, expected a list of whole numbers")
+        return self.tokenizer.decode([int(i) for i in ids])
+
+    @overload
+    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Result: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[Options]
+    ) -> list[Result]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]
+    ) -> Result | list[Result]:
+        """Continue a prompt, or each of several.
+
+        Parameters
+        ----------
+        prompt
+            A text or a list of token ids; or a list of those.
+        **options
+            See `Options`.
+
+        Returns
+        -------
+        Result or list of Result
+            A result for a single prompt, a list for a list of prompts.
+
+        Raises
+        ------
+        Interrupted
+            Ctrl-C; its `results` hold the output so far.
+        PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
+        """
+        return generate_checked(self, prompt, check_options(options))
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Chunks:
+        """Continue one prompt; yield a `Chunk` for each token, the last with the `result`.
+
+        Raises the errors of `generate`: those of the arguments at the call, others while it is
+        iterated over. After the first chunk, the caller can throw a KeyboardInterrupt in (`throw`)
+        and gets an `Interrupted` with the output so far.
+        """
+        return stream_checked(self, [prompt], check_options(options))
+
+    def prefill(self, prompt: Prompt, *, allow_special: bool = False) -> KVCache:
+        """Read a prompt into a KV cache, for `generate(prompt + more, cache=...)`.
+
+        The cache can be saved (`cache.save(path)`) and loaded on any backend (`load_cache`).
+        """
+        ids = _check_prompt(self, prompt, allow_special)
+        self._check_context(ids)
+        cache = KVCache(self.config, self.backend, 1, len(ids))
+        with self.backend.scope():
+            # A lazy library computes on demand: reading a logit computes all keys and values.
+            self.backend.to_numpy(next_token_logits(self.gpt2, [ids], cache)[:, :1])
+        cache.tokens = [ids]
+        cache.fingerprint = self.fingerprint
+        return cache
+
+    def load_cache(self, path: str | Path) -> KVCache:
+        """Load a cache that `KVCache.save` wrote for this model on any backend.
+
+        Raises
+        ------
+        NotFoundError, DataError
+            The file does not exist, is damaged, or belongs to another model.
+        """
+        with self.backend.scope():
+            cache = KVCache.load(path, self.config, self.backend)
+        if cache.fingerprint != self.fingerprint:
+            raise DataError(
+                f"{path} belongs to other weights than those of {self.name}: "
+                "save a cache of this model"
+            )
+        return cache
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits of the token after each of n token ids, NumPy float32 [n, V].
+
+        Logits that are not finite are returned unchanged.
+        """
+        checked = check_ids(ids, self.config.vocab_size)
+        self._check_context(checked)
+        with self.backend.scope():
+            logits = all_logits(self.gpt2, checked)
+            return self.backend.to_numpy(logits).astype(np.float32, copy=False)
+
+    def score(
+        self, text: Prompt, *, stride: int | None = None, allow_special: bool = False
+    ) -> Score:
+        """Return the log-probability of each token of a text, or of token ids.
+
+        The model reads a text longer than the context in windows of one context. Each window starts
+        `stride` tokens after the one before; the default is one context, so that windows do not
+        overlap. Every token but the first is scored once: in the first window with all tokens
+        before it, or with a full context of them.
+        """
+        ids = _check_prompt(self, text, allow_special)
+        n_positions = self.config.n_positions
+        stride = n_positions if stride is None else stride
+        if not is_int(stride) or not 1 <= stride <= n_positions:
+            raise ParameterError(f"stride is {stride!r}, expected 1 to {n_positions} (the context)")
+        if len(ids) < 2:
+            raise PromptError("the text is a single token, expected at least two")
+        with self.backend.scope():
+            return score(self.gpt2, ids, stride)
+
+    def _check_context(self, ids: list[int]) -> None:
+        if len(ids) > self.config.n_positions:
+            raise PromptError(
+                f"{len(ids)} tokens were given, the context holds {self.config.n_positions}"
+            )
+
+
+def generate_checked(
+    model: Model, prompt: Prompt | Sequence[Prompt], options: CheckedOptions
+) -> Result | list[Result]:
+    """Continue a prompt, or each of several, with checked options; see `Model.generate`."""
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise PromptError(
+            f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
+        )
+    single = isinstance(prompt, str) or is_ids(prompt)
+    prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
+    results: dict[int, Result] = {}
+    chunks = stream_checked(model, prompts, options)
+    try:
+        for chunk in chunks:
+            if chunk.result is not None:
+                results[chunk.sequence] = chunk.result
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interrupt:  # raised here, between two chunks
+        chunks.throw(interrupt)
+    return results[0] if single else [results[i] for i in range(len(prompts))]
+
+
+def stream_checked(model: Model, prompts: list[Prompt], options: CheckedOptions) -> Chunks:
+    """Check prompts, and return the chunks of all their continuations, batch by batch."""
+    if not prompts:
+        raise PromptError("missing prompt: give at least one")
+    if options.cache is not None:
+        _check_cache(model, options.cache, prompts)
+    # A stop string needs text; without a tokenizer, `model.tokenizer` raises the error.
+    tokenizer = model.tokenizer if model.files.tokenizer or options.stop else None
+    ids = [_check_prompt(model, prompt, options.allow_special) for prompt in prompts]
+    options.params.check_bias(model.config.vocab_size)
+    runs: list[TokenGenerator] = []
+    outputs: list[Continuation] = []
+    streams = streams_of(ids)
+    for first in range(0, len(ids), options.batch_size):
+        batch = slice(first, first + options.batch_size)
+        run = TokenGenerator(
+            model.gpt2,
+            ids[batch],
+            options.params,
+            streams=streams[batch],
+            max_tokens=options.max_tokens,
+            eos_id=None if options.ignore_eos else model.config.eos_token_id,
+            overflow=options.overflow,
+            logprobs=options.logprobs,
+            cache=options.cache,
+        )
+        runs.append(run)
+        outputs += [
+            Continuation(first + i, prompt, len(used), tokenizer, options.stop, run)
+            for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
+        ]
+    return _chunks(runs, outputs)
+
+
+def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
+    first = 0
+    try:
+        for run in runs:
+            for step in run:
+                for token in step:
+                    chunk = outputs[first + token.sequence].add(token)
+                    if chunk.finish_reason is not None:
+                        run.finish(token.sequence)
+                    yield chunk
+            first += len(run.prompts)
+    except KeyboardInterrupt:
+        raise Interrupted([output.result("interrupted") for output in outputs]) from None
+
+
+def _check_prompt(model: Model, prompt: Prompt, allow_special: bool) -> list[int]:
+    """Return the token ids of a prompt."""
+    if not isinstance(prompt, str):
+        return check_ids(prompt, model.config.vocab_size)
+    if not prompt:
+        raise PromptError(
+            "the prompt is empty: give at least one character (to start a new text, "
+            "'<|endoftext|>' with allow_special=True)"
+        )
+    # A tokenizer of another model may have more tokens than this vocabulary.
+    return check_ids(model.encode(prompt, allow_special=allow_special), model.config.vocab_size)
+
+
+def _check_cache(model: Model, cache: KVCache, prompts: list[Prompt]) -> None:
+    if len(prompts) > 1 or len(cache.lengths) > 1:
+        raise ParameterError(
+            f"a cache of {len(cache.lengths)} sequences and {len(prompts)} prompts were given, "
+            "expected one prompt and one sequence"
+        )
+    if cache.fingerprint != model.fingerprint:
+        raise ParameterError("the cache belongs to another model: prefill one with this model")
+    if (cache.config, cache.backend) != (model.config, model.backend):
+        raise ParameterError(
+            "the cache belongs to another model or backend: save it, and load it for this one"
+        )

@@ -1,0 +1,33 @@
+"""Logits of token ids, without sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gptx.kv_cache import KVCache
+from gptx.model import Transformer
+
+Array = Any
+
+
+def all_logits(model: Transformer, ids: list[int]) -> Array:
+    """Return logits [T, V] of the token after each of T token ids; T is at most the context."""
+    cache = KVCache(model.config, model.backend, 1, len(ids))
+    batch = model.backend.asarray(np.asarray([ids]))
+    return model.forward(batch, cache.extend([len(ids)]), cache)[0, :, :]
+
+
+def next_token_logits(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Array:
+    """Add B prompts of any lengths to a cache; return logits [B, V] of the token after each."""
+    positions = cache.extend([len(ids) for ids in prompts])
+    ids = model.backend.asarray(pad(prompts))
+    return model.forward(ids, positions, cache, last_only=True)[:, -1, :]
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return token ids of different lengths as [B, T]; each repeats its last token up to T."""
+    T = max(map(len, prompts))
+    return np.array([[*ids, *[ids[-1]] * (T - len(ids))] for ids in prompts])
