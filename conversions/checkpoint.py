@@ -1,44 +1,51 @@
-"""What every format reads into and is written from: a config, tensors, a tokenizer.
+"""A model in the form that every format is read into and written from.
 
-A tensor is read when it is asked for and kept by nobody, so a model of any size passes through in
-the memory of one tensor.
+A checkpoint is a config, tensors and a tokenizer. A tensor is read from its file on each access and
+is not kept, so a conversion needs the memory of one tensor only.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptx.config import GPT2Config
+from gptx.conversions.containers.binary import dtype_name
+from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
 from gptx.errors import ConfigError, WeightsError
-from gptx.files import BFLOAT16, widened
+from gptx.files import create
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
+from gptx.safetensors_file import BFLOAT16, widen_bfloat16
+from gptx.stored_weights import is_linear_weight
 from gptx.tokenization.bpe import BytePairTokenizer
-from gptx.weights import LINEAR
 
 Array = np.ndarray
 
-HEAD_DIM = 64  # D in each of OpenAI's sizes: what is taken where a format does not say
+HEAD_DIM = 64  # D of all of OpenAI's models: assumed for a format that has no number of heads
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor where it lies.
+class StoredTensor:
+    """A tensor in its file.
 
     Attributes
     ----------
     shape
-        As in `GPT2Config.tensor_shapes`, however it is stored.
+        Shape as in `GPT2Config.tensor_shapes`, whatever the layout of the file is.
     dtype
-        Of what `read` returns: a float type or `BFLOAT16`; float32 if that is a `QuantizedTensor`.
+        Type of the array that `read` returns: a float type or `BFLOAT16`. For a `QuantizedTensor`
+        it is float32.
     read
-        Reads it: an array of that shape and type, or a `QuantizedTensor` [out, in].
+        Function that reads the tensor: an array of that shape and type, or a `QuantizedTensor`
+        [out, in].
     quantization
-        How the `QuantizedTensor` is that `read` gives; None if it gives floats.
+        Quantization of the `QuantizedTensor`; None for an array.
     """
 
     shape: tuple[int, ...]
@@ -47,10 +54,29 @@ class Stored:
     quantization: Quantization | None = None
 
 
-class Tensors(Mapping[str, "Array | QuantizedTensor"]):
-    """Tensors by name; each is read anew whenever it is asked for."""
+def stored_array(
+    read: Callable[[], Array], shape: tuple[int, ...], dtype: np.dtype, *, transposed: bool = False
+) -> StoredTensor:
+    """Describe an unquantized tensor.
 
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
+    Parameters
+    ----------
+    read
+        Function that reads the array as the file stores it.
+    shape, dtype
+        Shape and type of that array.
+    transposed
+        The file stores the matrix as `[out, in]`, gptx as `[in, out]`.
+    """
+    if transposed:
+        return StoredTensor(shape[::-1], dtype, lambda: read().T)
+    return StoredTensor(shape, dtype, read)
+
+
+class LazyTensors(Mapping[str, "Array | QuantizedTensor"]):
+    """Tensors by name; each access reads the tensor from its file."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = dict(stored)
 
     def __getitem__(self, name: str) -> Array | QuantizedTensor:
@@ -65,27 +91,27 @@ class Tensors(Mapping[str, "Array | QuantizedTensor"]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies in its files.
+    """A model in its files.
 
     Attributes
     ----------
     config
-        What kind of GPT-2 it is.
+        The model's settings.
     stored
-        The tensors of `config.tensor_shapes()`, under those names, in that order.
+        Name -> tensor, for all of `config.tensor_shapes()`, in that order.
     tokenizer
-        Text <-> token ids; None if the files hold none.
+        The model's tokenizer; None if the files contain none.
     notes
-        What its reader had to assume, a sentence each.
+        Assumptions of the reader, one sentence each.
 
     Raises
     ------
     WeightsError
-        A tensor is missing, unknown, misshapen or not of a float type.
+        A tensor is missing or unknown, or has another shape, or has no float type.
     """
 
     config: GPT2Config
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     tokenizer: BytePairTokenizer | None = None
     notes: tuple[str, ...] = ()
 
@@ -98,7 +124,7 @@ class Checkpoint:
             if found.shape != shape:
                 raise WeightsError(
                     f"tensor {name} has shape {list(found.shape)}, "
-                    f"the config asks for {list(shape)}"
+                    f"expected {list(shape)} by the config"
                 )
             if found.dtype.kind != "f" and found.dtype != BFLOAT16:
                 raise WeightsError(f"tensor {name} is of type {found.dtype}, expected a float type")
@@ -107,27 +133,27 @@ class Checkpoint:
         ordered = {name: self.stored[name] for name in expected}
         object.__setattr__(self, "stored", ordered)
         if not any(tensor.quantization for tensor in ordered.values()):
-            # Somebody's config may say so; the tensors know better.
+            # A config.json can name a quantization that the tensors do not have.
             object.__setattr__(self, "config", replace(self.config, quantization=None))
 
     @property
-    def tensors(self) -> Tensors:
-        """The tensors; those of a quantized matrix as `QuantizedTensor`."""
-        return Tensors(self.stored)
+    def tensors(self) -> LazyTensors:
+        """Name -> array, or `QuantizedTensor` for a quantized matrix."""
+        return LazyTensors(self.stored)
 
     def as_floats(self) -> Checkpoint:
-        """The same model without quantized matrices: their codes as the floats they stand for."""
+        """Return the same model with quantized matrices dequantized to float32."""
         if self.config.quantization is None:
             return self
         stored = {
-            name: Stored(tensor.shape, tensor.dtype, _FloatsOf(name, tensor.read))
+            name: StoredTensor(tensor.shape, tensor.dtype, _DequantizingReader(name, tensor.read))
             for name, tensor in self.stored.items()
         }
         return replace(self, config=replace(self.config, quantization=None), stored=stored)
 
 
 @dataclass(frozen=True)
-class _FloatsOf:
+class _DequantizingReader:
     name: str
     read: Callable[[], Array | QuantizedTensor]
 
@@ -136,20 +162,25 @@ class _FloatsOf:
         if not isinstance(tensor, QuantizedTensor):
             return tensor
         floats = dequantize(tensor)
-        return floats.T if LINEAR.fullmatch(self.name) else floats
+        return floats.T if is_linear_weight(self.name) else floats
 
 
-def config_of_shapes(
+def infer_config(
     shapes: Mapping[str, tuple[int, ...]], given: GPT2Config | None = None
 ) -> tuple[GPT2Config, tuple[str, ...]]:
-    """The config of tensors that came without one, and the notes to make of it.
+    """Infer the config of a model whose files have none.
 
     Parameters
     ----------
     shapes
-        Of the tensors under our names, in our layout.
+        Name -> shape of each tensor, names and layout as in gptx.
     given
-        What the caller knows; it is returned as it is (`Checkpoint` holds the tensors to it).
+        Config from the caller, which takes precedence; `Checkpoint` compares the shapes with it.
+
+    Returns
+    -------
+    config, notes
+        The config, and the assumptions in it, one sentence each.
 
     Raises
     ------
@@ -160,13 +191,13 @@ def config_of_shapes(
         return replace(given, quantization=None), ()
     for name in ("wte.weight", "wpe.weight"):
         if len(shapes.get(name, ())) != 2:
-            raise WeightsError(f"tensor {name} is missing or no matrix: this is no GPT-2")
+            raise WeightsError(f"tensor {name} is missing or not a matrix: this is not a GPT-2")
     (V, C), (S, _) = shapes["wte.weight"], shapes["wpe.weight"]
     layers = {int(m[1]) for name in shapes if (m := re.match(r"h\.(\d{1,5})\.", name))}
     if C % HEAD_DIM:
         raise ConfigError(
-            f"the file does not say how many heads share a width of {C}, which is no multiple of "
-            f"{HEAD_DIM}: give the model's config.json"
+            f"the number of heads is missing, and the width {C} is not a multiple of {HEAD_DIM}: "
+            "give the model's config.json"
         )
     hidden = (shapes.get("h.0.mlp.c_fc.bias") or (4 * C,))[0]
     config = GPT2Config(
@@ -177,29 +208,29 @@ def config_of_shapes(
         n_head=C // HEAD_DIM,
         n_inner=None if hidden == 4 * C else hidden,
         tie_word_embeddings="lm_head.weight" not in shapes,
-        **end_of_text(V),
+        **end_of_text_ids(V),
     )
     note = (
-        f"the file does not say how many heads there are: {config.n_head} of {HEAD_DIM}, "
-        "as in OpenAI's models, are assumed (or give the model's config.json)"
+        f"the file has no number of heads: {config.n_head} of width {HEAD_DIM} are assumed, as in "
+        "OpenAI's models (if that is wrong, give the model's config.json)"
     )
     return config, (note,)
 
 
-def require_openai(config: GPT2Config, program: str, *known: str) -> None:
-    """Raise if a model has settings that OpenAI's have not, for programs that know no others.
+def require_openai_settings(config: GPT2Config, program: str, *supported: str) -> None:
+    """Raise an error if the model has settings that OpenAI's models do not have.
 
     Parameters
     ----------
     program
-        What the error calls it, "llm.c" for example.
-    known
-        Settings that it does know.
+        Name of the program that supports only those, for the error message.
+    supported
+        Names of settings that the program supports nevertheless.
 
     Raises
     ------
     ConfigError
-        It would compute something else.
+        The program would compute something else.
     """
     openai = {
         "n_inner": 4 * config.n_embd,
@@ -211,14 +242,15 @@ def require_openai(config: GPT2Config, program: str, *known: str) -> None:
     }
     for name, value in openai.items():
         found = config.mlp_dim if name == "n_inner" else getattr(config, name)
-        if found != value and name not in known:
-            raise ConfigError(f"{name} is {found!r}, {program} has {value!r} alone")
+        if found != value and name not in supported:
+            raise ConfigError(f"{name} is {found!r}, {program} supports only {value!r}")
 
 
-def end_of_text(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> dict[str, Any]:
-    """`bos_token_id` and `eos_token_id` where the format names none.
+def end_of_text_ids(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> dict[str, Any]:
+    """Return `bos_token_id` and `eos_token_id` for a format that has neither.
 
-    Those of <|endoftext|> in the tokenizer; without one OpenAI's, if the vocabulary holds it.
+    Both are the id of <|endoftext|> in the tokenizer. Without a tokenizer they are OpenAI's 50256
+    if the vocabulary has that id, else None.
     """
     if tokenizer is not None:
         id = tokenizer.end_of_text_id
@@ -227,12 +259,30 @@ def end_of_text(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> 
     return {"bos_token_id": id, "eos_token_id": id}
 
 
-def plain(tensor: Array | QuantizedTensor) -> Array:
-    """A tensor of a checkpoint without quantization, as it is stored."""
-    assert not isinstance(tensor, QuantizedTensor), "as_floats() comes first"
+def unquantized(tensor: Array | QuantizedTensor) -> Array:
+    """Return a tensor of a checkpoint without quantization, in its stored type."""
+    assert not isinstance(tensor, QuantizedTensor), "call as_floats() first"
     return tensor
 
 
 def float_array(tensor: Array | QuantizedTensor) -> Array:
-    """The same with bfloat16 as float32."""
-    return widened(plain(tensor))
+    """Return a tensor of a checkpoint without quantization, with bfloat16 as float32."""
+    return widen_bfloat16(unquantized(tensor))
+
+
+def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
+    """Write config.json and the tokenizer's files.
+
+    Parameters
+    ----------
+    dtype
+        Value of `torch_dtype`; None: the type that all tensors have.
+    """
+    data = checkpoint.config.to_dict()
+    found = {dtype_name(tensor.dtype) for tensor in checkpoint.stored.values()}
+    if dtype or len(found) == 1:
+        data["torch_dtype"] = dtype or found.pop()
+    with create(folder / "config.json") as file:
+        file.write((json.dumps(data, indent=2) + "\n").encode())
+    if checkpoint.tokenizer is not None:
+        write_tokenizer(checkpoint.tokenizer, checkpoint.config.n_positions, folder)

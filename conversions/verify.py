@@ -1,4 +1,4 @@
-"""Is a model whole, and are two the same? Read tensor by tensor, whatever their formats."""
+"""Checks of a model, and comparisons of two models, of any formats, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,46 +9,48 @@ import numpy as np
 
 from gptx.backends import get_backend
 from gptx.conversions.checkpoint import Array, Checkpoint, float_array
-from gptx.conversions.containers.binary import cast, chunks, dtype_name
+from gptx.conversions.containers.binary import cast, dtype_name, row_chunks
 from gptx.errors import WeightsError
 from gptx.logits import all_logits
 from gptx.model import Transformer
 from gptx.weights import to_backend
 
-PROMPT_LENGTH = 64  # tokens whose logits are compared
+PROMPT_LENGTH = 64  # tokens; `compare` compares the logits of each
+
+_SIGNIFICAND_BITS = {"float32": 24, "float16": 11, "bfloat16": 8}
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Read every number of a model; formats with checksums compare theirs.
+    """Read every number of a model; readers of formats with checksums compare those.
 
     Raises
     ------
     WeightsError
-        Numbers are not finite, or a tensor is damaged.
+        A number is not finite, or a tensor is damaged.
     """
     bad: dict[str, int] = {}
     for name, tensor in checkpoint.as_floats().tensors.items():
-        if n := sum(int((~np.isfinite(rows)).sum()) for rows in chunks(float_array(tensor))):
+        if n := sum(int((~np.isfinite(rows)).sum()) for rows in row_chunks(float_array(tensor))):
             bad[name] = n
     if bad:
         name, n = next(iter(bad.items()))
-        many = "a number that is" if n == 1 else f"{n} numbers that are"
-        more = f" (and other tensors: {len(bad) - 1})" if len(bad) > 1 else ""
-        raise WeightsError(f"tensor {name} holds {many} not finite{more}")
+        numbers = "a number that is" if n == 1 else f"{n} numbers that are"
+        more = f" (other tensors too: {len(bad) - 1})" if len(bad) > 1 else ""
+        raise WeightsError(f"tensor {name} has {numbers} not finite{more}: fetch the model again")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a tensor of one model is from the other's.
+    """The difference between a tensor a of one model and the tensor b of another.
 
     Attributes
     ----------
     largest
-        The largest |a - b|; NaN if one of them is not finite where the other is.
+        The largest |a - b|; NaN if only one of them is not finite at some position.
     relative
-        That, divided by the largest |a|.
+        `largest` divided by the largest |a|.
     rounded
-        Whether it is rounding alone: the two are equal in the narrower of their two types.
+        True if rounding explains the difference: a and b are equal in the narrower of their types.
     """
 
     largest: float
@@ -58,20 +60,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes
     ----------
     config
-        Setting -> its two values, of those that change the numbers and differ.
+        Setting -> its two values, for settings that differ and affect the computation.
     tensors
-        Name -> how far apart; empty if the shapes differ.
+        Name -> difference; empty if the shapes differ.
     logits
-        The largest difference of logits on a fixed prompt; None if the shapes differ.
+        The largest difference of the logits of a fixed prompt; None if the shapes differ.
     agreement
-        The fraction of its positions at which both predict the same token.
+        Fraction of that prompt's positions at which both models predict the same token; None if
+        the shapes differ.
     tokenizer
-        Whether both have the same tokenizer; None if one of them has none.
+        True if both models have the same tokenizer; None if one of them has none.
     """
 
     config: dict[str, tuple[object, object]]
@@ -82,12 +85,12 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether every number is the same."""
+        """True if every number is the same."""
         return self.same and all(d.largest == 0 for d in self.tensors.values())
 
     @property
     def same(self) -> bool:
-        """Whether they are one model, but for rounding to the types in which they are stored."""
+        """True if both are one model, except for rounding to the types of their files."""
         return (
             not self.config
             and all(d.rounded for d in self.tensors.values())
@@ -96,7 +99,7 @@ class Comparison:
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
-    """Compare two models: their settings, each tensor, the logits of a fixed prompt.
+    """Compare the settings, the tensors and the logits of a fixed prompt of two models.
 
     Raises
     ------
@@ -143,13 +146,12 @@ def _vocabulary(checkpoint: Checkpoint) -> object:
 
 
 def _narrower(a: np.dtype, b: np.dtype) -> str:
-    width = {"float32": 24, "float16": 11, "bfloat16": 8}  # bits of the significand
-    return min(dtype_name(a), dtype_name(b), key=width.__getitem__)
+    return min(dtype_name(a), dtype_name(b), key=_SIGNIFICAND_BITS.__getitem__)
 
 
 def _difference(a: Array, b: Array, narrower: str) -> Difference:
     largest, scale, rounded = 0.0, 0.0, True
-    for x, y in zip(chunks(a), chunks(b), strict=True):
+    for x, y in zip(row_chunks(a), row_chunks(b), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         different = ~((x == y) | (np.isnan(x) & np.isnan(y)))
         with np.errstate(invalid="ignore"):
@@ -164,16 +166,16 @@ def _difference(a: Array, b: Array, narrower: str) -> Difference:
 def _same_rounded(x: Array, y: Array, dtype: str) -> bool:
     try:
         return bool((cast(x, dtype, "a") == cast(y, dtype, "b")).all())
-    except WeightsError:  # one is too large for that type
+    except WeightsError:  # a number is out of range for that type
         return False
 
 
 def _logits(checkpoint: Checkpoint) -> Array:
-    """Logits [T, V] of a fixed prompt."""
+    """Compute the logits [T, V] of a fixed prompt."""
     config = checkpoint.config
     backend = get_backend("numpy")
     model = Transformer(config, to_backend(checkpoint.tensors, backend), backend)
     T = min(PROMPT_LENGTH, config.n_positions)
-    ids = [(7919 * i + 11) % config.vocab_size for i in range(T)]  # anything, the same each time
+    ids = [(7919 * i + 11) % config.vocab_size for i in range(T)]
     with backend.scope():
         return backend.to_numpy(all_logits(model, ids))

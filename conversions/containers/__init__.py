@@ -1,1 +1,1 @@
-"""Containers: bytes on disk, without any knowledge of GPT-2."""
+"""Containers: file formats below GPT-2, from bytes to named tensors and back."""

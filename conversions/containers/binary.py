@@ -1,4 +1,4 @@
-"""Binary files: read at offsets and never beyond their end; written a few rows at a time."""
+"""Binary files: bounds-checked reads at offsets, and writes of arrays in blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gptx.errors import StorageError, WeightsError
-from gptx.files import BFLOAT16, widened
+from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 
 Array = np.ndarray
 
-CHUNK = 2**20  # numbers that are converted at a time
-COLUMNS = 64  # of a transposed array that are copied at a time
-DTYPES = ("float32", "float16", "bfloat16")  # what a file can be asked to be of
+CHUNK_NUMBERS = 2**20  # converted at a time
+COPY_COLUMNS = 64  # of a transposed array, copied at a time
 
 
 class BinaryFile:
-    """A file that is read at offsets: what is beyond its end is refused before it is allocated.
+    """A file that is read at offsets; a read past the end is an error before any allocation.
+
+    Attributes
+    ----------
+    path, size
+        Path of the file, and its size in bytes.
 
     Raises
     ------
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,42 +40,49 @@ class BinaryFile:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def read(self, offset: int, n_bytes: int, what: str) -> bytes:
-        """`n_bytes` bytes at `offset`; errors call them `what`.
+    def read(self, offset: int, n_bytes: int, label: str) -> bytes:
+        """Read `n_bytes` bytes at `offset`.
+
+        Parameters
+        ----------
+        label
+            Name of these bytes in error messages.
 
         Raises
         ------
         WeightsError
             The file ends before.
+        StorageError
+            The file cannot be read.
         """
-        self._check(offset, n_bytes, what)
+        self._check(offset, n_bytes, label)
         try:
             with open(self.path, "rb") as file:
                 file.seek(offset)
                 data = file.read(n_bytes)
         except OSError as error:
             raise self._unreadable(error) from error
-        if len(data) != n_bytes:  # somebody is writing it
-            raise WeightsError(f"{self.path} ended while {what} was read: fetch it again")
+        if len(data) != n_bytes:  # another process truncates it
+            raise WeightsError(f"{self.path} ended while {label} was read: fetch it again")
         return data
 
-    def array(self, offset: int, shape: tuple[int, ...], dtype: Any, what: str) -> Array:
-        """An array of `shape` and `dtype` that begins at `offset`, in C order; see `read`."""
+    def array(self, offset: int, shape: tuple[int, ...], dtype: Any, label: str) -> Array:
+        """Read an array in C order at `offset`; see `read` for the label and the errors."""
         dtype = np.dtype(dtype)
         count = math.prod(shape)
-        self._check(offset, count * dtype.itemsize, what)
+        self._check(offset, count * dtype.itemsize, label)
         try:
             array = np.fromfile(self.path, dtype, count, offset=offset)
         except OSError as error:
             raise self._unreadable(error) from error
         if array.size != count:
-            raise WeightsError(f"{self.path} ended while {what} was read: fetch it again")
+            raise WeightsError(f"{self.path} ended while {label} was read: fetch it again")
         return array.reshape(shape)
 
-    def _check(self, offset: int, n_bytes: int, what: str) -> None:
+    def _check(self, offset: int, n_bytes: int, label: str) -> None:
         if offset < 0 or n_bytes < 0 or offset + n_bytes > self.size:
             raise WeightsError(
-                f"{self.path} is truncated or damaged: {what} should lie in bytes {offset} to "
+                f"{self.path} is truncated or damaged: expected {label} in bytes {offset} to "
                 f"{offset + n_bytes}, the file has {self.size}"
             )
 
@@ -79,17 +90,24 @@ class BinaryFile:
         return StorageError(f"{self.path} cannot be read ({error.strerror or error})")
 
 
-def cast(array: Array, dtype: str, what: str) -> Array:
-    """An array in C order and little endian as one of `DTYPES`; bfloat16 as its bits, uint16.
+def cast(array: Array, dtype: str, label: str) -> Array:
+    """Convert an array to another float type, in C order and little endian.
+
+    Parameters
+    ----------
+    dtype
+        "float32", "float16" or "bfloat16"; bfloat16 is returned as its bits, uint16.
+    label
+        Name of the array in error messages.
 
     Raises
     ------
     WeightsError
-        A finite number becomes an infinity.
+        A finite number is too large for the type.
     """
     if dtype == "bfloat16" and array.dtype == BFLOAT16:
-        return _in_c_order(array.view("<u2"))
-    wide = _in_c_order(widened(array))
+        return _c_order(array.view("<u2"))
+    wide = _c_order(widen_bfloat16(array))
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "bfloat16":
             narrow = _bfloat16_bits(wide.astype("<f4", copy=False))
@@ -98,23 +116,26 @@ def cast(array: Array, dtype: str, what: str) -> Array:
             narrow = wide.astype({"float32": "<f4", "float16": "<f2"}[dtype], copy=False)
             infinite = np.isinf(narrow) if narrow.itemsize < wide.itemsize else np.False_
         if infinite.any() and np.isfinite(wide[infinite]).any():
-            raise WeightsError(f"{what} holds a number that is too large for {dtype}: keep float32")
+            raise WeightsError(f"{label} has a number that is too large for {dtype}: use float32")
     return narrow
 
 
-def _in_c_order(array: Array) -> Array:
-    """An array in C order; what lies transposed is copied a few columns at a time, which is several
-    times faster, since the rows that they are read from stay in the cache."""
+def _c_order(array: Array) -> Array:
+    """Copy an array to C order, unless it has it.
+
+    A transposed array is copied a few columns at a time: its rows then stay in the cache, and the
+    copy is several times faster.
+    """
     if array.ndim != 2 or array.strides[0] >= array.strides[1]:
         return np.ascontiguousarray(array)
     out = np.empty(array.shape, array.dtype)
-    for first in range(0, array.shape[1], COLUMNS):
-        out[:, first : first + COLUMNS] = array[:, first : first + COLUMNS]
+    for first in range(0, array.shape[1], COPY_COLUMNS):
+        out[:, first : first + COPY_COLUMNS] = array[:, first : first + COPY_COLUMNS]
     return out
 
 
 def _bfloat16_bits(x: Array) -> Array:
-    """float32 rounded to bfloat16, halves to even, as its bits."""
+    """Round float32 to bfloat16, ties to even; return its bits."""
     bits = x.view("<u4")
     rounded = bits >> 16
     rounded &= 1
@@ -126,25 +147,22 @@ def _bfloat16_bits(x: Array) -> Array:
     return rounded.astype("<u2")
 
 
-def write_array(file: BinaryIO, array: Array, dtype: str, what: str) -> None:
-    """Append the numbers of an array, in C order, as one of `DTYPES`.
-
-    So many rows at a time that neither a cast nor a transposed array takes much memory.
-    """
-    for rows in chunks(array):
-        file.write(cast(rows, dtype, what).data)
+def write_array(file: BinaryIO, array: Array, dtype: str, label: str) -> None:
+    """Append an array in C order, converted as by `cast`, in blocks of rows to limit the memory."""
+    for rows in row_chunks(array):
+        file.write(cast(rows, dtype, label).data)
 
 
-def chunks(array: Array) -> Iterator[Array]:
-    """The rows of an array, about `CHUNK` numbers at a time."""
+def row_chunks(array: Array) -> Iterator[Array]:
+    """Yield the rows of an array in blocks of about `CHUNK_NUMBERS` numbers."""
     rows = array.reshape(1, -1) if array.ndim < 2 else array
-    step = max(1, CHUNK // max(1, math.prod(rows.shape[1:])))
+    step = max(1, CHUNK_NUMBERS // max(1, math.prod(rows.shape[1:])))
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """The one of `DTYPES` that holds a stored type: float64 becomes float32."""
+    """Return the type to write an array of `dtype` in: its own, or float32 for float64."""
     if dtype == BFLOAT16:
         return "bfloat16"
     return "float16" if dtype == np.float16 else "float32"

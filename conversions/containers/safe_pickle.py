@@ -1,14 +1,14 @@
-"""Pickles of tensors, read without running what they ask for.
+"""An unpickler for tensors that runs no code of the file.
 
-A pickle is a program for a small machine with a stack, and that machine can call anything in
-Python. The one here knows the same instructions (https://github.com/python/cpython,
-Lib/pickletools.py, protocols 2 to 5) and builds dicts, lists, tuples, strings, numbers and
-descriptions of tensors. It imports nothing and calls nothing that a file names: the names that
-`torch.save` writes for tensors stand in a table, beside functions of ours (`torch_names.py`), and
-any other name is refused. What no model needs leaves `NOTHING` behind.
+A pickle is a program for a stack machine, and Python's unpickler lets it call any function. This
+one has the same instructions (https://github.com/python/cpython, Lib/pickletools.py, protocols 2 to
+5), but builds only dicts, lists, tuples, strings, numbers and descriptions of tensors. It imports
+nothing and calls nothing that a file names: a global is replaced from a table of those that
+`torch.save` writes for tensors (`torch_globals.py`); any other one is an error. A value that no
+model needs becomes `IGNORED`.
 
-An instruction costs no more than the bytes that it is written in, or that earlier ones were: what
-is there once is never copied, so a list of lists of lists does not grow.
+The cost of an instruction is bounded by its bytes in the file: no instruction copies a value, so
+nested lists do not grow exponentially.
 """
 
 from __future__ import annotations
@@ -16,53 +16,59 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from gptx.conversions.containers.torch_names import MAX_NAME, NOTHING, Storage, known, storage
+from gptx.conversions.containers.torch_globals import (
+    IGNORED,
+    MAX_NAME_LENGTH,
+    TorchStorage,
+    resolve_global,
+    storage_of_id,
+)
 from gptx.errors import WeightsError
 
-# 1558M with the state of its optimizer takes a tenth of either.
-MAX_BYTES = 2**24
+# 1558M with the state of its optimizer needs a tenth of each.
+MAX_PICKLE_BYTES = 2**24
 MAX_INSTRUCTIONS = 2**20
-MAX_NUMBER = 16  # bytes of a whole number: PyTorch's magic number has ten
+MAX_INTEGER_BYTES = 16  # PyTorch's magic number has ten
+MAX_LINE_BYTES = 200
 
 
 class Unpickled:
-    """What a pickle describes.
+    """The value of a pickle.
 
     Parameters
     ----------
     data, start
-        Where it begins in which bytes.
+        The bytes, and the position of the pickle in them.
 
     Attributes
     ----------
     value
-        Dicts (of what has a string of at most `MAX_NAME` letters for its key), lists, tuples,
-        strings, numbers, None, `Tensor`, `NOTHING`. It may be nested so deeply, and hold one thing
-        so often, that nothing but a look at a few known places is safe: no `repr`, no `==`, no walk
-        through all of it.
+        Dicts (only items whose key is a string of at most `MAX_NAME_LENGTH` characters), lists,
+        tuples, strings, numbers, None, `TorchTensor`, `IGNORED`. It can be nested deeply and can
+        contain one object many times: `repr`, `==` and a walk through it are not safe.
     storages
-        Those that were named, by key.
+        Key -> storage that the pickle names.
     end
-        Where the pickle ends in the bytes.
+        Position after the pickle.
 
     Raises
     ------
     WeightsError
-        It is damaged, too long, or asks for more than tensors need.
+        The pickle is damaged, too long, or needs more than tensors need.
     """
 
     value: Any
 
     def __init__(self, data: bytes, start: int = 0) -> None:
-        self.storages: dict[str, Storage] = {}
+        self.storages: dict[str, TorchStorage] = {}
         self.end = start
         self._data = data
         self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # the stacks as they were at each mark
+        self._below: list[list[Any]] = []  # the stack below each mark
         self._memo: dict[int, Any] = {}
         try:
             self._run()
-        except (IndexError, KeyError, UnicodeDecodeError):  # no such item, no such memo
+        except (IndexError, KeyError, UnicodeDecodeError):  # missing item or memo
             raise WeightsError(f"its pickle is damaged before byte {self.end}") from None
         del self._data, self._stack, self._below, self._memo
 
@@ -71,29 +77,30 @@ class Unpickled:
             code = self._number("B")
             if code not in INSTRUCTIONS:
                 raise WeightsError(
-                    f"its pickle has the instruction {code:#04x} before byte {self.end}, which "
-                    "no tensor needs"
+                    f"its pickle has the unsupported instruction {code:#04x} before byte {self.end}"
                 )
             name, number, content = INSTRUCTIONS[code]
             if name == "STOP":
                 self.value = self._stack.pop()
                 return
-            self._do(name, self._argument(number, content))
+            self._execute(name, self._argument(number, content))
         raise WeightsError(f"its pickle has more than {MAX_INSTRUCTIONS} instructions")
 
-    # What instructions read
+    # Arguments of instructions
 
     def _take(self, n_bytes: int) -> bytes:
         first, self.end = self.end, self.end + n_bytes
-        if n_bytes < 0 or self.end > min(len(self._data), MAX_BYTES):
-            raise WeightsError(f"its pickle does not end within {len(self._data)} bytes")
+        if n_bytes < 0 or self.end > min(len(self._data), MAX_PICKLE_BYTES):
+            raise WeightsError(
+                f"its pickle is truncated: it has no end within {len(self._data)} bytes"
+            )
         return self._data[first : self.end]
 
     def _number(self, kind: str) -> Any:
-        return struct.unpack(ORDER.get(kind, "<") + kind, self._take(struct.calcsize(kind)))[0]
+        return struct.unpack(BYTE_ORDER.get(kind, "<") + kind, self._take(struct.calcsize(kind)))[0]
 
     def _line(self) -> str:
-        end = self._data.find(b"\n", self.end, self.end + 200)
+        end = self._data.find(b"\n", self.end, self.end + MAX_LINE_BYTES)
         line = self._take(end - self.end)
         self._take(1)
         return line.decode("ascii")
@@ -109,15 +116,15 @@ class Unpickled:
         data = self._take(argument)
         if content == "text":
             return data.decode()
-        if content == "letters":
+        if content == "latin-1":
             return data.decode("latin-1")
-        if content == "number" and len(data) <= MAX_NUMBER:
+        if content == "integer" and len(data) <= MAX_INTEGER_BYTES:
             return int.from_bytes(data, "little", signed=True)
-        return NOTHING
+        return IGNORED
 
-    # What they do
+    # Effects of instructions
 
-    def _do(self, name: str, argument: Any) -> None:
+    def _execute(self, name: str, argument: Any) -> None:
         stack = self._stack
         match name:
             case "PUSH":
@@ -129,10 +136,10 @@ class Unpickled:
             case "DICT":
                 stack.append({})
             case "SET":
-                stack.append(NOTHING)
+                stack.append(IGNORED)
             case "FROZENSET":
                 self._to_mark()
-                self._stack.append(NOTHING)
+                self._stack.append(IGNORED)
             case "MARK":
                 self._below.append(stack)
                 self._stack = []
@@ -169,61 +176,60 @@ class Unpickled:
                 items = self._to_mark()
                 _update(self._stack[-1], items)
             case "GLOBAL":
-                stack.append(known(argument))
+                stack.append(resolve_global(argument))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
                 if not (isinstance(module, str) and isinstance(name, str)):
-                    raise WeightsError("its pickle asks for something that has no name")
-                stack.append(known(f"{module} {name}"))
+                    raise WeightsError("its pickle has a global without a name")
+                stack.append(resolve_global(f"{module} {name}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_build(function, arguments))
+                stack.append(_call(function, arguments))
             case "NEWOBJ_EX":
                 _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(_build(function, arguments))
+                stack.append(_call(function, arguments))
             case "STORAGE":
                 stack.append(self._storage(stack.pop()))
 
     def _to_mark(self) -> list[Any]:
-        """The items above the last mark, which goes with them."""
+        """Pop the items above the last mark, and the mark."""
         items, self._stack = self._stack, self._below.pop()
         return items
 
-    def _storage(self, id: Any) -> Storage:
-        found = storage(id)
+    def _storage(self, id: Any) -> TorchStorage:
+        found = storage_of_id(id)
         if self.storages.setdefault(found.key, found) != found:
-            raise WeightsError("its pickle has two storages of one name")
+            raise WeightsError("its pickle has duplicate storages of one key")
         return found
 
 
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif target is not NOTHING:
-        raise WeightsError("its pickle appends to what is no list")
+    elif target is not IGNORED:
+        raise WeightsError("its pickle appends to a value that is not a list")
 
 
 def _update(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise WeightsError("its pickle sets items of what is no dict")
-    # Names alone: other keys, and long strings, too, can be as slow to hash and to compare as a
-    # file wants them to be.
+        raise WeightsError("its pickle sets items of a value that is not a dict")
+    # Short strings only: a file can make other keys arbitrarily slow to hash and to compare.
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str) and len(key) <= MAX_NAME:
+        if isinstance(key, str) and len(key) <= MAX_NAME_LENGTH:
             target[key] = value
 
 
-def _build(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any) -> Any:
     if not callable(function) or not isinstance(arguments, tuple):
-        raise WeightsError("its pickle calls what cannot be called")
+        raise WeightsError("its pickle calls a value that is not a function")
     return function(arguments)
 
 
-ORDER = {"d": ">"}  # whole numbers are little endian, a float is not
+BYTE_ORDER = {"d": ">"}  # a float is big endian, integers are little endian
 
-# Code -> what it does, the number that follows it in the letters of struct, and what follows that:
-# so many bytes of text or of a number. Those that protocol 2 replaced are not here, nor are the
-# registered extensions of protocol 2 and the buffers outside of the file of protocol 5.
+# Code -> effect, type of the number that follows in the notation of struct, and the kind of the
+# bytes that follow that number. Left out: instructions that protocol 2 replaced, extensions (2),
+# and buffers outside of the file (5).
 INSTRUCTIONS: dict[int, tuple[str, str, str]] = {
     0x80: ("PROTOCOL", "B", ""),
     0x95: ("FRAME", "Q", ""),
@@ -235,13 +241,13 @@ INSTRUCTIONS: dict[int, tuple[str, str, str]] = {
     ord("M"): ("PUSH", "H", ""),
     ord("J"): ("PUSH", "i", ""),
     ord("G"): ("PUSH", "d", ""),
-    0x8A: ("PUSH", "B", "number"),
-    0x8B: ("PUSH", "i", "number"),
+    0x8A: ("PUSH", "B", "integer"),
+    0x8B: ("PUSH", "i", "integer"),
     0x8C: ("PUSH", "B", "text"),
     ord("X"): ("PUSH", "I", "text"),
     0x8D: ("PUSH", "Q", "text"),
-    ord("U"): ("PUSH", "B", "letters"),
-    ord("T"): ("PUSH", "i", "letters"),
+    ord("U"): ("PUSH", "B", "latin-1"),
+    ord("T"): ("PUSH", "i", "latin-1"),
     ord("C"): ("PUSH", "B", "bytes"),
     ord("B"): ("PUSH", "I", "bytes"),
     0x8E: ("PUSH", "Q", "bytes"),
@@ -274,6 +280,6 @@ INSTRUCTIONS: dict[int, tuple[str, str, str]] = {
     ord("R"): ("REDUCE", "", ""),
     0x81: ("NEWOBJ", "", ""),
     0x92: ("NEWOBJ_EX", "", ""),
-    ord("b"): ("POP", "", ""),  # a state to set, such as the _metadata of a state_dict
+    ord("b"): ("POP", "", ""),  # drops a state, such as _metadata of a state_dict
     ord("Q"): ("STORAGE", "", ""),
 }

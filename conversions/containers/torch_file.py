@@ -1,10 +1,10 @@
-"""What torch.save writes: a pickle, and the numbers of its tensors beside it.
+"""Files of torch.save: a pickle that describes tensors, and their numbers.
 
-Since PyTorch 1.6 it is a zip archive: NAME/data.pkl, and each storage as NAME/data/KEY. Before, and
-to this day with `_use_new_zipfile_serialization=False`, it was four pickles one behind the other
-(a magic number, a version, the machine, the value), a fifth with the keys of the storages, and then
-these in that order, each with its length
-(https://github.com/pytorch/pytorch, torch/serialization.py, `_save` and `_legacy_save`).
+Since PyTorch 1.6 the file is a zip archive with NAME/data.pkl, and NAME/data/KEY for each storage.
+Before, and still with `_use_new_zipfile_serialization=False`, it is five pickles in a row (a magic
+number, a version, the machine, the value, the keys of the storages) and then the storages, each
+after its length (https://github.com/pytorch/pytorch, torch/serialization.py, `_save` and
+`_legacy_save`).
 """
 
 from __future__ import annotations
@@ -12,204 +12,214 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptx.conversions.checkpoint import Array, Stored
-from gptx.conversions.containers.binary import BinaryFile
-from gptx.conversions.containers.safe_pickle import MAX_BYTES, Unpickled
-from gptx.conversions.containers.torch_names import Storage, Tensor, extent
-from gptx.conversions.containers.zip_archive import Record, records
+from gptx.conversions.containers.binary import Array, BinaryFile
+from gptx.conversions.containers.safe_pickle import MAX_PICKLE_BYTES, Unpickled
+from gptx.conversions.containers.torch_globals import TorchStorage, TorchTensor
+from gptx.conversions.containers.zip_archive import ZipEntry, zip_entries
 from gptx.errors import GptxError, WeightsError
 
-ARCHIVE = b"PK\3\4"
-MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-MAGIC = b"\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little")  # as every protocol pickles it
-VERSION = 1001
-PIECE = 2**20  # bytes that are looked at at a time
+ZIP_MAGIC = b"PK\3\4"
+LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+LEGACY_MAGIC = b"\x8a\x0a" + LEGACY_MAGIC_NUMBER.to_bytes(10, "little")  # in every pickle protocol
+LEGACY_VERSION = 1001
+MAX_NAME_LENGTH = 200  # characters of a tensor's name
+READ_BYTES = 2**20  # at a time, for checksums and comparisons
+DETECT_BYTES = 600
 
 
 def is_torch(path: Path) -> bool:
-    """Whether a file begins as torch.save begins one, or is an archive with such a pickle."""
+    """Return True if the start of a file, or the directory of an archive, is that of torch.save."""
     try:
         file = BinaryFile(path)
-        head = file.read(0, min(file.size, 600), "its beginning")
+        head = file.read(0, min(file.size, DETECT_BYTES), "its start")
         if head[:1] == b"\x80":
-            return MAGIC in head[:32]
-        return head.startswith(ARCHIVE) and (
-            b"/data.pkl" in head or any(name.endswith("/data.pkl") for name in records(file))
+            return LEGACY_MAGIC in head[:32]
+        return head.startswith(ZIP_MAGIC) and (
+            b"/data.pkl" in head or any(name.endswith("/data.pkl") for name in zip_entries(file))
         )
     except GptxError:
         return False
 
 
+@dataclass
+class _StorageLocation:
+    """The position of a storage's first byte, and its CRC-32, or 0 if the file has none."""
+
+    start: int
+    crc: int
+    checked: bool = False
+
+
 class TorchFile:
-    """A file of torch.save; nothing but its pickles has been read.
+    """A file of torch.save; opening it reads its pickles only.
 
     Attributes
     ----------
+    path
+        Path of the file.
     value
-        What was saved, see `Unpickled`.
+        The saved value, see `Unpickled`.
 
     Raises
     ------
     WeightsError
-        It is damaged, or its pickle asks for more than tensors need.
+        The file is damaged, or its pickle needs more than tensors need.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = BinaryFile(path)
-        self._swapped = False
+        self._big_endian = False
         try:
-            head = self._file.read(0, min(4, self._file.size), "its beginning")
-            pickled, self._places = self._archive() if head == ARCHIVE else self._pickles()
+            head = self._file.read(0, min(4, self._file.size), "its start")
+            open_file = self._open_archive if head == ZIP_MAGIC else self._open_legacy
+            pickled, self._locations = open_file()
         except WeightsError as error:
             if str(path) in str(error):
                 raise
             raise WeightsError(f"{path} cannot be read: {error}") from None
         self.value = pickled.value
 
-    def _archive(self) -> tuple[Unpickled, dict[str, _Place]]:
-        found = records(self._file)
-        folders = [name[: -len("data.pkl")] for name in found if name.endswith("/data.pkl")]
+    def _open_archive(self) -> tuple[Unpickled, dict[str, _StorageLocation]]:
+        entries = zip_entries(self._file)
+        folders = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
         if len(folders) != 1:
-            raise WeightsError(f"{len(folders)} files in the archive are data.pkl, expected one")
-        pickled = Unpickled(self._content(found[f"{folders[0]}data.pkl"]))
-        if (order := found.get(f"{folders[0]}byteorder")) is not None:
-            self._swapped = self._content(order) == b"big"
-        places = {}
+            raise WeightsError(f"the archive has {len(folders)} files data.pkl, expected one")
+        pickled = Unpickled(self._content(entries[f"{folders[0]}data.pkl"]))
+        if (order := entries.get(f"{folders[0]}byteorder")) is not None:
+            self._big_endian = self._content(order) == b"big"
+        locations = {}
         for key, storage in pickled.storages.items():
-            record = found.get(f"{folders[0]}data/{key}")
-            if record is None or record.n_bytes != storage.size * storage.dtype.itemsize:
-                raise WeightsError("a storage of its tensors is missing, or of another size")
-            places[key] = _Place(record.start(self._file), record.crc)
-        return pickled, places
+            entry = entries.get(f"{folders[0]}data/{key}")
+            if entry is None or entry.n_bytes != storage.size * storage.dtype.itemsize:
+                raise WeightsError("a storage of its tensors is missing or has another size")
+            locations[key] = _StorageLocation(entry.start(self._file), entry.crc)
+        return pickled, locations
 
-    def _content(self, record: Record) -> bytes:
-        if record.n_bytes > MAX_BYTES:
-            raise WeightsError(f"{record.name} has {record.n_bytes} bytes, more than {MAX_BYTES}")
-        data = self._file.read(record.start(self._file), record.n_bytes, record.name)
-        if record.crc not in (0, zlib.crc32(data)):
-            raise WeightsError(f"{record.name} is damaged (its CRC-32 differs): fetch it again")
+    def _content(self, entry: ZipEntry) -> bytes:
+        if entry.n_bytes > MAX_PICKLE_BYTES:
+            raise WeightsError(
+                f"{entry.name} has {entry.n_bytes} bytes, expected at most {MAX_PICKLE_BYTES}"
+            )
+        data = self._file.read(entry.start(self._file), entry.n_bytes, entry.name)
+        if entry.crc not in (0, zlib.crc32(data)):
+            raise WeightsError(f"{entry.name} is damaged (its CRC-32 differs): fetch it again")
         return data
 
-    def _pickles(self) -> tuple[Unpickled, dict[str, _Place]]:
+    def _open_legacy(self) -> tuple[Unpickled, dict[str, _StorageLocation]]:
         file = self._file
-        data = file.read(0, min(file.size, MAX_BYTES), "its beginning")
+        data = file.read(0, min(file.size, MAX_PICKLE_BYTES), "its start")
         magic = Unpickled(data)
         version = Unpickled(data, magic.end)
-        for found, expected in ((magic.value, MAGIC_NUMBER), (version.value, VERSION)):
+        for found, expected in (
+            (magic.value, LEGACY_MAGIC_NUMBER),
+            (version.value, LEGACY_VERSION),
+        ):
             if not isinstance(found, int) or found != expected:
-                raise WeightsError("it does not begin as a file of PyTorch")
+                raise WeightsError("its start is not that of a PyTorch file")
         machine = Unpickled(data, version.end)
         pickled = Unpickled(data, machine.end)
         keys = Unpickled(data, pickled.end)
         if not isinstance(keys.value, list) or len(keys.value) != len(pickled.storages):
-            raise WeightsError("it does not list the storages of its tensors")
+            raise WeightsError("its list of storages is invalid")
         at = keys.end
-        places: dict[str, _Place] = {}
+        locations: dict[str, _StorageLocation] = {}
         for key in keys.value:
             storage = pickled.storages.get(key) if isinstance(key, str) else None
-            if storage is None or key in places:
-                raise WeightsError("it does not list the storages of its tensors")
+            if storage is None or key in locations:
+                raise WeightsError("its list of storages is invalid")
             size = int.from_bytes(file.read(at, 8, "the size of a storage"), "little")
             if size != storage.size:
                 raise WeightsError(f"a storage has {size} numbers, its tensors need {storage.size}")
-            places[key] = _Place(at + 8, 0)
+            locations[key] = _StorageLocation(at + 8, 0)
             at += 8 + size * storage.dtype.itemsize
         if at != file.size:
-            raise WeightsError(f"it should have {at} bytes and has {file.size}: fetch it again")
-        return pickled, places
+            raise WeightsError(f"it has {file.size} bytes, expected {at}: fetch it again")
+        return pickled, locations
 
-    def state_dict(self, value: Any) -> dict[str, Tensor]:
-        """The tensors of a part of `value`, by name.
+    def tensors(self, value: Any) -> dict[str, TorchTensor]:
+        """Return a part of `self.value`, which must be a dict of tensors.
 
         Raises
         ------
         WeightsError
-            It is no dict of tensors alone.
+            It is something else, or a name is invalid.
         """
         if not isinstance(value, dict) or not value:
-            raise WeightsError(f"{self._file.path} holds no tensors under names")
+            raise WeightsError(f"{self.path} has no dict of tensors")
         for name, tensor in value.items():
-            if not (name.isascii() and name.isprintable() and len(name) <= 200):
-                raise WeightsError(f"{self._file.path} is damaged: a tensor has no proper name")
-            if not isinstance(tensor, Tensor):
-                raise WeightsError(f"{self._file.path}: {name} is no tensor, expected one")
+            if not (name.isascii() and name.isprintable() and len(name) <= MAX_NAME_LENGTH):
+                raise WeightsError(f"{self.path} is damaged: a tensor has an invalid name")
+            if not isinstance(tensor, TorchTensor):
+                raise WeightsError(f"{self.path}: {name} is not a tensor, expected one")
         return dict(value)
 
-    def stored(self, tensor: Tensor, name: str, *, transposed: bool = False) -> Stored:
-        """A tensor of the file, to be read later.
+    def reader(self, tensor: TorchTensor, name: str) -> Callable[[], Array]:
+        """Return a function that reads a tensor; its first call compares the storage's CRC-32.
+
+        Parameters
+        ----------
+        name
+            Name of the tensor in error messages.
 
         Raises
         ------
         WeightsError
-            It holds the same numbers again and again, as no weight does.
+            The tensor overlaps itself, so that a small file could fill the memory. The function
+            raises it if the tensor is damaged.
         """
-        if math.prod(tensor.shape) > extent(tensor.shape, tensor.strides):
-            raise WeightsError(f"{self._file.path}: tensor {name} overlaps with itself")
-        shape = tensor.shape[::-1] if transposed else tensor.shape
+        if math.prod(tensor.shape) > tensor.extent:
+            raise WeightsError(f"{self.path}: tensor {name} overlaps itself")
+        return lambda: self._read(tensor, f"tensor {name}")
 
-        def read() -> Array:
-            array = self._read(tensor, f"tensor {name}")
-            return array.T if transposed else array
-
-        return Stored(shape, tensor.storage.dtype, read)
-
-    def _read(self, tensor: Tensor, what: str) -> Array:
-        storage, place = tensor.storage, self._places[tensor.storage.key]
+    def _read(self, tensor: TorchTensor, label: str) -> Array:
+        storage, location = tensor.storage, self._locations[tensor.storage.key]
         size = storage.dtype.itemsize
-        count = extent(tensor.shape, tensor.strides)
         numbers = self._file.array(
-            place.start + tensor.offset * size, (count,), storage.dtype, what
+            location.start + tensor.offset * size, (tensor.extent,), storage.dtype, label
         )
-        if place.crc and not place.checked:
-            crc = zlib.crc32(numbers.data) if count == storage.size else self._crc(storage)
-            if crc != place.crc:
+        if location.crc and not location.checked:
+            all_read = tensor.extent == storage.size
+            crc = zlib.crc32(numbers.data) if all_read else self._crc(storage)
+            if crc != location.crc:
                 raise WeightsError(
-                    f"{self._file.path}: {what} is damaged (its CRC-32 differs): fetch it again"
+                    f"{self.path}: {label} is damaged (its CRC-32 differs): fetch it again"
                 )
-            place.checked = True
-        if self._swapped:
+            location.checked = True
+        if self._big_endian:
             numbers = numbers.byteswap()
         strides = [step * size for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides)
 
-    def is_same(self, tensor: Tensor, other: TorchFile, theirs: Tensor) -> bool:
-        """Whether a tensor of this file has the numbers of one of another, bit for bit."""
-        if self is other and tensor == theirs:
+    def is_same(self, tensor: TorchTensor, other: TorchFile, other_tensor: TorchTensor) -> bool:
+        """Return True if a tensor has the numbers of one of another file, bit for bit."""
+        if self is other and tensor == other_tensor:
             return True
-        layout = (tensor.shape, tensor.strides, tensor.storage.dtype)
-        if layout != (theirs.shape, theirs.strides, theirs.storage.dtype):
+        layouts = [(t.shape, t.strides, t.storage.dtype) for t in (tensor, other_tensor)]
+        if layouts[0] != layouts[1]:
             return False
-        return all(map(operator.eq, self._pieces(tensor), other._pieces(theirs)))
+        return all(map(operator.eq, self._chunks(tensor), other._chunks(other_tensor)))
 
-    def _pieces(self, tensor: Tensor) -> Iterator[bytes]:
-        """The bytes from the first number of a tensor to its last."""
+    def _chunks(self, tensor: TorchTensor) -> Iterator[bytes]:
+        """Yield the bytes from the first number of a tensor to its last."""
         size = tensor.storage.dtype.itemsize
-        start = self._places[tensor.storage.key].start + tensor.offset * size
-        end = start + extent(tensor.shape, tensor.strides) * size
-        for at in range(start, end, PIECE):
-            yield self._file.read(at, min(PIECE, end - at), "a tensor")
+        start = self._locations[tensor.storage.key].start + tensor.offset * size
+        end = start + tensor.extent * size
+        for at in range(start, end, READ_BYTES):
+            yield self._file.read(at, min(READ_BYTES, end - at), "a tensor")
 
-    def _crc(self, storage: Storage) -> int:
-        """That of a whole storage of which a tensor is a part."""
+    def _crc(self, storage: TorchStorage) -> int:
+        """Compute the CRC-32 of a storage."""
         crc = 0
-        for piece in self._pieces(Tensor(storage, 0, (storage.size,), (1,))):
-            crc = zlib.crc32(piece, crc)
+        for chunk in self._chunks(TorchTensor(storage, 0, (storage.size,), (1,))):
+            crc = zlib.crc32(chunk, crc)
         return crc
-
-
-@dataclass
-class _Place:
-    """Where a storage begins, and its CRC-32, or 0 if there is none."""
-
-    start: int
-    crc: int
-    checked: bool = False

@@ -1,9 +1,9 @@
-"""Zip archives whose files are stored as they are, and so can be read at their places.
+"""Zip archives of stored (not compressed) files, which can be read in place.
 
 The layout is that of APPNOTE.TXT 6.3 (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT),
-sections 4.3 and 4.5.3: the files, each behind a header; the directory; and at the very end where it
-is, in 64 bits if need be. An archive with anything else (compression, encryption, a comment,
-several disks) is refused, and so is one that has been cut or added to.
+sections 4.3 and 4.5.3: the files, each after a header; the directory; and an end record with the
+position of the directory, with 64-bit numbers if necessary. An archive with compression,
+encryption, a comment or several disks is not supported. Missing or additional bytes are an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from gptx.conversions.containers.binary import BinaryFile
 from gptx.errors import WeightsError
 
-MAX_DIRECTORY = 2**22  # bytes: some forty thousand files
+MAX_DIRECTORY_BYTES = 2**22  # about 40,000 files
+MAX_NAME_BYTES = 500
 
 HEADER = struct.Struct("<4s5H3I2H")
 ENTRY = struct.Struct("<4s6H3I5H2I")
@@ -22,24 +23,24 @@ END = struct.Struct("<4s4H2IH")
 LOCATOR_64 = struct.Struct("<4sIQI")
 END_64 = struct.Struct("<4sQ2H2I4Q")
 
-FULL = 2**32 - 1  # the number is in 64 bits elsewhere
-ENCRYPTED = 1  # of an entry's flags
+SEE_EXTRA_FIELD = 2**32 - 1  # the value is a 64-bit number in the extra field
+ENCRYPTED = 1  # flag of an entry
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipEntry:
     """A file in the archive.
 
     Attributes
     ----------
     name
-        Its path there.
+        Its path in the archive.
     header
-        Where its header is; its bytes follow that.
+        Position of its header, which comes before its bytes.
     n_bytes
-        Their number.
+        Its size in bytes.
     crc
-        Their CRC-32; 0 if it was not computed.
+        Its CRC-32; 0 if the archive has none.
     """
 
     name: str
@@ -48,38 +49,40 @@ class Record:
     crc: int
 
     def start(self, file: BinaryFile) -> int:
-        """Where its bytes begin.
+        """Return the position of its first byte.
 
         Raises
         ------
         WeightsError
-            There is no such file where the directory says, or it does not fit there.
+            The directory has another position or size than the header.
         """
         mark, *_, n_name, n_extra = HEADER.unpack(file.read(self.header, HEADER.size, self.name))
         name = file.read(self.header + HEADER.size, n_name, self.name)
         start: int = self.header + HEADER.size + n_name + n_extra
         if mark != b"PK\3\4" or name != self.name.encode() or start + self.n_bytes > file.size:
-            raise _damaged(file, f"{self.name} is not where its directory says")
+            raise _damaged(file, f"{self.name} is not at the position in its directory")
         return start
 
 
-def records(file: BinaryFile) -> dict[str, Record]:
-    """The files of an archive, by name.
+def zip_entries(file: BinaryFile) -> dict[str, ZipEntry]:
+    """Read the directory of an archive: name -> file.
 
     Raises
     ------
     WeightsError
-        It is damaged, or no archive of stored files.
+        The file is damaged, or not an archive of stored files.
     """
     begin, n_bytes, count = _directory(file)
-    if n_bytes > MAX_DIRECTORY:
-        raise _damaged(file, f"its directory has more than {MAX_DIRECTORY} bytes")
+    if n_bytes > MAX_DIRECTORY_BYTES:
+        raise _damaged(
+            file, f"its directory has {n_bytes} bytes, expected at most {MAX_DIRECTORY_BYTES}"
+        )
     data = file.read(begin, n_bytes, "the directory")
-    found: dict[str, Record] = {}
+    found: dict[str, ZipEntry] = {}
     at = 0
     while at < len(data):
         if len(data) - at < ENTRY.size:
-            raise _damaged(file, "its directory breaks off")
+            raise _damaged(file, "its directory is truncated")
         fields = ENTRY.unpack_from(data, at)
         mark, _, _, flags, method, _, _, crc, packed, size = fields[:10]
         n_name, n_extra, n_comment, disk, _, _, header = fields[10:]
@@ -88,26 +91,26 @@ def records(file: BinaryFile) -> dict[str, Record]:
         extra = data[at + n_name : at + n_name + n_extra]
         at += n_name + n_extra + n_comment
         if mark != b"PK\1\2" or at > len(data) or disk or not _is_plain(name):
-            raise _damaged(file, "its directory makes no sense")
+            raise _damaged(file, "its directory is invalid")
         if flags & ENCRYPTED or method:
-            raise _damaged(file, f"{name.decode()} is compressed or encrypted")
-        size, packed, header = _in_64_bits([size, packed, header], extra)
+            raise _damaged(file, f"{name.decode()} is compressed or encrypted: not supported")
+        size, packed, header = _from_extra_field([size, packed, header], extra)
         if size != packed or name.decode() in found:
-            raise _damaged(file, f"its directory contradicts itself about {name.decode()}")
-        found[name.decode()] = Record(name.decode(), header, size, crc)
+            raise _damaged(file, f"its directory has a duplicate or invalid entry {name.decode()}")
+        found[name.decode()] = ZipEntry(name.decode(), header, size, crc)
     if len(found) != count:
-        raise _damaged(file, f"its directory has {len(found)} files, not {count}")
+        raise _damaged(file, f"its directory has {len(found)} files, expected {count}")
     return found
 
 
 def _directory(file: BinaryFile) -> tuple[int, int, int]:
-    """Where the directory begins, its bytes, and how many files it lists."""
+    """Return the position of the directory, its size in bytes, and the number of its files."""
     at = file.size - END.size
     mark, disk, first, here, count, n_bytes, begin, n_comment = END.unpack(
         file.read(at, END.size, "the end of the archive")
     )
     if mark != b"PK\5\6" or n_comment:
-        raise _damaged(file, "it does not end as an archive does")
+        raise _damaged(file, "its end record is invalid")
     if at >= LOCATOR_64.size:
         mark, _, end_64, _ = LOCATOR_64.unpack(
             file.read(at - LOCATOR_64.size, LOCATOR_64.size, "the end of the archive")
@@ -118,18 +121,18 @@ def _directory(file: BinaryFile) -> tuple[int, int, int]:
                 file.read(at, END_64.size, "the end of the archive")
             )
             if mark != b"PK\6\6" or at + END_64.size + LOCATOR_64.size + END.size != file.size:
-                raise _damaged(file, "it does not end as an archive does")
+                raise _damaged(file, "its end record is invalid")
     if disk or first or here != count or begin + n_bytes != at:
-        raise _damaged(file, "its directory is not where its end says")
+        raise _damaged(file, "its directory is not at the position in its end record")
     return begin, n_bytes, count
 
 
 def _is_plain(name: bytes) -> bool:
-    return name.isascii() and name.decode("ascii").isprintable() and len(name) <= 500
+    return name.isascii() and name.decode("ascii").isprintable() and len(name) <= MAX_NAME_BYTES
 
 
-def _in_64_bits(numbers: list[int], extra: bytes) -> list[int]:
-    """Those numbers that are full, from the extra field that holds them (4.5.3)."""
+def _from_extra_field(numbers: list[int], extra: bytes) -> list[int]:
+    """Replace each number that is `SEE_EXTRA_FIELD` by the one of the extra field (4.5.3)."""
     at = 0
     while at + 4 <= len(extra):
         kind, n_bytes = struct.unpack_from("<2H", extra, at)
@@ -137,10 +140,13 @@ def _in_64_bits(numbers: list[int], extra: bytes) -> list[int]:
         if kind == 1:
             count = min(n_bytes, len(extra) - at) // 8
             wide = iter(struct.unpack_from(f"<{count}Q", extra, at))
-            return [next(wide, FULL) if number == FULL else number for number in numbers]
+            return [
+                next(wide, SEE_EXTRA_FIELD) if number == SEE_EXTRA_FIELD else number
+                for number in numbers
+            ]
         at += n_bytes
     return numbers
 
 
 def _damaged(file: BinaryFile, why: str) -> WeightsError:
-    return WeightsError(f"{file.path} is damaged or no archive that PyTorch writes ({why})")
+    return WeightsError(f"{file.path} is damaged or not an archive of PyTorch ({why})")

@@ -1,1 +1,1 @@
-"""Formats: one file each, reader and writer together."""
+"""File formats of GPT-2 models: one module a format, its reader and writer together."""

@@ -1,12 +1,12 @@
 """fastGPT (https://github.com/certik/fastGPT), GPT-2 in Fortran: its model.gguf.
 
-Twelve integers, then every kind of a layer's tensors in one piece, all layers of it, as they are in
-the Hub's files; and then the tokenizer: tokens, merges, and the letter of each byte, strings with
-the places where each begins (`create_model.py` writes it, `load_model` in `driver.f90` reads it).
+The data are twelve integers; the tensors, those of one kind together for all layers, in the Hub's
+layout; and the tokenizer: tokens, merges, and the letter of each byte, as strings with their
+offsets (`create_model.py` writes them, `load_model` in `driver.f90` reads them).
 
-Since March 2024 (version 2) all of this is the tensors of a GGUF. Its one key says where the data
-begin; it has nothing that llama.cpp knows, and the program goes through the data without looking at
-the list of tensors. What was before, see `fastgpt_dat.py`.
+Since March 2024 (version 2) these are the tensors of a GGUF. Its only key is the offset of the
+data; it has none of llama.cpp's names, and the program skips the list of tensors.
+`fastgpt_dat.py` has the format before.
 """
 
 from __future__ import annotations
@@ -24,24 +24,30 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import (
     Checkpoint,
-    Stored,
-    end_of_text,
+    StoredTensor,
+    end_of_text_ids,
     float_array,
-    require_openai,
+    require_openai_settings,
 )
 from gptx.conversions.containers.binary import Array, BinaryFile, write_array
-from gptx.conversions.containers.gguf import MAGIC, Container, Tensor, head, padding
-from gptx.conversions.containers.gguf_types import FLOATS, INTEGERS
-from gptx.conversions.vocabularies.token_lists import lists_of, tokenizer_of
+from gptx.conversions.containers.gguf import (
+    MAGIC,
+    GgufFile,
+    TensorInfo,
+    encode_header,
+    padding,
+)
+from gptx.conversions.containers.gguf_types import FLOAT_TYPES, INTEGER_TYPES
+from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.files import create
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
 
-MARK = 0xFA51697  # reads "fastGPT"
-KEY = "general.data_offset"
-N_BYTES = 256  # letters of the bytes
+MARK = 0xFA51697  # looks like "fastGPT"
+OFFSET_KEY = "general.data_offset"
+N_BYTE_LETTERS = 256
 
-# Their names -> ours, of every layer where that has a {}; in the order of the file.
+# fastGPT's names -> gptx's, in the order of the file. A name with {} is one tensor of all layers.
 NAMES = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
@@ -64,9 +70,9 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Header:
-    """The integers at the beginning, after the mark and the version.
+    """The integers at the start of the data, after the mark and the version.
 
-    `n_tokens` and `n_merges` are one more than there are: the places of the end, too.
+    `n_tokens` and `n_merges` count offsets, one more than the strings: the last is the end.
     """
 
     n_vocab: int
@@ -81,44 +87,43 @@ class Header:
     n_bytes: int
 
     def is_plausible(self) -> bool:
-        """Whether these can be a model's sizes."""
+        """Test for sizes that a model can have."""
         sizes = self.n_vocab, self.n_ctx, self.n_embd, self.n_layer, self.n_head
         texts = self.n_tokens, self.n_token_text, self.n_merges, self.n_merge_text
-        return min(sizes) > 0 and min(texts) >= 0 and self.n_bytes == N_BYTES
+        return min(sizes) > 0 and min(texts) >= 0 and self.n_bytes == N_BYTE_LETTERS
 
     def integers(self, *first: int) -> Array:
-        """As they lie in the file, after the mark and the version."""
+        """Return the header as in the file, after `first`: the mark and the version."""
         return np.array([*first, *astuple(self)], "<i4")
 
-    def parts(self) -> list[Tensor]:
-        """Everything behind the header, in order."""
+    def parts(self) -> list[TensorInfo]:
+        """Return everything after the header, in order."""
         V, S, C, L = self.n_vocab, self.n_ctx, self.n_embd, self.n_layer
-        # The model's tensors of one layer are those of any.
         shapes = GPT2Config(V, S, C, n_layer=1, n_head=1).tensor_shapes()
         parts = []
-        for theirs, ours in NAMES.items():
-            shape = shapes[ours.format(0)]
-            shape = (L, *shape) if "{}" in ours else shape
-            parts.append(Tensor(theirs, shape, FLOATS["float32"]))
-        int8, int32 = INTEGERS["int8"], INTEGERS["int32"]
+        for name, gptx_name in NAMES.items():
+            shape = shapes[gptx_name.format(0)]
+            shape = (L, *shape) if "{}" in gptx_name else shape
+            parts.append(TensorInfo(name, shape, FLOAT_TYPES["float32"]))
+        int8, int32 = INTEGER_TYPES["int8"], INTEGER_TYPES["int32"]
         return [
             *parts,
-            Tensor("idx", (self.n_tokens,), int32),
-            Tensor("decoder_txt", (self.n_token_text,), int8),
-            Tensor("vocab_idx", (self.n_merges,), int32),
-            Tensor("vocab_txt", (self.n_merge_text,), int8),
-            Tensor("byte_decoder", (self.n_bytes,), int32),
+            TensorInfo("idx", (self.n_tokens,), int32),
+            TensorInfo("decoder_txt", (self.n_token_text,), int8),
+            TensorInfo("vocab_idx", (self.n_merges,), int32),
+            TensorInfo("vocab_txt", (self.n_merge_text,), int8),
+            TensorInfo("byte_decoder", (self.n_bytes,), int32),
         ]
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a GGUF of fastGPT's and not one of llama.cpp's."""
+    """Test for a GGUF of fastGPT, not of llama.cpp."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError:
         return False
-    return start.startswith(MAGIC) and start[32:].startswith(KEY.encode())
+    return start.startswith(MAGIC) and start[32:].startswith(OFFSET_KEY.encode())
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
@@ -127,56 +132,56 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     Parameters
     ----------
     config
-        In the place of what the file says.
+        Settings that replace those of the file.
 
     Raises
     ------
     ConfigError, WeightsError, TokenizerError
         The file is damaged.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
-    container = Container(path)
-    found = dict(container.tensors)
-    line = found.pop("header", None)
-    if line is None or (line.shape, line.type) != ((12,), INTEGERS["int32"]):
-        raise WeightsError(f"{path} has no header of 12 integers: it is damaged")
-    mark, version, *numbers = container.read(line).tolist()
+    file = GgufFile(path)
+    found = dict(file.tensors)
+    info = found.pop("header", None)
+    if info is None or (info.shape, info.type) != ((12,), INTEGER_TYPES["int32"]):
+        raise WeightsError(f"{path} is damaged: its header of 12 integers is missing")
+    mark, version, *numbers = file.read(info).tolist()
     check_version(path, mark, version, 2)
-    place = container.scalar(KEY) if set(container.metadata) == {KEY} else None
-    if place != line.offset or next(iter(container.tensors)) != "header":
-        raise WeightsError(f"{path} is damaged: {KEY} is not where the header lies")
-    header = checked(path, numbers)
+    offset = file.scalar(OFFSET_KEY) if set(file.metadata) == {OFFSET_KEY} else None
+    if offset != info.offset or next(iter(file.tensors)) != "header":
+        raise WeightsError(f"{path} is damaged: {OFFSET_KEY} is not the offset of the header")
+    header = check_header(path, numbers)
     for part in header.parts():
         tensor = found.pop(part.name, None)
         if tensor is None or replace(tensor, offset=0) != part:
             raise WeightsError(f"{path}: tensor {part.name} is missing or does not fit the header")
     if found:
         raise WeightsError(f"{path}: tensor {next(iter(found))} is unknown")
-    return checkpoint_of(container.file, header, container.tensors, config)
+    return make_checkpoint(file.file, header, file.tensors, config)
 
 
 def check_version(path: Path, mark: int, version: int, expected: int) -> None:
-    """Raise WeightsError unless the mark is fastGPT's and the version is the one of the format."""
+    """Raise WeightsError for another mark than fastGPT's, or another version than `expected`."""
     if (mark, version) != (MARK, expected):
         raise WeightsError(
-            f"{path} has the mark {mark:#x} and version {version}, expected fastGPT's {MARK:#x} "
+            f"{path} has the mark {mark:#x} and version {version}, expected {MARK:#x} (fastGPT's) "
             f"and {expected}: fetch it again"
         )
 
 
-def checked(path: Path, numbers: Sequence[int]) -> Header:
-    """The header that these integers are; raises ConfigError if they are none."""
+def check_header(path: Path, numbers: Sequence[int]) -> Header:
+    """Make a header of integers; raise ConfigError if they are implausible."""
     header = Header(*numbers)
     if not header.is_plausible():
         raise ConfigError(f"{path} is damaged: its header is {list(numbers)}")
     return header
 
 
-def checkpoint_of(
-    file: BinaryFile, header: Header, parts: Mapping[str, Tensor], config: GPT2Config | None
+def make_checkpoint(
+    file: BinaryFile, header: Header, parts: Mapping[str, TensorInfo], config: GPT2Config | None
 ) -> Checkpoint:
-    """The model of a file whose parts are known to lie in it."""
+    """Make the model of a file after a check of the positions of its parts."""
     tokenizer = _tokenizer(file, header, parts)
     if config is None:
         config = GPT2Config(
@@ -185,58 +190,58 @@ def checkpoint_of(
             n_embd=header.n_embd,
             n_layer=header.n_layer,
             n_head=header.n_head,
-            **end_of_text(header.n_vocab, tokenizer),
+            **end_of_text_ids(header.n_vocab, tokenizer),
         )
     stored = dict(_stored(file, header, parts))
     return Checkpoint(replace(config, quantization=None), stored, tokenizer)
 
 
 def _stored(
-    file: BinaryFile, header: Header, parts: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Stored]]:
-    """Our tensors, those of a layer each for itself."""
-    for theirs in NAMES:
-        part = parts[theirs]
-        names = _ours(theirs, header.n_layer)
-        shape = part.shape[1:] if "{}" in NAMES[theirs] else part.shape
-        n_bytes = math.prod(shape) * part.type.size
+    file: BinaryFile, header: Header, parts: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield gptx's tensors, one for each layer of a part."""
+    for part_name in NAMES:
+        part = parts[part_name]
+        names = _gptx_names(part_name, header.n_layer)
+        shape = part.shape[1:] if "{}" in NAMES[part_name] else part.shape
+        n_bytes = math.prod(shape) * part.type.block_bytes
         for i, name in enumerate(names):
             offset = part.offset + i * n_bytes
-            read = partial(file.array, offset, shape, part.type.dtype, f"tensor {name}")
-            yield name, Stored(shape, part.type.dtype, read)
+            read_tensor = partial(file.array, offset, shape, part.type.dtype, f"tensor {name}")
+            yield name, StoredTensor(shape, part.type.dtype, read_tensor)
 
 
 # The tokenizer
 
 
 def _tokenizer(
-    file: BinaryFile, header: Header, parts: Mapping[str, Tensor]
+    file: BinaryFile, header: Header, parts: Mapping[str, TensorInfo]
 ) -> BytePairTokenizer | None:
-    """The tokenizer; None if there are no tokens."""
+    """Make the tokenizer; None if the file has no tokens."""
 
     def array(name: str) -> Array:
         part = parts[name]
         return file.array(part.offset, part.shape, part.type.dtype, name)
 
-    tokens = _split(file, array("idx"), array("decoder_txt"))
-    merges = _split(file, array("vocab_idx"), array("vocab_txt"))
-    if (array("byte_decoder") != _letters()).any():
-        raise TokenizerError(f"{file.path} has other letters for bytes than GPT-2: it is damaged")
+    tokens = _split_strings(file, array("idx"), array("decoder_txt"))
+    merges = _split_strings(file, array("vocab_idx"), array("vocab_txt"))
+    if (array("byte_decoder") != _byte_letters()).any():
+        raise TokenizerError(f"{file.path} is damaged: its letters of the bytes are not GPT-2's")
     if not tokens:
         return None
     if len(tokens) > header.n_vocab:
         raise TokenizerError(
-            f"{file.path} has {len(tokens)} tokens, but an embedding of {header.n_vocab}"
+            f"{file.path} has {len(tokens)} tokens, expected {header.n_vocab} by its embedding"
         )
-    return tokenizer_of(tokens, merges, (), str(file.path))
+    return tokenizer_from_lists(tokens, merges, (), str(file.path))
 
 
-def _split(file: BinaryFile, places: Array, text: Array) -> list[str]:
-    """The strings of a text that begin at these places; empty ones at the end are fillers."""
+def _split_strings(file: BinaryFile, offsets: Array, text: Array) -> list[str]:
+    """Split a text into strings at these offsets; empty ones at the end are fillers."""
     data = text.tobytes()
-    ends = places.tolist()
+    ends = offsets.tolist()
     if ends[:1] != [0] or ends[-1] != len(data) or any(a > b for a, b in pairwise(ends)):
-        raise TokenizerError(f"{file.path} is damaged: its strings do not lie one after the other")
+        raise TokenizerError(f"{file.path} is damaged: the offsets of its strings are not in order")
     try:
         found = [data[first:end].decode() for first, end in pairwise(ends)]
     except UnicodeDecodeError:
@@ -246,22 +251,22 @@ def _split(file: BinaryFile, places: Array, text: Array) -> list[str]:
     return found
 
 
-def _joined(strings: Sequence[str]) -> tuple[Array, Array]:
-    """Strings as the places where they begin and end, and one text.
+def _join_strings(strings: Sequence[str]) -> tuple[Array, Array]:
+    """Return the offsets of strings, with the end of the last one, and one text.
 
-    After the places of version 2 the program skips 32 bytes too many if none have to be skipped
-    (`align_i4`): one more empty string prevents that.
+    If the offsets of version 2 need no padding, the program skips 32 bytes nevertheless
+    (`align_i4`): one more empty string avoids that case.
     """
     data = [string.encode() for string in strings]
     if (len(data) + 1) % 8 == 0:
         data.append(b"")
-    places = np.cumsum([0, *map(len, data)], dtype=np.int64).astype("<i4")
-    return places, np.frombuffer(b"".join(data), np.int8)
+    offsets = np.cumsum([0, *map(len, data)], dtype=np.int64).astype("<i4")
+    return offsets, np.frombuffer(b"".join(data), np.int8)
 
 
-def _letters() -> Array:
-    """The code point of the letter that stands for each byte."""
-    letters = np.zeros(N_BYTES, "<i4")
+def _byte_letters() -> Array:
+    """Return the code point of the letter of each byte in GPT-2's tokenizer."""
+    letters = np.zeros(N_BYTE_LETTERS, "<i4")
     for letter, byte in byte_of_letter().items():
         letters[byte] = ord(letter)
     return letters
@@ -271,27 +276,27 @@ def _letters() -> Array:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write version 2, which the program wants to be called model.gguf.
+    """Write version 2; the program expects the file name model.gguf.
 
-    Without a tokenizer in `checkpoint` the file has no tokens: good for other readers, but the
-    program itself begins with text.
+    Without a tokenizer in `checkpoint` the file has no tokens. gptx reads it, but the program
+    cannot encode its prompt.
 
     Raises
     ------
     ConfigError, TokenizerError
-        fastGPT would compute something else, or split text in another way.
+        fastGPT would compute something else, or split text differently.
     """
-    header, texts = prepared(checkpoint)
+    header, texts = prepare(checkpoint)
     parts = header.parts()
     if odd := [part for part in parts if part.name in NAMES and padding(part.n_bytes)]:
         raise ConfigError(
-            f"n_embd is {header.n_embd}, but fastGPT reads its tensors without the padding that "
-            f"GGUF has after {odd[0].name}: widths that are multiples of 8 need none"
+            f"n_embd is {header.n_embd}, expected a multiple of 8: fastGPT does not skip the "
+            f"padding that GGUF needs after {odd[0].name}"
         )
-    lines = [Tensor("header", (12,), INTEGERS["int32"]), *parts]
-    start = len(head({KEY: np.int32(0)}, lines))
+    infos = [TensorInfo("header", (12,), INTEGER_TYPES["int32"]), *parts]
+    start = len(encode_header({OFFSET_KEY: np.int32(0)}, infos))
     with create(path) as file:
-        file.write(head({KEY: np.int32(start)}, lines))
+        file.write(encode_header({OFFSET_KEY: np.int32(start)}, infos))
         _write_padded(file, header.integers(MARK, 2))
         write_tensors(file, checkpoint)
         for text in texts:
@@ -303,34 +308,34 @@ def _write_padded(file: BinaryIO, array: Array) -> None:
     file.write(padding(array.nbytes))
 
 
-def prepared(checkpoint: Checkpoint) -> tuple[Header, list[Array]]:
-    """The header of a model, and what comes after its tensors; see `write` for the errors."""
+def prepare(checkpoint: Checkpoint) -> tuple[Header, list[Array]]:
+    """Return the header of a model and the arrays after its tensors; see `write` for errors."""
     config = checkpoint.config
-    require_openai(config, "fastGPT")
+    require_openai_settings(config, "fastGPT")
     tokens: list[str] = []
     merges: list[str] = []
     if checkpoint.tokenizer is not None:
-        tokens, _, merges = lists_of(checkpoint.tokenizer, config.vocab_size, "fastGPT")
-        merges = [*merges, ""]  # as create_model.py, from the end of the last line of vocab.bpe
+        tokens, _, merges = token_lists(checkpoint.tokenizer, config.vocab_size, "fastGPT")
+        merges = [*merges, ""]  # create_model.py has it from the last newline of vocab.bpe
         letters = byte_of_letter().keys()
-        if strange := [token for token in tokens if not letters >= set(token)]:
+        if unsupported := [token for token in tokens if not letters >= set(token)]:
             raise TokenizerError(
-                f"the tokenizer has the token {strange[0][:64]!r}, which is not byte-level BPE, "
-                "and fastGPT knows no other"
+                f"the tokenizer has the token {unsupported[0][:64]!r}, which is not byte-level "
+                "BPE: fastGPT does not support it"
             )
-    texts = [*_joined(tokens), *_joined(merges), _letters()]
+    texts = [*_join_strings(tokens), *_join_strings(merges), _byte_letters()]
     sizes = config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head
     return Header(*sizes, *map(len, texts)), texts
 
 
 def write_tensors(file: BinaryIO, checkpoint: Checkpoint) -> None:
-    """Append all tensors of the model, layer by layer of each kind."""
-    for theirs in NAMES:
-        for name in _ours(theirs, checkpoint.config.n_layer):
+    """Append all tensors of the model; those of one kind together, layer by layer."""
+    for part_name in NAMES:
+        for name in _gptx_names(part_name, checkpoint.config.n_layer):
             write_array(file, float_array(checkpoint.tensors[name]), "float32", f"tensor {name}")
 
 
-def _ours(theirs: str, n_layer: int) -> list[str]:
-    """Our names of what is in one piece there."""
-    ours = NAMES[theirs]
-    return [ours.format(i) for i in range(n_layer)] if "{}" in ours else [ours]
+def _gptx_names(part_name: str, n_layer: int) -> list[str]:
+    """Return gptx's names of the tensors in one part of the file."""
+    name = NAMES[part_name]
+    return [name.format(i) for i in range(n_layer)] if "{}" in name else [name]

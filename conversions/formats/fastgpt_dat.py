@@ -1,8 +1,8 @@
-"""The model.dat of fastGPT before it turned to GGUF: the same parts without any padding.
+"""The model.dat of fastGPT before March 2024: the parts of its model.gguf without padding.
 
-Version 0 (March to July 2023) is ten integers and the data, without a word on what it is; version
-1 (until March 2024) has a mark and its number before them. The first two weeks' file, which had no
-merges, is not read. The parts, and what wrote and read them, see `fastgpt.py`.
+Version 0 (March to July 2023) is ten integers and the data, without a mark. Version 1 (until March
+2024) has a mark and its number before them. The file of the first two weeks, which had no merges,
+is not supported. `fastgpt.py` has the parts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gptx.conversions.containers.binary import BinaryFile
 from gptx.conversions.formats.fastgpt import (
     MARK,
     Header,
+    check_header,
     check_version,
-    checked,
-    checkpoint_of,
-    prepared,
+    make_checkpoint,
+    prepare,
     write_tensors,
 )
 from gptx.errors import WeightsError
@@ -29,7 +29,7 @@ from gptx.files import create
 
 
 def detect(path: Path) -> bool:
-    """Whether a file begins with the mark, or with what can be the sizes of a model."""
+    """Test for the mark, or for plausible sizes of a model, at the start of a file."""
     try:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -48,14 +48,14 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     Parameters
     ----------
     config
-        In the place of what the file says.
+        Settings that replace those of the file.
 
     Raises
     ------
     ConfigError, WeightsError, TokenizerError
         The file is damaged.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
     file = BinaryFile(path)
     offset = 0
@@ -63,7 +63,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if mark == MARK:
         check_version(path, mark, version, 1)
         offset = 8
-    header = checked(path, file.array(offset, (10,), "<i4", "the header").tolist())
+    header = check_header(path, file.array(offset, (10,), "<i4", "the header").tolist())
     offset += 40
     parts = {}
     for part in header.parts():
@@ -71,15 +71,15 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         offset += part.n_bytes
     if offset != file.size:
         raise WeightsError(
-            f"{path} is truncated or damaged: it has {file.size} bytes, its header tells of "
-            f"{offset}: fetch it again"
+            f"{path} is truncated or damaged: it has {file.size} bytes, expected {offset} by its "
+            "header: fetch it again"
         )
-    return checkpoint_of(file, header, parts, config)
+    return make_checkpoint(file, header, parts, config)
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write version 0; see `gptx.conversions.formats.fastgpt.write` for the errors."""
-    header, texts = prepared(checkpoint)
+    header, texts = prepare(checkpoint)
     with create(path) as file:
         file.write(header.integers().data)
         write_tensors(file, checkpoint)

@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp: a GPT-2 and its tokenizer in one file.
 
-The names of tensors and metadata are those that llama.cpp's own converter gives them
-(https://github.com/ggml-org/llama.cpp, conversion/gpt2.py, gguf-py/gguf/constants.py). What a file
-is made of, see `gguf_container.py`; its types of numbers, `gguf_types.py`.
+The names of tensors and metadata are those of llama.cpp's converter
+(https://github.com/ggml-org/llama.cpp, conversion/gpt2.py, gguf-py/gguf/constants.py).
+`containers/gguf.py` reads and writes the file, `containers/gguf_types.py` has its types of numbers.
 """
 
 from __future__ import annotations
@@ -10,27 +10,42 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, Stored, require_openai
-from gptx.conversions.containers.binary import Array, cast, chunks, dtype_name
-from gptx.conversions.containers.gguf import MAGIC, Container, Tensor, head, padding, shown
-from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS, Type
-from gptx.conversions.vocabularies.token_lists import lists_of, tokenizer_of
+from gptx.conversions.checkpoint import (
+    Checkpoint,
+    StoredTensor,
+    require_openai_settings,
+    stored_array,
+    unquantized,
+)
+from gptx.conversions.containers.binary import Array, cast, dtype_name, row_chunks
+from gptx.conversions.containers.gguf import (
+    MAGIC,
+    GgufFile,
+    TensorInfo,
+    encode_header,
+    padding,
+    shown,
+)
+from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES, TensorType
+from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import create
-from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
+from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.tokenization.bpe import BytePairTokenizer
 
-QUANTIZATION_VERSION = 2  # of ggml's block formats
+QUANTIZATION_VERSION = 2  # of ggml's block types
+COMPARE_BYTES = 2**20  # at a time
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, `enum llama_ftype`
 
-# Our names -> llama.cpp's; those of a layer have `h.3.` before them here, and `blk.3.` there.
-NAMES = {
+# gptx's names -> llama.cpp's. Layer 3 has the prefix `h.3.` in gptx, `blk.3.` in llama.cpp.
+GGUF_NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
@@ -42,11 +57,11 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-OURS = {theirs: ours for ours, theirs in NAMES.items()}
+GPTX_NAMES = {gguf: gptx for gptx, gguf in GGUF_NAMES.items()}
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a GGUF, whatever is in it."""
+    """Test for a GGUF of any content."""
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -57,55 +72,54 @@ def detect(path: Path) -> bool:
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     """Open a file with a GPT-2: tensors of F32, F16, BF16, Q8_0 and Q4_0.
 
-    Blocks come as the floats that they stand for. A head that is there and the same as the token
-    embedding is tied: llama.cpp's converter wrote it twice for a time.
+    Q8_0 and Q4_0 are decoded to float32. A head that equals the token embedding is tied:
+    llama.cpp's converter wrote it as a duplicate for a time.
 
     Parameters
     ----------
     config
-        In the place of what the file says.
+        Settings that replace those of the file.
 
     Raises
     ------
     ConfigError, WeightsError, TokenizerError
-        The file is damaged, or holds no GPT-2 that gptx can run.
+        The file is damaged, or the model is not a GPT-2 that gptx supports.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
-    container = Container(path)
-    metadata = container.metadata
-    architecture = container.scalar("general.architecture")
+    file = GgufFile(path)
+    architecture = file.scalar("general.architecture")
     if architecture != "gpt2":
-        raise ConfigError(
-            f"{path} holds a model of the architecture {shown(architecture)}, gptx reads 'gpt2'"
-        )
-    if container.scalar("split.count", 1) not in (0, 1):
+        raise ConfigError(f"{path} has the architecture {shown(architecture)}, expected 'gpt2'")
+    if file.scalar("split.count", 1) not in (0, 1):
         raise WeightsError(
-            f"{path} is one of several files of a model: merge them with llama-gguf-split"
+            f"{path} is one of the parts of a split model: merge them with llama-gguf-split"
         )
-    found = {_our_name(name): tensor for name, tensor in container.tensors.items()}
+    found = {_gptx_name(name): tensor for name, tensor in file.tensors.items()}
     for name in ("wte.weight", "wpe.weight"):
         if name not in found or len(found[name].shape) != 2:
-            raise WeightsError(f"{path} has no matrix {gguf_name(name)}: this is no whole GPT-2")
-    if "lm_head.weight" in found and _same(container, found["lm_head.weight"], found["wte.weight"]):
+            raise WeightsError(
+                f"{path} is not a complete GPT-2: the matrix {gguf_name(name)} is missing"
+            )
+    if "lm_head.weight" in found and _is_same(file, found["lm_head.weight"], found["wte.weight"]):
         del found["lm_head.weight"]
-    tokenizer = _tokenizer(path, container, found["wte.weight"].shape[0])
+    tokenizer = _tokenizer(path, file, found["wte.weight"].shape[0])
     if config is None:
-        config = _config(path, metadata, found)
-    stored = {name: _stored(container, name, tensor) for name, tensor in found.items()}
+        config = _config(path, file.metadata, found)
+    stored = {name: _stored(file, name, tensor) for name, tensor in found.items()}
     return Checkpoint(replace(config, quantization=None), stored, tokenizer)
 
 
-def _our_name(theirs: str) -> str:
-    """gptx's name of a tensor; llama.cpp's, if it is none of a GPT-2."""
-    match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", theirs)
-    if match is None or match[2] not in OURS:
-        return theirs
-    stem = OURS[match[2]]
+def _gptx_name(name: str) -> str:
+    """Return gptx's name of a tensor, or `name` if a GPT-2 has no such tensor."""
+    match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in GPTX_NAMES:
+        return name
+    stem = GPTX_NAMES[match[2]]
     return f"h.{match[1]}.{stem}.{match[3]}" if match[1] else f"{stem}.{match[3]}"
 
 
-def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> GPT2Config:
+def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> GPT2Config:
     def number(key: str, kind: type = int) -> Any:
         value = metadata.get(f"gpt2.{key}")
         if not isinstance(value, kind):
@@ -113,9 +127,9 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, Tensor]
         return value
 
     L, C, M = map(number, ("block_count", "embedding_length", "feed_forward_length"))
-    if len(found) < 12 * L:  # before names are made of that number
+    if len(found) < 12 * L:  # limits the list of names that follows from it
         raise WeightsError(
-            f"{path}: gpt2.block_count is {L}, expected {len(found) // 12} by the tensors there"
+            f"{path}: gpt2.block_count is {L}, expected {len(found) // 12} by its tensors"
         )
     try:
         return GPT2Config(
@@ -127,66 +141,62 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, Tensor]
             n_inner=None if M == 4 * C else M,
             layer_norm_epsilon=number("attention.layer_norm_epsilon", float),
             tie_word_embeddings="lm_head.weight" not in found,
-            bos_token_id=_id(metadata, "bos"),
-            eos_token_id=_id(metadata, "eos"),
+            bos_token_id=_token_id(metadata, "bos"),
+            eos_token_id=_token_id(metadata, "eos"),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _id(metadata: Mapping[str, Any], which: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{which}_token_id")
+def _token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{kind}_token_id")
     return value if isinstance(value, int) else None
 
 
-def _tokenizer(path: Path, container: Container, V: int) -> BytePairTokenizer | None:
-    model, split = (container.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+def _tokenizer(path: Path, file: GgufFile, V: int) -> BytePairTokenizer | None:
+    model, split = (file.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
         return None
     if model != "gpt2" or split not in (None, "gpt-2"):
         raise TokenizerError(
-            f"{path} has a tokenizer of the kind {shown(model)}, {shown(split)}, gptx reads "
-            "'gpt2', 'gpt-2'"
+            f"{path} has the tokenizer {shown(model)}, {shown(split)}, expected 'gpt2', 'gpt-2'"
         )
-    metadata = container.metadata
+    metadata = file.metadata
     tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
     kinds = metadata.get("tokenizer.ggml.token_type", np.empty(0, np.int32))
     if not (
         isinstance(tokens, list) and isinstance(merges, list) and isinstance(kinds, np.ndarray)
     ):
-        raise TokenizerError(f"{path} has a tokenizer without its lists of tokens and merges")
+        raise TokenizerError(f"{path} has a tokenizer without lists of tokens and merges")
     if len(tokens) != V:
-        raise TokenizerError(f"{path} has {len(tokens)} tokens, but an embedding of {V}")
-    return tokenizer_of(tokens, merges, kinds.tolist(), str(path))
+        raise TokenizerError(f"{path} has {len(tokens)} tokens, expected {V} by its embedding")
+    return tokenizer_from_lists(tokens, merges, kinds.tolist(), str(path))
 
 
-def _same(container: Container, a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, byte by byte."""
+def _is_same(file: GgufFile, a: TensorInfo, b: TensorInfo) -> bool:
+    """Compare the data of two tensors."""
     if (a.type, a.shape) != (b.type, b.shape):
         return False
-    step = 2**20
-    for first in range(0, a.n_bytes, step):
-        n = min(step, a.n_bytes - first)
-        one, other = (container.file.read(x.offset + first, n, x.name) for x in (a, b))
-        if one != other:
+    for first in range(0, a.n_bytes, COMPARE_BYTES):
+        n = min(COMPARE_BYTES, a.n_bytes - first)
+        data_a, data_b = (file.file.read(x.offset + first, n, x.name) for x in (a, b))
+        if data_a != data_b:
             return False
     return True
 
 
-def _is_transposed(our: str, shape: tuple[int, ...]) -> bool:
-    """Whether a matrix lies `[out, in]` in the file, whose rows are what a product reads."""
-    return our.startswith("h.") and len(shape) == 2
+def _is_transposed(name: str, shape: tuple[int, ...]) -> bool:
+    """Test for a matrix that the file stores as `[out, in]`."""
+    return name.startswith("h.") and len(shape) == 2
 
 
-def _stored(container: Container, our: str, tensor: Tensor) -> Stored:
-    transposed = _is_transposed(our, tensor.shape)
-
-    def read() -> Array:
-        array = container.read(tensor)
-        return array.T if transposed else array
-
-    shape = tensor.shape[::-1] if transposed else tensor.shape
-    return Stored(shape, tensor.type.dtype, read)
+def _stored(file: GgufFile, name: str, tensor: TensorInfo) -> StoredTensor:
+    return stored_array(
+        partial(file.read, tensor),
+        tensor.shape,
+        tensor.type.dtype,
+        transposed=_is_transposed(name, tensor.shape),
+    )
 
 
 # Writing
@@ -199,99 +209,103 @@ def write(
     dtype: str | None = None,
     quantization: Quantization | None = None,
 ) -> None:
-    """Write a model as llama.cpp reads it, a million numbers at a time.
+    """Write a model for llama.cpp, in chunks of a million numbers.
 
     Parameters
     ----------
     dtype
-        Type of the matrices, "float32", "float16" or "bfloat16"; None leaves each as it is. As in
-        llama.cpp, biases, norms and positions are F32 whatever it is.
+        Type of the matrices, "float32", "float16" or "bfloat16"; None keeps the type of each. As
+        in llama.cpp, biases, norms and positions are F32.
     quantization
-        Q8_0 for int8, Q4_0 for int4. A matrix whose rows are not whole blocks of 32 is of `dtype`
-        or F16. In a Q4_0 file the token embedding is Q4_0, too: `llama-quantize --pure` does that,
-        and without `--pure` makes it Q6_K, which is larger.
+        Q8_0 for int8, Q4_0 for int4. A matrix whose rows do not divide into blocks of 32 gets
+        `dtype` or F16. A Q4_0 file also has a Q4_0 token embedding, as from `llama-quantize
+        --pure`; without `--pure`, llama-quantize makes it Q6_K, which is larger.
 
     Raises
     ------
     ParameterError
-        The weights that share a scale are 32 in GGUF, and another number was asked for.
+        The group size is neither GGUF's 32 nor the default.
     ConfigError, TokenizerError
-        llama.cpp would compute something else, or split text in another way.
+        llama.cpp would compute something else, or split text differently.
     WeightsError
-        A number is too large for the type, or is none.
+        A number is too large for the type, or not finite.
     """
-    require_openai(
+    require_openai_settings(
         checkpoint.config, "llama.cpp", "n_inner", "layer_norm_epsilon", "tie_word_embeddings"
     )
-    blocks = _blocks(quantization)
+    block_type = _block_type(quantization)
     layout = {
-        our: _Layout.of(our, tensor, dtype, blocks) for our, tensor in checkpoint.stored.items()
+        name: _Layout.of(name, tensor, dtype, block_type)
+        for name, tensor in checkpoint.stored.items()
     }
-    tables = layout["wte.weight"].line.type.name
-    metadata = _model_metadata(checkpoint.config, FILE_TYPES[tables])
+    table_type = layout["wte.weight"].info.type.name
+    metadata = _model_metadata(checkpoint.config, FILE_TYPES[table_type])
     metadata |= _tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
     with create(path) as file:
-        file.write(head(metadata, (entry.line for entry in layout.values())))
-        for our, entry in layout.items():
-            tensor = checkpoint.stored[our].read()
-            assert not isinstance(tensor, QuantizedTensor), "as_floats() comes first"
-            for rows in chunks(tensor.T if entry.transposed else tensor):
-                file.write(entry.encode(rows, f"tensor {our}").data)
-            file.write(padding(entry.line.n_bytes))
+        file.write(encode_header(metadata, (entry.info for entry in layout.values())))
+        for name, entry in layout.items():
+            array = unquantized(checkpoint.tensors[name])
+            for rows in row_chunks(array.T if entry.transposed else array):
+                file.write(entry.encode(rows, f"tensor {name}").data)
+            file.write(padding(entry.info.n_bytes))
 
 
-def _blocks(quantization: Quantization | None) -> Type | None:
+def _block_type(quantization: Quantization | None) -> TensorType | None:
     if quantization is None:
         return None
-    kind = BLOCKS[quantization.bits]
-    if quantization.group_size not in (kind.block, GROUP_SIZE):  # which is what stands for "any"
+    kind = BLOCK_TYPES[quantization.bits]
+    if quantization.group_size not in (kind.block_numbers, GROUP_SIZE):  # the default means any
         raise ParameterError(
-            f"group_size is {quantization.group_size}, but in GGUF {kind.block} weights share a "
-            "scale: leave it out"
+            f"group_size is {quantization.group_size}, expected {kind.block_numbers}, GGUF's: "
+            "leave it out"
         )
     return kind
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a tensor lies in the file."""
+    """The form of a tensor in the file to be written."""
 
-    line: Tensor
+    info: TensorInfo
     transposed: bool
 
     @classmethod
-    def of(cls, our: str, tensor: Stored, dtype: str | None, blocks: Type | None) -> _Layout:
-        transposed = _is_transposed(our, tensor.shape)
+    def of(
+        cls, name: str, tensor: StoredTensor, dtype: str | None, block_type: TensorType | None
+    ) -> _Layout:
+        transposed = _is_transposed(name, tensor.shape)
         shape = tensor.shape[::-1] if transposed else tensor.shape
-        if len(shape) == 1 or our == "wpe.weight":
-            kind = FLOATS["float32"]
-        elif blocks is None:
-            kind = FLOATS[dtype or dtype_name(tensor.dtype)]
+        if len(shape) == 1 or name == "wpe.weight":
+            kind = FLOAT_TYPES["float32"]
+        elif block_type is None:
+            kind = FLOAT_TYPES[dtype or dtype_name(tensor.dtype)]
+        elif shape[-1] % block_type.block_numbers:
+            kind = FLOAT_TYPES[dtype or "float16"]
         else:
-            kind = FLOATS[dtype or "float16"] if shape[-1] % blocks.block else blocks
-        return cls(Tensor(gguf_name(our), shape, kind), transposed)
+            kind = block_type
+        return cls(TensorInfo(gguf_name(name), shape, kind), transposed)
 
-    def encode(self, rows: Array, what: str) -> Array:
-        """Rows of any float type as the bytes of the file."""
-        kind = self.line.type
+    def encode(self, rows: Array, label: str) -> Array:
+        """Encode rows of any float type to the data of the file."""
+        kind = self.info.type
         assert kind.encode is not None, "a type of floats or blocks"
-        return kind.encode(rows if kind.decode is None else cast(rows, "float32", what), what)
+        return kind.encode(rows if kind.decode is None else cast(rows, "float32", label), label)
 
 
-def gguf_name(our: str) -> str:
-    """llama.cpp's name of a tensor: `h.3.ln_1.bias` is its `blk.3.attn_norm.bias`."""
-    stem, _, leaf = our.rpartition(".")
+def gguf_name(name: str) -> str:
+    """Return llama.cpp's name of a tensor: `blk.3.attn_norm.bias` for `h.3.ln_1.bias`."""
+    stem, _, leaf = name.rpartition(".")
     if not stem.startswith("h."):
-        return f"{NAMES[stem]}.{leaf}"
+        return f"{GGUF_NAMES[stem]}.{leaf}"
     _, layer, stem = stem.split(".", 2)
-    return f"blk.{layer}.{NAMES[stem]}.{leaf}"
+    return f"blk.{layer}.{GGUF_NAMES[stem]}.{leaf}"
 
 
 def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
     ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
-    for which, id in ids.items():
+    for kind, id in ids.items():
         if id is not None and not 0 <= id < 2**32:
-            raise ConfigError(f"{which}_token_id is {id}, expected a token id or null")
+            raise ConfigError(f"{kind}_token_id is {id}, expected a token id or null")
     return {
         "general.architecture": "gpt2",
         "general.type": "model",
@@ -310,8 +324,8 @@ def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
 
 def _tokenizer_metadata(config: GPT2Config, tokenizer: BytePairTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}  # good for token ids alone
-    tokens, kinds, merges = lists_of(tokenizer, config.vocab_size, "llama.cpp")
+        return {"tokenizer.ggml.model": "none"}  # llama.cpp then takes token ids only
+    tokens, kinds, merges = token_lists(tokenizer, config.vocab_size, "llama.cpp")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",

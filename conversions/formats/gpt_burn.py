@@ -1,21 +1,20 @@
-"""gpt-burn: a GPT-2 in Rust. A folder with its config.json and model.mpk is read.
+"""gpt-burn, a GPT-2 in Rust: a folder with its config.json and model.mpk.
 
-model.mpk is a record of Burn 0.13, see `mpk.py`; its linear layers are `[in, out]`. config.json is
-that of a training run. (https://github.com/felix-andreas/gpt-burn, src/model.rs, src/train.rs.)
+model.mpk is a record of Burn 0.13, see `containers/messagepack.py`; its linear layers are
+`[in, out]`. config.json is that of a training run. The format is read only
+(https://github.com/felix-andreas/gpt-burn, src/model.rs, src/train.rs).
 
 Its model differs from GPT-2 in three ways:
 
-- Queries, keys, values and the output of the attention have no biases: here they are zero.
-- The head has one, and GPT-2's has none. Where it can, the bias of the last layer norm takes it in.
-  In general that needs a vocabulary no larger than the width, so otherwise the model is made twice
-  as wide: each channel is there twice, which changes neither mean nor variance of a layer norm,
-  and what the layer norms make of the second copies is nothing, but for one that the last layer
-  norm makes a constant 1, by which the head multiplies its bias. The second half of the heads sees
-  nothing and says nothing.
-- Burn 0.13 divides by sqrt(variance) + 1e-5 in a layer norm, and GPT-2 by
-  sqrt(variance + epsilon). With the square of that number for epsilon, what comes out differs by
-  less than 1e-5 / sqrt(variance) of itself: 0.04 % in the first layer of a model that has learned
-  nothing yet, less than 1e-5 where activations are of the order of 1.
+- Queries, keys, values and the output of the attention have no biases: they become zero.
+- The head has a bias. If possible, the bias of the last layer norm includes it. That is generally
+  possible only for a vocabulary not larger than the width. Otherwise the width is doubled: a
+  duplicate of each channel changes neither mean nor variance of a layer norm. The layer norms
+  multiply the duplicates by 0, except that the last one makes a channel a constant 1, whose row of
+  the head is the bias. The added heads have zero queries, keys and values.
+- A layer norm of Burn 0.13 divides by sqrt(variance) + 1e-5, GPT-2 by sqrt(variance + epsilon).
+  With epsilon = 1e-10, the relative difference is below 1e-5 / sqrt(variance): 0.04% in the first
+  layer of an untrained model, less than 1e-5 for activations of order 1.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from pathlib import Path
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, Stored
+from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.containers.binary import Array, BinaryFile
 from gptx.conversions.containers.messagepack import FLOATS, TOKENS, Kind, Record, Schema
 from gptx.errors import ConfigError, NotFoundError, StorageError, WeightsError
 
 WEIGHTS = "model.mpk"
-EPSILON = 1e-5  # of Burn's layer norm
-SQUARED = 1e-10
+BURN_EPSILON = 1e-5  # of Burn's layer norm
+EPSILON = 1e-10  # its square, for GPT-2's layer norm
 
 # The structs of src/model.rs.
 NORM: Schema = {"gamma": Kind.TENSOR, "beta": Kind.TENSOR, "epsilon": Kind.NOTHING}
@@ -72,7 +71,7 @@ MODEL: Schema = {
 METADATA = dict.fromkeys(("float", "int", "format", "version", "settings"), Kind.TEXT)
 RECORD: Schema = {"metadata": {**METADATA}, "item": MODEL, "_b": []}
 
-# Our names and those of the record, in it or in one of its blocks.
+# gptx's names -> names in the record or in one of its blocks.
 NAMES = {
     "wte.weight": "token_embedding.weight",
     "wpe.weight": "positional_embedding.weight",
@@ -89,16 +88,16 @@ NAMES = {
     "ln_f.bias": "norm.beta",
     "lm_head.weight": "linear.weight",
 }
-IN_RECORD = re.compile(r"^item\.(blocks\.\d+\.)?")
+RECORD_PREFIX = re.compile(r"^item\.(blocks\.\d+\.)?")
 
 SIZES = ("context_length", "vocab_size", "n_layers", "n_heads", "d_model", "d_hidden")
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a folder with a record of Burn, or such a file."""
+    """Test for a folder with a record of Burn, or for such a file."""
     file = path / WEIGHTS if path.is_dir() else path
     try:
-        if not file.is_file():  # to open a pipe is to wait for whoever writes it
+        if not file.is_file():  # opening a pipe would wait for its writer
             return False
         with open(file, "rb") as opened:
             start = opened.read(10)
@@ -108,24 +107,24 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open a folder with config.json and model.mpk, or that file with the other one beside it.
+    """Open a folder with config.json and model.mpk, or model.mpk with config.json beside it.
 
     Raises
     ------
     ConfigError
-        config.json is damaged, or `config` was given: it would say nothing that is not known.
+        config.json is damaged, or `config` was given: gpt-burn's has all settings.
     WeightsError
-        The record is damaged, or does not fit.
+        The record is damaged, or does not fit config.json.
     NotFoundError, StorageError
-        A file is missing, or cannot be read.
+        A file is missing or cannot be read.
     """
     if config is not None:
-        raise ConfigError("gpt-burn's config.json says all there is to say: leave the other out")
+        raise ConfigError("gpt-burn's config.json has all settings: leave out the other config")
     file = path / WEIGHTS if path.is_dir() else path
-    sizes = _sizes(file.with_name("config.json"))
-    model = _Model(Record(BinaryFile(file), RECORD), sizes)
+    sizes = _read_sizes(file.with_name("config.json"))
+    model = _BurnModel(Record(BinaryFile(file), RECORD), sizes)
     model.check()
-    folded = model.folded()
+    folded = model.fold_head_bias()
     C, M, H = sizes["d_model"], sizes["d_hidden"], sizes["n_heads"]
     width, heads = (C, H) if folded is not None else (2 * C, 2 * H)
     found = GPT2Config(
@@ -136,44 +135,44 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         n_head=heads,
         n_inner=None if 4 * width == M else M,
         activation_function="gelu",
-        layer_norm_epsilon=SQUARED,
+        layer_norm_epsilon=EPSILON,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
     )
     notes = [
-        f"Burn's layer norm divides by sqrt(variance) + {EPSILON}, this one by sqrt(variance + "
-        f"{SQUARED}): where activations are tiny, results differ a little"
+        f"Burn's layer norm divides by sqrt(variance) + {BURN_EPSILON}, this one by sqrt(variance "
+        f"+ {EPSILON}): for small activations the results differ slightly"
     ]
     if folded is None:
-        notes.append(f"to hold the bias of its head, the model is {width} wide instead of {C}")
-    get = model.tensor if folded is not None else model.wide_tensor
+        notes.append(f"the model is {width} wide instead of {C}, to contain the bias of its head")
+    get = model.tensor if folded is not None else model.doubled_tensor
     stored = {
-        name: Stored(shape, model.dtype, partial(get, name))
+        name: StoredTensor(shape, model.dtype, partial(get, name))
         for name, shape in found.tensor_shapes().items()
     }
     if folded is not None:
-        stored["ln_f.bias"] = Stored(folded.shape, folded.dtype, lambda: folded)
+        stored["ln_f.bias"] = StoredTensor(folded.shape, folded.dtype, lambda: folded)
     return Checkpoint(found, stored, None, tuple(notes))
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """What config.json says of the model."""
+def _read_sizes(path: Path) -> dict[str, int]:
+    """Read the sizes of the model from config.json."""
     if not path.is_file():
-        raise NotFoundError(f"{path} is missing: gpt-burn keeps config.json beside {WEIGHTS}")
+        raise NotFoundError(f"{path} is missing, expected beside {WEIGHTS}")
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # includes invalid UTF-8
         raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict):
-        raise ConfigError(f'{path} has no object "model": it is not the config.json of gpt-burn')
+        raise ConfigError(f'{path} is not a config.json of gpt-burn: it has no object "model"')
     for name in SIZES:
         value = model.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ConfigError(f"{path}: {name} is {str(value)[:40]!r}, expected a whole number > 0")
+            raise ConfigError(f"{path}: {name} is {str(value)[:40]!r}, expected an integer > 0")
     if model["d_model"] % model["n_heads"]:
         raise ConfigError(
             f"{path}: d_model {model['d_model']} is not a multiple of n_heads {model['n_heads']}"
@@ -182,26 +181,26 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A record and the sizes that its tensors should have; gives them under our names."""
+class _BurnModel:
+    """A record of a model, and the sizes of its config.json; its tensors under gptx's names."""
 
     record: Record
     sizes: Mapping[str, int]
 
     @property
     def dtype(self) -> np.dtype:
-        """Of all numbers."""
+        """Type of all numbers."""
         return FLOATS[self.record.texts["metadata.float"]]
 
     def check(self) -> None:
-        """Raise unless the record is of this model."""
+        """Compare the record with the sizes."""
         path, texts = self.record.file.path, self.record.texts
         if texts["metadata.float"] not in FLOATS:
             kind = texts["metadata.float"][:40]
             raise WeightsError(f"{path} is of type {kind!r}, expected one of {', '.join(FLOATS)}")
         blocks, layers = self.record.lengths["item.blocks"], self.sizes["n_layers"]
         if blocks != layers:
-            raise WeightsError(f"{path} has {blocks} blocks, its config.json says {layers}")
+            raise WeightsError(f"{path} has {blocks} blocks, expected {layers} by its config.json")
         C, V, M = self.sizes["d_model"], self.sizes["vocab_size"], self.sizes["d_hidden"]
         shapes = {
             "token_embedding.weight": (V, C),
@@ -213,21 +212,23 @@ class _Model:
             "pwff.linear_2.weight": (M, C),
         }
         for name, tensor in self.record.tensors.items():
-            last = IN_RECORD.sub("", name)
+            last = RECORD_PREFIX.sub("", name)
             vector = last.endswith(("gamma", "beta", "bias"))
             shape = shapes.get(last, (C,) if vector else (C, C))
             if tensor.shape != shape:
                 raise WeightsError(
-                    f"{path}: {name} has shape {list(tensor.shape)}, its config.json asks for "
-                    f"{list(shape)}"
+                    f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)} by its "
+                    "config.json"
                 )
             if TOKENS[tensor.marker]["value"].itemsize != self.dtype.itemsize:
-                raise WeightsError(f"{path}: {name} is not of type {self.dtype}, as it says")
+                raise WeightsError(
+                    f"{path}: {name} is not of type {self.dtype}, the type in its metadata"
+                )
 
-    def folded(self) -> Array | None:
-        """The bias of the last layer norm with which the head needs none; None if there is none.
+    def fold_head_bias(self) -> Array | None:
+        """Compute a bias of the last layer norm that includes the bias of the head.
 
-        A solution b of `b @ head = beta @ head + bias`.
+        It is a solution b of `b @ head = beta @ head + bias`; None if no solution exists.
         """
         C, V = self.sizes["d_model"], self.sizes["vocab_size"]
         if V > C:
@@ -247,8 +248,8 @@ class _Model:
             return found if error <= 1e-6 * np.abs(wanted).max() else None
 
     def tensor(self, name: str) -> Array:
-        """A tensor under our name, of the model as it is; the bias of its head is left out."""
-        block, last = _split(name)
+        """Read a tensor of the unchanged model, without the bias of its head."""
+        block, last = _record_path(name)
         if last == "attn.c_attn.weight":
             parts = [f"{block}multi_head.{part}.weight" for part in ("query", "key", "value")]
             return np.concatenate([self._get(part) for part in parts], axis=1)
@@ -260,10 +261,10 @@ class _Model:
         array = self._get(block + NAMES[last])
         return array.T if last == "lm_head.weight" else array
 
-    def wide_tensor(self, name: str) -> Array:
-        """A tensor of the model that is twice as wide, see above."""
+    def doubled_tensor(self, name: str) -> Array:
+        """Read a tensor of the model of twice the width, see the module's docstring."""
         C = self.sizes["d_model"]
-        _, last = _split(name)
+        _, last = _record_path(name)
         x = self.tensor(name)
         if last == "attn.c_attn.weight":  # [C, 3C] -> [2C, 3·2C]
             return np.pad(x.reshape(C, 3, C), ((0, C), (0, 0), (0, C))).reshape(2 * C, 6 * C)
@@ -279,7 +280,7 @@ class _Model:
             x = np.pad(x, ((0, 0), (0, C)))
             x[:, C] = self._get("linear.bias")
             return x
-        if last == "attn.c_proj.weight":  # [C, C] -> [2C, C], and on as the others
+        if last == "attn.c_proj.weight":  # [C, C] -> [2C, C], then as the others
             x = np.pad(x, ((0, C), (0, 0)))
         return np.concatenate([x, x], axis=-1)  # [..., C] -> [..., 2C]
 
@@ -287,8 +288,8 @@ class _Model:
         return self.record.read(self.record.tensors[f"item.{name}"])
 
 
-def _split(name: str) -> tuple[str, str]:
-    """`h.3.ln_1.bias` is in `blocks.3.`, and there `ln_1.bias`."""
+def _record_path(name: str) -> tuple[str, str]:
+    """Split `h.3.ln_1.bias` into the block `blocks.3.` of the record and `ln_1.bias`."""
     if not name.startswith("h."):
         return "", name
     _, layer, last = name.split(".", 2)

@@ -1,12 +1,12 @@
 """The JSON files of the gptx that is written in Rust and C++, `model_weights.json`.
 
-One object: each tensor's name, without `transformer.`, and its shape and numbers in the order of
-PyTorch's `named_parameters`, as Python's `json.dump` writes them: every float32 as the shortest
-decimal of the float64 that it is (https://github.com/arunpatro/gptx, python/get_gpt_weights.py). A
-file of 124M parameters has 2.7 GB. Nothing says how many heads there are, and there is no
-tokenizer; that program itself takes 12 heads of 64 and 12 layers whatever the file says.
+One object: each tensor's name, without `transformer.`, with its shape and numbers, in the order of
+PyTorch's `named_parameters`. The numbers are those of Python's `json.dump`: each float32 as the
+shortest decimal of the equal float64 (https://github.com/arunpatro/gptx,
+python/get_gpt_weights.py). A file of 124M parameters has 2.7 GB. It has no number of heads and no
+tokenizer; that program itself assumes 12 layers and 12 heads of width 64.
 
-Read and written some hundred thousand numbers at a time: a first pass finds where the tensors lie.
+A first pass finds the positions of the tensors. Numbers are read and written in chunks.
 """
 
 from __future__ import annotations
@@ -24,68 +24,68 @@ from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import (
     Array,
     Checkpoint,
-    Stored,
-    config_of_shapes,
+    StoredTensor,
     float_array,
-    require_openai,
+    infer_config,
+    require_openai_settings,
 )
 from gptx.conversions.containers.binary import BinaryFile, cast
 from gptx.errors import GptxError, WeightsError
 from gptx.files import create
 
-BLOCK = 2**22  # bytes that are read at a time
-NUMBERS = 2**18  # that are written at a time
-LONGEST = 256  # bytes of a name or a shape
+READ_BYTES = 2**22  # at a time
+WRITE_NUMBERS = 2**18  # at a time
+MAX_TEXT_BYTES = 256  # of a name or a shape
 
-BEGINNING = re.compile(rb'\s*\{\s*"[^"\\]*"\s*:\s*\{\s*"(shape|data)"\s*:\s*\[')
-# Of JSON's numbers, and of NaN, Infinity and -Infinity, which Python's JSON has too.
-IN_NUMBERS = b"0123456789+-.eE, \t\r\nNaInfity"
+START = re.compile(rb'\s*\{\s*"[^"\\]*"\s*:\s*\{\s*"(shape|data)"\s*:\s*\[')
+# The characters of numbers, and of NaN, Infinity and -Infinity, which Python's JSON has.
+NUMBER_CHARACTERS = b"0123456789+-.eE, \t\r\nNaInfity"
 SPACE = re.compile(rb"[ \t\r\n]+")
-# Layers as the first, of which `_Scanner` takes 10,000: a hostile file makes no more entries.
+# Names of layer 0. `_Scanner` accepts 10,000 layers: a hostile file makes no more entries.
 NAMES = set(GPT2Config(n_layer=1, tie_word_embeddings=False).tensor_shapes())
 LAYER = re.compile(r"h\.\d{1,4}\.")
 
 
 def detect(path: Path) -> bool:
-    """Whether a file begins with an object of objects with a shape or data."""
+    """Test for an object of objects with a shape or data at the start of a file."""
     try:
         if not path.is_file():
             return False
         file = BinaryFile(path)
-        return BEGINNING.match(file.read(0, min(file.size, 1024), "its beginning")) is not None
+        return START.match(file.read(0, min(file.size, 1024), "its start")) is not None
     except GptxError:
         return False
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open a file, with the config.json beside it, if there is one.
+    """Open a file, with the config.json beside it if it exists.
 
-    Its whole length is gone through, to find the tensors and to count their numbers; what the
-    numbers are, is seen when they are read.
+    This scans all of the file for the tensors and the count of their numbers. The numbers are
+    parsed when a tensor is read.
 
     Raises
     ------
     WeightsError, ConfigError
-        It is truncated or no such JSON, or its tensors are not those of a GPT-2.
+        The file is truncated or invalid, or its tensors are not those of a GPT-2.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
     beside = path.with_name("config.json")
     if config is None and beside.is_file():
         config = GPT2Config.from_file(beside)
     file = BinaryFile(path)
     stored = {
-        name: Stored(tensor.shape, np.dtype(np.float32), tensor.read)
+        name: StoredTensor(tensor.shape, np.dtype(np.float32), tensor.read)
         for name, tensor in _Scanner(file).tensors()
     }
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    config, notes = config_of_shapes(shapes, config)
+    config, notes = infer_config(shapes, config)
     return Checkpoint(config, stored, notes=notes)
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """The numbers of a tensor: bytes `begin` to `end` of the file, commas between them."""
+class _JsonNumbers:
+    """The numbers of a tensor: bytes `begin` to `end` of the file, separated by commas."""
 
     file: BinaryFile
     name: str
@@ -96,57 +96,57 @@ class _Tensor:
     def read(self) -> Array:
         array = np.empty(math.prod(self.shape), np.float32)
         done = 0
-        for text in self._pieces():
+        for text in self._chunks():
             numbers = self._parse(text)
-            if done + len(numbers) > len(array):  # there were as many: somebody is writing it
-                raise self._damaged("more numbers than its shape says")
+            if done + len(numbers) > len(array):  # the file was changed after the scan
+                raise self._damaged("more numbers than its shape")
             array[done : done + len(numbers)] = numbers
             done += len(numbers)
         if done < len(array):
-            raise self._damaged("fewer numbers than its shape says")
+            raise self._damaged("fewer numbers than its shape")
         return array.reshape(self.shape)
 
-    def _pieces(self) -> Iterator[bytes]:
-        """The text in pieces that begin and end with whole numbers."""
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the text in chunks of complete numbers."""
         at, rest = self.begin, b""
         while at < self.end:
-            size = min(BLOCK, self.end - at)
+            size = min(READ_BYTES, self.end - at)
             block = rest + self.file.read(at, size, f"tensor {self.name}")
             at += size
-            cut = len(block) if at == self.end else block.rfind(b",")
-            if cut < 0:
-                raise self._damaged(f"a number of more than {BLOCK} bytes")
-            yield block[:cut]
-            rest = block[cut + 1 :]
+            comma = len(block) if at == self.end else block.rfind(b",")
+            if comma < 0:
+                raise self._damaged(f"a number of more than {READ_BYTES} bytes")
+            yield block[:comma]
+            rest = block[comma + 1 :]
 
     def _parse(self, text: bytes) -> Array:
-        """Numbers as Python reads JSON, each rounded to float32."""
-        if strange := text.translate(None, IN_NUMBERS):
-            raise self._damaged(f"{strange[:1]!r} among its numbers")
+        """Parse numbers as Python does, rounded to float32."""
+        if invalid := text.translate(None, NUMBER_CHARACTERS):
+            raise self._damaged(f"{invalid[:1]!r} among its numbers")
         try:
             wide = np.array(json.loads(b"[%b]" % text, parse_int=float), np.float64)
         except ValueError as error:
-            raise self._damaged(f"something that is no number ({error})") from None
+            raise self._damaged(f"an invalid number ({error})") from None
         narrow = cast(wide, "float32", f"tensor {self.name}")
         if np.isinf(narrow).sum() != text.count(b"Infinity"):
             raise self._damaged("a number that is too large for float32")
         return narrow
 
-    def _damaged(self, what: str) -> WeightsError:
-        return WeightsError(f"{self.file.path}: tensor {self.name} holds {what}: write it again")
+    def _damaged(self, fault: str) -> WeightsError:
+        return WeightsError(f"{self.file.path}: tensor {self.name} has {fault}: write it again")
 
 
 class _Scanner:
-    """Goes through a file once, in blocks, and finds where its tensors lie."""
+    """A scanner that finds the positions of the tensors in one pass, block by block."""
 
     def __init__(self, file: BinaryFile) -> None:
         self.file = file
         self.block = b""
-        self.start = 0  # of the block, in the file
-        self.at = 0  # in the block
+        self.start = 0  # position of the block in the file
+        self.at = 0  # position in the block
 
-    def tensors(self) -> Iterator[tuple[str, _Tensor]]:
-        """Each name and what it names, in the order of the file."""
+    def tensors(self) -> Iterator[tuple[str, _JsonNumbers]]:
+        """Yield the tensors in the order of the file."""
         seen = set()
         self._take(b"{")
         while True:
@@ -154,22 +154,22 @@ class _Scanner:
             if LAYER.sub("h.0.", name, count=1) not in NAMES:
                 raise self._damaged(f"tensor {name} is unknown")
             if name in seen:
-                raise self._damaged(f"tensor {name} is there twice")
+                raise self._damaged(f"duplicate tensor {name}")
             seen.add(name)
             self._take(b":")
             yield name, self._tensor(name)
             if self._take(b",}") == b"}":
                 break
         if self._next():
-            raise self._damaged("expected its end")
+            raise self._damaged("expected the end of the file")
 
-    def _tensor(self, name: str) -> _Tensor:
+    def _tensor(self, name: str) -> _JsonNumbers:
         extents: dict[str, tuple[int, int, int]] = {}
         self._take(b"{")
         while True:
             key = self._string()
             if key not in ("shape", "data") or key in extents:
-                raise self._damaged(f'tensor {name} has {key!r}, expected one "shape" and "data"')
+                raise self._damaged(f'tensor {name} has {key!r}, expected "shape" and "data" once')
             self._take(b":")
             self._take(b"[")
             extents[key] = self._list()
@@ -182,21 +182,23 @@ class _Scanner:
         begin, end, n_numbers = extents["data"]
         if n_numbers != math.prod(shape):
             raise self._damaged(
-                f"tensor {name} has {n_numbers} numbers, its shape {list(shape)} asks for "
-                f"{math.prod(shape)}"
+                f"tensor {name} has {n_numbers} numbers, expected {math.prod(shape)} by its shape "
+                f"{list(shape)}"
             )
-        return _Tensor(self.file, name, shape, begin, end)
+        return _JsonNumbers(self.file, name, shape, begin, end)
 
     def _shape(self, name: str, begin: int, end: int) -> tuple[int, ...]:
-        text = self.file.read(begin, min(end - begin, LONGEST), f"the shape of tensor {name}")
-        if end - begin > LONGEST or not re.fullmatch(
+        text = self.file.read(
+            begin, min(end - begin, MAX_TEXT_BYTES), f"the shape of tensor {name}"
+        )
+        if end - begin > MAX_TEXT_BYTES or not re.fullmatch(
             rb"\s*[1-9]\d{0,17}\s*(,\s*[1-9]\d{0,17}\s*)?", text
         ):
-            raise self._damaged(f"the shape of tensor {name} is not one or two positive sizes")
+            raise self._damaged(f"the shape of tensor {name} is not one or two positive integers")
         return tuple(map(int, text.split(b",")))
 
     def _list(self) -> tuple[int, int, int]:
-        """Behind a "[": where the list begins and ends, and one more than it has commas."""
+        """Skip a list after its "["; return its begin, its end, and its commas plus one."""
         begin, n_commas = self.start + self.at, 0
         while self._more():
             end = self.block.find(b"]", self.at)
@@ -208,10 +210,10 @@ class _Scanner:
         raise self._damaged("expected ]")
 
     def _string(self) -> str:
-        """A name; none that is meant here has an escape."""
+        """Read a name; no tensor has one with an escape."""
         self._take(b'"')
         found = b""
-        while self._more() and len(found) < LONGEST:
+        while self._more() and len(found) < MAX_TEXT_BYTES:
             byte = self.block[self.at : self.at + 1]
             self.at += 1
             if byte == b'"':
@@ -220,7 +222,7 @@ class _Scanner:
         raise self._damaged("expected a short name")
 
     def _take(self, expected: bytes) -> bytes:
-        """The next byte that is no space, which has to be one of `expected`."""
+        """Read the next byte after spaces, which must be one of `expected`."""
         byte = self._next()
         if not byte or byte not in expected:
             raise self._damaged(f"expected {' or '.join(map(chr, expected))}")
@@ -228,7 +230,7 @@ class _Scanner:
         return byte
 
     def _next(self) -> bytes:
-        """What comes after spaces; nothing at the end."""
+        """Skip spaces; return the byte after them, or nothing at the end."""
         while self._more():
             if spaces := SPACE.match(self.block, self.at):
                 self.at = spaces.end()
@@ -237,37 +239,37 @@ class _Scanner:
         return b""
 
     def _more(self) -> bool:
-        """Whether there is more to read; if so, `block` has it."""
+        """Read the next block if this one is used up; return False at the end of the file."""
         if self.at == len(self.block):
             self.start += len(self.block)
-            size = min(BLOCK, self.file.size - self.start)
+            size = min(READ_BYTES, self.file.size - self.start)
             self.block, self.at = self.file.read(self.start, size, "the JSON"), 0
         return bool(self.block)
 
-    def _damaged(self, what: str) -> WeightsError:
-        where = self.start + self.at
+    def _damaged(self, fault: str) -> WeightsError:
+        position = self.start + self.at
         return WeightsError(
-            f"{self.file.path} is truncated or damaged: {what} at byte {where}: write it again"
+            f"{self.file.path} is truncated or damaged: {fault} at byte {position}: write it again"
         )
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write what that project's script writes, to the byte.
+    """Write the same bytes as that project's script.
 
     Raises
     ------
     ConfigError
         Its programs would compute something else.
     """
-    require_openai(checkpoint.config, "gptx of Rust and C++", "n_inner")
+    require_openai_settings(checkpoint.config, "gptx of Rust and C++", "n_inner")
     with create(path) as file:
         before = "{"
         for name, shape in checkpoint.config.tensor_shapes().items():
             file.write(f'{before}"{name}": {{"shape": {list(shape)}, "data": ['.encode())
             array = float_array(checkpoint.tensors[name]).reshape(-1)
-            for first in range(0, array.size, NUMBERS):
-                rows = cast(array[first : first + NUMBERS], "float32", f"tensor {name}")
-                # Python's list and JSON's differ in this alone; json.dumps takes a quarter longer.
+            for first in range(0, array.size, WRITE_NUMBERS):
+                rows = cast(array[first : first + WRITE_NUMBERS], "float32", f"tensor {name}")
+                # JSON differs from Python's list only in these names; json.dumps takes 25% longer.
                 text = repr(rows.tolist()).replace("nan", "NaN").replace("inf", "Infinity")
                 file.write((", " if first else "").encode() + text[1:-1].encode())
             file.write(b"]}")

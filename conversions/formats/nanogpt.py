@@ -1,9 +1,10 @@
-"""ckpt.pt of nanoGPT: the model, the state of its optimizer, and how it was made.
+"""ckpt.pt of nanoGPT: the model, the state of its optimizer, and its settings.
 
-Its linear layers are `nn.Linear`, `[out, in]`, its norms have OpenAI's epsilon, its head is tied.
-Its biases are all there or none is; its MLP uses the erf form of GELU since May 2023, and the tanh
-form (`gelu_new`) before, which no file tells (https://github.com/karpathy/nanoGPT, model.py,
-train.py). Read alone; of the optimizer nothing is.
+Its linear layers are `nn.Linear`, `[out, in]`; its norms have OpenAI's epsilon; its head is tied.
+Either all layers have biases or none has. Since May 2023 its MLP uses the erf form of GELU, before
+that the tanh form (`gelu_new`); the file does not contain the form
+(https://github.com/karpathy/nanoGPT, model.py, train.py). The format is read only, without the
+optimizer.
 """
 
 from __future__ import annotations
@@ -18,66 +19,66 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, Stored, end_of_text
+from gptx.conversions.checkpoint import Checkpoint, StoredTensor, end_of_text_ids, stored_array
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
-from gptx.conversions.containers.torch_names import Tensor
+from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import ConfigError, GptxError, WeightsError
 from gptx.stored_weights import is_linear_weight, is_mask_buffer
 
 FILE = "ckpt.pt"
-WRAPPERS = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile's and DDP's
+WRAPPER_PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile, DDP
 
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 ACTIVATION_NOTE = (
-    "the file does not say which GELU its model used: that of nanoGPT since May 2023 is assumed "
-    '(erf form, "gelu"; give a config.json with "gelu_new" for an older one)'
+    'the file has no form of GELU: "gelu" (erf) is assumed, nanoGPT\'s since May 2023 '
+    '(for an older model, give a config.json with "gelu_new")'
 )
-TOKENIZER_NOTE = "nanoGPT keeps no tokenizer with its model: give that of its data"
+TOKENIZER_NOTE = "nanoGPT stores no tokenizer with its model: give the tokenizer of its data"
 
 
 def detect(path: Path) -> bool:
-    """Whether this is such a file, or a folder with one."""
+    """Test for that file, or for a folder with it."""
     if path.is_dir():
         return is_torch(path / FILE)
     try:
-        return is_torch(path) and _is_ours(TorchFile(path).value)
-    except GptxError:  # a damaged one is refused by the reader of any PyTorch file
+        return is_torch(path) and _is_nanogpt(TorchFile(path).value)
+    except GptxError:  # the reader of other PyTorch files reports the damage
         return False
 
 
-def _is_ours(value: Any) -> bool:
+def _is_nanogpt(value: Any) -> bool:
     return isinstance(value, dict) and "model" in value and "model_args" in value
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open ckpt.pt, or the folder that it is in.
+    """Open ckpt.pt, or its folder.
 
     Parameters
     ----------
     config
-        In the place of what the file says.
+        Settings that replace those of the file.
 
     Raises
     ------
     ConfigError, WeightsError
-        The file is damaged, or holds no GPT-2 that gptx can run.
+        The file is damaged, or the model is not a GPT-2 that gptx supports.
     StorageError
-        It cannot be read.
+        The file cannot be read.
     """
     path = path / FILE if path.is_dir() else path
     file = TorchFile(path)
-    if not _is_ours(file.value):
-        raise WeightsError(f'{path} has no "model" and "model_args": nanoGPT did not write it')
-    tensors: dict[str, Tensor] = {}
-    for raw, tensor in file.state_dict(file.value["model"]).items():
-        name = WRAPPERS.sub("", raw)
+    if not _is_nanogpt(file.value):
+        raise WeightsError(f'{path} is not a file of nanoGPT: it has no "model" and "model_args"')
+    tensors: dict[str, TorchTensor] = {}
+    for file_name, tensor in file.tensors(file.value["model"]).items():
+        name = WRAPPER_PREFIXES.sub("", file_name)
         if name in tensors:
-            raise WeightsError(f"{path}: tensor {name} is there twice")
+            raise WeightsError(f"{path}: duplicate tensor {name}")
         if not is_mask_buffer(name):
             tensors[name] = tensor
     notes: tuple[str, ...] = (TOKENIZER_NOTE,)
-    # Tied, but for the first weeks of nanoGPT.
+    # The head is tied, except in nanoGPT's first weeks.
     head, table = tensors.get("lm_head.weight"), tensors.get("wte.weight")
     tied = head is None or table is None or file.is_same(head, file, table)
     if config is None:
@@ -88,24 +89,31 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     stored = {
-        name: file.stored(tensor, name, transposed=is_linear_weight(name))
+        name: stored_array(
+            file.reader(tensor, name),
+            tensor.shape,
+            tensor.storage.dtype,
+            transposed=is_linear_weight(name),
+        )
         for name, tensor in tensors.items()
     }
     return Checkpoint(config, dict(_with_biases(stored, config)), None, notes)
 
 
 def _config(path: Path, arguments: Any, n_tensors: int, tied: bool) -> GPT2Config:
-    """What its GPTConfig says."""
+    """Make the config of the arguments of nanoGPT's GPTConfig."""
     if not isinstance(arguments, dict):
-        raise ConfigError(f"{path}: model_args is no dict: nanoGPT did not write it")
+        raise ConfigError(f"{path} is not a file of nanoGPT: its model_args is not a dict")
     for argument in ARGUMENTS:
         if type(arguments.get(argument)) is not int:
             raise ConfigError(
-                f"{path}: {argument} of its model_args is no whole number: give its config.json"
+                f"{path}: {argument} of its model_args is not an integer: give a config.json"
             )
-    if arguments["n_layer"] > n_tensors:  # before a list of so many is made
-        raise WeightsError(f"{path} does not hold the layers that it says it has: it is damaged")
-    end = end_of_text(arguments["vocab_size"])["eos_token_id"]
+    if arguments["n_layer"] > n_tensors:  # limits the list of names that follows from it
+        raise WeightsError(
+            f"{path} is damaged: it has {n_tensors} tensors for {arguments['n_layer']} layers"
+        )
+    end = end_of_text_ids(arguments["vocab_size"])["eos_token_id"]
     return GPT2Config(
         vocab_size=arguments["vocab_size"],
         n_positions=arguments["block_size"],
@@ -119,12 +127,15 @@ def _config(path: Path, arguments: Any, n_tensors: int, tied: bool) -> GPT2Confi
     )
 
 
-def _with_biases(stored: dict[str, Stored], config: GPT2Config) -> Iterator[tuple[str, Stored]]:
-    """Zeros for the biases of a model that was trained without."""
+def _with_biases(
+    stored: dict[str, StoredTensor], config: GPT2Config
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the tensors, and zeros for the biases of a model without any."""
     yield from stored.items()
     if any(name.endswith(".bias") for name in stored):
         return
     for name, shape in config.tensor_shapes().items():
         weight = stored.get(name.removesuffix("bias") + "weight")
         if name.endswith(".bias") and weight is not None:
-            yield name, Stored(shape, weight.dtype, partial(np.zeros, shape, weight.dtype))
+            zeros = partial(np.zeros, shape, weight.dtype)
+            yield name, StoredTensor(shape, weight.dtype, zeros)

@@ -1,9 +1,8 @@
-"""A folder with GPT-2 as ONNX: the graph, its weights beside it, config.json, tokenizer files.
+"""A folder with GPT-2 as ONNX: the graph, its weights, config.json, tokenizer files.
 
-The graph is traced from `gptx/model.py` (see `onnx_trace.py`). It is small and names the weights,
-which lie in a file of their own, whatever their size: protobuf ends at 2 GB, a graph that holds its
-weights has to be in memory whole, and numbers that lie by themselves can be mapped
-(https://github.com/onnx/onnx/blob/main/docs/ExternalData.md). Written only.
+`onnx_trace.py` traces the graph from `gptx/model.py`. The graph is small and refers to the weights
+in a file of their own: a protobuf is limited to 2 GB, must be in memory in one piece, and cannot be
+mapped (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md). The format is written only.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptx.conversions.checkpoint import Array, Checkpoint, float_array
-from gptx.conversions.containers.binary import chunks, write_array
-from gptx.conversions.formats.hugging_face import write_config
+from gptx.conversions.checkpoint import Array, Checkpoint, float_array, write_config
+from gptx.conversions.containers.binary import row_chunks, write_array
 from gptx.errors import BackendError, ParameterError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization
@@ -27,8 +25,8 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 HEADS = ("logits", "argmax")
 INSTALL = "pip install 'gptx[onnx]'"
 
-# Where a tensor begins: a large one where any system can map it into memory.
-PAGE, ALIGNMENT, LARGE = 2**16, 64, 2**20
+# A large tensor is aligned to the largest page of any system, so that it can be mapped.
+PAGE_BYTES, ALIGNMENT_BYTES, LARGE_TENSOR_BYTES = 2**16, 64, 2**20
 
 
 def write(
@@ -43,33 +41,33 @@ def write(
     Parameters
     ----------
     folder
-        It exists and is empty.
+        An empty folder.
     quantization
-        Keep the matrices as int8, with one scale for each output (whatever the group size is):
-        onnxruntime computes with the codes, tract makes floats of them.
+        Store the matrices as int8, with one scale for each output; the group size is ignored.
+        onnxruntime computes with the integers, tract converts them to floats.
     head
-        What the graph returns: "logits" [B, S, V], or with "argmax" the best next token of each
-        sequence alone, `next_ids` [B, 1].
+        Output of the graph: "logits" [B, S, V], or "argmax", the best next token of each sequence,
+        `next_ids` [B, 1].
 
     Raises
     ------
     ParameterError
-        There is no such head.
+        `head` is invalid.
     BackendError
-        The packages that make a graph are not installed.
+        ndonnx or onnx is not installed.
     WeightsError
-        A weight that is to be quantized is not finite.
+        A weight to be quantized is not finite.
     """
     if head not in HEADS:
         raise ParameterError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
-    names = () if quantization is None else _matrices(checkpoint)
-    model = _trace()(checkpoint.config, names, head)
+    quantized = [n for n in checkpoint.stored if quantization is not None and should_quantize(n)]
+    model = _import_trace()(checkpoint.config, quantized, head)
     with create(folder / DATA) as file:
-        data = _Data(file, model.graph)
+        data = _DataWriter(file, model.graph)
         for name, tensor in checkpoint.tensors.items():
             floats = float_array(tensor)
-            if name in names:
-                data.add_codes(name, floats)
+            if name in quantized:
+                data.add_quantized(name, floats)
             else:
                 data.add_floats(name, floats)
     with create(folder / MODEL) as file:
@@ -77,8 +75,8 @@ def write(
     write_config(checkpoint, folder, "float32")
 
 
-def _trace() -> Any:
-    """`onnx_trace.trace`, whose packages nothing else needs."""
+def _import_trace() -> Any:
+    """Import `onnx_trace.trace`, the only user of the ONNX packages."""
     try:
         return importlib.import_module("gptx.conversions.formats.onnx_trace").trace
     except ImportError as error:
@@ -87,13 +85,8 @@ def _trace() -> Any:
         ) from error
 
 
-def _matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is quantized: linear layers, and tables of tokens."""
-    return tuple(name for name in checkpoint.stored if should_quantize(name))
-
-
-class _Data:
-    """The file of the weights, each of which an input of the graph becomes a reference to."""
+class _DataWriter:
+    """A writer of the weights' file; each written weight replaces an input of the graph."""
 
     def __init__(self, file: BinaryIO, graph: Any) -> None:
         self.file = file
@@ -101,27 +94,28 @@ class _Data:
 
     def add_floats(self, name: str, floats: Array) -> None:
         """Append a tensor as float32."""
-        begin = self._begin(4 * floats.size)
+        begin = self._align(4 * floats.size)
         write_array(self.file, floats, "float32", f"tensor {name}")
-        self._refer(name, begin)
+        self._make_initializer(name, begin)
 
-    def add_codes(self, name: str, floats: Array) -> None:
-        """Append a matrix as int8 codes, and its scales."""
+    def add_quantized(self, name: str, floats: Array) -> None:
+        """Append a matrix as int8, and its scales."""
         scales = _scales(name, floats)
-        begin = self._begin(floats.size)
-        for codes in _codes(floats, scales):
-            self.file.write(codes.data)
-        self._refer(name, begin)
+        begin = self._align(floats.size)
+        for rows in _quantize_rows(floats, scales):
+            self.file.write(rows.data)
+        self._make_initializer(name, begin)
         self.add_floats(f"{name}_scale", scales.reshape(-1))
 
-    def _begin(self, n_bytes: int) -> int:
-        """Where a tensor of so many bytes begins."""
+    def _align(self, n_bytes: int) -> int:
+        """Pad the file for a tensor of `n_bytes` bytes; return the tensor's offset."""
         end = self.file.tell()
-        self.file.write(bytes(-end % (PAGE if n_bytes >= LARGE else ALIGNMENT)))
+        alignment = PAGE_BYTES if n_bytes >= LARGE_TENSOR_BYTES else ALIGNMENT_BYTES
+        self.file.write(bytes(-end % alignment))
         return self.file.tell()
 
     def _refer(self, name: str, begin: int) -> None:
-        """Make of an input a tensor whose numbers are in the file, from `begin` to its end."""
+        """Replace an input by a tensor whose data are in the file from `begin` to its end."""
         inputs = self.graph.input
         (index,) = (i for i, value in enumerate(inputs) if value.name == name)
         type = inputs[index].type.tensor_type
@@ -135,18 +129,18 @@ class _Data:
 
 
 def _scales(name: str, floats: Array) -> Array:
-    """One scale for each output: [1, O] of a linear layer [I, O], [V, 1] of a table [V, C]."""
+    """Compute the scales of the outputs: [1, O] for a layer [I, O], [V, 1] for a table [V, C]."""
     axis = 0 if is_linear_weight(name) else 1
-    with np.errstate(all="ignore"):  # what is not finite is refused, not warned of
+    with np.errstate(all="ignore"):  # numbers that are not finite raise an error below
         low, high = (f(axis=axis, keepdims=True) for f in (floats.min, floats.max))
         scales = (np.maximum(high, -low) / 127).astype(np.float32)
     if not np.isfinite(scales).all():
-        raise WeightsError(f"{name} holds a NaN or an infinity: it cannot be quantized")
+        raise WeightsError(f"tensor {name} has a NaN or an infinity: it cannot be quantized")
     return np.maximum(scales, np.finfo(np.float32).tiny)
 
 
-def _codes(floats: Array, scales: Array) -> Iterator[Array]:
-    """The int8 codes of a matrix, w = scale · code, some rows at a time."""
+def _quantize_rows(floats: Array, scales: Array) -> Iterator[Array]:
+    """Yield the int8 values q of a matrix w = scale · q, in blocks of rows."""
     spread = np.broadcast_to(scales, floats.shape)
-    for rows, scale in zip(chunks(floats), chunks(spread), strict=True):
+    for rows, scale in zip(row_chunks(floats), row_chunks(spread), strict=True):
         yield np.ascontiguousarray(np.rint(rows / scale), np.int8)

@@ -1,8 +1,8 @@
-"""GPT-2 as an ONNX graph: `gptx.model.forward`, run by a backend whose arrays are nodes of it.
+"""GPT-2 as an ONNX graph: `gptx.model.forward`, run by a backend whose arrays are nodes.
 
-ndonnx is an array API whose functions compute nothing and note what would be computed, so the
-generic ops make the graph. Overridden is what has one word in ONNX (layer norm, softmax), or what
-needs the size of an axis that is known only when the graph runs: here sizes are None.
+The functions of ndonnx are an array API that traces instead of computing, so the generic ops make
+the graph. An op is overridden if ONNX has one node for it (layer norm, softmax), or if it needs the
+size of an axis that is known only at run time: traced sizes are None.
 
 Inputs and outputs: B sequences, S new tokens, P tokens before them, else see `gptx.model`.
 """
@@ -29,11 +29,11 @@ from gptx.weights import as_tree
 
 Array = Any
 
-# The first opset with LayerNormalization, and the file format of its time. ndonnx writes a newer
-# one, but uses nothing of it (onnx's checker is asked).
+# The first opset with LayerNormalization, and its file format. ndonnx writes a newer format but
+# uses none of its features, which onnx's checker confirms.
 OPSET, IR_VERSION = 17, 8
 
-ABOUT = """GPT-2, traced by gptx. Axes: B sequences, S new tokens, P tokens before them.
+DOC_STRING = """GPT-2, traced by gptx. Axes: B sequences, S new tokens, P tokens before them.
 
 The first call has P = 0. Each later one takes `present_key_values` of the one before as
 `past_key_values`, and a mask that is longer by the new tokens. Prompts of different lengths are
@@ -42,22 +42,24 @@ padded on the left, with any token, and 0 in the mask. A sequence has no more to
 
 
 @dataclass(frozen=True)
-class Codes:
-    """A quantized matrix: int8 codes, and a scale for each output (a row, where it is a table)."""
+class QuantizedWeight:
+    """A quantized matrix: int8 values, and a scale for each output (each row of a table)."""
 
-    codes: Array
+    values: Array
     scales: Array
 
 
 @dataclass(frozen=True)
-class Padded(Positions):
-    """Positions in a batch with padding, which stands behind every position: so no token sees it,
-    and it sees all (of nothing at all, softmax would make a NaN).
+class PaddedPositions(Positions):
+    """Positions in a batch with padding.
+
+    Padding has a position after all others. So no token attends to it, and it attends to all
+    tokens: attention to none would make softmax a NaN.
 
     Attributes
     ----------
     keys, new
-        Where all tokens stand, [B, P+S], and the new ones among them, [B, S].
+        Positions of all tokens, [B, P+S], and of the new ones among them, [B, S].
     """
 
     keys: Array
@@ -65,29 +67,31 @@ class Padded(Positions):
 
 
 class Namespace:
-    """ndonnx, and in ONNX's own words what it says at length or not at all."""
+    """ndonnx, with ONNX operators where its functions need several nodes or are missing."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ndonnx, name)
 
     def matmul(self, a: Array, b: Array) -> Array:
-        """The product, which in ONNX takes any number of axes, and sizes of 0 (a past of none)."""
+        """Multiply arrays of any number of axes, with sizes of 0 too (an empty past)."""
         return _node(operators.matmul, a, b)
 
     def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
-        """Elements along an axis, for indices of any number of axes."""
+        """Select elements along an axis, for indices of any number of axes."""
         return _node(operators.gather, x, indices, axis=axis)
 
     def reshape(self, x: Array, shape: tuple[int | None, ...]) -> Array:
-        """The same numbers in another shape; an axis of an unknown size stays as it is."""
+        """Reshape; an axis of unknown size keeps its size."""
         for size, before in zip_longest(shape, x.shape, fillvalue=0):
             assert size is not None or before is None, f"{x.shape} as {shape}"
-        sizes = operators.const(np.array([size or 0 for size in shape], np.int64))  # 0: as it is
+        sizes = operators.const(
+            np.array([size or 0 for size in shape], np.int64)
+        )  # 0 keeps the size
         return ndonnx.asarray(operators.reshape(x.unwrap_spox(), sizes))
 
 
 class OnnxBackend(Backend):
-    """The backend that writes down what it is asked to compute."""
+    """A backend whose arrays are nodes of an ONNX graph."""
 
     name = "onnx"
     dtypes = ("float32",)
@@ -96,39 +100,40 @@ class OnnxBackend(Backend):
         super().__init__(Namespace())
 
     def embed(self, ids: Array, table: Array) -> Array:
-        """As the generic op, in one node; of a quantized table only these rows become floats."""
+        """Select rows of a table, in one node; only the selected rows are dequantized."""
         xp = self.xp
-        if not isinstance(table, Codes):
+        if not isinstance(table, QuantizedWeight):
             return xp.take(table, ids)
-        rows = _node(operators.cast, xp.take(table.codes, ids), to=np.float32)
-        # The axis is added first, so that in a loaded graph these scales are not the head's: those
-        # must have one use alone for onnxruntime to join them with the product.
+        rows = _node(operators.cast, xp.take(table.values, ids), to=np.float32)
+        # The new axis makes other scales than the head's in a loaded graph: onnxruntime fuses a
+        # product with its scales only if they have one use.
         return rows * xp.take(table.scales[:, None], ids)
 
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
-        """As the generic op; there is nothing to gain by two axes instead of three."""
+        """Multiply and add a bias, with three axes."""
         return self.xp.matmul(x, _floats(weight)) + bias
 
     def unembed(self, x: Array, table: Array) -> Array:
-        """As the generic op; codes are transposed before they become floats, which a runtime does
-        when it loads them."""
+        """Multiply by the transposed table; int8 is transposed first, once at load time."""
         xp = self.xp
-        if not isinstance(table, Codes):
+        if not isinstance(table, QuantizedWeight):
             return xp.matmul(x, xp.matrix_transpose(table))
-        return xp.matmul(x, _floats(Codes(xp.matrix_transpose(table.codes), table.scales)))
+        return xp.matmul(
+            x, _floats(QuantizedWeight(xp.matrix_transpose(table.values), table.scales))
+        )
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
-        """LayerNormalization; its further outputs are of no use here."""
+        """Normalize with LayerNormalization; its other outputs are unused."""
         arguments = (array.unwrap_spox() for array in (x, weight, bias))
         return ndonnx.asarray(operators.layer_normalization(*arguments, epsilon=eps)[0])
 
     def softmax(self, x: Array) -> Array:
-        """Softmax."""
+        """Compute Softmax over the last axis."""
         return _node(operators.softmax, x)
 
     def visible(self, k: Array, positions: Positions) -> Array:
-        """As the generic op, but keys stand where they are said to."""
-        assert isinstance(positions, Padded)
+        """Compare the positions of keys and queries; padding makes those of the keys irregular."""
+        assert isinstance(positions, PaddedPositions)
         return positions.keys[:, None, None, :] <= positions.new[:, None, :, None]
 
 
@@ -137,15 +142,14 @@ def _node(operator: Any, *arrays: Array, **attributes: Any) -> Array:
 
 
 def _floats(weight: Array) -> Array:
-    """The floats of a matrix [I, O]. From codes they are made in a node that a runtime can join
-    with the product that takes them."""
-    if isinstance(weight, Codes):
-        return _node(operators.dequantize_linear, weight.codes, weight.scales, axis=1)
+    """Dequantize a matrix [I, O] in a node that a runtime can fuse with a product."""
+    if isinstance(weight, QuantizedWeight):
+        return _node(operators.dequantize_linear, weight.values, weight.scales, axis=1)
     return weight
 
 
 class GrowingCache:
-    """What `forward` asks of a cache: keys and values of the past, and after them the new ones."""
+    """A KV cache for `forward`: keys and values of the past, with the new ones appended."""
 
     def __init__(self, past: Array) -> None:
         self.past = past
@@ -153,7 +157,7 @@ class GrowingCache:
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, S, D]; return all so far, [B, H, P+S, D]."""
-        # An index of its own, since ndonnx makes two nodes of x[i].
+        # One node; ndonnx makes two of x[i].
         index = [ndonnx.asarray(np.array(2 * layer + i)) for i in range(2)]
         before = [_node(operators.gather, self.past, i, axis=0) for i in index]
         after = [ndonnx.concat(pair, axis=2) for pair in zip(before, (k, v), strict=True)]
@@ -162,24 +166,24 @@ class GrowingCache:
 
 
 def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.ModelProto:
-    """The graph of a model without its weights, which are inputs under their names.
+    """Trace the graph of a model; its weights are inputs under their names.
 
     Parameters
     ----------
     config
-        Any that `gptx.model` runs.
+        Settings of the model.
     quantized
-        The matrices that are int8 codes.
+        Names of the matrices that are int8.
     head
-        "logits" for all of them, or "argmax" for the best next token of each sequence.
+        "logits" for the logits of all tokens, "argmax" for the best next token of each sequence.
 
     Returns
     -------
     onnx.ModelProto
-        Its inputs are `input_ids` [B, S], `attention_mask` [B, P+S] and `past_key_values`
-        [2L, B, H, P, D] (keys and values of the first layer, then of the second ...), and after
-        them the weights; a quantized one is two, `name` and `name_scale`. Its outputs are `logits`
-        [B, S, V] or `next_ids` [B, 1], and `present_key_values` [2L, B, H, P+S, D].
+        The inputs are `input_ids` [B, S], `attention_mask` [B, P+S], `past_key_values`
+        [2L, B, H, P, D] (keys and values of layer 0, of layer 1 ...) and the weights; a quantized
+        one is two inputs, `name` and `name_scale`. The outputs are `logits` [B, S, V] or `next_ids`
+        [B, 1], and `present_key_values` [2L, B, H, P+S, D].
     """
     L, H, D = config.n_layer, config.n_head, config.head_dim
     ids = ndonnx.argument(dtype=ndonnx.int64, shape=("B", "S"))
@@ -194,7 +198,7 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
             n_out = shape[1 if is_linear_weight(name) else 0]
             scales = ndonnx.argument(dtype=ndonnx.float32, shape=(n_out,))
             arguments[f"{name}_scale"] = scales
-            weights[name] = Codes(weights[name], scales)
+            weights[name] = QuantizedWeight(weights[name], scales)
 
     model = Transformer(config, as_tree(weights), OnnxBackend())
     cache = GrowingCache(past)
@@ -210,18 +214,18 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
     return proto
 
 
-def _positions(mask: Array, past: Array, config: GPT2Config) -> Padded:
-    """Tokens are counted where the mask is 1."""
+def _positions(mask: Array, past: Array, config: GPT2Config) -> PaddedPositions:
+    """Count the tokens whose mask is 1."""
     P = past.dynamic_shape[3]
     counted = ndonnx.cumulative_sum(mask, axis=1) - 1  # [B, P+S]
     keys = ndonnx.where(mask > 0, counted, config.n_positions)
     index = counted[:, P:]  # [B, S]
-    index = ndonnx.where(index < 0, 0, index)  # padding has an embedding, too, of no use
-    return Padded(index, config.n_positions, False, lambda x: x, keys, keys[:, P:])
+    index = ndonnx.where(index < 0, 0, index)  # padding needs a valid index too
+    return PaddedPositions(index, config.n_positions, False, lambda x: x, keys, keys[:, P:])
 
 
 def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:
-    """Tidy the graph up, and say what it is."""
+    """Name the graph and its outputs, and remove what is unused."""
     graph = proto.graph
     _share_constants(graph)
     for node in graph.node:
@@ -237,7 +241,7 @@ def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:
         type = value.type.tensor_type
         type.CopyFrom(helper.make_tensor_type_proto(type.elem_type, shapes[value.name]).tensor_type)
     graph.name = "gpt2"
-    graph.doc_string = proto.doc_string = ABOUT
+    graph.doc_string = proto.doc_string = DOC_STRING
     proto.producer_name, proto.producer_version = "gptx", __version__
     proto.ir_version = IR_VERSION
     proto.ClearField("metadata_props")
@@ -246,7 +250,7 @@ def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:
-    """Keep one node of each constant."""
+    """Remove duplicate constants."""
     first: dict[bytes, str] = {}
     same: dict[str, str] = {}
     nodes = []

@@ -1,13 +1,13 @@
-"""The folder of staticgrad: headerless float32, what is in them, and the bytes of the tokens.
+"""The folder of staticgrad: float32 without a header, its description, and the tokens' bytes.
 
 - `gpt2_weights.bin`: the tensors in the order of PyTorch's `named_parameters`, in the Hub's layout;
-- `gpt2_metadata.json`: the name (with `transformer.`), shape, size and first two numbers of each
+- `gpt2_metadata.json`: name (with `transformer.`), shape, size and first two numbers of each tensor
   (https://github.com/Malav-P/staticgrad, gpt2_python/scripts/gpt2_python.py: `get_weights`);
-- `gpt2_vocab.bin`: each token's length, one byte, and its bytes (scripts/gpt2_vocab.py).
+- `gpt2_vocab.bin`: for each token its length in one byte, and its bytes (scripts/gpt2_vocab.py).
 
-Its program looks for the first and the last in `gpt2_python/bin/`; as it is, it takes the sizes of
-124M alone, and splits a text into the longest tokens that fit, not by merges. What it trains on,
-token ids as uint16 one after the other, is no part of a model.
+The program expects the first and the last in `gpt2_python/bin/`. It is compiled for the sizes of
+124M, and splits a text into the longest tokens, without merges. Its training data are not part of a
+model.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import (
     Checkpoint,
-    Stored,
-    config_of_shapes,
-    end_of_text,
+    StoredTensor,
+    end_of_text_ids,
     float_array,
-    require_openai,
+    infer_config,
+    require_openai_settings,
 )
 from gptx.conversions.containers.binary import Array, BinaryFile, write_array
-from gptx.conversions.vocabularies.byte_tokens import tokenizer_of_bytes
-from gptx.conversions.vocabularies.token_lists import entries_of
+from gptx.conversions.vocabularies.byte_tokens import tokenizer_from_bytes
+from gptx.conversions.vocabularies.token_lists import tokens_by_id
 from gptx.errors import TokenizerError, WeightsError
 from gptx.files import create
 from gptx.tokenization.bpe import BytePairTokenizer
@@ -44,76 +44,79 @@ WEIGHTS = "gpt2_weights.bin"
 METADATA = "gpt2_metadata.json"
 VOCABULARY = "gpt2_vocab.bin"
 
-MAX_METADATA = 2**22  # bytes: 48 layers take an eighth of a megabyte
+MAX_METADATA_BYTES = 2**22  # 48 layers need 0.12 MB
+MAX_TOKEN_BYTES = 255
 DTYPE = np.dtype("<f4")
 
 
 def detect(path: Path) -> bool:
-    """Whether this is a folder with such weights and metadata."""
+    """Test for a folder with the weights and the metadata."""
     return (path / WEIGHTS).is_file() and (path / METADATA).is_file()
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open a folder, with the config.json in it, if there is one.
+    """Open a folder, with its config.json if it has one.
 
-    The tokenizer's merges are those that the order of the tokens implies.
+    The merges of the tokenizer are recovered from the order of the tokens.
 
     Raises
     ------
     WeightsError, ConfigError, TokenizerError
-        A file is truncated or damaged, or no GPT-2 that gptx can run.
+        A file is truncated or damaged, or the model is not a GPT-2 that gptx supports.
     StorageError
         A file cannot be read.
     """
     if config is None and (path / "config.json").is_file():
         config = GPT2Config.from_file(path / "config.json")
     file = BinaryFile(path / WEIGHTS)
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     offset = 0
-    for name, shape in _entries(path / METADATA):
+    for name, shape in _metadata_entries(path / METADATA):
         if name in stored:
-            raise WeightsError(f"{path / METADATA}: tensor {name} is there twice")
-        tensor = partial(file.array, offset, shape, DTYPE, f"tensor {name}")
-        stored[name] = Stored(shape, DTYPE, tensor)
+            raise WeightsError(f"{path / METADATA}: duplicate tensor {name}")
+        read_tensor = partial(file.array, offset, shape, DTYPE, f"tensor {name}")
+        stored[name] = StoredTensor(shape, DTYPE, read_tensor)
         offset += math.prod(shape) * DTYPE.itemsize
     if file.size != offset:
         raise WeightsError(
-            f"{file.path} has {file.size} bytes, the tensors in {METADATA} have {offset}: one of "
-            "them is truncated, damaged or of another model"
+            f"{file.path} has {file.size} bytes, expected {offset} by {METADATA}: one of them is "
+            "truncated, damaged or of another model"
         )
-    found, notes = config_of_shapes({n: tensor.shape for n, tensor in stored.items()}, config)
+    found, notes = infer_config({n: tensor.shape for n, tensor in stored.items()}, config)
     tokenizer = None
     if (path / VOCABULARY).is_file():
-        tokenizer = tokenizer_of_bytes(_tokens(path / VOCABULARY, found.vocab_size))
+        tokenizer = tokenizer_from_bytes(_read_tokens(path / VOCABULARY, found.vocab_size))
         if tokenizer is None:
-            notes += (f"{VOCABULARY} is no byte-level BPE in order: there is no tokenizer",)
+            notes += (
+                f"{VOCABULARY} is ignored: its tokens are not those of a byte-level BPE in order",
+            )
         elif config is None:
-            found = replace(found, **end_of_text(found.vocab_size, tokenizer))
+            found = replace(found, **end_of_text_ids(found.vocab_size, tokenizer))
     return Checkpoint(found, stored, tokenizer, notes)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names, without prefix, and shapes of the metadata."""
+def _metadata_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name, without prefix, and the shape of each tensor in the metadata."""
     file = BinaryFile(path)
-    if file.size > MAX_METADATA:
-        raise WeightsError(f"{path} has {file.size} bytes, expected at most {MAX_METADATA}")
+    if file.size > MAX_METADATA_BYTES:
+        raise WeightsError(f"{path} has {file.size} bytes, expected at most {MAX_METADATA_BYTES}")
     try:
         entries = json.loads(file.read(0, file.size, "the metadata"))
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}): write it again") from None
     if not isinstance(entries, list):
-        raise WeightsError(f"{path} holds no list of tensors: write it again")
+        raise WeightsError(f"{path} is invalid: expected a list of tensors: write it again")
     for i, entry in enumerate(entries):
         shape = _shape(entry)
         if shape is None:
             raise WeightsError(
-                f'{path}: entry {i} is damaged, expected a "name", a "shape" and its "size"'
+                f'{path}: entry {i} is invalid, expected a "name", a "shape" and its "size"'
             )
         yield entry["name"].removeprefix("transformer."), shape
 
 
 def _shape(entry: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor; None if its entry is damaged."""
+    """Return the shape of an entry; None if the entry is invalid."""
     if not isinstance(entry, dict):
         return None
     name, shape, size = (entry.get(key) for key in ("name", "shape", "size"))
@@ -126,10 +129,10 @@ def _shape(entry: Any) -> tuple[int, ...] | None:
     return tuple(shape)
 
 
-def _tokens(path: Path, vocab_size: int) -> list[bytes]:
-    """The bytes of the tokens, as many as the model has."""
+def _read_tokens(path: Path, vocab_size: int) -> list[bytes]:
+    """Read the bytes of `vocab_size` tokens, all that the file may contain."""
     file = BinaryFile(path)
-    data = file.read(0, min(file.size, 256 * vocab_size + 1), "the tokens")
+    data = file.read(0, min(file.size, (MAX_TOKEN_BYTES + 1) * vocab_size + 1), "the tokens")
     tokens: list[bytes] = []
     at = 0
     while at < len(data) and len(tokens) < vocab_size:
@@ -137,7 +140,7 @@ def _tokens(path: Path, vocab_size: int) -> list[bytes]:
         at += 1 + data[at]
     if len(tokens) != vocab_size or at != file.size:
         raise TokenizerError(
-            f"{path} is truncated, damaged or of another model: it should hold {vocab_size} tokens"
+            f"{path} is truncated, damaged or of another model: expected {vocab_size} tokens"
         )
     return tokens
 
@@ -148,18 +151,19 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     Parameters
     ----------
     folder
-        It exists and is empty.
+        An empty folder.
 
     Raises
     ------
     ConfigError
         staticgrad would compute something else.
     TokenizerError
-        A token has more than 255 bytes, the model has not all the tokens, or they are no BPE.
+        A token has more than 255 bytes or an id beyond the vocabulary, or the tokenizer is not a
+        BPE.
     """
     config = checkpoint.config
-    require_openai(config, "staticgrad")
-    vocabulary = _vocabulary(checkpoint.tokenizer, config.vocab_size)
+    require_openai_settings(config, "staticgrad")
+    vocabulary = _encode_tokens(checkpoint.tokenizer, config.vocab_size)
     metadata = []
     with create(folder / WEIGHTS) as file:
         for name, shape in config.tensor_shapes().items():
@@ -178,12 +182,14 @@ def _first_two(array: Array) -> list[float]:
     return [float(np.float32(x)) for x in islice(array.flat, 2)]
 
 
-def _vocabulary(tokenizer: BytePairTokenizer | None, vocab_size: int) -> bytes:
-    """The bytes of the tokens; none for an id that no token has. Nothing without a tokenizer."""
+def _encode_tokens(tokenizer: BytePairTokenizer | None, vocab_size: int) -> bytes:
+    """Return the length and the bytes of each id's token; length 0 for an id without a token."""
     if tokenizer is None:
         return b""
-    entries_of(tokenizer.definition(), vocab_size)  # or an id beyond would be lost
+    tokens_by_id(tokenizer.definition(), vocab_size)  # an id beyond the vocabulary is an error
     tokens = [tokenizer.token_bytes(id) for id in range(vocab_size)]
-    if (longest := max(map(len, tokens))) > 255:
-        raise TokenizerError(f"a token has {longest} bytes, staticgrad takes 255 at most")
+    if (longest := max(map(len, tokens))) > MAX_TOKEN_BYTES:
+        raise TokenizerError(
+            f"a token has {longest} bytes, staticgrad supports at most {MAX_TOKEN_BYTES}"
+        )
     return b"".join(bytes([len(token)]) + token for token in tokens)

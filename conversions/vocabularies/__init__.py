@@ -1,1 +1,1 @@
-"""Vocabularies: token lists <-> tokenizer files."""
+"""Vocabularies: token lists in the files of other programs, and tokenizer files."""

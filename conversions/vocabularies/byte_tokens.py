@@ -1,8 +1,8 @@
-"""A GPT-2 tokenizer as the bytes of its tokens alone, in the order of their ids.
+"""A GPT-2 tokenizer from the bytes of its tokens, in the order of their ids.
 
-Some programs keep no merges. They need none to decode, and the order of the ids has them: training
-made the tokens one after the other, each of two that were there before, so a token's merge is what
-the merges before it leave of its bytes
+Some programs store no merges: decoding needs none. The order of the ids implies them. Training
+merges two existing tokens into each new one, so a token's merge is the pair that remains after the
+earlier merges are applied to its bytes
 (https://github.com/karpathy/minbpe, minbpe/gpt4.py: `recover_merges`).
 """
 
@@ -14,31 +14,31 @@ from itertools import pairwise
 from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, byte_of_letter
 
 
-def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
-    """The merges of a byte-level BPE, in order.
+def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
+    """Recover the merges of a byte-level BPE.
 
     Parameters
     ----------
     tokens
-        In the order of their ids; single bytes are no merges.
+        Bytes of the tokens in the order of their ids; single bytes need no merge.
 
     Returns
     -------
     list or None
-        None if some token is not the merge of two before it.
+        The merges in order; None if a token is not the merge of two tokens before it.
     """
     ranks: dict[tuple[bytes, bytes], int] = {}
     for token in tokens:
         if len(token) > 1:
-            parts = _merged(token, ranks)
+            parts = _apply_merges(token, ranks)
             if len(parts) != 2:
                 return None
             ranks[parts[0], parts[1]] = len(ranks)
     return list(ranks)
 
 
-def _merged(token: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """What the merges make of a token's bytes: again and again the first of those that fit."""
+def _apply_merges(token: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+    """Apply the merges to the bytes of a token, the one of the lowest rank first."""
     parts = [bytes([byte]) for byte in token]
     while True:
         fitting = [ranks[pair] for pair in pairwise(parts) if pair in ranks]
@@ -52,20 +52,26 @@ def _merged(token: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
         parts = merged
 
 
-def tokenizer_of_bytes(tokens: Sequence[bytes]) -> BytePairTokenizer | None:
-    """The tokenizer whose tokens these are; empty ones are ids without a token.
+def tokenizer_from_bytes(tokens: Sequence[bytes]) -> BytePairTokenizer | None:
+    """Make the tokenizer of these tokens.
+
+    Parameters
+    ----------
+    tokens
+        Bytes of the tokens in the order of their ids; empty for an id without a token.
 
     Returns
     -------
     BytePairTokenizer or None
-        None if they are not all single bytes, their merges in order, and <|endoftext|>.
+        None if the tokens are something else than the 256 bytes, merges in order, and optionally
+        <|endoftext|>.
     """
     end = END_OF_TEXT.encode()
     found = [token for token in tokens if token]
     if len(set(found)) < len(found):
         return None
     ordinary = {token: id for id, token in enumerate(tokens) if token not in (b"", end)}
-    merges = merges_of(list(ordinary))
+    merges = recover_merges(list(ordinary))
     if merges is None or sum(len(token) == 1 for token in ordinary) < 256:
         return None
     letter_of = {byte: letter for letter, byte in byte_of_letter().items()}

@@ -1,8 +1,8 @@
-"""A GPT-2 tokenizer as two lists: the tokens in the order of their ids, the merges in theirs.
+"""A GPT-2 tokenizer as two lists: tokens in the order of their ids, and merges in order.
 
-So it lies in files of single-purpose programs, which know how GPT-2 splits a text. A vocabulary
-that is smaller than the model's is filled with tokens named [PAD1024], as llama.cpp's converter
-does it (https://github.com/ggml-org/llama.cpp, `get_vocab_base`).
+Programs that support only GPT-2's way to split a text store these lists. Ids of the model without
+a token get filler tokens named [PAD1024], as in llama.cpp's converter
+(https://github.com/ggml-org/llama.cpp, `get_vocab_base`).
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from typing import Any
 from gptx.errors import TokenizerError
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
 
-# Kinds of tokens, with llama.cpp's numbers (llama.h, `enum llama_token_type`).
+# llama.cpp's numbers of the kinds of tokens (llama.h, `enum llama_token_type`).
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
-def lists_of(
+def token_lists(
     tokenizer: BytePairTokenizer, vocab_size: int, program: str
 ) -> tuple[list[str], list[int], list[str]]:
-    """The tokens, their kinds, and the merges ("a b") of a tokenizer.
+    """Return the tokens of a tokenizer, their kinds, and its merges ("a b").
 
     Parameters
     ----------
     vocab_size
-        The model's; so many tokens are returned.
+        Vocabulary of the model: the number of tokens to return.
     program
-        What errors call whoever reads the lists.
+        Name of the program that reads the lists, for error messages.
 
     Raises
     ------
     TokenizerError
-        It splits text in another way than GPT-2's, or has tokens that the model has not.
+        The tokenizer splits text differently from GPT-2's, or has an id beyond the vocabulary.
     """
     definition = tokenizer.definition()
-    found = entries_of(definition, vocab_size)
+    found = tokens_by_id(definition, vocab_size)
     model, split = definition["model"], definition["pre_tokenizer"] or {}
     as_gpt2 = (
         not model.get("ignore_merges")
@@ -46,26 +46,28 @@ def lists_of(
         and not split.get("add_prefix_space")
     )
     if not as_gpt2:
-        raise TokenizerError(f"the tokenizer splits text otherwise than GPT-2's, {program}'s alone")
+        raise TokenizerError(
+            f"the tokenizer splits text differently from GPT-2's, {program} supports only GPT-2's"
+        )
     entries = [found.get(id, (_pad(id), UNUSED)) for id in range(vocab_size)]
     merges = [" ".join(pair) for pair in model["merges"]]
     return [token for token, _ in entries], [kind for _, kind in entries], merges
 
 
-def entries_of(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple[str, int]]:
-    """The tokens of a BPE tokenizer and their kinds by id.
+def tokens_by_id(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple[str, int]]:
+    """Return id -> token and kind, for a BPE tokenizer.
 
     Parameters
     ----------
     definition
-        The tokenizer's.
+        Content of its tokenizer.json.
     vocab_size
-        The model's.
+        Vocabulary of the model.
 
     Raises
     ------
     TokenizerError
-        It is no BPE, or has an id that the model has not.
+        The tokenizer is not a BPE, or has an id beyond the vocabulary.
     """
     model = definition["model"]
     if model["type"] != "BPE":
@@ -76,31 +78,31 @@ def entries_of(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple[s
         found[added["id"]] = (added["content"], kind)
     if (largest := max(found, default=-1)) >= vocab_size:
         raise TokenizerError(
-            f"the tokenizer has token {largest}, the model {vocab_size} tokens: give the "
+            f"the tokenizer has the token id {largest}, the model {vocab_size} tokens: give the "
             "tokenizer of this model"
         )
     return found
 
 
-def tokenizer_of(
-    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], what: str
+def tokenizer_from_lists(
+    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], source: str
 ) -> BytePairTokenizer:
-    """The tokenizer that such lists are; fillers are left out.
+    """Make a tokenizer of token lists, without the fillers.
 
     Parameters
     ----------
     kinds
-        Of the tokens; empty if nothing is known of them.
-    what
-        What errors call the lists, a path for example.
+        Kinds of the tokens; empty if they are unknown.
+    source
+        Name of the lists in error messages, a path for example.
 
     Raises
     ------
     TokenizerError
-        They are none of a byte-level BPE.
+        The lists are not those of a byte-level BPE.
     """
     if kinds and len(kinds) != len(tokens):
-        raise TokenizerError(f"{what} has {len(tokens)} tokens, but the kinds of {len(kinds)}")
+        raise TokenizerError(f"{source} has {len(tokens)} tokens, but {len(kinds)} token types")
     ids = [
         id
         for id, token in enumerate(tokens)
@@ -108,17 +110,17 @@ def tokenizer_of(
     ]
     vocab = {tokens[id]: id for id in ids}
     if len(vocab) < len(ids):
-        raise TokenizerError(f"{what} has a token twice: it is damaged")
+        raise TokenizerError(f"{source} is damaged: it has a duplicate token")
     letters = byte_of_letter().keys()
     added = {t: id for t, id in vocab.items() if kinds and kinds[id] in (CONTROL, USER_DEFINED)}
     for token, id in vocab.items():
         if not token or not (token in added or letters >= set(token)):
-            raise TokenizerError(f"{what}: token {id} is {token[:64]!r}, not byte-level BPE")
+            raise TokenizerError(f"{source}: token {id} is {token[:64]!r}, not byte-level BPE")
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         if not (left in vocab and right in vocab and left + right in vocab):
-            raise TokenizerError(f"{what}: the merge {merge[:64]!r} makes no token: it is damaged")
+            raise TokenizerError(f"{source} is damaged: the merge {merge[:64]!r} makes no token")
         pairs.append((left, right))
     tokenizer = BytePairTokenizer.of_vocabulary(vocab, pairs, added)
     ordinary = {token for token, id in added.items() if kinds[id] == USER_DEFINED}

@@ -1,4 +1,4 @@
-"""The files of a GPT-2 tokenizer, under the names that transformers and mlx-lm look for."""
+"""The files of a GPT-2 tokenizer, under the names that transformers and mlx-lm expect."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptx.config import GPT2Config
 from gptx.files import create
 from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer
 
 
-def write_tokenizer(tokenizer: BytePairTokenizer, config: GPT2Config, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json; of byte-level BPE vocab.json and merges.txt,
-    too."""
+def write_tokenizer(tokenizer: BytePairTokenizer, n_positions: int, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, and vocab.json and merges.txt of a BPE.
+
+    Parameters
+    ----------
+    n_positions
+        Context length of the model, for tokenizer_config.json.
+    """
     definition = tokenizer.definition()
     model = definition["model"]
     end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
@@ -21,7 +25,7 @@ def write_tokenizer(tokenizer: BytePairTokenizer, config: GPT2Config, folder: Pa
         "add_prefix_space": False,
         "bos_token": end,
         "eos_token": end,
-        "model_max_length": config.n_positions,
+        "model_max_length": n_positions,
         "tokenizer_class": "GPT2Tokenizer",
         "unk_token": end,
     }

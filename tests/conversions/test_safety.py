@@ -36,7 +36,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     def patch(at: int, fail: Callable[[], None]) -> Failing:
         counter = Failing(original, at, fail)
         for row in FORMATS.values():
-            row.load()
+            row.load_module()
         for name, module in list(sys.modules.items()):
             if name.startswith(("gptx.conversions", "gptx.files")) and hasattr(module, "create"):
                 monkeypatch.setattr(module, "create", counter)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, Stored
+from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.verify import check, compare
 from gptx.embedded import EMBEDDED
 from gptx.errors import WeightsError
@@ -30,7 +30,7 @@ def checkpoint(
     """The model above, changed."""
     weights = {name: tensor.copy() for name, tensor in random_weights(config).items()}
     change(weights)
-    stored = {n: Stored(x.shape, x.dtype, lambda x=x: x) for n, x in weights.items()}  # type: ignore[misc]
+    stored = {n: StoredTensor(x.shape, x.dtype, lambda x=x: x) for n, x in weights.items()}  # type: ignore[misc]
     return Checkpoint(config, stored)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert, read
-from gptx.conversions.checkpoint import Checkpoint, Stored
+from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.formats import mlx_lm as mlx_folder
 from gptx.embedded import EMBEDDED
 from gptx.quantization import Quantization, QuantizedTensor
@@ -34,7 +34,7 @@ def save(folder: Path, config: GPT2Config, weights: Mapping[str, Any]) -> None:
         how = None
         if isinstance(tensor, QuantizedTensor):
             how = Quantization(tensor.group_size, tensor.bits)
-        stored[name] = Stored(shape, np.dtype(np.float32), lambda t=tensor: t, how)
+        stored[name] = StoredTensor(shape, np.dtype(np.float32), lambda t=tensor: t, how)
     mlx_folder.write(Checkpoint(config, stored), folder)
 
 

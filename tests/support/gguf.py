@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, Stored
+from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.formats.gguf import write
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
@@ -101,7 +101,7 @@ def checkpoint(
 ) -> Checkpoint:
     """A model of random weights, or of these."""
     weights = random_weights(config) if weights is None else weights
-    stored = {name: Stored(w.shape, w.dtype, lambda w=w: w) for name, w in weights.items()}
+    stored = {name: StoredTensor(w.shape, w.dtype, lambda w=w: w) for name, w in weights.items()}
     return Checkpoint(config, stored, tokenizer)
 
 

@@ -17,8 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.conversions.containers.safe_pickle import INSTRUCTIONS, MAX_BYTES, Unpickled
-from gptx.conversions.containers.torch_names import MAX_NAME, NOTHING, Storage, Tensor
+from gptx.conversions.containers.safe_pickle import INSTRUCTIONS, MAX_PICKLE_BYTES, Unpickled
+from gptx.conversions.containers.torch_globals import (
+    IGNORED,
+    MAX_NAME_LENGTH,
+    TorchStorage,
+    TorchTensor,
+)
 from gptx.errors import WeightsError
 from tests.support import hostile_pickles
 from tests.support.torch_files import Pickle, view, zip_of
@@ -83,14 +88,14 @@ def test_what_no_model_needs_is_nothing(protocol: int) -> None:
         del value["array"]
     found = Unpickled(pickle.dumps(value, protocol)).value
     assert list(found) == [key for key in value if key != 3]
-    assert all(item is NOTHING for item in found.values())
+    assert all(item is IGNORED for item in found.values())
 
 
 def test_tensors_are_described() -> None:
     code = Pickle({"w": view(np.ones((2, 3), np.float32))}).code
     found = Unpickled(code)
-    storage = Storage("0", np.dtype("<f4"), 6)
-    assert found.value == {"w": Tensor(storage, 0, (2, 3), (3, 1))}
+    storage = TorchStorage("0", np.dtype("<f4"), 6)
+    assert found.value == {"w": TorchTensor(storage, 0, (2, 3), (3, 1))}
     assert found.storages == {"0": storage}
     assert found.end == len(code)
 
@@ -154,10 +159,10 @@ def test_bombs_are_harmless(bomb: str, place: str) -> None:
     assert taken < 200 * len(code) + 10_000
 
 
-@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1])
+@pytest.mark.parametrize("length", [MAX_NAME_LENGTH, MAX_NAME_LENGTH + 1])
 def test_long_names_are_no_keys(length: int) -> None:
     """Not of a dict, which goes without; and a storage that has one is refused."""
-    known = length <= MAX_NAME
+    known = length <= MAX_NAME_LENGTH
     name = b"X" + struct.pack("<I", length) + b"n" * length
     assert len(Unpickled(b"\x80\x02}" + name + b"Ns.").value) == known
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + name + b"NK\1tQ."
@@ -177,7 +182,7 @@ def test_lengths_beyond_the_end_are_refused(length: bytes) -> None:
 
 
 def test_a_pickle_that_is_too_long_is_refused() -> None:
-    n = MAX_BYTES
+    n = MAX_PICKLE_BYTES
     with pytest.raises(WeightsError, match="does not end within"):
         Unpickled(b"\x80\x02B" + struct.pack("<I", n) + bytes(n) + b".")
     with pytest.raises(WeightsError, match=r"more than \d+ instructions"):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptx.conversions.containers.crc32c import PIECE, P, Q, crc32c
-from gptx.conversions.containers.tensor_bundle import Bundle, is_bundle
+from gptx.conversions.containers.crc32c import CHUNK, P, Q, crc32c
+from gptx.conversions.containers.tensor_bundle import TensorBundle, is_bundle
 from gptx.errors import NotFoundError, StorageError, WeightsError
 from gptx.safetensors_file import BFLOAT16
 from tests.support.tensor_bundle_bytes import message, slow_crc32c, table, write_bundle
@@ -37,7 +37,7 @@ class TestChecksum:
     def test_any_bytes(self, data: bytes) -> None:
         assert crc32c(data) == slow_crc32c(data)
 
-    @pytest.mark.parametrize("around", [8, Q[0], 8 * Q[0], 8 * (Q[0] - Q[1]), 8 * PIECE])
+    @pytest.mark.parametrize("around", [8, Q[0], 8 * Q[0], 8 * (Q[0] - Q[1]), 8 * CHUNK])
     def test_lengths_at_which_the_steps_change(
         self, around: int, random: np.random.Generator
     ) -> None:
@@ -63,7 +63,7 @@ class TestReading:
     @pytest.mark.parametrize("per_block", [1, 7, 100])
     def test_every_tensor_comes_back(self, tmp_path: Path, shards: int, per_block: int) -> None:
         index = write_bundle(tmp_path / "x", TENSORS, shards=shards, per_block=per_block)
-        bundle = Bundle(index)
+        bundle = TensorBundle(index)
         bundle.check_files()
         assert list(bundle.entries) == sorted(TENSORS)
         assert len(bundle.sizes) == shards
@@ -75,7 +75,7 @@ class TestReading:
 
     def test_a_tensor_of_another_type_disturbs_no_other(self, tmp_path: Path) -> None:
         tensors = {"a": np.ones(3, "<f4"), "step": np.array(7, "<i8"), "z": np.ones((2, 0), "<f4")}
-        bundle = Bundle(write_bundle(tmp_path / "x", tensors))
+        bundle = TensorBundle(write_bundle(tmp_path / "x", tensors))
         bundle.check_files()
         assert (bundle.read("a") == 1).all()
         assert bundle.entries["step"].shape == ()
@@ -134,30 +134,30 @@ class TestDamage:
     ) -> None:
         index = write_bundle(tmp_path / "x", TENSORS, change=changed(name, **fields))
         with pytest.raises(WeightsError, match=words):
-            Bundle(index).read(A)
+            TensorBundle(index).read(A)
 
     def test_lies_beyond_the_end(self, tmp_path: Path) -> None:
         index = write_bundle(tmp_path / "x", TENSORS, change=changed(A, _4=10**6))
         with pytest.raises(WeightsError, match="truncated"):
-            Bundle(index).check_files()
+            TensorBundle(index).check_files()
         with pytest.raises(WeightsError, match="truncated"):
-            Bundle(index).read(A)
+            TensorBundle(index).read(A)
 
     def test_blocks_that_are_listed_more_than_once(self, tmp_path: Path) -> None:
-        assert list(Bundle(write_bundle(tmp_path / "x", TENSORS, again=1)).entries)
+        assert list(TensorBundle(write_bundle(tmp_path / "x", TENSORS, again=1)).entries)
         with pytest.raises(WeightsError, match="its blocks do not lie one after the other"):
-            Bundle(write_bundle(tmp_path / "x", TENSORS, again=2))
+            TensorBundle(write_bundle(tmp_path / "x", TENSORS, again=2))
 
     def test_compressed(self, tmp_path: Path) -> None:
         with pytest.raises(
             WeightsError, match=r"compressed \(method 1\), which gptx does not read"
         ):
-            Bundle(write_bundle(tmp_path / "x", TENSORS, compression=1))
+            TensorBundle(write_bundle(tmp_path / "x", TENSORS, compression=1))
 
     def test_slices_are_no_tensors(self, tmp_path: Path) -> None:
         slices = {"\0\x7f": np.ones(2, "<f4"), "\0\x80": np.ones(2, "<f4")}
         index = write_bundle(tmp_path / "x", slices | TENSORS, change=changed(A, _7=b""))
-        bundle = Bundle(index)
+        bundle = TensorBundle(index)
         bundle.check_files()
         assert len(bundle.entries) == len(TENSORS) + 2
         with pytest.raises(WeightsError, match=f"{A} lies in slices"):
@@ -173,7 +173,7 @@ class TestDamage:
                 damage=lambda block, old=old, new=new: block.replace(old.encode(), new),
             )
             with pytest.raises(WeightsError, match="not in order"):
-                Bundle(index)
+                TensorBundle(index)
 
     @pytest.mark.parametrize("name", [b"a\nb", b"n" * 251])
     def test_names_that_are_none(self, tmp_path: Path, name: bytes) -> None:
@@ -182,23 +182,23 @@ class TestDamage:
             tmp_path / "x", tensors, damage=lambda block: block.replace(b"n" * len(name), name)
         )
         with pytest.raises(WeightsError, match=r"a name is|names and values"):
-            Bundle(index)
+            TensorBundle(index)
 
     def test_too_long_an_index(self, tmp_path: Path) -> None:
         index = write_bundle(tmp_path / "x", TENSORS)
         index.write_bytes(bytes(2**20) + index.read_bytes())
         with pytest.raises(WeightsError, match="expected at most 1048576"):
-            Bundle(index)
+            TensorBundle(index)
 
     def test_no_header(self, tmp_path: Path) -> None:
         index = tmp_path / "x.index"
         for entries in ([], [(b"name", b"")]):
             index.write_bytes(table(entries))
             with pytest.raises(WeightsError, match="it has no header"):
-                Bundle(index)
+                TensorBundle(index)
 
     def test_files_missing_or_of_another_length(self, tmp_path: Path) -> None:
-        bundle = Bundle(write_bundle(tmp_path / "x", TENSORS, shards=2))
+        bundle = TensorBundle(write_bundle(tmp_path / "x", TENSORS, shards=2))
         bundle.check_files()
         second = tmp_path / "x.data-00001-of-00002"
         data = second.read_bytes()
@@ -215,10 +215,10 @@ class TestDamage:
 
     def test_index_that_cannot_be_read(self, tmp_path: Path) -> None:
         with pytest.raises(StorageError):
-            Bundle(tmp_path / "x.index")
+            TensorBundle(tmp_path / "x.index")
 
     def test_damaged_numbers(self, tmp_path: Path) -> None:
-        bundle = Bundle(write_bundle(tmp_path / "x", TENSORS))
+        bundle = TensorBundle(write_bundle(tmp_path / "x", TENSORS))
         (path,) = bundle.sizes
         data = bytearray(path.read_bytes())
         entry = bundle.entries["scope/d3"]

@@ -17,7 +17,7 @@ from gptx.conversions import convert, detect, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import gguf as gguf_container
 from gptx.conversions.formats import fastgpt, fastgpt_dat
-from gptx.conversions.vocabularies.token_lists import tokenizer_of
+from gptx.conversions.vocabularies.token_lists import tokenizer_from_lists
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
@@ -33,7 +33,7 @@ SMALL = GPT2Config(260, 8, 8, n_layer=2, n_head=2, bos_token_id=256, eos_token_i
 
 
 def tokenizer(*more: str) -> BytePairTokenizer:
-    return tokenizer_of([*TOKENS, *more], MERGES, (), "the test")
+    return tokenizer_from_lists([*TOKENS, *more], MERGES, (), "the test")
 
 
 def written(folder: Path, format: str, model: Checkpoint | None = None) -> Path:
@@ -268,8 +268,10 @@ def test_data_that_the_program_would_not_find(tmp_path: Path) -> None:
 def test_a_list_in_the_place_of_where_the_data_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = gguf_container.head
-    monkeypatch.setattr(fastgpt, "head", lambda _, lines: head({fastgpt.KEY: [1, 2]}, lines))
+    encode = gguf_container.encode_header
+    monkeypatch.setattr(
+        fastgpt, "encode_header", lambda _, infos: encode({fastgpt.OFFSET_KEY: [1, 2]}, infos)
+    )
     with pytest.raises(WeightsError, match=r"general\.data_offset is a list of 2, expected one"):
         fastgpt.read(written(tmp_path, "fastgpt"))
 
@@ -280,9 +282,9 @@ def test_more_tokens_than_the_model_has(
 ) -> None:
     model = checkpoint(SMALL, None, tokenizer())
     larger = checkpoint(replace(SMALL, vocab_size=262), None, tokenizer())
-    header, texts = fastgpt.prepared(larger)
+    header, texts = fastgpt.prepare(larger)
     changed = replace(header, n_vocab=SMALL.vocab_size), texts
-    monkeypatch.setattr(MODULES[format], "prepared", lambda checkpoint: changed)
+    monkeypatch.setattr(MODULES[format], "prepare", lambda checkpoint: changed)
     path = written(tmp_path, format, model)
     with pytest.raises(TokenizerError, match="has 262 tokens, but an embedding of 260"):
         read(path)

@@ -113,7 +113,7 @@ def test_blocks_are_read_in_pieces(
 ) -> None:
     written(tmp_path, CONFIG, type=type)
     expected = numbers(read(tmp_path / "model.gguf")[1])
-    monkeypatch.setattr(gguf_container, "CHUNK", 1000)
+    monkeypatch.setattr(gguf_container, "CHUNK_NUMBERS", 1000)
     np.testing.assert_equal(numbers(read(tmp_path / "model.gguf")[1]), expected)
 
 
@@ -226,8 +226,10 @@ def test_a_tokenizer_without_merges_comes_back(tmp_path: Path) -> None:
 def test_a_list_in_the_place_of_one_value(
     tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = gguf_container.head
-    monkeypatch.setattr(gguf_file, "head", lambda data, lines: head(data | {key: [1, 2]}, lines))
+    encode = gguf_container.encode_header
+    monkeypatch.setattr(
+        gguf_file, "encode_header", lambda data, infos: encode(data | {key: [1, 2]}, infos)
+    )
     written(tmp_path, SMALL, tokenizer=small_tokenizer())
     with pytest.raises(WeightsError, match=f"{key} is a list of 2, expected one number or string"):
         read(tmp_path / "model.gguf")
@@ -281,12 +283,11 @@ def test_other_types_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_every_type_of_ggml_has_its_name() -> None:
     package = pytest.importorskip("gguf")
-    from gptx.conversions.containers.gguf_types import OTHERS
-    from gptx.conversions.containers.gguf_types import TYPES as READ
+    from gptx.conversions.containers.gguf_types import TYPES_BY_ID, UNSUPPORTED_TYPES
 
-    known = OTHERS | {id: kind.name for id, kind in READ.items()}
+    known = UNSUPPORTED_TYPES | {id: kind.name for id, kind in TYPES_BY_ID.items()}
     assert {t.value: t.name for t in package.GGMLQuantizationType}.items() <= known.items()
-    assert {name: kind.id for kind in READ.values() if (name := kind.name) in IDS} == IDS
+    assert {name: kind.id for kind in TYPES_BY_ID.values() if (name := kind.name) in IDS} == IDS
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gptx.conversions import convert
 from gptx.conversions.containers import binary
-from gptx.conversions.containers.gguf_types import BLOCKS, FLOATS
+from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES
 from gptx.conversions.formats.gguf import write
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
@@ -30,7 +30,7 @@ from tests.support.gguf import IDS, TYPES, checkpoint, decoded, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row
-KINDS = {kind.name: kind for kinds in (FLOATS, BLOCKS) for kind in kinds.values()}
+KINDS = {kind.name: kind for kinds in (FLOAT_TYPES, BLOCK_TYPES) for kind in kinds.values()}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_pieces_and_types_of_the_source_do_not_matter(
     rounded = {name: to_bfloat16(w) for name, w in random_weights(CONFIG).items()}
     single = {name: (w.astype(np.uint32) << 16).view(np.float32) for name, w in rounded.items()}
     expected = written(tmp_path, CONFIG, single, type=type)
-    monkeypatch.setattr(binary, "CHUNK", 1000)
+    monkeypatch.setattr(binary, "CHUNK_NUMBERS", 1000)
     for same in (
         {name: w.view(BFLOAT16) for name, w in rounded.items()},
         {name: w.astype(np.float64) for name, w in single.items()},
@@ -235,7 +235,7 @@ def test_float16_is_rounded_to_the_nearest(seed: int) -> None:
 def test_numbers_out_of_range(tmp_path: Path, type: str, bad: float) -> None:
     weights = random_weights(CONFIG)
     weights["h.1.mlp.c_fc.weight"][5, 7] = bad
-    if KINDS[type].block == 1 and not math.isfinite(bad):
+    if KINDS[type].block_numbers == 1 and not math.isfinite(bad):
         file = written(tmp_path, CONFIG, weights, type=type)  # which says the same
         np.testing.assert_equal(file.numbers("blk.1.ffn_up.weight")[7, 5], bad)
         return

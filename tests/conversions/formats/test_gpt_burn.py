@@ -159,7 +159,7 @@ class TestTensors:
     ) -> None:
         write_burn(tmp_path, replace(CASES["tiny"], vocab_size=30_000), kind="half::binary16::f16")
         size = 2 * 30_000 * 8
-        monkeypatch.setattr(mpk, "CHUNK", 4096)
+        monkeypatch.setattr(mpk, "CHUNK_NUMBERS", 4096)
         tracemalloc.start()
         try:
             checkpoint = gpt_burn.read(tmp_path)
@@ -182,8 +182,8 @@ class TestNumbers:
         path = tmp_path_factory.getbasetemp() / "numbers.mpk"
         path.write_bytes(pack(np.array(values, np.uint16).view(np.float16)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mpk, "CHUNK", data.draw(st.integers(3, 40)))
-            patch.setattr(mpk, "FEW", data.draw(st.integers(1, 8)))
+            patch.setattr(mpk, "CHUNK_NUMBERS", data.draw(st.integers(3, 40)))
+            patch.setattr(mpk, "SCALAR_RUN", data.draw(st.integers(1, 8)))
             found = Record(BinaryFile(path), Kind.TENSOR)
             bits = found.read(found.tensors[""]).view(np.uint16)
         assert bits.tolist() == values
@@ -194,7 +194,7 @@ class TestNumbers:
     ) -> None:
         values = np.arange(35, dtype=dtype).reshape(5, 7) - 17.25
         (tmp_path / "x").write_bytes(pack(values))
-        monkeypatch.setattr(mpk, "CHUNK", 8)
+        monkeypatch.setattr(mpk, "CHUNK_NUMBERS", 8)
         found = Record(BinaryFile(tmp_path / "x"), Kind.TENSOR)
         np.testing.assert_array_equal(found.read(found.tensors[""]), values)
 

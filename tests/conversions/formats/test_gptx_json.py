@@ -89,7 +89,7 @@ def test_every_kind_of_number_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [24, 25, 31, 64, 1000])
 def test_blocks_may_end_anywhere(block: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptx_json, "BLOCK", block)
+    monkeypatch.setattr(gptx_json, "READ_BYTES", block)
     for name, weight in random_weights(TINY).items():
         assert tensors(tiny)[name].tobytes() == weight.tobytes()
 
@@ -100,7 +100,7 @@ def test_so_many_numbers_at_a_time_make_no_difference(
 ) -> None:
     source = folder("tiny")
     convert(source, tmp_path / "a.json")
-    monkeypatch.setattr(gptx_json, "NUMBERS", numbers)
+    monkeypatch.setattr(gptx_json, "WRITE_NUMBERS", numbers)
     convert(source, tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
@@ -126,8 +126,8 @@ def test_a_config_beside_the_file_is_taken(tiny: Path) -> None:
 def test_neither_side_holds_more_than_a_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gptx_json, "BLOCK", 2**16)
-    monkeypatch.setattr(gptx_json, "NUMBERS", 2**12)
+    monkeypatch.setattr(gptx_json, "READ_BYTES", 2**16)
+    monkeypatch.setattr(gptx_json, "WRITE_NUMBERS", 2**12)
     config = GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=4, n_head=1)
     source = write_model(tmp_path / "source", config, random_weights(config))
     convert(source, tmp_path / "out.json")  # once: what is imported does not count
@@ -196,7 +196,7 @@ def test_what_is_no_such_file_is_refused(text: str, message: str, tiny: Path) ->
 
 
 def test_a_number_without_an_end_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptx_json, "BLOCK", 100)
+    monkeypatch.setattr(gptx_json, "READ_BYTES", 100)
     tiny.write_text(json.dumps(facts()).replace(DATA, "0." + "3" * 500 + ", 1.0"))
     with pytest.raises(WeightsError, match=r"ln_f\.bias holds a number of more than 100 bytes"):
         tensors(tiny)

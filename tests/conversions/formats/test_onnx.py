@@ -273,7 +273,7 @@ def test_int8_refuses_what_is_not_finite(value: float, tmp_path: Path) -> None:
 def test_int8_of_zeros_is_zeros() -> None:
     floats = np.zeros((2, 3), np.float32)
     scales = onnx_graph._scales("wte.weight", floats)
-    assert not np.concatenate([*onnx_graph._codes(floats, scales)]).any()
+    assert not np.concatenate([*onnx_graph._quantize_rows(floats, scales)]).any()
     assert np.isfinite(scales).all()
 
 

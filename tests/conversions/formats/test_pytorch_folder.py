@@ -18,7 +18,7 @@ from gptx.conversions import convert, detect, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import torch_file
 from gptx.conversions.containers.binary import BinaryFile
-from gptx.conversions.containers.zip_archive import records
+from gptx.conversions.containers.zip_archive import zip_entries
 from gptx.conversions.formats import pytorch_folder
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
@@ -318,10 +318,10 @@ def test_a_field_of_64_bit_numbers_that_breaks_off_is_no_field(tmp_path: Path) -
         info = zipfile.ZipInfo("a/data.pkl")
         info.extra = b"\1\0\xff\0abc"  # 255 bytes are announced
         archive.writestr(info, b"text")
-    assert records(BinaryFile(path))["a/data.pkl"].n_bytes == 4
+    assert zip_entries(BinaryFile(path))["a/data.pkl"].n_bytes == 4
     data = bytearray(path.read_bytes())
     at = data.rindex(b"PK\1\2") + 24
     data[at : at + 4] = b"\xff" * 4  # the size is said to be in that field
     path.write_bytes(data)
     with pytest.raises(WeightsError, match="contradicts itself"):
-        records(BinaryFile(path))
+        zip_entries(BinaryFile(path))

@@ -14,7 +14,7 @@ import pytest
 from gptx.config import GPT2Config
 from gptx.conversions import convert, detect
 from gptx.conversions.formats import staticgrad
-from gptx.conversions.vocabularies.byte_tokens import merges_of, tokenizer_of_bytes
+from gptx.conversions.vocabularies.byte_tokens import recover_merges, tokenizer_from_bytes
 from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
@@ -50,9 +50,9 @@ def vocabulary(tokens: list[bytes]) -> bytes:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
-    tokenizer = tokenizer_of_bytes(TOKENS)
+    tokenizer = tokenizer_from_bytes(TOKENS)
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG, path)
+    write_tokenizer(tokenizer, CONFIG.n_positions, path)
     return path
 
 
@@ -101,7 +101,7 @@ def test_the_end_of_a_text_is_the_tokenizer_s_where_no_config_says_it(tmp_path: 
 def test_merges_are_the_original_ones(model: str) -> None:
     folder = EMBEDDED["shakespeare"] if model == "shakespeare" else shared("tokenizer/gpt2")
     original = BytePairTokenizer({"tokenizer.json": folder / "tokenizer.json"})
-    found = tokenizer_of_bytes([original.token_bytes(id) for id in range(original.vocab_size)])
+    found = tokenizer_from_bytes([original.token_bytes(id) for id in range(original.vocab_size)])
     assert found is not None
     a, b = original.definition(), found.definition()
     assert a["model"]["vocab"] == b["model"]["vocab"]
@@ -114,7 +114,7 @@ def test_merges_are_the_original_ones(model: str) -> None:
 
 def test_a_merge_is_of_what_is_left_and_not_of_any_two_tokens() -> None:
     tokens = [b"bc", b"ab", b"abc"]  # ab + c as well; but b and c are merged before
-    assert merges_of(tokens) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
+    assert recover_merges(tokens) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_merge_is_of_what_is_left_and_not_of_any_two_tokens() -> None:
     ids=["no byte", "twice", "two ends", "order", "no merge"],
 )
 def test_what_is_no_bpe_in_order_is_no_tokenizer(tokens: list[bytes]) -> None:
-    assert tokenizer_of_bytes(tokens) is None
+    assert tokenizer_from_bytes(tokens) is None
 
 
 def test_without_merges_there_is_no_tokenizer_and_a_note(written: Path) -> None:
@@ -142,25 +142,25 @@ def test_without_merges_there_is_no_tokenizer_and_a_note(written: Path) -> None:
 def test_ids_without_a_token_have_no_bytes(source: Path, tmp_path: Path) -> None:
     config = CASES["124M"]
     model = write_model(tmp_path / "larger", CONFIG, random_weights(CONFIG))
-    tokenizer = tokenizer_of_bytes([*TOKENS[:-2], TOKENS[-1]])
+    tokenizer = tokenizer_from_bytes([*TOKENS[:-2], TOKENS[-1]])
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG, model)
+    write_tokenizer(tokenizer, CONFIG.n_positions, model)
     convert(model, tmp_path / "out", "staticgrad")
     expected = [*TOKENS[:-2], TOKENS[-1], b""]
     assert (tmp_path / "out" / NAMES[2]).read_bytes() == vocabulary(expected)
     assert staticgrad.read(tmp_path / "out", CONFIG).tokenizer is not None
     small = write_model(tmp_path / "small", config, random_weights(config))
-    write_tokenizer(tokenizer, config, small)
+    write_tokenizer(tokenizer, config.n_positions, small)
     with pytest.raises(TokenizerError, match="has token 258, the model 211 tokens"):
         convert(small, tmp_path / "no", "staticgrad")
 
 
 def test_a_hole_in_the_ids_hides_no_token_that_the_model_has_not(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of_bytes([*BYTES, b"", b"th", b"", b"the", b"<|endoftext|>"])
+    tokenizer = tokenizer_from_bytes([*BYTES, b"", b"th", b"", b"the", b"<|endoftext|>"])
     assert tokenizer is not None
     assert tokenizer.vocab_size < CONFIG.vocab_size
     model = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
-    write_tokenizer(tokenizer, CONFIG, model)
+    write_tokenizer(tokenizer, CONFIG.n_positions, model)
     with pytest.raises(TokenizerError, match="has token 260, the model 260 tokens"):
         convert(model, tmp_path / "out", "staticgrad")
 

@@ -11,8 +11,8 @@ from gptx.conversions.vocabularies.token_lists import (
     CONTROL,
     NORMAL,
     UNUSED,
-    lists_of,
-    tokenizer_of,
+    token_lists,
+    tokenizer_from_lists,
 )
 from gptx.errors import TokenizerError
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
@@ -25,18 +25,18 @@ def vocabulary(tokenizer: BytePairTokenizer) -> dict[str, int]:
 
 
 def test_a_vocabulary_without_tokens_is_fillers_alone() -> None:
-    tokens, kinds, merges = lists_of(BytePairTokenizer.of_vocabulary({}, []), 2, "a program")
+    tokens, kinds, merges = token_lists(BytePairTokenizer.of_vocabulary({}, []), 2, "a program")
     assert (tokens, kinds, merges) == (["[PAD0]", "[PAD1]"], [UNUSED] * 2, [])
-    assert vocabulary(tokenizer_of(tokens, merges, kinds, "the test")) == {}
+    assert vocabulary(tokenizer_from_lists(tokens, merges, kinds, "the test")) == {}
 
 
 @pytest.mark.parametrize("with_kinds", [True, False])
 def test_holes_in_the_ids_stay_holes(with_kinds: bool) -> None:
     vocab = {letter: id for id, letter in enumerate(LETTERS)} | {"th": 259}
     source = BytePairTokenizer.of_vocabulary(vocab, [("t", "h")])
-    tokens, kinds, merges = lists_of(source, 262, "a program")
+    tokens, kinds, merges = token_lists(source, 262, "a program")
     assert tokens[256:] == ["[PAD256]", "[PAD257]", "[PAD258]", "th", "[PAD260]", "[PAD261]"]
-    found = tokenizer_of(tokens, merges, kinds if with_kinds else (), "the test")
+    found = tokenizer_from_lists(tokens, merges, kinds if with_kinds else (), "the test")
     assert vocabulary(found) == vocab
     assert found.encode("th") == [259]
 
@@ -44,12 +44,12 @@ def test_holes_in_the_ids_stay_holes(with_kinds: bool) -> None:
 @pytest.mark.parametrize("kind", [CONTROL, NORMAL])
 def test_what_is_said_to_be_a_token_is_no_filler(kind: int) -> None:
     kinds = [NORMAL] * 256 + [kind]
-    found = tokenizer_of([*LETTERS, "[PAD256]"], [], kinds, "the test")
+    found = tokenizer_from_lists([*LETTERS, "[PAD256]"], [], kinds, "the test")
     assert vocabulary(found)["[PAD256]"] == 256
 
 
 def test_a_filler_of_another_id_is_a_token() -> None:
-    found = tokenizer_of([*LETTERS, "[PAD257]"], [], (), "the test")
+    found = tokenizer_from_lists([*LETTERS, "[PAD257]"], [], (), "the test")
     assert vocabulary(found)["[PAD257]"] == 256
 
 
@@ -65,4 +65,4 @@ def test_what_is_no_bpe_has_no_lists(model: dict[str, Any]) -> None:
     definition = BytePairTokenizer.of_vocabulary({}, []).definition() | {"model": model}
     tokenizer = BytePairTokenizer({}, definition=json.dumps(definition))
     with pytest.raises(TokenizerError, match=f"is of the type {model['type']}, expected BPE"):
-        lists_of(tokenizer, 10, "a program")
+        token_lists(tokenizer, 10, "a program")

@@ -1,0 +1,174 @@
+"""The globals that a pickle of torch.save may name, and their replacements.
+
+A tensor is described, not built. Where PyTorch calls a function with arguments from the file
+(torch/_utils.py, https://github.com/pytorch/pytorch), gptx calls one of this module, which has no
+side effects. A global that is not in `GLOBALS` is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptx.errors import WeightsError
+from gptx.safetensors_file import BFLOAT16
+
+MAX_DIMENSIONS = 8
+MAX_NAME_LENGTH = 1000  # characters: a file can cause any number of comparisons of names
+
+
+class Ignored:
+    """The type of `IGNORED`."""
+
+
+IGNORED = Ignored()  # replaces a value that no model needs
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStorage:
+    """A contiguous array in the file; tensors are views of it.
+
+    Attributes
+    ----------
+    key
+        Its name in the file.
+    dtype
+        Type of its numbers, little endian.
+    size
+        Count of its numbers.
+    """
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchTensor:
+    """A view of a storage; offset and strides are counted in numbers, not in bytes."""
+
+    storage: TorchStorage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Count of the storage's numbers from the first one of the view to the last one."""
+        return _extent(self.shape, self.strides)
+
+
+def storage_of_id(id: Any) -> TorchStorage:
+    """Make a storage of its persistent id: ("storage", type, key, device, size[, None]).
+
+    Raises
+    ------
+    WeightsError
+        The id has another form.
+    """
+    match id:
+        case (str(kind), np.dtype() as dtype, str(key), _, int(size), *view):
+            is_base = not view or (len(view) == 1 and view[0] is None)  # before PyTorch 1.6
+            if kind == "storage" and len(key) <= MAX_NAME_LENGTH and size >= 0 and is_base:
+                return TorchStorage(key, dtype, size)
+    raise WeightsError("its pickle has a storage of a form that PyTorch does not write")
+
+
+def resolve_global(name: str) -> Any:
+    """Return the replacement of a global: a function of a tuple of arguments, or a dtype.
+
+    Parameters
+    ----------
+    name
+        Module and name, with a space between.
+
+    Raises
+    ------
+    WeightsError
+        The global is not one that tensors need.
+    """
+    if name not in GLOBALS:
+        shown = ".".join(name.split())[:100]
+        raise WeightsError(
+            f"its pickle names {ascii(shown)[1:-1]}, which no tensor needs, and gptx runs no code "
+            "of a file: if you trust it, save only its tensors with torch.save"
+        )
+    return GLOBALS[name]
+
+
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    if arguments:
+        raise WeightsError("its pickle has an OrderedDict of a form that PyTorch does not write")
+    return {}
+
+
+def _ignored(arguments: tuple[Any, ...]) -> Ignored:
+    return IGNORED
+
+
+def _tensor(arguments: tuple[Any, ...]) -> TorchTensor:
+    """Describe a tensor from (storage, offset, shape, strides, ...) after a check of its bounds."""
+    match arguments:
+        case (TorchStorage() as storage, int(offset), tuple(shape), tuple(strides), *_):
+            numbers = (offset, *shape[:MAX_DIMENSIONS], *strides[:MAX_DIMENSIONS])
+            if (
+                len(shape) == len(strides) <= MAX_DIMENSIONS
+                and all(type(number) is int and number >= 0 for number in numbers)
+                and offset + _extent(shape, strides) <= storage.size
+            ):
+                return TorchTensor(storage, offset, shape, strides)
+    raise WeightsError("its pickle has a tensor that is not within its storage")
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+
+
+def _parameter(arguments: tuple[Any, ...]) -> TorchTensor:
+    if not (arguments and isinstance(arguments[0], TorchTensor)):
+        raise WeightsError("its pickle has a parameter that is not a tensor")
+    return arguments[0]
+
+
+GLOBALS: dict[str, Any] = {
+    "collections OrderedDict": _ordered_dict,
+    "torch._utils _rebuild_tensor": _tensor,
+    "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch._utils _rebuild_parameter": _parameter,
+    "torch._utils _rebuild_parameter_with_state": _parameter,
+    "torch DoubleStorage": np.dtype("<f8"),
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+    "torch BFloat16Storage": BFLOAT16,
+    "torch LongStorage": np.dtype("<i8"),
+    "torch IntStorage": np.dtype("<i4"),
+    "torch ShortStorage": np.dtype("<i2"),
+    "torch CharStorage": np.dtype("<i1"),
+    "torch ByteStorage": np.dtype("<u1"),
+    "torch BoolStorage": np.dtype("?"),
+    # Other values of a checkpoint: a loss that NumPy computed, a device, a set.
+    **dict.fromkeys(
+        (
+            "torch Size",
+            "torch device",
+            "torch bfloat16",
+            "torch float16",
+            "torch float32",
+            "torch float64",
+            "numpy dtype",
+            "numpy.core.multiarray scalar",
+            "numpy._core.multiarray scalar",
+            "_codecs encode",
+            *(
+                f"{module} {name}"
+                for module in ("builtins", "__builtin__")
+                for name in ("set", "frozenset", "bytearray")
+            ),
+        ),
+        _ignored,
+    ),
+}

@@ -1,0 +1,226 @@
+"""The formats, one row each; detection of a format; `read`, which opens a model of any format.
+
+A format is one module in `formats/`, which reads and writes it, and one row of `FORMATS`. The
+module has
+
+- `detect(path) -> bool`, if it reads: True if the content of a file or folder is of this format;
+  raises nothing;
+- `read(path, config=None) -> Checkpoint`, if it reads: the tensors are read later, one by one;
+- `write(checkpoint, path, **options)`, if it writes: to a path that does not exist, or into an
+  empty folder. `convert` then puts the output in its place atomically.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from gptx.config import GPT2Config
+from gptx.embedded import EMBEDDED
+from gptx.errors import DataError, NotFoundError, StorageError, TokenizerError, WeightsError
+
+if TYPE_CHECKING:
+    from gptx.conversions.checkpoint import Checkpoint
+
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZED_TYPES = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table of formats.
+
+    Attributes
+    ----------
+    title
+        Description for users.
+    module
+        Name of the module in `formats/`.
+    reads, writes
+        True if the module reads the format, and if it writes it.
+    dtypes, quantize
+        Values of `--dtype` and of `--quantize` that the writer supports.
+    suffix
+        Suffix of the written file; "/" for a folder.
+    by_suffix
+        True if a destination with that suffix selects this format.
+    files
+        Patterns of the names of all files in a written folder.
+    options
+        Names of further keyword arguments of the writer.
+    """
+
+    title: str
+    module: str
+    reads: bool = True
+    writes: bool = True
+    dtypes: tuple[str, ...] = ("float32",)
+    quantize: tuple[str, ...] = ()
+    suffix: str = "/"
+    by_suffix: bool = True
+    files: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def load_module(self) -> ModuleType:
+        """Import the module."""
+        return importlib.import_module(f"gptx.conversions.formats.{self.module}")
+
+
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_SAFETENSORS = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER)
+
+# `detect` tries the formats in this order.
+FORMATS: dict[str, Format] = {
+    "mlx": Format(
+        "MLX (mlx-lm) folder",
+        "mlx_lm",
+        dtypes=DTYPES,
+        quantize=QUANTIZED_TYPES,
+        files=_SAFETENSORS,
+    ),
+    "safetensors": Format("Hugging Face folder", "hugging_face", dtypes=DTYPES, files=_SAFETENSORS),
+    "llm.c": Format(
+        "llm.c model (gpt2_124M.bin)",
+        "llm_c",
+        dtypes=("float32", "bfloat16"),
+        suffix=".bin",
+    ),
+    "staticgrad": Format(
+        "staticgrad folder",
+        "staticgrad",
+        files=("gpt2_weights.bin", "gpt2_metadata.json", "gpt2_vocab.bin"),
+    ),
+    "json": Format("gptx (Rust, C++) model_weights.json", "gptx_json", suffix=".json"),
+    "fastgpt": Format("fastGPT model.gguf", "fastgpt", suffix=".gguf", by_suffix=False),
+    "gguf": Format(
+        "GGUF (llama.cpp)", "gguf", dtypes=DTYPES, quantize=QUANTIZED_TYPES, suffix=".gguf"
+    ),
+    "gpt-burn": Format("gpt-burn folder", "gpt_burn", writes=False),
+    "nanogpt": Format("nanoGPT ckpt.pt", "nanogpt", writes=False),
+    "pytorch": Format("PyTorch pytorch_model.bin", "pytorch_folder", writes=False),
+    "openai": Format("OpenAI's TensorFlow checkpoint", "openai_tensorflow", writes=False),
+    "onnx": Format(
+        "ONNX folder",
+        "onnx_folder",
+        reads=False,
+        quantize=("int8",),
+        files=("model.onnx", "model.onnx.data", "config.json", *_TOKENIZER),
+        options=("head",),
+    ),
+    "fastgpt-dat": Format("fastGPT model.dat, before 2024", "fastgpt_dat", suffix=".dat"),
+}
+
+
+def detect(path: Path) -> str:
+    """Return the name of the format of a file or folder, from its content.
+
+    Raises
+    ------
+    NotFoundError
+        `path` does not exist.
+    WeightsError
+        It has none of the `FORMATS`.
+    StorageError
+        It cannot be read.
+    """
+    try:
+        if not path.exists():
+            raise NotFoundError(f"{path} does not exist")
+        if not (path.is_file() or path.is_dir()):
+            raise WeightsError(f"{path} is neither a file nor a folder")
+        for name, row in FORMATS.items():
+            if row.reads and row.load_module().detect(path):
+                return name
+    except PermissionError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror})") from error
+    titles = ", ".join(row.title for row in FORMATS.values() if row.reads)
+    raise WeightsError(f"{path} has none of the supported formats: {titles}")
+
+
+def read(
+    source: str | Path,
+    *,
+    config: str | Path | GPT2Config | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> tuple[str, Checkpoint]:
+    """Open a model of any format.
+
+    Parameters
+    ----------
+    source
+        A file or folder, an embedded name, an alias, a Hub id, or `openai:124M` and the like.
+    config
+        A config.json, for a format without a complete configuration.
+    tokenizer
+        A folder with the tokenizer's files, for a format without a tokenizer.
+    revision, offline
+        Options for a Hub model, see `gptx.hub.resolve.locate`.
+
+    Returns
+    -------
+    format, checkpoint
+        A name in `FORMATS`, and the model.
+
+    Raises
+    ------
+    NotFoundError, StorageError
+        A file is missing or cannot be read.
+    WeightsError, ConfigError, TokenizerError
+        The files are damaged, or contain no GPT-2 that gptx supports.
+    """
+    path = _find(source, revision, offline)
+    if config is not None and not isinstance(config, GPT2Config):
+        config = GPT2Config.from_file(config)
+    name = detect(path)
+    try:
+        checkpoint: Checkpoint = FORMATS[name].load_module().read(path, config)
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+    if tokenizer is not None:
+        checkpoint = _with_tokenizer(checkpoint, Path(os.path.expanduser(tokenizer)))
+    return name, checkpoint
+
+
+def _with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Add the tokenizer of a folder, and its end of text if the model has none."""
+    from gptx.conversions.checkpoint import end_of_text_ids
+    from gptx.tokenization.bpe import BytePairTokenizer
+
+    tokenizer, config = BytePairTokenizer.of_folder(folder), checkpoint.config
+    if tokenizer is None:
+        raise NotFoundError(f"{folder} has no tokenizer.json, and no vocab.json and merges.txt")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, the model "
+            f"{config.vocab_size}: give the tokenizer of this model"
+        )
+    if config.eos_token_id is None:
+        config = replace(config, **end_of_text_ids(config.vocab_size, tokenizer))
+    return replace(checkpoint, config=config, tokenizer=tokenizer)
+
+
+def _find(source: str | Path, revision: str | None, offline: bool) -> Path:
+    """Return the path of a model's files; download them if necessary."""
+    from gptx.hub.resolve import ALIASES, importing_hub, locate
+
+    path = Path(os.path.expanduser(source))
+    name = str(source)
+    if name.startswith("openai:"):
+        with importing_hub():
+            from gptx.conversions.formats.openai_download import fetch
+        return fetch(name, revision=revision, offline=offline)
+    if revision is None and name not in EMBEDDED:
+        if path.is_dir() or (path.exists() and name not in ALIASES):
+            return path
+        # A checkpoint of TensorFlow is named by the common prefix of its files.
+        if (index := Path(f"{path}.index")).is_file():
+            return index
+    return locate(source, revision=revision, offline=offline).folder
