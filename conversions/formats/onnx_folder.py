@@ -114,7 +114,7 @@ class _DataWriter:
         self.file.write(bytes(-end % alignment))
         return self.file.tell()
 
-    def _refer(self, name: str, begin: int) -> None:
+    def _make_initializer(self, name: str, begin: int) -> None:
         """Replace an input by a tensor whose data are in the file from `begin` to its end."""
         inputs = self.graph.input
         (index,) = (i for i, value in enumerate(inputs) if value.name == name)
