@@ -1,12 +1,10 @@
 """Compare gptx with transformers at a full size of GPT-2, in float32, on random weights.
 
-Run by hand, in an environment that has gptx, torch and transformers:
+    python -m benchmarks.check_transformers --size 355M --backend numpy
 
-    python benchmarks/check_transformers.py --size 355M --backend numpy
-
-Both read the same model.safetensors. Compared are the logits of every position of one prompt, and
-a greedy continuation. The models are loaded one after the other. At 1558M writing the file and
-running transformers take 7 GB of memory each, and the file 6.2 GB in $TMPDIR.
+It needs torch and transformers. Both read the same model.safetensors. It compares the logits of
+every position of a prompt, and a greedy continuation. The models are loaded one after the other. At
+1558M, transformers takes 7 GB of memory, and the file 6.2 GB in $TMPDIR.
 """
 
 from __future__ import annotations
@@ -22,25 +20,24 @@ from pathlib import Path
 import numpy as np
 
 import gptx
+from gptx.bench.sources import random_ids, write_random_model
 from gptx.config import SIZES, GPT2Config
-from gptx.random_weights import random_weights
-from tests.support.random_models import random_ids, write_model
 
-LIMIT = 1e-4  # on the largest absolute difference of two logits
+MAX_DIFFERENCE = 1e-4  # of two logits
 N_TOKENS = 20
 
 
 @dataclass
-class Outcome:
-    """What one implementation computed, and the seconds that its forward pass took."""
+class Output:
+    """The output of one implementation, and the seconds of its forward pass."""
 
     logits: np.ndarray  # [n, V] float32
     tokens: list[int]
     seconds: float
-    margin: float | None = None  # the least distance from the best to the second logit
+    margin: float | None = None  # smallest distance from the best to the second logit
 
 
-def with_transformers(folder: Path, ids: list[int]) -> Outcome:
+def run_transformers(folder: Path, ids: list[int]) -> Output:
     """Run the reference: one forward pass, then greedy steps with its cache."""
     import torch
     import transformers
@@ -61,21 +58,21 @@ def with_transformers(folder: Path, ids: list[int]) -> Outcome:
             margins.append(float(best.values[0] - best.values[1]))
             last = torch.tensor([tokens[-1:]])
             out = model(last, past_key_values=out.past_key_values, use_cache=True)
-    return Outcome(logits, tokens, seconds, min(margins))
+    return Output(logits, tokens, seconds, min(margins))
 
 
-def with_gptx(folder: Path, ids: list[int], backend: str) -> Outcome:
+def run_gptx(folder: Path, ids: list[int], backend: str) -> Output:
     """Run gptx on the same file."""
     model = gptx.load(folder, backend=backend)
     start = time.perf_counter()
     logits = model.logits(ids)
     seconds = time.perf_counter() - start
     tokens = model.generate(ids, max_tokens=N_TOKENS, ignore_eos=True).tokens
-    return Outcome(np.asarray(logits), [int(token) for token in tokens], seconds)
+    return Output(np.asarray(logits), [int(token) for token in tokens], seconds)
 
 
-def compare(ours: Outcome, reference: Outcome) -> dict[str, float | bool | None]:
-    """Put the differences in numbers; relative ones are to the largest logit."""
+def compare(ours: Output, reference: Output) -> dict[str, float | bool | None]:
+    """Return the differences; relative ones are relative to the largest logit."""
     if ours.logits.shape != reference.logits.shape:
         raise SystemExit(
             f"gptx gave logits {ours.logits.shape}, transformers {reference.logits.shape}"
@@ -90,13 +87,15 @@ def compare(ours: Outcome, reference: Outcome) -> dict[str, float | bool | None]
         "least_margin": reference.margin,
         "gptx_seconds": ours.seconds,
         "transformers_seconds": reference.seconds,
-        "passed": difference <= LIMIT and same,  # a NaN is not
+        "passed": difference <= MAX_DIFFERENCE and same,  # False for NaN
     }
 
 
 def main() -> int:
-    """Compare, print a line and a JSON line; 1 if they disagree."""
-    parser = argparse.ArgumentParser(description="compare gptx with transformers")
+    """Compare, and print a line of text and one of JSON; return 1 if they disagree."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.check_transformers", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--size", choices=tuple(SIZES), default="124M")
     parser.add_argument("--backend", default="numpy")
     parser.add_argument("--length", type=int, default=256, help="tokens of the prompt")
@@ -105,12 +104,11 @@ def main() -> int:
     config = GPT2Config.of_size(args.size)
     if not 1 <= args.length <= config.n_positions - N_TOKENS:
         parser.error(f"--length must be from 1 to {config.n_positions - N_TOKENS}")
-    ids = random_ids(config, 1, args.length)[0].tolist()
+    [ids] = random_ids(config, 1, args.length)
     with tempfile.TemporaryDirectory() as folder:
-        # never bound to a name, so that the arrays are gone before a model is loaded
-        path = write_model(folder, config, random_weights(config))
-        reference = with_transformers(path, ids)
-        ours = with_gptx(path, ids, args.backend)
+        path = write_random_model(Path(folder) / "model", config)
+        reference = run_transformers(path, ids)
+        ours = run_gptx(path, ids, args.backend)
     result = compare(ours, reference)
     print(
         f"{args.size} on {args.backend}, {args.length} tokens: "

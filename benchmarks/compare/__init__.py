@@ -1,1 +1,1 @@
-"""The same weights in every engine that is installed."""
+"""The same weights in every engine that is installed; see README.md."""

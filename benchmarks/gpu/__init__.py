@@ -1,1 +1,1 @@
-"""Checks and times on a GPU."""
+"""Checks of the CUDA backend and its speed beside PyTorch; see README.md."""

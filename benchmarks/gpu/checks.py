@@ -1,11 +1,12 @@
-"""Whether the GPU computes what the generic ops do in float64 on the processor.
+"""Checks of the GPU against the generic ops in float64 on the processor.
 
-Every check yields errors and the limit that they must not pass, relative to the largest number that
-is expected. The weights are random, or those of the embedded model.
+Every check yields an error and its limit, both relative to the largest expected number. The weights
+are random, or those of the embedded model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import models as gpu_models
-from benchmarks.gpu.times import told
+from benchmarks.gpu.models import EMBEDDED, load_model
+from benchmarks.gpu.times import format_error
 from gptx.backends import Backend, Positions, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import DeviceOutOfMemory
@@ -24,21 +25,23 @@ from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits, pad
 from gptx.model import Transformer
 from gptx.quantization import Quantization
+from gptx.random_weights import random_weights
+from gptx.stored_weights import Tensor
 from gptx.weights import quantize_weights, to_backend
 
-Finding = tuple[str, float, float]  # what, the error, its limit
+Finding = tuple[str, float, float]  # text, error, limit
 
-LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # of an op
-TRAINED_LIMITS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # of a trained model's logits
-RANDOM_LIMITS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}  # attention is sharper there
-EXACT = 0.0  # an error is the part of the tokens that differ
+OP_LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+TRAINED_LIMITS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # logits
+RANDOM_LIMITS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}  # sharper attention
+EXACT = 0.0  # the error is the share of tokens that differ
 
-# Real heads; a vocabulary and a number of rows that are multiples of nothing.
+# Heads of the real width; a vocabulary and numbers of rows that no block size divides.
 SMALL = GPT2Config(vocab_size=5003, n_embd=768, n_layer=2, n_head=12)
 NARROW = GPT2Config(vocab_size=1009, n_embd=200, n_layer=2, n_head=25, n_positions=64)
 BATCHES = ((1,), (5, 1, 33), (7,) * 8, (2,) * 13, (3, 9) * 35)
 LONG = (1010, 1003)
-STEPS = 4  # after each prompt; the first may not be the graph that the others are
+STEPS = 4  # decode steps after each prompt; the first may run without a graph
 PROMPTS = (
     "First Citizen:\nBefore we proceed any further, hear me speak.",
     "ROMEO:\n",
@@ -59,42 +62,42 @@ SAMPLED = {
 
 
 @dataclass(frozen=True)
-class Where:
-    """The backend that is checked; "numpy" in a dry run, which has one type only."""
+class Target:
+    """The backend under test; "numpy" in a dry run, which has float32 only."""
 
     backend: str = "cupy"
 
     def make(self, dtype: str = "float32", **options: Any) -> Backend:
-        """It, with some options of `get_backend`."""
-        return get_backend(self.backend, dtype=self.has(dtype), **options)
+        """Make the backend with options of `get_backend`."""
+        return get_backend(self.backend, dtype=self.supported(dtype), **options)
 
-    def has(self, dtype: str) -> str:
-        """The type itself, or what stands in for it."""
+    def supported(self, dtype: str) -> str:
+        """Return the type, or float32 in a dry run."""
         return dtype if self.backend == "cupy" else "float32"
 
 
 def reference() -> Backend:
-    """The generic ops in float64."""
+    """Make the backend of the generic ops in float64."""
     return get_backend("numpy", dtype="float64", generic=True)
 
 
 # The ops
 
 
-def ops(where: Where, dtype: str) -> Iterator[Finding]:
-    """Each op by itself."""
-    backend, exact = where.make(dtype), reference()
+def ops(target: Target, dtype: str) -> Iterator[Finding]:
+    """Check each op."""
+    backend, exact = target.make(dtype), reference()
     for op, cases in _cases(np.random.default_rng(0)).items():
         errors = [
-            relative(_run(backend, op, host), _run(exact, op, _rounded(backend, host)))
+            relative_error(_run(backend, op, host), _run(exact, op, _rounded(backend, host)))
             for host in cases
         ]
-        # NumPy's maximum, since Python's may overlook a NaN
-        yield f"{op} {dtype}", float(np.max(errors)), LIMITS[where.has(dtype)]
+        # NumPy's maximum propagates NaN; Python's may not.
+        yield f"{op} {dtype}", float(np.max(errors)), OP_LIMITS[target.supported(dtype)]
 
 
 def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of every op of the model, at real widths."""
+    """Return the arguments of every op of the model, at real widths."""
 
     def x(*shape: int) -> np.ndarray:
         return random.normal(size=shape) * 2
@@ -105,7 +108,7 @@ def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         aligned = len(set(last)) == len(set(counts)) == 1
         return Positions(index, int(last.max()) + 1, aligned, np.asarray)
 
-    def new(positions: Positions) -> np.ndarray:  # [B, H, T, D], repeated where tokens are
+    def new(positions: Positions) -> np.ndarray:  # [B, H, T, D], repeated like the tokens
         B, T = positions.host.shape
         source = (positions.host - positions.host[:, :1])[:, None, :, None]
         return np.take_along_axis(x(B, 12, T, 64), source, 2)
@@ -136,7 +139,7 @@ def _cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def _rounded(backend: Backend, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as the device has them, so that the op's own error is left."""
+    """Round the arguments to the backend's dtype, so that only the op's error remains."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -148,19 +151,19 @@ def _rounded(backend: Backend, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _run(backend: Backend, op: str, arguments: tuple[Any, ...]) -> np.ndarray:
-    def there(value: Any) -> Any:
+    def on_backend(value: Any) -> Any:
         if isinstance(value, Positions):
-            return replace(value, bring=backend.asarray)
+            return replace(value, asarray=backend.asarray)
         return backend.asarray(value) if isinstance(value, np.ndarray) else value
 
     with backend.scope():
-        out = getattr(backend, op)(*map(there, arguments))
+        out = getattr(backend, op)(*map(on_backend, arguments))
         outs = out if isinstance(out, tuple) else (out,)
         return np.concatenate([backend.to_numpy(o).astype(np.float64).ravel() for o in outs])
 
 
-def relative(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, in terms of the largest number."""
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference relative to the largest expected number."""
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
@@ -168,39 +171,44 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def forward(
-    where: Where,
+    target: Target,
     dtype: str,
     how: Quantization | None = None,
     config: GPT2Config = SMALL,
     **options: Any,
 ) -> Iterator[Finding]:
-    """Prompts of one length and of several, and decode steps after them, against float64."""
-    backend = where.make(dtype, **options)
+    """Check prompts of one length and of several, and decode steps after them."""
+    backend = target.make(dtype, **options)
     config = replace(config, quantization=how)
-    model = _model(config, gpu_models.random_weights(config, how), backend)
-    limit = RANDOM_LIMITS[where.has(options.get("cache_dtype", dtype))]
+    model = _make_model(config, _random_weights(config), backend)
+    limit = RANDOM_LIMITS[target.supported(options.get("cache_dtype", dtype))]
     for lengths in (*BATCHES, LONG):
         if max(lengths) < config.n_positions:
             expected = _expected(config, lengths)
-            # Kernel by kernel, then as graphs: with early launches, and without.
-            errors = [relative(_logits(model, lengths), expected) for _ in range(3)]
-            what = f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}"
-            yield what, float(np.max(errors)), limit
+            # Kernel by kernel, then graphs with and without programmatic dependent launch.
+            errors = [relative_error(_logits(model, lengths), expected) for _ in range(3)]
+            text = f"{len(lengths)} sequences, {max(lengths)} tokens and {STEPS}"
+            yield text, float(np.max(errors)), limit
 
 
 @cache
 def _expected(config: GPT2Config, lengths: tuple[int, ...]) -> np.ndarray:
-    weights = gpu_models.random_weights(config, config.quantization)
-    return _logits(_model(config, weights, reference()), lengths)
+    return _logits(_make_model(config, _random_weights(config), reference()), lengths)
 
 
-def _model(config: GPT2Config, weights: Any, backend: Backend) -> Transformer:
+@cache
+def _random_weights(config: GPT2Config) -> dict[str, Tensor]:
+    floats = replace(config, quantization=None)
+    return quantize_weights(random_weights(floats), floats, config.quantization)[0]
+
+
+def _make_model(config: GPT2Config, weights: Any, backend: Backend) -> Transformer:
     with backend.scope():
         return Transformer(config, to_backend(weights, backend), backend)
 
 
 def _logits(model: Transformer, lengths: Sequence[int]) -> np.ndarray:
-    """Of random prompts, and of each of some random tokens after them."""
+    """Return the logits after random prompts, and after each of `STEPS` random tokens."""
     random, backend = np.random.default_rng(sum(lengths)), model.backend
     prompts = [random.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
     with backend.scope():
@@ -218,23 +226,23 @@ def _logits(model: Transformer, lengths: Sequence[int]) -> np.ndarray:
 
 
 class Embedded:
-    """Its weights, and texts of NumPy's generic ops with them."""
+    """The embedded model, quantized on request, and its tokenized prompts."""
 
     def __init__(self, how: Quantization | None = None) -> None:
-        config, weights = gpu_models.model(gpu_models.EMBEDDED)
+        config, weights = load_model(EMBEDDED)
         self.weights, self.config = quantize_weights(weights, config, how)
         from gptx.hub.resolve import locate
         from gptx.tokenization.bpe import BytePairTokenizer
 
-        tokenizer = BytePairTokenizer(locate(gpu_models.EMBEDDED, offline=True).tokenizer)
+        tokenizer = BytePairTokenizer(locate(EMBEDDED, offline=True).tokenizer)
         self.prompts = [tokenizer.encode(text) for text in PROMPTS]
 
     def on(self, backend: Backend) -> Transformer:
-        """The model there."""
-        return _model(self.config, self.weights, backend)
+        """Make the model on a backend."""
+        return _make_model(self.config, self.weights, backend)
 
     def tokens(self, backend: Backend, params: SamplingParams, n: int = 100) -> list[list[int]]:
-        """What all prompts together go on with."""
+        """Return `n` tokens after each prompt, generated in one batch."""
         found: list[list[int]] = [[] for _ in self.prompts]
         for step in TokenGenerator(self.on(backend), self.prompts, params, max_tokens=n):
             for token in step:
@@ -242,7 +250,7 @@ class Embedded:
         return found
 
     def logits(self, backend: Backend) -> np.ndarray:
-        """Of every token of every prompt."""
+        """Return the logits of every token of every prompt."""
         model = self.on(backend)
         with backend.scope():
             cache = KVCache(self.config, backend, len(self.prompts), max(map(len, self.prompts)))
@@ -251,42 +259,42 @@ class Embedded:
             return backend.to_numpy(model.forward(ids, positions, cache)).astype(np.float64)
 
 
-def embedded(where: Where) -> Iterator[Finding]:
-    """Greedy tokens and draws identical to NumPy's in float32, logits close in every type."""
+def embedded(target: Target) -> Iterator[Finding]:
+    """Check greedy and sampled tokens against NumPy's in float32, and logits in every type."""
     model, numpy = Embedded(), get_backend("numpy", generic=True)
     exact = model.logits(reference())
     greedy = model.tokens(numpy, SamplingParams(seed=0))
     for name, backend in (
-        ("compiled", where.make()),
-        ("ops", where.make(compile=False)),
-        ("generic", where.make(generic=True)),
+        ("compiled", target.make()),
+        ("ops", target.make(compile=False)),
+        ("generic", target.make(generic=True)),
     ):
         yield f"logits, {name}", float(np.abs(model.logits(backend) - exact).max()), 1e-4
         got = model.tokens(backend, SamplingParams(seed=0))
-        yield f"greedy tokens, {name}", _differing(got, greedy), EXACT
+        yield f"greedy tokens, {name}", _share_differing(got, greedy), EXACT
     for name, params in SAMPLED.items():
-        got = model.tokens(where.make(), params)
-        yield f"sampled tokens, {name}", _differing(got, model.tokens(numpy, params)), EXACT
+        got = model.tokens(target.make(), params)
+        yield f"sampled tokens, {name}", _share_differing(got, model.tokens(numpy, params)), EXACT
     for dtype in ("float16", "bfloat16"):
-        error = relative(model.logits(where.make(dtype)), exact)
+        error = relative_error(model.logits(target.make(dtype)), exact)
         yield f"logits, {dtype}", error, TRAINED_LIMITS[dtype]
-    error = relative(model.logits(where.make(cache_dtype="float16")), exact)
+    error = relative_error(model.logits(target.make(cache_dtype="float16")), exact)
     yield "logits, float16 cache", error, TRAINED_LIMITS["float16"]
 
 
-def embedded_codes(where: Where) -> Iterator[Finding]:
-    """The same with quantized weights."""
+def embedded_quantized(target: Target) -> Iterator[Finding]:
+    """Check logits and greedy tokens with quantized weights."""
     for how in (Quantization(64, 8), Quantization(64, 4)):
         model, numpy = Embedded(how), get_backend("numpy", generic=True)
         exact = model.logits(reference())
-        error = float(np.abs(model.logits(where.make()) - exact).max())
+        error = float(np.abs(model.logits(target.make()) - exact).max())
         yield f"logits, {how}", error, 1e-4
         greedy = SamplingParams(seed=0)
-        got = model.tokens(where.make(), greedy)
-        yield f"greedy tokens, {how}", _differing(got, model.tokens(numpy, greedy)), EXACT
+        got = model.tokens(target.make(), greedy)
+        yield f"greedy tokens, {how}", _share_differing(got, model.tokens(numpy, greedy)), EXACT
 
 
-def _differing(got: list[list[int]], expected: list[list[int]]) -> float:
+def _share_differing(got: list[list[int]], expected: list[list[int]]) -> float:
     pairs = [(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)]
     return sum(a != b for a, b in pairs) / len(pairs)
 
@@ -294,9 +302,9 @@ def _differing(got: list[list[int]], expected: list[list[int]]) -> float:
 # Memory
 
 
-def memory(where: Where) -> Iterator[Finding]:
-    """What does not fit is DeviceOutOfMemory, and the next call works."""
-    backend = where.make()
+def memory(target: Target) -> Iterator[Finding]:
+    """Check that memory that runs out is DeviceOutOfMemory, and that the next call works."""
+    backend = target.make()
     try:
         with backend.scope():
             backend.zeros((2**46,))
@@ -309,40 +317,48 @@ def memory(where: Where) -> Iterator[Finding]:
     yield "the call after it", float(np.abs(ones - 1).max()), EXACT
 
 
-Group = tuple[str, Callable[[], Iterator[Finding]]]  # a title, and what yields the findings
+Group = tuple[str, Callable[[], Iterator[Finding]]]  # title, and generator of findings
 
 
-def first(where: Where) -> Iterator[Group]:
-    """What has to be right before times mean anything."""
-    yield "embedded model", partial(embedded, where)
+def first(target: Target) -> Iterator[Group]:
+    """Return the checks without which times are meaningless."""
+    yield "embedded model", partial(embedded, target)
     for dtype in ("bfloat16", "float32"):
-        yield f"forward pass {dtype}", partial(forward, where, dtype)
-    yield "out of memory", partial(memory, where)
+        yield f"forward pass {dtype}", partial(forward, target, dtype)
+    yield "out of memory", partial(memory, target)
 
 
-def rest(where: Where) -> Iterator[Group]:
-    """Every other kernel and variant."""
+def rest(target: Target) -> Iterator[Group]:
+    """Return the checks of every other kernel and variant."""
     for dtype in ("float32", "bfloat16", "float16"):
-        yield f"ops {dtype}", partial(ops, where, dtype)
-    yield "embedded model, codes", partial(embedded_codes, where)
+        yield f"ops {dtype}", partial(ops, target, dtype)
+    yield "embedded model, quantized", partial(embedded_quantized, target)
     for group_size, bits in ((64, 4), (64, 8), (32, 4), (128, 4)):
         how = Quantization(group_size, bits)
-        yield f"forward pass {how}", partial(forward, where, "bfloat16", how)
-    yield "forward pass float16", partial(forward, where, "float16")
-    yield "float16 cache", partial(forward, where, "float32", cache_dtype="float16")
-    yield "op by op", partial(forward, where, "bfloat16", compile=False)
-    yield "narrow heads", partial(forward, where, "float32", config=NARROW)
-    yield "int8 float32", partial(forward, where, "float32", Quantization(64, 8))
+        yield f"forward pass {how}", partial(forward, target, "bfloat16", how)
+    yield "forward pass float16", partial(forward, target, "float16")
+    yield "float16 cache", partial(forward, target, "float32", cache_dtype="float16")
+    yield "op by op", partial(forward, target, "bfloat16", compile=False)
+    yield "narrow heads", partial(forward, target, "float32", config=NARROW)
+    yield "int8 float32", partial(forward, target, "float32", Quantization(64, 8))
 
 
-def run(groups: Iterable[Group], go_on: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """A record for each finding; what raises is one that failed."""
-    for title, find in groups:
-        if not go_on():
+def run_checks(until: float, which: str, backend: str = "cupy") -> Iterator[dict[str, Any]]:
+    """Run the groups "first" or "rest"; yield a record for each finding."""
+    groups = {"first": first, "rest": rest}[which](Target(backend))
+    yield from find(groups, until)
+
+
+def find(groups: Iterable[Group], until: float) -> Iterator[dict[str, Any]]:
+    """Yield a record for each finding; an exception is a failed check."""
+    for title, check in groups:
+        if time.time() > until:
             return
+        shared = {"section": "checks", "group": title}
         try:
-            for what, error, limit in find():
-                ok = error <= limit  # a NaN is not
-                yield {"group": title, "check": what, "error": error, "limit": limit, "ok": ok}
+            for text, error, limit in check():
+                ok = error <= limit  # False for NaN
+                yield {**shared, "check": text, "error": error, "limit": limit, "ok": ok}
         except Exception as error:
-            yield {"group": title, "check": title, "error": told(error), "limit": 0.0, "ok": False}
+            failure = {"check": title, "error": format_error(error), "limit": 0.0, "ok": False}
+            yield shared | failure

@@ -1,4 +1,4 @@
-"""What there is, and how fast it can be at best: the ceilings that `gpu.py` compares with."""
+"""The device: its facts, and the upper limits that times are compared with."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-# Of what runs on the GPU's machine; the last column says who wants it.
-NEEDED = {
+Record = dict[str, Any]
+
+# Package -> the part of the benchmark that needs it.
+PACKAGES = {
     "numpy": "gptx",
     "array_api_compat": "gptx",
     "safetensors": "gptx",
     "tokenizers": "gptx",
     "huggingface_hub": "gptx",
     "threadpoolctl": "gptx",
-    "cupy": "gptx on the GPU",
-    "ml_dtypes": "gptx's bfloat16",
+    "cupy": "the backend",
+    "ml_dtypes": "bfloat16",
     "torch": "the peers",
     "transformers": "the peers",
 }
@@ -29,7 +31,7 @@ NEEDED = {
 KERNELS = r"""
 extern "C" __global__ void nothing() {}
 
-// Sums what it reads, 16 bytes at a time; what is not written would not be read.
+// Reads 16 bytes at a time. Without a use of the sum, the compiler would drop the reads.
 extern "C" __global__ void read_all(const uint4* x, long long n, unsigned* out) {
     unsigned sum = 0;
     long long step = (long long)gridDim.x * blockDim.x;
@@ -46,41 +48,56 @@ LAUNCHES = 1000
 NODES = 200
 
 
-def missing() -> str:
-    """One line that says what is not installed, and how to bring it; "" if all is there."""
-    absent = {}
-    for name, who in NEEDED.items():
+def report_device(until: float, dry_run: bool = False) -> Iterator[Record]:
+    """Yield a note about missing packages, the facts of the device, and its upper limits.
+
+    With `dry_run` they are those of the processor.
+    """
+    if text := missing_packages():
+        yield {"section": "note", "text": text}
+    yield {"section": "device", **facts()}
+    if not dry_run:
+        yield {"section": "device", **gpu_facts()}
+    for name, value in host_rates() if dry_run else gpu_rates():
+        yield {"section": "rates", "name": name, "value": value}
+
+
+def missing_packages() -> str:
+    """Return a line that names missing packages and how to install them; "" if there are none."""
+    missing = {}
+    for name, use in PACKAGES.items():
         try:
             importlib.import_module(name)
         except ImportError as error:
-            absent[name] = f"{name} ({who}: {error})"
-    if not absent:
+            missing[name] = f"{name} ({use}: {error})"
+    if not missing:
         return ""
     names = {"cupy": "cupy-cuda13x"}
-    packages = " ".join(names.get(name, name.replace("_", "-")) for name in absent)
+    packages = " ".join(names.get(name, name.replace("_", "-")) for name in missing)
     return (
-        f"missing: {', '.join(absent.values())}. Elsewhere: pip download --no-deps "
-        f"--only-binary=:all: --python-version {platform.python_version().rpartition('.')[0]} "
+        f"missing: {', '.join(missing.values())}. On a machine with a network: pip download "
+        "--no-deps --only-binary=:all: "
+        f"--python-version {platform.python_version().rpartition('.')[0]} "
         f"--platform manylinux_2_28_{platform.machine()} -d wheels {packages}; here: "
         "pip install --no-index --no-deps wheels/*.whl"
     )
 
 
 def facts() -> dict[str, Any]:
-    """The machine and its software."""
+    """Return the facts about the machine and its software."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
-    for name in NEEDED:
+    for name in PACKAGES:
         with contextlib.suppress(ImportError):
-            found[name] = getattr(importlib.import_module(name), "__version__", "there")
+            found[name] = getattr(importlib.import_module(name), "__version__", "installed")
     return found
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Those of the GPU and its driver."""
+    """Return the facts about the GPU and its driver."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -100,14 +117,15 @@ def gpu_facts() -> dict[str, Any]:
     }
 
 
-def rates(n_bytes: int = 2**32) -> Iterator[tuple[str, float]]:
-    """Yield name and value: bytes per second, operations per second, seconds.
+def gpu_rates(n_bytes: int = 2**32) -> Iterator[tuple[str, float]]:
+    """Yield name and value: bytes per second, operations per second, or seconds.
 
     - `copy`: device to device, bytes read and bytes written.
-    - `read`: the fastest of our own kernel and CuPy's sum.
-    - `matmul`: of bfloat16 numbers that are random, as zeros would be faster.
-    - `launch`: of an empty kernel, on the host; `graph_node`: of one in a graph, on the device;
-      `round_trip`: one number from the device to the host.
+    - `read`: the faster of the kernel above and CuPy's sum.
+    - `matmul`: a product of random bfloat16 numbers; zeros would be faster.
+    - `launch`: an empty kernel, time on the host.
+    - `graph_node`: an empty kernel in a CUDA graph, time on the device.
+    - `round_trip`: one number from the device to the host.
     """
     import cupy
     import torch
@@ -117,13 +135,13 @@ def rates(n_bytes: int = 2**32) -> Iterator[tuple[str, float]]:
     x = cupy.arange(n_bytes // 4, dtype=cupy.uint32) * np.uint32(2654435761)
     y, out = cupy.empty_like(x), cupy.zeros(1, cupy.uint32)
     blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * 8
-    yield "copy", 2 * n_bytes / _on_device(lambda: cupy.copyto(y, x))
-    ways: list[Callable[[], Any]] = [
+    yield "copy", 2 * n_bytes / _device_seconds(lambda: cupy.copyto(y, x))
+    reads: list[Callable[[], Any]] = [
         lambda: read_all((blocks,), (256,), (x, np.int64(n_bytes // 16), out)),
         lambda: cupy.sum(x.view(cupy.float32)),
     ]
-    yield "read", n_bytes / min(_on_device(way) for way in ways)
-    x = y = None  # what is measured here needs the room no more
+    yield "read", n_bytes / min(_device_seconds(read) for read in reads)
+    x = y = None  # frees the memory
     cupy.get_default_memory_pool().free_all_blocks()
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -155,15 +173,15 @@ def _overheads(nothing: Any, out: Any) -> Iterator[tuple[str, float]]:
         for _ in range(NODES):
             nothing((1,), (32,), ())
         graph = stream.end_capture()
-    yield "graph_node", _on_device(graph.launch) / NODES
+    yield "graph_node", _device_seconds(graph.launch) / NODES
     start = time.perf_counter()
     for _ in range(100):
         out.get()
     yield "round_trip", (time.perf_counter() - start) / 100
 
 
-def _on_device(work: Callable[[], Any]) -> float:
-    """Seconds, the median of several by the device's clock; once before for what is compiled."""
+def _device_seconds(work: Callable[[], Any]) -> float:
+    """Return the median seconds on the device's clock, after a run that compiles."""
     import cupy
 
     times = []
@@ -178,7 +196,7 @@ def _on_device(work: Callable[[], Any]) -> float:
 
 
 def host_rates(n_bytes: int = 2**26) -> Iterator[tuple[str, float]]:
-    """The same names for the processor, with NumPy: for a dry run."""
+    """Yield the same names for the processor, with NumPy, for a dry run."""
     x = np.arange(n_bytes // 4, dtype=np.float32)
     y = np.empty_like(x)
     a = np.random.default_rng(0).random((512, 512), np.float32)

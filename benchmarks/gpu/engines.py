@@ -1,4 +1,4 @@
-"""What `gpu.py` times: gptx in its layers here, PyTorch's ways in `gpu_peers.py`."""
+"""The engines that are timed: the base class, and gptx. The peers are in `peers/`."""
 
 from __future__ import annotations
 
@@ -11,76 +11,76 @@ from typing import Any
 import numpy as np
 
 from gptx.backends import get_backend
-from gptx.bench.speed import weights_bytes
+from gptx.bench.grid import weights_bytes
+from gptx.bench.setups import GREEDY
 from gptx.config import GPT2Config
 from gptx.generation.engine import TokenGenerator
-from gptx.generation.sampling import SamplingParams, make_sampler
+from gptx.generation.sampling import make_sampler
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
 from gptx.model import Transformer
 from gptx.stored_weights import Tensor
 from gptx.weights import to_backend
 
-GREEDY = SamplingParams(seed=0)
-
 
 class Engine:
-    """Continues prompts, greedily.
+    """A model that continues prompts, greedily.
 
     Attributes
     ----------
     weights_bytes
-        What its weights take on the device.
+        Bytes of the weights on the device.
     kernels
-        How many a decode step launches, where the engine itself knows.
+        Number of kernels of a decode step, if the engine counts them.
     """
 
     name: str
     weights_bytes: int
     kernels: int | None = None
 
-    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
-        """Get ready for prompts and continuations of so many tokens; what that takes counts as
-        time to compile."""
+    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:
+        """Prepare for `capacity` positions, `n_tokens` of them new; counts as compile time."""
 
     def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
-        """`n` new tokens after prompts [B, T]: B of them a step, when they are on the host."""
+        """Yield `n` steps after prompts [B, T]: B new tokens each, when they are on the host."""
         raise NotImplementedError
 
     def device_seconds(self, prompts: np.ndarray, n: int) -> tuple[float, float]:
-        """Seconds until the first tokens, and seconds of a step, by the device's own clock; no
-        token is read on the host."""
+        """Return the seconds of the first tokens and of a step, on the device's clock.
+
+        No token is read on the host.
+        """
         raise NotImplementedError
 
     def elapsed(self, work: Callable[[], None]) -> float:
-        """Seconds that some work takes the device."""
+        """Return the seconds of some work on the device."""
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """Those of the next token [V]."""
+        """Return the logits [V] of the next token."""
         raise NotImplementedError
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the device that this engine's library holds, and the most since `release`."""
+        """Return the bytes that the library holds, and the peak since `release`."""
         return 0, 0
 
     def release(self) -> None:
-        """Give memory that nobody uses back to the device."""
+        """Return unused memory to the device."""
 
 
-class Gptx(Engine):
-    """gptx: its engine as a user has it.
+class GptxEngine(Engine):
+    """gptx's engine.
 
     Parameters
     ----------
     backend
-        Its name.
+        The name of the backend.
     attributes
-        To set on the backend (see `CupyBackend`).
+        Attributes to set on the backend (see `CupyBackend`).
     options
-        Of `get_backend`: which layer, which types.
+        Options of `get_backend`.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class Gptx(Engine):
         self.weights_bytes = weights_bytes(self.model)[0]
         self._cupy = importlib.import_module("cupy") if self.backend.name == "cupy" else None
 
-    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
-        prompts = np.zeros((batch, room - n_tokens + 1), np.int64)
+    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:
+        prompts = np.zeros((batch, capacity - n_tokens + 1), np.int64)
         for _ in range(self.backend.warm_up):  # each with one decode step
             deque(self.tokens(prompts, min(n_tokens, 2)), maxlen=0)
         with self.backend.scope():
@@ -124,19 +124,19 @@ class Gptx(Engine):
             def first() -> None:
                 nonlocal ids
                 ids = backend.sample(next_token_logits(self.model, texts, cache), sampler).ids
-                self._demand(ids)
+                self._compute(ids)
 
             def steps() -> None:
                 nonlocal ids
                 for _ in range(n - 1):
                     positions = cache.extend([1] * B)
                     ids = backend.decode(self.model, ids, positions, cache, sampler).ids
-                self._demand(ids)
+                self._compute(ids)
 
             return self.elapsed(first), self.elapsed(steps) / max(n - 1, 1)
 
-    def _demand(self, ids: Any) -> None:
-        """Have a lazy library compute; CuPy is told to by its events."""
+    def _compute(self, ids: Any) -> None:
+        """Make a lazy library compute; CuPy's events do."""
         if self._cupy is None:
             self.backend.to_numpy(ids)
 

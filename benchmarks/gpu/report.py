@@ -1,24 +1,31 @@
-"""What `gpu.py` measured, as tables."""
+"""The tables of the GPU benchmark: device, checks, times, goals and failures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.report import goals_table
 from benchmarks.gpu.times import GPTX, PLAIN, TRANSFORMERS
-from gptx.bench.report import NOTHING, Column, duration, markdown
+from gptx.bench.tables import (
+    NOTHING,
+    Column,
+    Goal,
+    duration,
+    goals_table,
+    markdown,
+    megabytes,
+    ratio,
+)
 
 Record = dict[str, Any]
-OURS = tuple(GPTX)
 PEERS = (*PLAIN, *TRANSFORMERS)
-ROW = ("size", "dtype", "quantize", "batch", "prompt", "new")
+ROW_FIELDS = ("size", "dtype", "quantize", "batch", "prompt", "new")
 
 
 class Results:
-    """All records of one run or several, by section."""
+    """All records of one or more runs, with derived figures."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = list(records)
@@ -34,28 +41,28 @@ class Results:
             r["speedup"] = self._speedup(r)
 
     def of(self, section: str) -> list[Record]:
-        """Those of one section, as they came."""
+        """Return the records of one section, in their order."""
         return [record for record in self.records if record["section"] == section]
 
     def _derived(self, r: Record) -> Record:
-        """Medians, and parts of what the machine can do at best."""
+        """Compute medians, and shares of the upper limits of the device."""
         read, matmul = self.rates.get("read"), self.rates.get("matmul")
         step = r.get("step_p50")
-        floor = (r["weights_read"] + r["cache_read"]) / read if read else None
+        read_seconds = (r["weights_read"] + r["cache_read"]) / read if read else None
         first = float(np.median(r["first"]))
         kernels = self.kernels.get((r["size"], r["engine"]), r["kernels"])
         return {
             "first_median": first,
-            "of_floor": floor / step if floor and step else None,
+            "of_floor": read_seconds / step if read_seconds and step else None,
             "of_matmul": r["prompt_flops"] / matmul / first if matmul else None,
             "kernels": kernels,
         }
 
     def _speedup(self, ours: Record) -> float | None:
-        """How many times as fast as the fastest of PyTorch's ways, each beside it in turns."""
-        if ours["engine"] not in OURS:
+        """Return the speed relative to the fastest PyTorch engine that ran in the same job."""
+        if ours["engine"] not in GPTX:
             return None
-        times = [
+        speedups = [
             _time(theirs) / _time(beside)
             for theirs in self.times
             if theirs["engine"] in PEERS and _row(theirs) == _row(ours)
@@ -64,10 +71,10 @@ class Results:
             and _row(beside) == _row(ours)
             and beside["job"] == theirs["job"]
         ]
-        return min(times, default=None)
+        return min(speedups, default=None)
 
-    def found(self, engine: str, name: str, **row: Any) -> float | None:
-        """One number of one row: the best, where it was measured several times."""
+    def best(self, engine: str, name: str, **row: Any) -> float | None:
+        """Return the largest median of a figure among the rows that match; None if none does."""
         values = [
             r[name]
             for r in self.times
@@ -78,11 +85,11 @@ class Results:
 
 
 def _row(record: Record) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ROW)
+    return tuple(record[key] for key in ROW_FIELDS)
 
 
 def _time(record: Record) -> float:
-    """What engines are compared by: a step, or a prompt where there are no steps."""
+    """Return the seconds of a step, or of the prompt if there are no steps."""
     return float(record.get("step_p50") or record["first_median"])
 
 
@@ -103,10 +110,6 @@ def _rate(r: Record) -> str:
     return f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
 
 
-def _part(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
-
-
 def _device(r: Record) -> str:
     return f"{duration(r['first_device'])} / {duration(r.get('step_device'))}"
 
@@ -118,42 +121,43 @@ COLUMNS = (
     Column("tokens", lambda r: f"{r['prompt']} + {r['new']}"),
     Column("engine", lambda r: r["engine"], right=False),
     Column("first token", lambda r: duration(r["first_median"])),
-    Column("of matmul", lambda r: _part(r["of_matmul"])),
+    Column("of matmul", lambda r: ratio(r["of_matmul"])),
     Column("a token p50 / p99", _step),
     Column("tokens/s (quartiles)", _rate),
-    Column("of the floor", lambda r: _part(r["of_floor"])),
+    Column("of the floor", lambda r: ratio(r["of_floor"])),
     Column("events: first / token", _device),
     Column("kernels", lambda r: NOTHING if r["kernels"] is None else f"{r['kernels']:.0f}"),
-    Column("memory", lambda r: f"{r['memory'] / 1e6:,.0f} MB"),
+    Column("memory", lambda r: megabytes(r["memory"])),
     Column("compile", lambda r: duration(r["compile_time"])),
-    Column("× PyTorch", lambda r: _part(r["speedup"])),
+    Column("× PyTorch", lambda r: ratio(r["speedup"])),
 )
 
 
-def goals_of(results: Results) -> list[tuple[str, str, float, float | None]]:
-    """The issue's goals and stretches for an H200: what, the sign, the limit, and the value."""
+def list_goals(results: Results) -> list[Goal]:
+    """Return the goals for an H200, and stretch goals."""
     small = {"size": "124M", "dtype": "bfloat16", "quantize": ""}
     short = small | {"batch": 1, "prompt": 16}
-    many = small | {"batch": 128, "prompt": 128}
-    rate = results.found("gptx", "rate", **short)
-    deep = results.found("gptx", "rate", **small, batch=1, prompt=1000)
-    large = results.found(
-        "gptx", "of_floor", size="1558M", dtype="bfloat16", quantize="", batch=1, prompt=16
-    )
+    rate = results.best("gptx", "rate", **short)
+    deep = results.best("gptx", "rate", **small, batch=1, prompt=1000)
+    large = results.best("gptx", "of_floor", **(short | {"size": "1558M"}))
+    batch = results.best("gptx", "whole_rate", **small, batch=128, prompt=128)
     first = [r["first_median"] for r in results.times if _is_prefill(r, small)]
+    prefill_ms = min(first) * 1e3 if first else None
     speedups = [r["speedup"] for r in results.times if r["engine"] == "gptx" and r["speedup"]]
-    goals: list[tuple[str, str, float, float | None]] = []
+    goals: list[Goal] = []
 
-    def goal(what: str, sign: str, value: float | None, *limits: float) -> None:
-        goals.extend((f"{what}{' (stretch)' * i}", sign, x, value) for i, x in enumerate(limits))
+    def add(text: str, sign: str, value: float | None, *limits: float) -> None:
+        goals.extend(
+            Goal(f"{text}{' (stretch)' * i}", sign, limit, value) for i, limit in enumerate(limits)
+        )
 
-    goal("124M bfloat16, context 16 to 144, tokens/s", "≥", rate, 4500, 8000)
-    goal("1558M bfloat16, of the floor", "≥", large, 0.70, 0.85)
-    goal("124M, context 1,000 / context 16", "≥", deep / rate if deep and rate else None, 0.8)
-    goal("124M bfloat16, batch 128, 128 + 128, tokens/s with the prompts", "≥",
-         results.found("gptx", "whole_rate", **many), 120_000, 200_000)  # fmt: skip
-    goal("124M bfloat16, prompt of 1,024, ms", "≤", min(first) * 1e3 if first else None, 1.5, 0.8)
-    goal("× the fastest of PyTorch, slowest row", "≥", min(speedups, default=None), 1.3, 2.0)
+    add("124M bfloat16, context 16 to 144, tokens/s", "≥", rate, 4500, 8000)
+    add("1558M bfloat16, of the floor", "≥", large, 0.70, 0.85)
+    add("124M, context 1,000 / context 16", "≥", deep / rate if deep and rate else None, 0.8)
+    add("124M bfloat16, batch 128, 128 + 128, tokens/s with the prompts", "≥", batch,
+        120_000, 200_000)  # fmt: skip
+    add("124M bfloat16, prompt of 1,024, ms", "≤", prefill_ms, 1.5, 0.8)
+    add("× the fastest of PyTorch, slowest row", "≥", min(speedups, default=None), 1.3, 2.0)
     return goals
 
 
@@ -162,19 +166,18 @@ def _is_prefill(r: Record, model: Record) -> bool:
     return all(r[key] == value for key, value in row.items())
 
 
-def tables(records: Iterable[Record]) -> str:
-    """Everything in markdown: the device, the checks, the times, the goals, what failed."""
+def render_tables(records: Iterable[Record]) -> str:
+    """Render everything in markdown: the device, the checks, the times, the goals, failures."""
     results = Results(records)
-    parts = [_about(results), _checks(results)]
+    parts = [_device_text(results), _checks_table(results)]
     if results.times:
         order = sorted(results.times, key=lambda r: [*map(str, _row(r)[:3]), *_row(r)[3:]])
-        parts.append("\n".join(markdown(order, COLUMNS)))
-        parts.append(goals_table(goals_of(results)))
+        parts += [markdown(order, COLUMNS), goals_table(list_goals(results))]
     parts.append("\n".join(_failures(results)))
     return "\n\n".join(part for part in parts if part)
 
 
-def _about(results: Results) -> str:
+def _device_text(results: Results) -> str:
     facts = {
         k: v for r in results.of("device") for k, v in r.items() if k not in ("section", "job")
     }
@@ -187,28 +190,31 @@ def _about(results: Results) -> str:
         "graph_node": ("a node of a graph", 1e-6, "µs"),
         "round_trip": ("a number read on the host", 1e-6, "µs"),
     }
-    told = [
+    rates = [
         f"{title} {results.rates[name] / scale:.3g} {unit}"
         for name, (title, scale, unit) in units.items()
         if name in results.rates
     ]
-    return "\n".join([*lines, *([", ".join(told)] if told else [])])
+    return "\n".join([*lines, *([", ".join(rates)] if rates else [])])
 
 
-def _checks(results: Results) -> str:
-    checks = results.of("checks")
-    if not checks:
-        return ""
+def _checks_table(results: Results) -> str:
     groups: dict[str, list[Record]] = {}
-    for check in checks:
+    for check in results.of("checks"):
         groups.setdefault(check["group"], []).append(check)
-    lines = ["| checked | findings | largest part of the limit | |", "|---|---:|---:|---|"]
-    for group, found in groups.items():
-        parts = [c["error"] / c["limit"] for c in found if c["ok"] and c["limit"]]
-        bad = [f"{c['check']}: {_error(c)}" for c in found if not c["ok"]]
-        verdict = "right" if not bad else "WRONG: " + "; ".join(bad)
-        lines.append(f"| {group} | {len(found)} | {max(parts, default=0):.2f} | {verdict} |")
-    return "\n".join(lines)
+    rows = []
+    for group, checks in groups.items():
+        shares = [c["error"] / c["limit"] for c in checks if c["ok"] and c["limit"]]
+        bad = [f"{c['check']}: {_error(c)}" for c in checks if not c["ok"]]
+        verdict = "WRONG: " + "; ".join(bad) if bad else "right"
+        rows.append((group, len(checks), max(shares, default=0.0), verdict))
+    columns = (
+        Column("checked", lambda r: r["row"][0], right=False),
+        Column("findings", lambda r: str(r["row"][1])),
+        Column("largest share of the limit", lambda r: ratio(r["row"][2])),
+        Column("", lambda r: r["row"][3], right=False),
+    )
+    return markdown([{"row": row} for row in rows], columns) if rows else ""
 
 
 def _error(check: Record) -> str:
@@ -216,14 +222,12 @@ def _error(check: Record) -> str:
     return error if isinstance(error, str) else f"{error:.2g}, limit {check['limit']:.2g}"
 
 
-def _failures(results: Results) -> Sequence[str]:
-    """What was left out, and why."""
-    lines = []
+def _failures(results: Results) -> Iterator[str]:
+    """Yield a line for each engine or job that failed."""
     for record in results.records:
         if "error" in record and record["section"] != "checks":
-            where = [record.get(key) for key in ("size", "dtype", "quantize", "batch", "prompt")]
-            what = " ".join(str(x) for x in (record.get("engine"), *where) if x)
-            lines.append(f"- {record['job']}: {what}: {record['error']}")
+            fields = [record.get(key) for key in ("size", "dtype", "quantize", "batch", "prompt")]
+            text = " ".join(str(x) for x in (record.get("engine"), *fields) if x)
+            yield f"- {record['job']}: {text}: {record['error']}"
         if record["section"] == "note":
-            lines.append(f"- {record['job']}: {record['text']}")
-    return lines
+            yield f"- {record['job']}: {record['text']}"

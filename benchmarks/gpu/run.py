@@ -1,185 +1,138 @@
-"""Run this first when there is a GPU: is gptx right on it, and how fast beside PyTorch?
+"""Run the jobs of the GPU benchmark, each in a worker, and write their results.
 
-    python benchmarks/gpu.py --out results --minutes 8
-
-One call that ends in time. Jobs (`gpu_plan.py`) come in the order of their importance, each in a
-process of its own: what breaks one, or takes it too long, leaves the others alone. Every result is
-a line of `gpu.jsonl` as soon as it is there; the tables at the end, also of a run that was ended
-from outside, go to `gpu.md`, and what libraries print to `gpu.log`. `--list` names the jobs,
-`--only` takes some of them, for instance those for which there was no time:
-
-    python benchmarks/gpu.py --out more --only "124M int4" mlx
-    python benchmarks/gpu.py --tables results/gpu.jsonl more/gpu.jsonl
-
-It needs nothing but a checkout, and what `gpu_device.NEEDED` lists; nothing is downloaded.
-`--dry-run` goes through all of it on the processor, with NumPy for CuPy and the embedded model.
+python -m benchmarks.gpu --out results --minutes 8
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-SHORTEST = 10.0  # seconds; a job with less than that is not begun
-GRACE = 8.0  # after its time, a job is ended
+from benchmarks.gpu.jobs import Job, plan
+from benchmarks.gpu.report import render_tables
+from gptx.bench.worker import Worker
+from gptx.errors import GptxError
+
+MIN_JOB_SECONDS = 10.0  # a job with less time does not start
+GRACE_SECONDS = 8.0  # from the end of a job's time to its kill
 
 Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", nargs="+", metavar="JOB", help="those whose names begin so")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--list", action="store_true", help="name the jobs, and do none")
-    parser.add_argument("--tables", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        child(json.loads(args.child))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        make_importable(Path(folder))
-        from benchmarks.gpu.plan import plan
-
-        jobs = plan(args.dry_run)
-        if args.only:
-            jobs = [job for job in jobs if job.name.startswith(tuple(args.only))]
-            if not jobs:
-                parser.error(f"--only {' '.join(args.only)}: see --list")
-        if args.list:
-            print("\n".join(f"{job.seconds:4.0f} s  {job.name}" for job in jobs))
-        elif args.tables:
-            print_tables(
-                [json.loads(line) for path in args.tables for line in path.open(encoding="utf-8")]
-            )
-        else:
-            sys.exit(run(jobs, args.out, time.time() + 60 * args.minutes))
-
-
-def make_importable(folder: Path) -> None:
-    """Let this process and its children import the checkout as if it were installed."""
-    package = folder / "gptx"
-    package.mkdir()
-    for path in (*(ROOT / "gptx").iterdir(), ROOT / "backends", ROOT / "conversions"):
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Parse the command line, run the jobs, and exit with 1 if a check failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description="Check the CUDA backend on this GPU, and measure it beside PyTorch.",
     )
-    os.environ.setdefault("TORCH_LOGS", "perf_hints")  # says why it makes no graph of a step
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-results"),
+        help="folder for gpu.jsonl (results), gpu.md (tables) and gpu.log (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time for all jobs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="JOB", help="run the jobs whose names begin with one of these"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run every kind of job on the CPU, in minutes"
+    )
+    parser.add_argument("--list", action="store_true", help="list the jobs and exit")
+    parser.add_argument(
+        "--tables", nargs="+", type=Path, metavar="FILE", help="print the tables of earlier runs"
+    )
+    args = parser.parse_args()
+    jobs = plan(args.dry_run)
+    if args.only:
+        jobs = [job for job in jobs if job.name.startswith(tuple(args.only))]
+        if not jobs:
+            parser.error(f"--only {' '.join(args.only)} matches no job: see --list")
+    if args.list:
+        print("\n".join(f"{job.seconds:4.0f} s  {job.name}" for job in jobs))
+    elif args.tables:
+        lines = [line for path in args.tables for line in path.open(encoding="utf-8")]
+        print(render_tables(map(json.loads, lines)))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+        sys.exit(run_jobs(jobs, args.out, time.time() + 60 * args.minutes))
 
 
-def run(jobs: list[Any], out: Path, until: float) -> int:
-    """Do the jobs while there is time; 1 if a check failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+def run_jobs(jobs: Sequence[Job], out: Path, until: float) -> int:
+    """Run jobs while there is time; return 1 if a check failed.
+
+    A result is a line of `gpu.jsonl` at once. The tables are written also after an exception.
+    """
     out.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
     skipped = []
     try:
         with (
-            (out / "gpu.jsonl").open("a", encoding="utf-8") as file,
+            (out / "gpu.jsonl").open("a", encoding="utf-8") as results,
             (out / "gpu.log").open("a", encoding="utf-8") as log,
+            tempfile.TemporaryDirectory(prefix="gptx-gpu-") as scratch,
         ):
             for job in jobs:
-                seconds = min(job.seconds, until - time.time() - GRACE)
-                if seconds < SHORTEST:
+                seconds = min(job.seconds, until - time.time() - GRACE_SECONDS)
+                if seconds < MIN_JOB_SECONDS:
                     skipped.append(job.name)
                     continue
-                for record in records_of(job, seconds, log):
+                for record in run_job(job, seconds, log, scratch):
                     records.append(record)
-                    print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-                    print(short(record), file=sys.stderr, flush=True)
+                    print(json.dumps(record, ensure_ascii=False), file=results, flush=True)
+                    print(summarize(record), file=sys.stderr, flush=True)
     finally:
         if skipped:
             print(f"no time for: {', '.join(skipped)}", file=sys.stderr)
-        text = print_tables(records)
+        text = render_tables(records)
+        print(text)
         (out / "gpu.md").write_text(text + "\n", encoding="utf-8")
     return int(any(record.get("ok") is False for record in records))
 
 
-def records_of(job: Any, seconds: float, log: Any) -> Iterator[Record]:
-    """What a job reports from a process of its own, and how that ended if not well."""
+def run_job(job: Job, seconds: float, log: TextIO, scratch: str) -> Iterator[Record]:
+    """Yield the records of a job, and a note if it failed or took too long.
+
+    Parameters
+    ----------
+    scratch
+        Folder for temporary files: later jobs use the models that earlier ones have written.
+    """
     print(f"--- {job.name}", file=log, flush=True)
     start = time.time()
-    with subprocess.Popen(
-        command(job, start + seconds),
-        stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
-        stdout=subprocess.PIPE,
-        stderr=log,
-        encoding="utf-8",
-        process_group=0,  # so that its own children are ended with it
-    ) as process:
-        timer = threading.Timer(seconds + GRACE, kill, [process])
+    env = {"TMPDIR": scratch, "TORCH_LOGS": "perf_hints"}  # hints why there is no CUDA graph
+    failure = ""
+    with Worker(log=log, env=env) as worker:
+        timer = threading.Timer(seconds + GRACE_SECONDS, worker.kill)
         timer.start()
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield {"job": job.name, **json.loads(line)}
-            code = process.wait()
+            for record in worker.run(job.task, until=start + seconds, **job.arguments):
+                yield {"job": job.name, **record}
+        except GptxError as error:
+            failure = str(error)
         finally:
             timer.cancel()
-            kill(process)
-    if code:
-        spent = time.time() - start
-        how = "was ended: it took too long" if spent > seconds + GRACE else f"ended with {code}"
-        text = f"{how} after {spent:.0f} s, see gpu.log"
+    spent = time.time() - start
+    if failure:
+        if spent > seconds + GRACE_SECONDS:
+            failure = "killed: it took too long"
+        text = f"{failure} after {spent:.0f} s, see gpu.log"
         yield {"job": job.name, "section": "note", "text": text}
-    took = round(time.time() - start, 1)
-    yield {"job": job.name, "section": "done", "seconds": took}
+    yield {"job": job.name, "section": "done", "seconds": round(spent, 1)}
 
 
-def command(job: Any, until: float) -> list[str]:
-    """What starts the process of a job."""
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--child",
-        json.dumps(asdict(job) | {"until": until}),
-    ]
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """End a process and those that it started; nothing, if it has ended."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def child(job: Record) -> None:
-    """Do one job: a line on standard output for each record."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no record
-    from benchmarks.gpu.plan import TASKS
-
-    for record in TASKS[job["task"]](job["until"], **job["arguments"]):
-        print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
-
-
-def end_with_parent() -> None:
-    """Nobody waits for a job whose standard input was closed."""
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-
-
-def short(record: Record) -> str:
-    """A record for those who wait."""
+def summarize(record: Record) -> str:
+    """Format a record as a line for the terminal."""
     shown = {
         key: value
         for key, value in record.items()
@@ -191,16 +144,3 @@ def short(record: Record) -> str:
         if value not in (None, "")
     )
     return f"[{record['job']}] {record['section']}: {text}"
-
-
-def print_tables(records: list[Record]) -> str:
-    """Print the tables, and return them."""
-    from benchmarks.gpu.report import tables
-
-    text = tables(records)
-    print(text)
-    return text
-
-
-if __name__ == "__main__":
-    main()

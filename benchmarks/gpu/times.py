@@ -1,4 +1,4 @@
-"""The same weights in several engines, in turns: how long a token takes each of them."""
+"""Times of the same weights in several engines, which take turns."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import models as gpu_models
-from benchmarks.gpu.engines import Engine, Gptx
+from benchmarks.gpu.engines import Engine, GptxEngine
+from benchmarks.gpu.models import load_model, prompt_flops, step_bytes, token_cache_bytes
+from gptx.bench.sources import random_ids
 from gptx.config import GPT2Config
 
 Record = dict[str, Any]
 
 ROUNDS = 7
-FEWEST = 2  # rounds, if those of a row have taken ...
-ENOUGH = 12.0  # ... so many seconds
-COMPARED = 64  # tokens of the prompt whose logits are compared
-COUNTED = 8  # steps in which kernels are counted
-AGREE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.03}  # logits, root mean square
+MIN_ROUNDS = 2  # if the rounds of a row have taken ROW_SECONDS
+ROW_SECONDS = 12.0
+CHECKED_TOKENS = 64  # of the prompt for the check of the logits
+COUNTED_STEPS = 8  # decode steps in which kernels are counted
+LOGITS_LIMITS = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.03}  # relative, root mean square
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 GPTX: dict[str, dict[str, Any]] = {
-    "gptx": {},  # layer c: the compiled pass, a CUDA graph
-    "gptx early": {"attributes": {"early": True}},  # kernels begin before those ahead have ended,
-    "gptx late": {"attributes": {"early": False}},  # or never do
-    "gptx cublas": {"attributes": {"most_in_graph": 0}},  # prompts not in a graph
-    "gptx ops": {"compile": False},  # layer b
-    "gptx generic": {"generic": True},  # layer a
+    "gptx": {},  # the compiled pass, a CUDA graph
+    "gptx pdl": {"attributes": {"dependent_launch": True}},  # with programmatic dependent launch
+    "gptx no pdl": {"attributes": {"dependent_launch": False}},
+    "gptx cublas": {"attributes": {"max_graph_macs": 0}},  # prompts without a graph
+    "gptx ops": {"compile": False},  # the backend's own ops, one by one
+    "gptx generic": {"generic": True},  # the generic ops
 }
 PLAIN: dict[str, dict[str, Any]] = {
     "torch graph": {"graph": True},
@@ -49,15 +50,15 @@ ENGINES = (*GPTX, *PLAIN, *TRANSFORMERS, MLX)
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed: prompts of so many tokens, read together, and new tokens for each."""
+    """A workload: prompts of one length, read as a batch, and new tokens for each."""
 
     batch: int
     prompt: int
     new: int
 
     @property
-    def room(self) -> int:
-        """Positions that are filled: the last token is not fed back."""
+    def capacity(self) -> int:
+        """Number of positions: the last new token is not read."""
         return self.prompt + self.new - 1
 
 
@@ -68,11 +69,11 @@ class Setting:
     Attributes
     ----------
     dtype
-        Of activations, keys and values, and of weights that are not quantized.
+        The type of activations, keys, values and float weights.
     quantize
         "int8", "int4", or "" for floats.
     backend, device
-        Where gptx and PyTorch run: "cupy" and "cuda", or for a dry run "numpy" and "cpu".
+        "cupy" for gptx and "cuda" for PyTorch; "numpy" and "cpu" in a dry run.
     """
 
     size: str
@@ -82,127 +83,130 @@ class Setting:
     device: str = "cuda"
 
 
-class Loaded:
-    """Engines with one model; those that cannot be had are left out, and `failed` says why."""
+class LoadedEngines:
+    """Engines with one model.
+
+    Attributes
+    ----------
+    failed
+        A record for each engine that could not be loaded.
+    """
 
     def __init__(self, setting: Setting, names: Sequence[str]) -> None:
         self.setting = setting
-        self.config, self._weights = gpu_models.model(setting.size, setting.quantize or None)
-        self._models: dict[str, Any] = {}  # one of a kind for all of its engines
+        self.config, self._weights = load_model(setting.size, setting.quantize or None)
+        self._models: dict[str, Any] = {}  # shared by the engines of a kind
         self.engines: list[Engine] = []
         self.failed: list[Record] = []
         for name in names:
             try:
                 self.engines.append(self._make(name))
-            except Exception as error:  # of whichever library
-                self.failed.append({"engine": name, "error": told(error)})
+            except Exception as error:  # of any library
+                self.failed.append({"engine": name, "error": format_error(error)})
         del self._weights
 
     def _make(self, name: str) -> Engine:
         config, weights, dtype = self.config, self._weights, self.setting.dtype
         if name == MLX:
-            return Gptx(name, config, weights, backend="mlx", dtype=dtype)
+            return GptxEngine(name, config, weights, backend="mlx", dtype=dtype)
         if name in GPTX:
             backend = self.setting.backend
-            return Gptx(name, config, weights, backend=backend, dtype=dtype, **GPTX[name])
-        from benchmarks.gpu.peers import pytorch as gpu_peers
+            return GptxEngine(name, config, weights, backend=backend, dtype=dtype, **GPTX[name])
+        from benchmarks.gpu.peers import pytorch_peer
 
-        kind = gpu_peers.plain_model if name in PLAIN else gpu_peers.transformers_model
+        kind = pytorch_peer.plain_model if name in PLAIN else pytorch_peer.transformers_model
         if kind.__name__ not in self._models:
             floats = {n: x for n, x in weights.items() if isinstance(x, np.ndarray)}
             self._models[kind.__name__] = kind(config, floats, dtype, self.setting.device)
         model = self._models[kind.__name__]
         if name in PLAIN:
-            return gpu_peers.Plain(name, model, **PLAIN[name])
-        return gpu_peers.Transformers(name, model, **TRANSFORMERS[name])
+            return pytorch_peer.PlainEngine(name, model, **PLAIN[name])
+        return pytorch_peer.TransformersEngine(name, model, **TRANSFORMERS[name])
 
-    def agreement(self) -> dict[str, float]:
-        """How far each engine's logits are from those of the first, relative to their size."""
-        ids = random_ids(self.config, 1, COMPARED)[0].tolist()
+    def logits_errors(self) -> dict[str, float]:
+        """Return the error of each engine's logits, relative to those of the first engine."""
+        [ids] = random_ids(self.config, 1, CHECKED_TOKENS)
         logits: dict[str, np.ndarray] = {}
         for engine in self.engines:
             try:
                 logits[engine.name] = engine.logits(ids).astype(np.float64)
             except Exception as error:
-                self.failed.append({"engine": engine.name, "error": told(error)})
+                self.failed.append({"engine": engine.name, "error": format_error(error)})
         expected = next(iter(logits.values()), np.zeros(0))
         size = np.linalg.norm(expected)
         return {name: float(np.linalg.norm(x - expected) / size) for name, x in logits.items()}
 
 
-def run(
-    setting: Setting, names: Sequence[str], rows: Sequence[Row], until: float
+def run_times(
+    until: float, setting: Record, names: Sequence[str], rows: Sequence[Sequence[int]]
 ) -> Iterator[Record]:
-    """Time every row; one record for each engine in it.
+    """Check the logits of each engine against the first, then time every row.
 
-    Before that, each has to compute what the first one does. An engine that fails is noted, and
-    left out of that row. At the time `until` it ends with what it has.
+    Yield a record for each engine in each row, or for its failure. The run ends at `until`.
     """
-    loaded = Loaded(setting, names)
-    errors, limit = loaded.agreement(), AGREE[setting.dtype]
+    chosen = Setting(**setting)
+    loaded = LoadedEngines(chosen, names)
+    errors, limit = loaded.logits_errors(), LOGITS_LIMITS[chosen.dtype]
     for failure in loaded.failed:
-        yield {**asdict(setting), **failure}
+        yield {"section": "times", **asdict(chosen), **failure}
     for name, error in list(errors.items())[1:]:
-        what = f"{name}, {setting.size} {setting.quantize or setting.dtype}"
-        finding = {"check": what, "error": error, "limit": limit, "ok": error <= limit}
-        yield {"section": "checks", "group": f"the same logits as {names[0]}'s", **finding}
-    for row in rows:
+        text = f"{name}, {chosen.size} {chosen.quantize or chosen.dtype}"
+        finding = {"check": text, "error": error, "limit": limit, "ok": error <= limit}
+        yield {"section": "checks", "group": f"the logits of {names[0]}", **finding}
+    for numbers in rows:
         if time.time() > until:
             return
-        shared = {**asdict(setting), **asdict(row), **_floor(setting, loaded.config, row)}
+        row = Row(*numbers)
+        shared = {**asdict(chosen), **asdict(row), **_count_work(chosen, loaded.config, row)}
         for record in measure(row, loaded, until):
-            yield {**shared, **record, "logits_error": errors.get(record["engine"])}
+            error = errors.get(record["engine"])
+            yield {"section": "times", **shared, **record, "logits_error": error}
 
 
-def measure(row: Row, loaded: Loaded, until: float) -> Iterator[Record]:
-    """One row, engine by engine in turns."""
-    prompts = random_ids(loaded.config, row.batch, row.prompt)
+def measure(row: Row, loaded: LoadedEngines, until: float) -> Iterator[Record]:
+    """Time one row, the engines in turns."""
+    prompts = np.array(random_ids(loaded.config, row.batch, row.prompt))
     ready: dict[Engine, Record] = {}
     times: dict[Engine, list[list[float]]] = {}
     for engine in loaded.engines:
         try:
             ready[engine], times[engine] = _first_run(engine, row, prompts), []
         except Exception as error:
-            yield {"engine": engine.name, "error": told(error)}
+            yield {"engine": engine.name, "error": format_error(error)}
     start = time.time()
     for turn in range(ROUNDS):
-        if time.time() > until or (turn >= FEWEST and time.time() > start + ENOUGH):
+        if time.time() > until or (turn >= MIN_ROUNDS and time.time() > start + ROW_SECONDS):
             break
         for engine in list(ready):
             try:
                 times[engine].append(arrivals(engine, prompts, row.new))
             except Exception as error:
-                yield {"engine": engine.name, "error": told(error)}
+                yield {"engine": engine.name, "error": format_error(error)}
                 del ready[engine]
     expected: list[int] = next((facts["tokens"] for facts in ready.values()), [])
     for engine, facts in ready.items():
         if times[engine]:
-            same = _common(facts.pop("tokens"), expected)
+            same = _common_prefix(facts.pop("tokens"), expected)
             try:
                 device = [engine.device_seconds(prompts, row.new) for _ in range(3)]
             except Exception as error:
-                yield {"engine": engine.name, "error": told(error)}
+                yield {"engine": engine.name, "error": format_error(error)}
                 continue
-            yield facts | {"same_tokens": same} | numbers(row, facts, times[engine], device)
-
-
-def random_ids(config: GPT2Config, batch: int, n: int) -> np.ndarray:
-    """Prompts [B, T]."""
-    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, n))
+            yield facts | {"same_tokens": same} | compute_figures(row, facts, times[engine], device)
 
 
 def arrivals(engine: Engine, prompts: np.ndarray, n: int) -> list[float]:
-    """Seconds from the call to each of the `n` tokens, on the host."""
+    """Return the seconds from the call to each of the `n` tokens on the host."""
     start = time.perf_counter()
     return [time.perf_counter() - start for _ in engine.tokens(prompts, n)]
 
 
 def _first_run(engine: Engine, row: Row, prompts: np.ndarray) -> Record:
-    """A run with what has to be compiled, and the memory it takes."""
+    """Run with compilation, and measure the memory."""
     engine.release()
     before = engine.memory()[0]
     start = time.perf_counter()
-    engine.prepare(row.batch, row.room, row.new)
+    engine.prepare(row.batch, row.capacity, row.new)
     tokens = [step[0] for step in engine.tokens(prompts, row.new)]
     return {
         "engine": engine.name,
@@ -213,20 +217,29 @@ def _first_run(engine: Engine, row: Row, prompts: np.ndarray) -> Record:
     }
 
 
-def _common(tokens: Sequence[int], expected: Sequence[int]) -> int:
-    """With how many tokens both begin."""
+def _common_prefix(tokens: Sequence[int], expected: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     pairs = zip(tokens, expected, strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(tokens))
 
 
-def numbers(
+def compute_figures(
     row: Row,
     facts: Record,
     times: Sequence[Sequence[float]],
     device: Sequence[tuple[float, float]],
 ) -> Record:
-    """What is reported of the arrivals of each round, and of what `device_seconds` gave; rates are
-    tokens per second."""
+    """Compute the figures of an engine in a row.
+
+    Parameters
+    ----------
+    facts
+        The record of the first run.
+    times
+        The arrivals of each round.
+    device
+        Results of `Engine.device_seconds`.
+    """
     whole = [each[-1] for each in times]
     first, step = np.median(device, axis=0).tolist()
     record = {
@@ -247,41 +260,45 @@ def numbers(
     return record
 
 
-def _floor(setting: Setting, config: GPT2Config, row: Row) -> Record:
-    """What there is to do: bytes that a decode step reads, operations that the prompts take."""
+def _count_work(setting: Setting, config: GPT2Config, row: Row) -> Record:
+    """Return the bytes that a decode step reads and the operations of the prompts."""
     itemsize = ITEMSIZE[setting.dtype]
     context = row.prompt + row.new / 2  # on average
     return {
-        "weights_read": gpu_models.read_bytes(config, itemsize),
-        "cache_read": int(row.batch * context * gpu_models.cache_bytes(config, itemsize)),
-        "prompt_flops": row.batch * gpu_models.prompt_flops(config, row.prompt),
+        "weights_read": step_bytes(config, itemsize),
+        "cache_read": int(row.batch * context * token_cache_bytes(config, itemsize)),
+        "prompt_flops": row.batch * prompt_flops(config, row.prompt),
     }
 
 
-def count_kernels(setting: Setting, names: Sequence[str], until: float) -> Iterator[Record]:
-    """Kernels and copies of a decode step with one sequence, as the profiler sees them."""
-    loaded = Loaded(setting, names)
-    yield from ({**asdict(setting), **failure} for failure in loaded.failed)
-    prompts = random_ids(loaded.config, 1, 16)
+def count_kernels(until: float, setting: Record, names: Sequence[str]) -> Iterator[Record]:
+    """Yield the kernels and copies of a decode step of one sequence, from the profiler."""
+    chosen = Setting(**setting)
+    loaded = LoadedEngines(chosen, names)
+    for failure in loaded.failed:
+        yield {"section": "kernels", **asdict(chosen), **failure}
+    prompts = np.array(random_ids(loaded.config, 1, 16))
     for engine in loaded.engines:
         if time.time() > until:
             return
-        engine.prepare(1, 16 + 2 * COUNTED, 2 * COUNTED + 1)
-        for _ in range(2):  # what has to be compiled, or comes the first time alone
-            arrivals(engine, prompts, 2 * COUNTED + 1)
-        some = _on_the_device(engine, prompts, COUNTED + 1)
-        more = _on_the_device(engine, prompts, 2 * COUNTED + 1)
+        engine.prepare(1, 16 + 2 * COUNTED_STEPS, 2 * COUNTED_STEPS + 1)
+        for _ in range(2):  # compiles, and does first-time work
+            arrivals(engine, prompts, 2 * COUNTED_STEPS + 1)
+        short = _count_device_events(engine, prompts, COUNTED_STEPS + 1)
+        long = _count_device_events(engine, prompts, 2 * COUNTED_STEPS + 1)
+        counts = {kind: (long[kind] - short[kind]) / COUNTED_STEPS for kind in long}
         yield {
-            **asdict(setting),
+            "section": "kernels",
+            **asdict(chosen),
             "engine": engine.name,
-            "kernels": (more["kernel"] - some["kernel"]) / COUNTED,
-            "copies": (more["gpu_memcpy"] - some["gpu_memcpy"]) / COUNTED,
-            "fills": (more["gpu_memset"] - some["gpu_memset"]) / COUNTED,
+            "kernels": counts["kernel"],
+            "copies": counts["gpu_memcpy"],
+            "fills": counts["gpu_memset"],
         }
 
 
-def _on_the_device(engine: Engine, prompts: np.ndarray, n: int) -> dict[str, int]:
-    """How much of what was done on the device, by PyTorch or whoever else in this process."""
+def _count_device_events(engine: Engine, prompts: np.ndarray, n: int) -> dict[str, int]:
+    """Count the kernels, copies and fills of `n` tokens by any library in this process."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -297,7 +314,7 @@ def _on_the_device(engine: Engine, prompts: np.ndarray, n: int) -> dict[str, int
     return {kind: kinds.count(kind) for kind in ("kernel", "gpu_memcpy", "gpu_memset")}
 
 
-def told(error: Exception) -> str:
-    """An error in one line."""
+def format_error(error: Exception) -> str:
+    """Format an error as one line."""
     lines = str(error).split("\n")
     return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -91,7 +91,7 @@ def test_a_worker_imports_the_gptx_of_its_parent(
 def test_a_checkout_needs_no_installation() -> None:
     """From another folder, without the packages of this environment."""
     root = Path(gptx.__file__).parents[1]
-    code = "import benchmarks.gpu.plan; from importlib.util import find_spec as find\n"
+    code = "import benchmarks.gpu.jobs; from importlib.util import find_spec as find\n"
     code += "print(find('gptx.backends').origin)\nprint(find('gptx.conversions').origin)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],

@@ -1,6 +1,6 @@
-"""The engines that `compare.py` compares: one row here, and one file, each.
+"""The registry of engines: a row and a file for each.
 
-Nothing is imported before its engine is asked for, and each engine runs in a process of its own.
+An engine's library is imported only in the process of that engine.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Row:
     Attributes
     ----------
     where
-        Its file here and the class in it.
+        The module in this package and the class, "module:Class".
     needs
-        What to `pip install` for it.
+        Packages for `pip install`.
     options
-        Of the class.
+        Options of the class.
     files
-        Name of the folder for the model in the engine's own format; "" if it reads the Hub's.
+        Name of the folder for the converted model; "" if the engine reads the Hub's format.
     skips
-        Workloads that it is not measured at.
+        Workloads that are not measured.
     """
 
     precision: str
@@ -44,7 +44,7 @@ def _gptx(precision: str, *skips: str, **options: str) -> Row:
 
 
 def _gptx_f16_cache(precision: str, **options: str) -> Row:
-    """With keys and values in float16, as llama.cpp has them."""
+    """Return a row with float16 keys and values, as in llama.cpp."""
     skips = ("prefill19", "prefill512", "batch", "process")
     return _gptx(precision, *skips, cache_dtype="float16", **options)
 
@@ -71,7 +71,7 @@ def _llama(precision: str, dtype: str, flash: bool = True) -> Row:
 
 
 def _fastgpt(kernels: str = "") -> Row:
-    """A program that says what it computed when it ends."""
+    """Return a row of a program that prints its tokens when it ends."""
     where, options = "fastgpt_peer:FastGptEngine", {"kernels": kernels}
     skips = ("decode", "deep", "prefill19", "prefill512", "batch")
     return Row("float32", where, "gptx", options, "fastgpt", skips)
@@ -79,8 +79,8 @@ def _fastgpt(kernels: str = "") -> Row:
 
 _ONNX = Row("float32", "onnxruntime_peer:OnnxEngine", "onnx onnxruntime", files="onnx")
 
-# llama.cpp is there with its flash attention (its default) and without, fastGPT with the kernels
-# that OpenBLAS chooses and with others: which is faster depends.
+# llama.cpp runs with flash attention (its default) and without, fastGPT with the kernels that
+# OpenBLAS selects and with those for Haswell: which is faster depends on the machine.
 TABLE = {
     "gptx float32": _gptx("float32"),
     "gptx float32, f16 cache": _gptx_f16_cache("float32"),
@@ -106,13 +106,12 @@ TABLE = {
     "llama.cpp Q4_0": _llama("int4", "Q4_0"),
     "llama.cpp Q4_0, fa off": _llama("int4", "Q4_0", flash=False),
 }
-READING = "reading"  # no engine, but run like one
-REFERENCE = "NumPy float32"  # what the others' logits are compared with
+READING = "reading"  # no engine, but it runs like one
+REFERENCE = "NumPy float32"  # the logits of the others are compared with its logits
 
 
 def engine_class(name: str) -> Any:
-    """The class of an engine, imported now."""
-    if name == READING:
-        return importlib.import_module("benchmarks.compare.peers.memory_read").Reading
-    module, _, cls = TABLE[name].where.partition(":")
+    """Import the class of an engine."""
+    where = "weights_reader:WeightsReader" if name == READING else TABLE[name].where
+    module, _, cls = where.partition(":")
     return getattr(importlib.import_module(f"benchmarks.compare.peers.{module}"), cls)

@@ -1,4 +1,4 @@
-"""What a peer has to do: continue prompts of token ids, greedily, and say when a token is there."""
+"""The base classes of engines: they continue prompts greedily and report each token."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ Tick = Callable[[list[int]], Any]
 
 
 class Measured:
-    """What runs in a process of its own, with the model loaded.
+    """A loaded model in a worker.
 
     Parameters
     ----------
     folder
         The model as the Hub keeps it: config.json and model.safetensors in float32.
     threads
-        Of the computation. Engines are told by their own means, as their users would.
+        Number of threads of the computation, set by the engine's own means.
     work
-        A folder for files in the library's own format; made by `prepare`, in a process before.
+        Folder of the converted model, which `prepare` has written in another process.
 
     Attributes
     ----------
     version
-        The library's.
+        Version of the library.
     n_bytes
-        Size of the weights, which a decode step reads once.
+        Bytes of the weights, which a decode step reads once.
     """
 
     version = ""
@@ -35,7 +35,7 @@ class Measured:
 
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
-        """Convert the model, where the library does not read the folder itself."""
+        """Convert the model to `work`, if the library does not read the Hub's format."""
 
 
 class Engine(Measured, ABC):
@@ -45,7 +45,7 @@ class Engine(Measured, ABC):
     def for_one_call(
         cls, n_tokens: int, folder: Path, threads: int, work: Path, **options: Any
     ) -> Engine:
-        """The engine as one would load it to generate `n_tokens` and no more."""
+        """Load the engine for one call that generates `n_tokens`."""
         return cls(folder, threads, work, **options)  # type: ignore[call-arg]
 
     @abstractmethod
@@ -54,21 +54,23 @@ class Engine(Measured, ABC):
     ) -> None:
         """Continue prompts of one length by `n_tokens` each.
 
-        `tick(tokens)` is called with one token for each prompt as soon as they are on the host, the
-        first time when the prompts are read. A prompt that is `known` is always the same single
-        one: the keys and values of all but its last token may be kept from call to call.
+        `tick(tokens)` is called with one token for each prompt when they are on the host; the
+        first time, after the prompts are read. A `known` prompt is a single one, the same in each
+        call: the engine may keep the keys and values of all but its last token.
         """
 
     @abstractmethod
     def logits(self, ids: list[int]) -> list[float] | None:
-        """The logits after the last of `ids`; None if it does not tell."""
+        """Return the logits after the last of `ids`; None if the engine does not report them."""
 
     def program(self, ids: list[int], n_tokens: int) -> tuple[list[str], Path] | None:
-        """A program that continues a prompt by itself, and the folder to start it in; None for a
-        library, which a process of Python is started for."""
+        """Return the command of a program that continues a prompt, and its working folder.
+
+        None for a library: a Python process loads it.
+        """
         return None
 
 
 def best(logits: Any) -> list[int]:
-    """The best token of each row of NumPy logits [B, V]."""
+    """Return the best token of each row of NumPy logits [B, V]."""
     return [int(i) for i in logits.argmax(-1)]

@@ -1,4 +1,4 @@
-"""CTranslate2, from transformers' model by its own converter."""
+"""CTranslate2, with a model from its own converter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.compare.peers.base import Engine, Tick
 
 
 class CTranslate2Engine(Engine):
-    """Its generator; a callback tells when each token is there."""
+    """CTranslate2's generator; a callback reports each token."""
 
     version = ctranslate2.__version__
 
@@ -22,7 +22,7 @@ class CTranslate2Engine(Engine):
         from ctranslate2.converters import TransformersConverter
 
         class Converter(TransformersConverter):
-            """It wants a tokenizer for the names of tokens: here they are called by number."""
+            """The converter with generated token names instead of those of a tokenizer."""
 
             def load_tokenizer(self, *args: Any, **more: Any) -> Any:
                 config = ctranslate2.converters.transformers.transformers.AutoConfig
@@ -72,5 +72,5 @@ class CTranslate2Engine(Engine):
 
 
 def name_of(token: int) -> str:
-    """What CTranslate2 shall call a token."""
+    """Return the generated name of a token."""
     return f"<{token}>"

@@ -1,6 +1,6 @@
-"""fastGPT (https://github.com/certik/fastGPT), a program that tells its tokens when it ends.
+"""fastGPT (https://github.com/certik/fastGPT), a program that prints its tokens when it ends.
 
-FASTGPT is its whole path, as built with OpenBLAS.
+The environment variable FASTGPT is the absolute path of the program, built with OpenBLAS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.compare.peers.base import Engine, Tick
 
 FILE = "model.gguf"
-FIRST = 0x21  # GPT-2's token 0 is this letter, "!"
+FIRST_LETTER = 0x21  # token 0 of GPT-2 is "!"
 
 
 class FastGptEngine(Engine):
@@ -24,29 +24,31 @@ class FastGptEngine(Engine):
     Parameters
     ----------
     kernels
-        Those of OpenBLAS; by default its own choice.
+        Kernels of OpenBLAS, "Haswell" for example; "" for its own selection.
     """
 
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
-        """Convert the model, with a tokenizer of single letters: their tokens are 0 to 93, and the
-        way from text to tokens is shorter than with GPT-2's own."""
-        installed()
+        """Convert the model with a tokenizer of single letters, which are tokens 0 to 93.
+
+        Encoding a text takes less time than with GPT-2's own tokenizer.
+        """
+        program_path()
         from gptx.conversions.formats import fastgpt, hugging_face
-        from gptx.conversions.vocabularies.token_lists import tokenizer_of
+        from gptx.conversions.vocabularies.token_lists import tokenizer_from_lists
         from gptx.tokenization.bpe import byte_of_letter
 
-        letters = tokenizer_of([*byte_of_letter()], [], (), "fastGPT's")
+        letters = tokenizer_from_lists([*byte_of_letter()], [], (), "fastGPT's")
         fastgpt.write(replace(hugging_face.read(folder), tokenizer=letters), work / FILE)
 
     def __init__(self, folder: Path, threads: int, work: Path, kernels: str = "") -> None:
-        self.path = installed()
+        self.path = program_path()
         self.kernels = kernels
         self.work = work
         self.n_bytes = (work / FILE).stat().st_size
 
     def program(self, ids: list[int], n_tokens: int) -> tuple[list[str], Path]:
-        text = "".join(chr(FIRST + id) for id in ids)
+        text = "".join(chr(FIRST_LETTER + id) for id in ids)
         head = f"&input_fastGPT\nn_tokens_to_generate = {n_tokens}\n/\n"
         (self.work / "input").write_text(f"{head}{text}\n")
         kernels = [f"OPENBLAS_CORETYPE={self.kernels}"] if self.kernels else []
@@ -60,17 +62,17 @@ class FastGptEngine(Engine):
             done = subprocess.run(command, cwd=folder, capture_output=True, check=True)
             lines = done.stdout.decode(errors="replace").split("\n")
             if list(map(int, lines[lines.index("Input tokens:") + 1].split())) != ids:
-                raise RuntimeError("fastGPT read other tokens than it was given")
+                raise RuntimeError("the tokens that fastGPT read differ from the prompt")
             for token in lines[lines.index("Output tokens:") + 1].split():
                 tick([int(token)])
 
     def logits(self, ids: list[int]) -> None:
-        """It tells none."""
+        """Return None: the program does not print them."""
 
 
-def installed() -> str:
-    """The program's path; ends this process, with a line that says why, if there is none."""
+def program_path() -> str:
+    """Return the path of the program; end this process with an error if it is missing."""
     path = os.environ.get("FASTGPT", "")
     if not (os.path.isabs(path) and os.path.isfile(path)):
-        sys.exit(f"FASTGPT is {path!r}, expected the whole path of its program, gpt2")
+        sys.exit(f"FASTGPT is {path!r}, expected the absolute path of the program gpt2")
     return path

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import gptx
 from benchmarks.compare.peers.base import Engine, Tick
+from gptx.bench.grid import weights_bytes
 from gptx.conversions import convert
 from gptx.generation.api import load_once
 from gptx.generation.engine import TokenGenerator
@@ -19,7 +18,7 @@ FOLDER = "mlx"
 
 
 class GptxEngine(Engine):
-    """The engine, from one token to the next, as `Model.generate` runs it."""
+    """The token generator that `Model.generate` runs."""
 
     version = gptx.__version__
 
@@ -38,14 +37,14 @@ class GptxEngine(Engine):
     ) -> None:
         path = work / FOLDER if quantize else folder
         self.model = load_once(path, n_tokens, threads=threads, **options)
-        self.n_bytes = size_of(self.model.gpt2.weights)
+        self.n_bytes = weights_bytes(self.model.gpt2)[0]
         self.known: KVCache | None = None
 
     @classmethod
     def for_one_call(
         cls, n_tokens: int, folder: Path, threads: int, work: Path, **options: Any
     ) -> GptxEngine:
-        return cls(folder, threads, work, n_tokens, **options)  # as `gptx.generate` would
+        return cls(folder, threads, work, n_tokens, **options)  # as in `gptx.generate`
 
     def generate(
         self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
@@ -64,11 +63,3 @@ class GptxEngine(Engine):
 
     def logits(self, ids: list[int]) -> list[float]:
         return [float(x) for x in self.model.logits(ids)[-1]]
-
-
-def size_of(x: Any) -> int:
-    """Bytes of all arrays in a tree of weights, quantized ones as the backend keeps them."""
-    if isinstance(x, np.ndarray):
-        return x.nbytes
-    children = x if isinstance(x, list) else vars(x).values() if hasattr(x, "__dict__") else ()
-    return sum(map(size_of, children))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,29 @@ import llama_cpp as c
 import numpy as np
 
 from benchmarks.compare.peers.base import Engine, Tick, best
+from gptx.conversions import convert
 
 FILE = "model.gguf"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCKS = {"Q8_0": "int8", "Q4_0": "int4"}
-BATCH_CONTEXT = 128  # of each sequence of a batch
+BATCH_CONTEXT = 128  # tokens of each sequence in a batch
 
 
 @c.llama_log_callback
 def silence(level: int, text: bytes, data: Any) -> None:
-    """Else each load writes a hundred lines."""
+    """Drop the messages of llama.cpp: each load writes a hundred lines."""
 
 
 class LlamaEngine(Engine):
-    """One call of llama_decode a step, and NumPy's argmax over the logits where they lie."""
+    """One call of llama_decode for each step, and NumPy's argmax over the logits in place."""
 
     version = f"llama-cpp-python {c.__version__}"
 
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
-        from gptx.conversions.formats import gguf as gguf_file
-        from gptx.conversions.formats import hugging_face
-        from gptx.quantization import Quantization
-
-        checkpoint = replace(hugging_face.read(folder), tokenizer=None)
-        (work / FILE).unlink(missing_ok=True)
         dtype = options["dtype"]
-        if dtype in FLOATS:
-            gguf_file.write(checkpoint, work / FILE, dtype=FLOATS[dtype])
-        else:
-            how = Quantization.named(BLOCKS[dtype])
-            gguf_file.write(checkpoint, work / FILE, quantization=how)
+        choice = {"dtype": FLOATS[dtype]} if dtype in FLOATS else {"quantize": BLOCKS[dtype]}
+        convert(folder, work / FILE, "gguf", **choice)
 
     def __init__(
         self, folder: Path, threads: int, work: Path, dtype: str, flash: bool = True
@@ -52,7 +43,7 @@ class LlamaEngine(Engine):
         model = os.fsencode(work / FILE)
         self.model = c.llama_model_load_from_file(model, c.llama_model_default_params())
         if not self.model:
-            raise RuntimeError("llama.cpp could not load the file")
+            raise RuntimeError("llama.cpp did not load the file")
         self.n_bytes = c.llama_model_size(self.model)
         self.V = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
         self.n_context = c.llama_model_n_ctx_train(self.model)
@@ -89,7 +80,7 @@ class LlamaEngine(Engine):
         return [float(x) for x in self._decode(context, [ids], 0)[0]]
 
     def _context(self, n: int) -> Any:
-        """A context for n sequences; a single one gets the model's whole length."""
+        """Return a context for n sequences; for one it has the full length of the model."""
         if n not in self.contexts:
             params = c.llama_context_default_params()
             params.n_ctx = self.n_context if n == 1 else n * BATCH_CONTEXT
@@ -101,9 +92,9 @@ class LlamaEngine(Engine):
         return self.contexts[n]
 
     def _decode(self, context: Any, new: list[list[int]], start: int) -> np.ndarray:
-        """Add tokens to each sequence, from position `start`; logits [B, V] after the last ones."""
+        """Add tokens from position `start` to each sequence; return logits [B, V] of the last."""
         T = len(new[0])
-        if len(new) == 1:  # positions go on by themselves
+        if len(new) == 1:  # llama.cpp counts the positions
             tokens = (c.llama_token * T)(*new[0])
             failed = c.llama_decode(context, c.llama_batch_get_one(tokens, T))
         else:

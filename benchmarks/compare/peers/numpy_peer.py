@@ -1,4 +1,4 @@
-"""The NumPy loop that one writes first, with keys and values kept, or without."""
+"""A plain NumPy loop, with cached keys and values or without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NumpyEngine(Engine):
     version = np.__version__
 
     def __init__(self, folder: Path, threads: int, work: Path, cache: bool = True) -> None:
-        model = gptx.load(folder, generic=True)  # for its plain arrays
+        model = gptx.load(folder, generic=True)  # plain arrays
         config = model.config
         self.model = PlainGPT2(model.gpt2.weights, config.n_head, config.n_positions)
         self.cache = cache
@@ -32,7 +32,7 @@ class NumpyEngine(Engine):
         (ids,) = prompts
         if known and ids != self.known:
             self.model.logits(ids)
-        self.known = ids if known else []  # the next prompt is written over it
+        self.known = ids if known else []  # the next prompt overwrites it
         start = len(ids) - 1 if known else 0
         for _ in range(n_tokens):
             token = int(np.argmax(self.model.logits(ids[start:], start)))

@@ -1,8 +1,8 @@
-"""onnxruntime, with the operators that its own optimizer makes of a GPT-2.
+"""onnxruntime, with the fused operators of its own optimizer.
 
-The graph is built here, since exporters of GPT-2 come and go: layer norm with the sum before it,
-attention with keys and values that grow, GELU with its bias, each as one fused operator, and the
-head of the last position alone. The weights lie in a file beside it.
+The graph is built here, since exporters of GPT-2 come and go. Its fused operators: layer norm with
+the sum before it, attention with growing keys and values, and GELU with its bias. Only the last
+position goes through the head. The weights are in a file beside the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GRAPH, WEIGHTS = "model.onnx", "weights.bin"
 
 
 class OnnxEngine(Engine):
-    """A session that keeps keys and values on its side."""
+    """A session that keeps the keys and values."""
 
     version = onnxruntime.__version__
 
@@ -78,7 +78,7 @@ class OnnxEngine(Engine):
 
 
 def write_graph(folder: Path, work: Path) -> None:
-    """Write the model as ONNX, the weights tensor by tensor."""
+    """Write the model as ONNX, tensor by tensor."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -111,8 +111,8 @@ def write_graph(folder: Path, work: Path) -> None:
         return name
 
     def op(kind: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
-        own = kind in ("Attention", "SkipLayerNormalization", "FastGelu")
-        domain = "com.microsoft" if own else ""
+        fused = kind in ("Attention", "SkipLayerNormalization", "FastGelu")
+        domain = "com.microsoft" if fused else ""
         nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 

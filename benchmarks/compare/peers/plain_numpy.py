@@ -1,6 +1,6 @@
-"""The NumPy loop that one writes first, with a KV cache or without: a peer to measure gptx against.
+"""A plain GPT-2 in NumPy, with a KV cache or without.
 
-It shares nothing with gptx but the arrays of the weights.
+It shares only the arrays of the weights with gptx.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class PlainGPT2:
         self.v = np.zeros(shape, np.float32)
 
     def step(self, token: int, position: int) -> int:
-        """The best next token after `token` at `position`."""
+        """Return the best next token after `token` at `position`."""
         return int(np.argmax(self.logits([token], position)))
 
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
-        """The logits after the last of `tokens`, of which the first is at position `start`.
+        """Return the logits [V] after the last of `tokens`, which begin at position `start`.
 
-        With keys and values of what was before `start`; from 0 on it is the model without a cache.
+        Keys and values of earlier positions are cached; with `start` 0 the cache is not used.
         """
         w, stop = self.w, start + len(tokens)
         x = w.wte.weight[tokens] + w.wpe.weight[start:stop]

@@ -11,7 +11,7 @@ from benchmarks.compare.peers.base import Engine, Tick
 
 
 class TransformersEngine(Engine):
-    """The model called step by step: `generate()` would add its own work to each."""
+    """The model called step by step: `generate()` adds work to each step."""
 
     version = f"{transformers.__version__}, torch {torch.__version__}"
 

@@ -1,8 +1,8 @@
-"""GPT-2 in PyTorch, as fast as its own means make it: what `gpu.py` compares gptx with.
+"""GPT-2 in PyTorch with PyTorch's own means of speed.
 
-A plain model with preallocated keys and values (below), run eagerly, as a CUDA graph, compiled, or
-both; and transformers, eagerly or compiled with its static cache. All are given the same tensors.
-Tokens are fed back on the device, and each is read while the next is computed.
+A plain model with preallocated keys and values runs eagerly, as a CUDA graph, compiled, or both.
+transformers runs eagerly, or compiled with its static cache. All have the same tensors. Tokens stay
+on the device for the next step; each is read while the next is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptx.config import GPT2Config
 
 GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
-# Every shape is compiled for itself, and so is every engine.
+# Each shape of each engine is compiled.
 torch._dynamo.config.recompile_limit = 64
 COMPILER = "inductor"
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """The model as one writes it in PyTorch; its head is the table of tokens."""
+    """A plain GPT-2 in PyTorch with a tied head."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -69,47 +69,47 @@ class PlainGPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def with_own_cache(self) -> PlainGPT2:
-        """The same weights, and room for keys and values of its own."""
+        """Return a model with the same weights and its own keys and values."""
         with torch.device("meta"):
             other = PlainGPT2(self.config)
         other.load_state_dict(self.state_dict(), assign=True)
         return other.eval().requires_grad_(False)
 
-    def allocate(self, batch: int, room: int) -> None:
-        """Make room for keys and values, at addresses that stay."""
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Allocate keys and values at fixed addresses."""
         like = self.wte.weight
         for block in self.h:
-            shape = (batch, self.config.n_head, room, self.config.head_dim)
+            shape = (batch, self.config.n_head, capacity, self.config.head_dim)
             block.keys, block.values = (like.new_zeros(shape) for _ in range(2))
             for buffer in (block.keys, block.values):
-                torch._dynamo.mark_static_address(buffer)  # or it would be no CUDA graph's
+                torch._dynamo.mark_static_address(buffer)  # for CUDA graphs
 
     def forward(self, ids: Tensor, index: Tensor) -> Tensor:
-        """Logits [B, V] after ids [B, T] at positions [T]: a prompt from 0 on, or one token."""
+        """Return logits [B, V] after ids [B, T] at positions [T]: a prompt from 0, or a token."""
         x = self.wte(ids) + self.wpe(index)  # [B, T, C]
         visible = None
         if ids.shape[1] == 1:
-            room = self.h[0].keys.shape[2]
-            visible = (torch.arange(room, device=ids.device) <= index)[None, None, None]
+            capacity = self.h[0].keys.shape[2]
+            visible = (torch.arange(capacity, device=ids.device) <= index)[None, None, None]
         for block in self.h:
             x = block(x, index, visible)
         return F.linear(self.ln_f(x[:, -1]), self.wte.weight)
 
     def best(self, ids: Tensor, index: Tensor) -> Tensor:
-        """The best next tokens, [B, 1]."""
+        """Return the best next tokens [B, 1]."""
         return self(ids, index).argmax(-1, keepdim=True)
 
 
 class TorchEngine(Engine):
-    """What all of them share: tensors, the loop, the clock.
+    """The base of the PyTorch engines: the loop and the clock.
 
     Attributes
     ----------
-    kept
-        Names of what `prepare` makes.
+    prepared
+        Names of the attributes that `prepare` sets; `release` deletes them.
     """
 
-    kept: tuple[str, ...] = ()
+    prepared: tuple[str, ...] = ()
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -118,28 +118,28 @@ class TorchEngine(Engine):
         self.weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def first(self, prompts: Tensor) -> Tensor:
-        """Read prompts [B, T]; the first new tokens [B, 1]."""
+        """Read prompts [B, T]; return the first new tokens [B, 1]."""
         raise NotImplementedError
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The tokens [B, 1] after those of the step before."""
+        """Return the tokens [B, 1] after those of the last step."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
         ids = self.first(torch.from_numpy(prompts).to(self.device))
-        arrived = self._start(ids)
+        arrived = self._copy_to_host(ids)
         for k in range(1, n):
             if k == 1:
-                yield arrived()  # nothing is to delay the first
+                yield arrived()  # at once: nothing delays the first token
             ids = self.step(ids)
-            before, arrived = arrived, self._start(ids)
+            before, arrived = arrived, self._copy_to_host(ids)
             if k > 1:
                 yield before()
         yield arrived()
 
-    def _start(self, ids: Tensor) -> Callable[[], list[int]]:
-        """Begin to bring tokens to the host; call what is returned to wait for them."""
+    def _copy_to_host(self, ids: Tensor) -> Callable[[], list[int]]:
+        """Start a copy of tokens to the host; return a function that waits for it."""
         if not self.is_cuda:
             return ids[:, 0].tolist
         host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
@@ -185,17 +185,17 @@ class TorchEngine(Engine):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
     def release(self) -> None:
-        for name in self.kept:
+        for name in self.prepared:
             self.__dict__.pop(name, None)
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-class Plain(TorchEngine):
-    """The plain model; `compiled` and `graph` say what runs its decode step."""
+class PlainEngine(TorchEngine):
+    """The plain model; its decode step is compiled with the mode `compiled`, or a CUDA graph."""
 
-    kept = ("model", "_best", "_read", "_graph")
+    prepared = ("model", "_best", "_read", "_graph")
 
     def __init__(
         self, name: str, model: PlainGPT2, *, compiled: str = "", graph: bool = False
@@ -206,9 +206,9 @@ class Plain(TorchEngine):
         self.has_graph = graph and self.is_cuda
 
     @torch.inference_mode()
-    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
+    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:
         self.model = self._weights.with_own_cache()
-        self.model.allocate(batch, room)
+        self.model.allocate(batch, capacity)
         self.index = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self._best: Callable[..., Tensor] = self.model.best
@@ -217,7 +217,7 @@ class Plain(TorchEngine):
             self._best = torch.compile(
                 self.model.best, mode=self.compiled, fullgraph=True, dynamic=False, backend=COMPILER
             )
-            if n_tokens == 1:  # a compiler for the prompt, too, where that is all there is to do
+            if n_tokens == 1:  # compile the prompt too if it is the only work
                 self._read = self._best
         if self.has_graph:
             self._capture()
@@ -237,10 +237,9 @@ class Plain(TorchEngine):
         self.index.add_(1)
 
     def _next(self, ids: Tensor) -> Tensor:
-        # Inductor fuses attention that is spelled out, and does better than the library's kernels
-        # with a single query.
-        spelled_out = sdpa_kernel(SDPBackend.MATH) if self.compiled else contextlib.nullcontext()
-        with spelled_out:
+        # For one query, attention fused by Inductor is faster than the library's kernels.
+        attention = sdpa_kernel(SDPBackend.MATH) if self.compiled else contextlib.nullcontext()
+        with attention:
             return self._best(ids, self.index)
 
     def first(self, prompts: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ class Plain(TorchEngine):
             return self.ids
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        tokens = self._next(tokens).clone()  # the compiled model writes there again
+        tokens = self._next(tokens).clone()  # the compiled model overwrites its output
         self.index.add_(1)
         return tokens
 
@@ -270,23 +269,23 @@ class Plain(TorchEngine):
         return logits[0].float().cpu().numpy()
 
 
-class Transformers(TorchEngine):
-    """transformers' model, called step by step; compiled, with its static cache."""
+class TransformersEngine(TorchEngine):
+    """The model of transformers, called step by step; with its static cache if compiled."""
 
-    kept = ("_best", "_cache")
+    prepared = ("_best", "_cache")
 
     def __init__(self, name: str, model: Any, *, compiled: str = "") -> None:
         super().__init__(name, model)
         self.model = model
         self.compiled = compiled
 
-    def prepare(self, batch: int, room: int, n_tokens: int) -> None:
+    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:
         import transformers
 
         self._best: Callable[[Tensor], Tensor] = self._uncompiled
         self._cache: Any = None
         if self.compiled:
-            self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=room)
+            self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=capacity)
             self._best = torch.compile(
                 self._uncompiled,
                 mode=self.compiled,
@@ -322,7 +321,7 @@ class Transformers(TorchEngine):
 def plain_model(
     config: GPT2Config, weights: Mapping[str, np.ndarray], dtype: str, device: str
 ) -> PlainGPT2:
-    """The plain model with gptx's weights (floats, the head tied)."""
+    """Make the plain model with gptx's float weights and a tied head."""
     with torch.device("meta"):
         model = PlainGPT2(config)
     matrices = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -337,7 +336,7 @@ def plain_model(
 def transformers_model(
     config: GPT2Config, weights: Mapping[str, np.ndarray], dtype: str, device: str
 ) -> Any:
-    """transformers' model with the same weights."""
+    """Make the model of transformers with the same weights."""
     import transformers
 
     with torch.device("meta"):
@@ -353,5 +352,5 @@ def _tensors(
     weights: Mapping[str, np.ndarray], dtype: str, device: str
 ) -> Iterator[tuple[str, Tensor]]:
     for name, x in weights.items():
-        writable = np.require(x, requirements="W")  # which PyTorch wants, though nobody writes
+        writable = np.require(x, requirements="W")  # PyTorch requires it
         yield name, torch.from_numpy(writable).to(device, getattr(torch, dtype))
