@@ -19,8 +19,7 @@ from gptx.backends import Backend
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from tests import emulator as cuda_on_cpu
-from tests.emulator import cupy_stand_in as cupy_on_cpu
+from tests.emulator import compiled_by, cupy_stand_in
 from tests.support.backends import BACKENDS, STAND_IN, make_backend
 from tests.support.models import make_model
 from tests.support.random_models import CASES, write_model
@@ -59,14 +58,15 @@ def small(request: pytest.FixtureRequest) -> Model:
 
 
 @pytest.fixture
-def compiled_by_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What CUDA kernels are on the emulator: what NVRTC makes of them, and not for other tests."""
-    with cupy_on_cpu.installed():
+def ptx_path() -> Iterator[None]:
+    """Run CUDA kernels on the emulator's PTX path: compiled by NVRTC."""
+    with cupy_stand_in.installed():
         from gptx.backends.cuda.compiler import kernel
-    monkeypatch.setattr(cuda_on_cpu, "architecture", "sm_90")
-    kernel.cache_clear()
-    yield
-    kernel.cache_clear()
+
+        kernel.cache_clear()
+        with compiled_by("sm_90"):
+            yield
+        kernel.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,78 +1,102 @@
-"""How the kernels of `cuda/attention_decode.cu` and `cuda/attention_prefill.cu` are launched.
+"""Launch the attention kernels of `kernels/attention_decode.cu` and `kernels/attention_prefill.cu`.
 
 Shapes: B sequences, T new tokens, S positions in the cache, H heads, D head width, C = H·D.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from gptx.backends.cuda.program import Attention, Memory
+from gptx.backends.cuda.compiler import KernelVariant, kernel
+from gptx.backends.cuda.workspace import Workspace
 
 Array = Any
 
-STEP_BLOCK = (256,)  # threads of a block of `attend_step`
-MOST_SPLITS = 32  # one lane for each when they are put together
-SHARE = 64  # positions that are worth a block of their own, as in the kernel
-TILE = 64  # queries, and positions, that such a block has at a time
-WRITE_BLOCK = (256,)
+# As in the kernels:
+DECODE_BLOCK = (256,)
+MAX_SPLITS = 32  # one lane of a warp for each
+MIN_SPLIT_POSITIONS = 64
+PREFILL_TILE = 64  # queries, and positions
+
+UPDATE_BLOCK = (256,)
 
 
-def splits(B: int, H: int, S: int, multiprocessors: int) -> int:
-    """Among how many blocks `attend_step` shares out the positions of a head.
+def n_splits(B: int, H: int, S: int, multiprocessors: int) -> int:
+    """Return the number of blocks that split the positions of a head in a decode step.
 
-    Each multiprocessor gets a block; and while there are fewer than two for each, a head has two,
-    so that they need not wait for the few that have one more. Short contexts use fewer than this.
+    Each multiprocessor gets a block. With fewer than two heads for each multiprocessor, a head has
+    two blocks, which balances the load. Short contexts use fewer blocks than this.
     """
-    pairs = B * H
-    wanted = -(-multiprocessors // pairs)
-    if pairs < 2 * multiprocessors:
-        wanted = max(wanted, 2)
-    return min(wanted, MOST_SPLITS, -(-S // SHARE))
+    heads = B * H
+    splits = -(-multiprocessors // heads)
+    if heads < 2 * multiprocessors:
+        splits = max(splits, 2)
+    return min(splits, MAX_SPLITS, -(-S // MIN_SPLIT_POSITIONS))
 
 
-def scratch(B: int, H: int, n_splits: int, D: int) -> tuple[Array, Array]:
-    """`partial`, float32 [B, H, n_splits, D + 2], and `arrived`, uint32 [B, H], of `attend_step`.
+def prefill_block(variant: KernelVariant) -> tuple[int, int]:
+    """Return threads, and bytes of dynamic shared memory, of a block of `attention_prefill`."""
+    D = variant.head_dim
+    if (
+        variant.dtype == variant.cache_dtype != "float32"
+    ):  # tensor cores; two buffers for keys, values
+        warp_groups = 2 if D <= 128 else 1
+        return 128 * warp_groups, 4 * warp_groups * PREFILL_TILE * (-(-D // 16) * 16 + 8) * 2
+    queries_and_keys, weights = 2 * (D + 4), PREFILL_TILE + 4
+    return 128, PREFILL_TILE * (queries_and_keys + weights) * 4
 
-    Launches that follow each other on one stream may share them.
+
+@dataclass(frozen=True, eq=False)
+class AttentionOp:
+    """Update of the KV cache, and attention over the cache.
+
+    Attributes
+    ----------
+    source, target
+        Numbers of the buffers of qkv [B·T, 3C] and of the result [B·T, C].
+    layer, scale
+        Number of the layer, and scale of the scores.
+    n_layer, n_head
+        L and H.
+    variant
+        Variant of the kernels.
     """
-    import cupy
 
-    partial = cupy.empty((B, H, n_splits, D + 2), cupy.float32)
-    return partial, cupy.zeros((B, H), cupy.uint32)
+    source: int
+    target: int
+    layer: int
+    scale: float
+    n_layer: int
+    n_head: int
+    variant: KernelVariant
 
+    def __call__(self, workspace: Workspace) -> None:
+        """Launch the kernels on the current stream."""
+        n_rows, C = workspace.B * workspace.T, self.n_head * self.variant.head_dim
+        qkv = workspace.view(self.source, n_rows, 3 * C, self.variant.array_dtype)
+        out = workspace.view(self.target, n_rows, C, self.variant.array_dtype)
+        self.launch(qkv, out, workspace)
 
-def prompt_block(D: int, dtype: str, cache_dtype: str) -> tuple[int, int]:
-    """Threads of a block of `attend_prompt`, and its bytes of dynamic shared memory."""
-    if dtype == cache_dtype != "float32":  # the matrix unit: two tiles of keys, two of values
-        groups = 2 if D <= 128 else 1
-        return 128 * groups, 4 * groups * TILE * (-(-D // 16) * 16 + 8) * 2
-    return 128, TILE * (2 * (D + 4) + TILE + 4) * 4  # queries, keys or values, weights
-
-
-def launch(op: Attention, memory: Memory, qkv: Array, out: Array) -> None:
-    """Put the keys and values of qkv [B·T, 3C] into the cache, and attend: out [B·T, C]."""
-    program, B, T = memory.program, memory.B, memory.T
-    kinds, H = program.kinds, program.n_head
-    cache = memory.caches, np.int32(op.layer), np.int32(program.n_layer), memory.index
-    scale, shape = np.float32(op.scale), (np.int32(T), np.int32(H))
-    if T == 1:
-        step = (qkv, *cache, scale, memory.partial, memory.arrived, out, np.int32(H))
-        grid = (memory.splits, H, B)
-        memory.launch("attention_decode.cu", "attend_step", kinds, grid, STEP_BLOCK, *step)
-        return
-    write = (qkv, *cache, *shape)
-    memory.launch("attention_prefill.cu", "write_cache", kinds, (B * T,), WRITE_BLOCK, *write)
-    threads, shared_bytes = prompt_block(kinds.head, kinds.dtype, kinds.cache_dtype)
-    memory.launch(
-        "attention_prefill.cu",
-        "attend_prompt",
-        kinds,
-        (H, -(-T // TILE), B),
-        (threads,),
-        *(qkv, *cache, scale, out, *shape),
-        shared_bytes=shared_bytes,
-    )
+    def launch(self, qkv: Array, out: Array, workspace: Workspace) -> None:
+        """Write keys and values of qkv [B·T, 3C] to the cache, and attend: out [B·T, C]."""
+        B, T, H = workspace.B, workspace.T, np.int32(self.n_head)
+        dependent, scale = workspace.dependent_launch, np.float32(self.scale)
+        layer = np.int32(self.layer), np.int32(self.n_layer)
+        cache = workspace.caches, *layer, workspace.index
+        if T == 1:
+            attend = kernel("attention_decode.cu", "attention_decode", self.variant)
+            grid = workspace.layout.n_splits, self.n_head, B
+            scratch = workspace.partial, workspace.arrived
+            args = (qkv, *cache, scale, *scratch, out, H)
+            attend(grid, DECODE_BLOCK, *args, dependent=dependent)
+            return
+        update = kernel("attention_prefill.cu", "update_kv", self.variant)
+        update((B * T,), UPDATE_BLOCK, qkv, *cache, np.int32(T), H, dependent=dependent)
+        attend = kernel("attention_prefill.cu", "attention_prefill", self.variant)
+        threads, shared_bytes = prefill_block(self.variant)
+        grid = self.n_head, -(-T // PREFILL_TILE), B
+        args = (qkv, *cache, scale, out, np.int32(T), H)
+        attend(grid, (threads,), *args, shared_bytes=shared_bytes, dependent=dependent)

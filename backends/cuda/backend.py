@@ -1,8 +1,8 @@
-"""CuPy: NVIDIA GPUs.
+"""The CuPy backend for NVIDIA GPUs.
 
-The forward pass is compiled (`cupy_step.py`): kernels of our own, a pass as one CUDA graph. The ops
-here run where it is not, and where the generic forms would get wrong or would read the
-device for what they do; the array-API names come from array_api_compat.
+`compiled.py` runs the forward pass. The ops here run without it: they override generic ops that
+CuPy computes incorrectly, or that would synchronize with the device. Array-API names come from
+array_api_compat.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import cupyx
 import numpy as np
 
 from gptx.backends.base import Array, Backend, NextTokens
-from gptx.backends.cuda.capture import TURNS
+from gptx.backends.cuda.capture import TIMED_LAUNCHES
 from gptx.backends.cuda.compiled import CompiledForward
-from gptx.backends.cuda.compiler import ROW, TYPES, Kinds, kernel
-from gptx.backends.cuda.host_copy import HostCopies, HostCopy
-from gptx.backends.cuda.out_of_memory import out_of_memory
+from gptx.backends.cuda.compiler import CUDA_TYPES, ROW_BLOCK, KernelVariant, kernel
+from gptx.backends.cuda.host_copy import HostCopy, PendingCopies
+from gptx.backends.cuda.out_of_memory import translate_out_of_memory
 from gptx.backends.cuda.quantized import QuantizedWeight
 from gptx.backends.cuda.sampler import CupySampler
 from gptx.backends.fusion import ACTIVATIONS
@@ -34,27 +34,32 @@ from gptx.quantization import QuantizedTensor
 
 
 class CupyBackend(Backend):
-    """CuPy arrays on one CUDA device; `device` is its number (default: the current one).
+    """CuPy arrays on one CUDA device.
 
-    Work is in the order of CuPy's current stream: threads that share a model have to share that,
-    as they do unless CuPy is told otherwise.
+    Work is ordered by CuPy's current stream. Threads that share a model have to use the same
+    stream, as they do by default.
+
+    Parameters
+    ----------
+    device
+        Number of the CUDA device; None is the current device.
 
     Attributes
     ----------
-    early
-        Whether kernels of a graph may begin before the one ahead has ended, where the device can do
-        that (`cupy_early.py`); None: if it is faster.
-    most_in_graph
-        Multiplications of the matrix unit in a layer up to which a prompt is a CUDA graph. The host
-        takes some 200 µs to launch a layer one by one; above this, cuBLAS, which cannot be in a
-        graph, gains more. An estimate, until a GPU has shown it.
+    dependent_launch
+        True or False: use programmatic dependent launch in graphs, or do not; None selects the
+        faster.
+    max_graph_macs
+        Most multiply-accumulate operations of a layer for a prompt in a CUDA graph. The host needs
+        about 200 µs to launch a layer. Above this (estimated) limit, cuBLAS without a graph saves
+        more time.
     """
 
     name = "cupy"
     asynchronous = True
-    warm_up = 1 + 2 * TURNS  # kernels are loaded; then graphs take turns
-    early: bool | None = None
-    most_in_graph = 4 * 10**10
+    warm_up = 1 + 2 * TIMED_LAUNCHES  # the first call loads kernels; the next ones time graphs
+    dependent_launch: bool | None = None
+    max_graph_macs = 4 * 10**10
     dtypes = ("float32", "float64", "float16", "bfloat16")
 
     def __init__(
@@ -66,17 +71,15 @@ class CupyBackend(Backend):
         if isinstance(device, bool) or not isinstance(device, int) or not 0 <= device < n_devices:
             raise BackendError(f"device is {device!r}, expected a number from 0 to {n_devices - 1}")
         super().__init__(_Namespace(), dtype=dtype, device=cupy.cuda.Device(device), **options)
-        self.kinds = Kinds(self.dtype, self.cache_dtype, device=device)
-        self._arrivals = HostCopies()
-        self._has_kernels = self.dtype in TYPES and self.cache_dtype in TYPES
+        self.kernel_variant = KernelVariant(self.dtype, self.cache_dtype, device=device)
+        self._pending_copies = PendingCopies()
+        self._has_kernels = self.dtype in CUDA_TYPES and self.cache_dtype in CUDA_TYPES
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
         if self.compiles and self._has_kernels:
             try:
                 return CompiledForward(forward, model)
-            except (
-                UnsupportedOp
-            ):  # a forward pass of someone's own, or widths that kernels do not take
+            except UnsupportedOp:  # a custom forward pass, or widths without kernels
                 pass
         return super().compile(forward, model)
 
@@ -96,27 +99,29 @@ class CupyBackend(Backend):
         return model.forward.decode(ids, positions, cache, sample)
 
     def pack_weight(self, host: np.ndarray) -> Array:
-        # Outputs one after the other, each with its inputs together: what the kernels read.
+        # Fortran order: the inputs of each output are consecutive, as in the kernels.
         return cupy.asfortranarray(self.asarray(host))
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
         if self._has_kernels:
-            return QuantizedWeight.of(q, self.kinds)
+            return QuantizedWeight.from_host(q, self.kernel_variant)
         return super().pack_quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:
         if isinstance(table, QuantizedWeight):
-            rows = table.rows(ids.reshape(-1)).floats()
+            rows = table.take_rows(ids.reshape(-1)).dequantize()
             return rows.reshape(*ids.shape, table.shape[1])
         return super().embed(ids, table)
 
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if isinstance(weight, QuantizedWeight):
-            weight = weight.floats().T
+            weight = weight.dequantize().T
         return super().linear(x, weight, bias)
 
     def unembed(self, x: Array, table: Any) -> Array:
-        return super().unembed(x, table.floats() if isinstance(table, QuantizedWeight) else table)
+        if isinstance(table, QuantizedWeight):
+            table = table.dequantize()
+        return super().unembed(x, table)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         if not self._has_kernels:
@@ -124,8 +129,8 @@ class CupyBackend(Backend):
         x = cupy.ascontiguousarray(x)
         out = cupy.empty_like(x)
         n = x.shape[-1]
-        launch = kernel("rows.cu", "layer_norm", self.kinds)
-        launch((x.size // n,), ROW, x, weight, bias, np.float32(eps), out, np.int32(n))
+        normalize = kernel("layer_norm.cu", "layer_norm", self.kernel_variant)
+        normalize((x.size // n,), ROW_BLOCK, x, weight, bias, np.float32(eps), out, np.int32(n))
         return out
 
     def gelu_new(self, x: Array) -> Array:
@@ -140,8 +145,8 @@ class CupyBackend(Backend):
         x = cupy.ascontiguousarray(x)
         out = cupy.empty_like(x)
         number = np.int32(1 + ACTIVATIONS.index(name))
-        launch = kernel("rows.cu", "activate", self.kinds)
-        launch((-(-x.size // ROW[0]),), ROW, x, out, np.int64(x.size), number)
+        activate = kernel("elementwise.cu", "activate", self.kernel_variant)
+        activate((-(-x.size // ROW_BLOCK[0]),), ROW_BLOCK, x, out, np.int64(x.size), number)
         return out
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
@@ -153,40 +158,42 @@ class CupyBackend(Backend):
         return buffer
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
-        # A matmul of more than two dimensions fails in bfloat16 and runs float16 as float32 in
-        # CuPy 14.2: here both are computed in float32 outright.
+        # In CuPy 14.2, batched matmul fails in bfloat16 and converts float16 to float32. Here, both
+        # types are converted to float32.
         B, H, T, D = q.shape
         q, k, v = (a.astype(self.accumulation_dtype, copy=False) for a in (q, k, v))
         scores = (q * scale) @ k.swapaxes(-1, -2)
-        hidden = cupy.arange(k.shape[2]) > positions.index[:, None, :, None]
-        heads = self.softmax(cupy.where(hidden, self.accumulation_dtype(-math.inf), scores)) @ v
+        masked = cupy.arange(k.shape[2]) > positions.index[:, None, :, None]
+        heads = self.softmax(cupy.where(masked, self.accumulation_dtype(-math.inf), scores)) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D).astype(self.float_dtype, copy=False)
 
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
         if host.dtype.kind == "f":
-            wanted = getattr(self.xp, dtype or self.dtype)
-            return cupy.asarray(self._host_float(host, dtype)).astype(wanted, copy=False)
+            target = getattr(self.xp, dtype or self.dtype)
+            return cupy.asarray(self._host_float(host, dtype)).astype(target, copy=False)
         return cupy.asarray(host, dtype=self.int_dtype)
 
     def sampler(
         self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
     ) -> CupySampler | None:
-        if self.dtype == "float64":  # its logits are, too
+        if self.dtype == "float64":  # the kernel reads float32 logits
             return None
-        return CupySampler(self.kinds, self._arrivals, params, prompts, streams, vocab_size)
+        return CupySampler(
+            self.kernel_variant, self._pending_copies, params, prompts, streams, vocab_size
+        )
 
     def copy_to_host_async(self, x: Array) -> Any:
         if x.dtype.kind not in "fiub":
             return x
         host = cupyx.empty_pinned(x.shape, x.dtype)
         x.get(out=host, blocking=False)
-        return self._arrivals.expect(host)
+        return self._pending_copies.track(host)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         if isinstance(x, HostCopy):
-            x.arrived.synchronize()
-            return x.host.copy()  # the sampler writes there again
-        if x.dtype.kind not in "fiub":  # bfloat16 is a type of ml_dtypes to NumPy
+            x.event.synchronize()
+            return x.host.copy()  # the sampler reuses the memory
+        if x.dtype.kind not in "fiub":  # bfloat16: NumPy has it only with ml_dtypes
             x = x.astype(cupy.float32)
         return cupy.asnumpy(x)
 
@@ -200,7 +207,7 @@ class CupyBackend(Backend):
         return str(cupy.cuda.runtime.getDeviceProperties(self.device.id)["name"].decode())
 
     def peak_memory(self) -> int:
-        """Bytes that CuPy's pool has taken from the device; it does not shrink by itself."""
+        """Return the bytes that CuPy's pool has allocated; the pool keeps freed memory."""
         with self.device:
             return int(cupy.get_default_memory_pool().total_bytes())
 
@@ -211,14 +218,14 @@ class CupyBackend(Backend):
                 yield
         except Exception as error:
             with self.device:
-                problem = out_of_memory(error)
+                problem = translate_out_of_memory(error)
             if problem is None:
                 raise
             raise problem from error
 
 
 class _Namespace:
-    """array_api_compat.cupy, and bfloat16, which CuPy takes from ml_dtypes."""
+    """The namespace array_api_compat.cupy, with bfloat16 of ml_dtypes."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "bfloat16":
@@ -235,6 +242,6 @@ def _device_count() -> int:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendError(
-            f"CuPy {cupy.__version__} is installed, but no CUDA device answers ({error}): "
+            f"CuPy {cupy.__version__} is installed, but no CUDA device is available ({error}): "
             "check the driver with nvidia-smi, or use backend='numpy'"
         ) from error

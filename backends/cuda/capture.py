@@ -1,52 +1,71 @@
-"""CUDA graphs of the same pass, captured in several ways, of which the fastest stays."""
+"""Capture CUDA graphs, and autotune between graphs of the same pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cupy
 import numpy as np
 
-TURNS = 3  # of each way
+TIMED_LAUNCHES = 3  # of each candidate
 
 
-class Fastest:
-    """Graphs that compute the same, by the way in which they were captured. The first launches take
-    turns, by the device's clock; what was faster then is launched from there on.
+def capture(launch: Callable[[], None]) -> Any:
+    """Return a CUDA graph of the kernels that `launch` launches on the current stream."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            launch()
+        finally:
+            graph = stream.end_capture()
+    return graph
+
+
+class AutotunedGraph:
+    """One of several graphs that compute the same: the fastest.
+
+    The first launches alternate between the candidates and are timed on the device. Later launches
+    use the candidate with the lowest median time.
+
+    Parameters
+    ----------
+    candidates
+        Graphs by key: True if the graph uses programmatic dependent launch.
 
     Attributes
     ----------
-    winner
-        The way that is; None until it is known.
+    chosen
+        Key of the selected candidate; None until it is selected.
     """
 
-    def __init__(self, graphs: Mapping[bool, Any]) -> None:
-        self._graphs = dict(graphs)
-        self._timed: list[tuple[bool, Any, Any]] = []  # way, events before and after each launch
-        self.winner = next(iter(graphs)) if len(graphs) == 1 else None
+    def __init__(self, candidates: Mapping[bool, Any]) -> None:
+        self._graphs = dict(candidates)
+        self._timed: list[tuple[bool, Any, Any]] = []  # key, events before and after each launch
+        self.chosen = next(iter(candidates)) if len(candidates) == 1 else None
 
     def launch(self) -> None:
-        """Launch one of them on the current stream."""
-        if self.winner is not None:
-            self._graphs[self.winner].launch()
+        """Launch a candidate on the current stream."""
+        if self.chosen is not None:
+            self._graphs[self.chosen].launch()
             return
-        # Forth and back, so that whatever else takes turns does not always meet the same one.
-        ways, turn = list(self._graphs), len(self._timed)
-        way = ways[(turn + turn // len(ways)) % len(ways)]
+        # The order reverses every round (a b b a a b), in case other work alternates, too.
+        keys, n = list(self._graphs), len(self._timed)
+        key = keys[(n + n // len(keys)) % len(keys)]
         before, after = cupy.cuda.Event(), cupy.cuda.Event()
         before.record()
-        self._graphs[way].launch()
+        self._graphs[key].launch()
         after.record()
-        self._timed.append((way, before, after))
-        if len(self._timed) == TURNS * len(ways):
-            self._decide()
+        self._timed.append((key, before, after))
+        if len(self._timed) == TIMED_LAUNCHES * len(keys):
+            self._choose()
 
-    def _decide(self) -> None:
-        times: dict[bool, list[float]] = {way: [] for way in self._graphs}
-        for way, before, after in self._timed:
+    def _choose(self) -> None:
+        times: dict[bool, list[float]] = {key: [] for key in self._graphs}
+        for key, before, after in self._timed:
             after.synchronize()
-            times[way].append(cupy.cuda.get_elapsed_time(before, after))
-        self.winner = min(times, key=lambda way: float(np.median(times[way])))
-        self._graphs = {self.winner: self._graphs[self.winner]}
+            times[key].append(cupy.cuda.get_elapsed_time(before, after))
+        self.chosen = min(times, key=lambda key: float(np.median(times[key])))
+        self._graphs = {self.chosen: self._graphs[self.chosen]}
         self._timed.clear()

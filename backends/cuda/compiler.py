@@ -1,7 +1,7 @@
-"""CUDA kernels: `cuda/*.cu`, compiled for the device at hand when they are first asked for.
+"""Compile the CUDA kernels of `kernels/*.cu` with NVRTC at their first use.
 
-CuPy keeps what it compiled on disk. Each file is a module of its own, after the two headers; macros
-say which types it is compiled for, so that a kernel has one plain name.
+Each file is a separate module: device.cuh, activation.cuh, then the file. Macros select the types,
+so a kernel has one name for all types. CuPy caches compiled modules on disk.
 """
 
 from __future__ import annotations
@@ -13,77 +13,85 @@ from typing import Any, NamedTuple
 
 import cupy
 
-from gptx.backends.cuda import dependent_launch as cupy_early
+from gptx.backends.cuda import dependent_launch
 
-FOLDER = Path(__file__).parent / "kernels"
+KERNELS_FOLDER = Path(__file__).parent / "kernels"
 HEADERS = ("device.cuh", "activation.cuh")
-PARTS = {"gemv.cu": ("linear_input.cuh",)}  # further headers of a file
-TYPES = {"float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
-ROW = (256,)  # threads of a block that works on one row
+EXTRA_HEADERS = {"gemv.cu": ("gemv_input.cuh",)}
+CUDA_TYPES = {"float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
+ROW_BLOCK = (256,)  # threads of a block that computes one row
+DEFAULT_SHARED_BYTES = 48 * 1024  # of a block, without a function attribute
 
 
-class Kinds(NamedTuple):
-    """What kernels are compiled for.
+class KernelVariant(NamedTuple):
+    """The types and sizes that a kernel is compiled for.
 
     Attributes
     ----------
     dtype, cache_dtype
         Names of the types of activations, and of cached keys and values.
-    head
+    head_dim
         D, the width of a head.
-    bits, group
-        Of a weight's codes and of its groups; 0 and 0 if weights are of the type `dtype`.
+    bits, group_size
+        Bits of a quantized value, and values in a group; 0 if weights have the type `dtype`.
     device
-        The number of the CUDA device, which has to be the current one.
+        Number of the CUDA device, which has to be the current device.
     """
 
     dtype: str
     cache_dtype: str = "float32"
-    head: int = 64
+    head_dim: int = 64
     bits: int = 0
-    group: int = 0
+    group_size: int = 0
     device: int = 0
 
     @property
-    def real(self) -> Any:
-        """The type of activations, as CuPy's arrays have it."""
+    def array_dtype(self) -> Any:
+        """The dtype of arrays of activations."""
         if self.dtype == "bfloat16":
             import ml_dtypes
 
             return ml_dtypes.bfloat16
         return getattr(cupy, self.dtype)
 
-    def macros(self, code: str) -> tuple[str, ...]:
-        """The compiler's options for the macros that `code` uses, and no others: files that differ
-        in nothing are compiled once."""
-        values = {
-            "REAL": TYPES[self.dtype],
-            "CACHE": TYPES[self.cache_dtype],
-            "HEAD": self.head,
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.dtype == "float32" else 2
+
+    def options(self, code: str) -> tuple[str, ...]:
+        """Return compiler options that define the macros which `code` contains.
+
+        Other macros are left out, so that variants with equal code share a compiled module.
+        """
+        macros = {
+            "REAL": CUDA_TYPES[self.dtype],
+            "CACHE": CUDA_TYPES[self.cache_dtype],
+            "HEAD": self.head_dim,
             "BITS": self.bits,
-            "GROUP": self.group,
+            "GROUP": self.group_size,
         }
-        return tuple(f"-D{name}={value}" for name, value in values.items() if name in code)
+        return tuple(f"-D{name}={value}" for name, value in macros.items() if name in code)
 
 
 def source(file: str) -> str:
-    """The code of one module: the headers and `file` of the folder `cuda`."""
-    names = *HEADERS, *PARTS.get(file, ()), file
-    return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
+    """Return the code of one module: the headers, then `file`."""
+    names = *HEADERS, *EXTRA_HEADERS.get(file, ()), file
+    return "\n".join((KERNELS_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache
-def _module(file: str, kinds: Kinds) -> Any:
+def _module(file: str, variant: KernelVariant) -> Any:
     code = source(file)
-    return cupy.RawModule(code=code, options=("-std=c++17", *kinds.macros(code)))
+    return cupy.RawModule(code=code, options=("-std=c++17", *variant.options(code)))
 
 
 class Kernel:
-    """One kernel: called with its grid and block, and the arguments that its source names."""
+    """One compiled kernel."""
 
-    def __init__(self, file: str, name: str, kinds: Kinds) -> None:
-        self._function = _module(file, kinds).get_function(name)
-        self._shared_bytes = 48 * 1024  # what a block may have without being asked
+    def __init__(self, file: str, name: str, variant: KernelVariant) -> None:
+        self._function = _module(file, variant).get_function(name)
+        self._max_shared_bytes = DEFAULT_SHARED_BYTES
 
     def __call__(
         self,
@@ -91,34 +99,34 @@ class Kernel:
         block: Sequence[int],
         *args: Any,
         shared_bytes: int = 0,
-        early: bool = False,
+        dependent: bool = False,
     ) -> None:
         """Launch on the current stream.
 
         Parameters
         ----------
         grid, block
-            Blocks, and threads of a block, along x, y and z.
+            Number of blocks, and of threads in a block, along x, y and z.
         args
-            CuPy arrays for pointers (None for a null one); NumPy scalars of the very type that the
+            CuPy arrays for pointers (None for null); NumPy scalars of exactly the type that the
             kernel declares.
         shared_bytes
-            Dynamic shared memory of a block.
-        early
-            Let it begin before the kernel ahead has ended (see `cupy_early.py`).
+            Bytes of dynamic shared memory of a block.
+        dependent
+            Use programmatic dependent launch (see `dependent_launch.py`).
         """
-        if shared_bytes > self._shared_bytes:
+        if shared_bytes > self._max_shared_bytes:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_bytes = shared_bytes
-        if early:
+            self._max_shared_bytes = shared_bytes
+        if dependent:
             stream = cupy.cuda.get_current_stream().ptr
             pointer = self._function.kernel.ptr
-            cupy_early.launch(pointer, grid, block, args, shared_bytes, stream)
+            dependent_launch.launch(pointer, grid, block, args, shared_bytes, stream)
         else:
             self._function(tuple(grid), tuple(block), args, shared_mem=shared_bytes)
 
 
 @cache
-def kernel(file: str, name: str, kinds: Kinds) -> Kernel:
-    """A kernel by its file in the folder `cuda` and its name, compiled for `kinds`."""
-    return Kernel(file, name, kinds)
+def kernel(file: str, name: str, variant: KernelVariant) -> Kernel:
+    """Return the kernel `name` of `kernels/<file>`, compiled for a variant."""
+    return Kernel(file, name, variant)

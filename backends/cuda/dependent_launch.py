@@ -1,9 +1,9 @@
-"""Launch a kernel that may begin before the one ahead of it has ended.
+"""Programmatic dependent launch: overlap the start of a kernel with the end of the one before it.
 
-CUDA calls it programmatic dependent launch (compute capability 9.0 and above): the kernel's blocks
-take their places as soon as those of the kernel ahead call `let_next_start`, load what never
-changes, and stop at `wait_for_previous` (`cuda/device.cuh`) until that kernel has ended and what it
-wrote can be seen. CuPy does not offer it, so this calls the driver.
+It needs compute capability 9.0. The blocks of a kernel become resident when all blocks of the
+kernel before it have called `trigger_dependent_launch` or ended. They load data that no kernel
+writes, and wait in `grid_dependency_sync` (`kernels/device.cuh`) until the kernel before has ended
+and its writes are visible. CuPy has no such launches, so this module calls the CUDA driver.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 import cupy
 import numpy as np
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of enum CUlaunchAttributeID in cuda.h
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # enum CUlaunchAttributeID in cuda.h
+MIN_COMPUTE_CAPABILITY = 90
 
 
-class Attribute(ctypes.Structure):
+class LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute."""
 
     _fields_ = (
@@ -31,7 +32,7 @@ class Attribute(ctypes.Structure):
     )
 
 
-class Config(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
@@ -39,31 +40,33 @@ class Config(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(Attribute)),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
         ("n_attributes", ctypes.c_uint),
     )
 
 
-class Refused(RuntimeError):
-    """The driver has such launches, and does not take this one."""
+class LaunchRejected(RuntimeError):
+    """The driver supports programmatic dependent launch, but rejects this launch."""
 
 
 @cache
 def driver() -> Any:
-    """The CUDA driver's library; None where it has no such launch (before CUDA 11.8)."""
+    """Return the CUDA driver's library, or None if it is older than CUDA 11.8."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         launch = library.cuLaunchKernelEx
     except (OSError, AttributeError):
         return None
-    launch.argtypes = ctypes.POINTER(Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+    pointer = ctypes.c_void_p
+    launch.argtypes = ctypes.POINTER(LaunchConfig), pointer, pointer, pointer
     launch.restype = ctypes.c_int
     return library
 
 
-def is_possible() -> bool:
-    """Whether the current device and its driver have such launches."""
-    return int(cupy.cuda.Device().compute_capability) >= 90 and driver() is not None
+def is_supported() -> bool:
+    """Return True if the current device and its driver support such launches."""
+    capability = int(cupy.cuda.Device().compute_capability)
+    return capability >= MIN_COMPUTE_CAPABILITY and driver() is not None
 
 
 def launch(
@@ -74,17 +77,22 @@ def launch(
     shared_bytes: int,
     stream: int,
 ) -> None:
-    """Launch a kernel (a CUfunction) on a stream, by its address; the rest as in `Kernel`.
+    """Launch a kernel on a stream; other parameters are those of `compiler.Kernel`.
+
+    Parameters
+    ----------
+    function, stream
+        Handles: a CUfunction and a CUstream.
 
     Raises
     ------
-    Refused
-        The driver does.
+    LaunchRejected
+        The driver returns an error.
     """
-    values = [_value(x) for x in args]
+    values = [_argument(x) for x in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-    attribute = Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-    config = Config(
+    attribute = LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    config = LaunchConfig(
         grid=(*grid, 1, 1)[:3],
         block=(*block, 1, 1)[:3],
         shared_bytes=shared_bytes,
@@ -94,11 +102,11 @@ def launch(
     )
     error = driver().cuLaunchKernelEx(config, function, pointers, None)
     if error:
-        raise Refused(f"cuLaunchKernelEx failed with error {error}")
+        raise LaunchRejected(f"cuLaunchKernelEx failed with error {error}")
 
 
-def _value(x: Any) -> Any:
-    """An argument in memory: an array's address, a null pointer or a NumPy scalar's bytes."""
+def _argument(x: Any) -> Any:
+    """Return ctypes memory with an array's address, a null pointer or a scalar's bytes."""
     if x is None:
         return ctypes.c_void_p(0)
     if isinstance(x, np.generic):

@@ -1,4 +1,4 @@
-"""What the device is about to write to the host's memory."""
+"""Asynchronous copies from the device to page-locked host memory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,38 @@ import numpy as np
 
 
 class HostCopy(NamedTuple):
-    """An array on its way to the host, and the event that says when it is there."""
+    """A copy of an array to the host.
+
+    Attributes
+    ----------
+    host
+        The target; it is valid after `event`.
+    event
+        The CUDA event after the copy.
+    """
 
     host: np.ndarray
-    arrived: Any
+    event: Any
 
 
-class HostCopies:
-    """Arrays on their way: their memory must not be used again before they are there, even if
-    nobody waits for them."""
+class PendingCopies:
+    """References to the targets of pending copies.
+
+    They keep the memory from being freed before the device has written it, even if no thread waits
+    for the copy.
+    """
 
     def __init__(self) -> None:
-        self._expected: deque[HostCopy] = deque()
+        self._pending: deque[HostCopy] = deque()
         self._lock = threading.Lock()
 
-    def expect(self, host: np.ndarray) -> HostCopy:
-        """An array of pinned memory, which what the current stream was given so far writes."""
+    def track(self, host: np.ndarray) -> HostCopy:
+        """Track memory `host` that the current stream's work writes; record an event after it."""
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
-        arriving = HostCopy(host, event)
+        copy = HostCopy(host, event)
         with self._lock:
-            while self._expected and self._expected[0].arrived.done:
-                self._expected.popleft()
-            self._expected.append(arriving)
-        return arriving
+            while self._pending and self._pending[0].event.done:
+                self._pending.popleft()
+            self._pending.append(copy)
+        return copy

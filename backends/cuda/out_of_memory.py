@@ -1,4 +1,4 @@
-"""What is done and said when a CUDA device runs out of memory."""
+"""Translate the out-of-memory errors of CuPy and CUDA, and free memory after them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import cupy
 
 from gptx.errors import DeviceOutOfMemory
 
-MEMORY_ALLOCATION = 2  # the status, in CUDA's runtime and driver APIs
+OUT_OF_MEMORY_STATUS = 2  # in CUDA's runtime and driver APIs
 
 
-def out_of_memory(error: BaseException) -> DeviceOutOfMemory | None:
-    """What to raise in place of an error of CuPy's; None if it has nothing to do with memory.
+def translate_out_of_memory(error: BaseException) -> DeviceOutOfMemory | None:
+    """Return the error to raise in place of an error of CuPy; None if memory is not its cause.
 
-    To be called where the error is caught, with the device that ran out as the current one. What
-    the failed functions held is let go, and CuPy's pool gives back what nobody uses, so that the
-    next call finds it.
+    Call it where the error is caught, while the device of the error is the current device. It
+    clears the locals of the failed functions, and returns unused memory of CuPy's pool to the
+    device, so that the next call can allocate it.
     """
     if isinstance(error, cupy.cuda.memory.OutOfMemoryError):
-        # Its attributes are private, but pickle has to know what it was made of.
+        # The attributes are private, but pickle's protocol provides them.
         needed, allocated, limit = error.__reduce__()[1]
         what = f"{needed:,} bytes are needed, {_free(allocated, limit)}"
-    elif getattr(error, "status", None) == MEMORY_ALLOCATION and isinstance(
+    elif getattr(error, "status", None) == OUT_OF_MEMORY_STATUS and isinstance(
         error, (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
-    ):  # for a kernel or a graph, which do not say how much
+    ):  # of a kernel or graph: CUDA reports no size
         what = f"{error}; of its bytes, {_free()}"
     else:
         return None

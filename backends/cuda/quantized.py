@@ -1,7 +1,7 @@
-"""CuPy's quantized matrices, and products with them one by one.
+"""Quantized weights on the device.
 
-The compiled pass (`cupy_step.py`) hands their parts to its kernels; the methods here are what the
-ops do without it.
+The compiled pass gives their arrays to its kernels. The methods dequantize for the ops that run
+without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gptx.backends.cuda.compiler import ROW, Kinds, kernel
+from gptx.backends.cuda.compiler import ROW_BLOCK, KernelVariant, kernel
 from gptx.quantization import QuantizedTensor
 
 Array = Any
@@ -20,48 +20,48 @@ Array = Any
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantized matrix [O, I] on the device, in the layout of `gptx.quantization.QuantizedTensor`.
+    """A quantized weight [O, I] on the device, in the layout of `QuantizedTensor`.
 
     Attributes
     ----------
     weight
-        QuantizedWeight, uint32 [O, I * bits / 32].
+        Packed quantized values, uint32 [O, I * bits / 32].
     scales, offsets
-        float32 [O, I / group]: w = scale * code + offset.
+        float32 [O, I / group_size]: w = scale * value + offset.
     shape
         (O, I).
-    kinds
-        What kernels that read it are compiled for.
+    variant
+        Variant of the kernels that read it.
     """
 
     weight: Array
     scales: Array
     offsets: Array
     shape: tuple[int, int]
-    kinds: Kinds
+    variant: KernelVariant
 
     @classmethod
-    def of(cls, q: QuantizedTensor, kinds: Kinds) -> QuantizedWeight:
-        """Bring a matrix to the current device."""
+    def from_host(cls, q: QuantizedTensor, variant: KernelVariant) -> QuantizedWeight:
+        """Copy a quantized tensor to the current device."""
         return cls(
             cupy.asarray(q.weight),
             cupy.asarray(q.scales, dtype=cupy.float32),
             cupy.asarray(q.offsets, dtype=cupy.float32),
             q.shape,
-            kinds._replace(bits=q.bits, group=q.group_size),
+            variant._replace(bits=q.bits, group_size=q.group_size),
         )
 
-    def rows(self, ids: Array) -> QuantizedWeight:
-        """Some of the rows, integers [N] -> [N, I]."""
+    def take_rows(self, ids: Array) -> QuantizedWeight:
+        """Return the rows `ids`, integers [N] -> [N, I]."""
         weight, scales, offsets = (
             cupy.take(x, ids, axis=0) for x in (self.weight, self.scales, self.offsets)
         )
-        return QuantizedWeight(weight, scales, offsets, (ids.size, self.shape[1]), self.kinds)
+        return QuantizedWeight(weight, scales, offsets, (ids.size, self.shape[1]), self.variant)
 
-    def floats(self) -> Array:
-        """All of it as numbers of the backend's dtype [O, I]."""
-        out = cupy.empty(self.shape, self.kinds.real)
+    def dequantize(self) -> Array:
+        """Return the weight [O, I] in the backend's dtype."""
+        out = cupy.empty(self.shape, self.variant.array_dtype)
         n_rows, n_in = self.shape
-        expand = kernel("rows.cu", "expand", self.kinds)
-        expand((n_rows,), ROW, self.weight, self.scales, self.offsets, out, np.int32(n_in))
+        launch = kernel("embedding.cu", "dequantize", self.variant)
+        launch((n_rows,), ROW_BLOCK, self.weight, self.scales, self.offsets, out, np.int32(n_in))
         return out

@@ -1,8 +1,8 @@
-"""CuPy: the whole sampler of `gptx.generation.sampling` as one launch of `cuda/sampler.cu` a step.
+"""The sampler of `gptx.generation.sampling` as one launch of `kernels/sampler.cu` for each step.
 
-It reads nothing from the host but its arguments, which stay the same: random numbers are computed
-where they are used, and the device counts the steps. The tokens it writes twice: for the next step,
-and to the host's own memory, which takes no copy.
+Its arguments are the same at each step, because the device counts the steps and computes the random
+numbers. The kernel writes the tokens to device memory for the next step, and to page-locked host
+memory, which saves a copy.
 """
 
 from __future__ import annotations
@@ -14,23 +14,33 @@ import cupy
 import cupyx
 import numpy as np
 
-from gptx.backends.cuda.compiler import Kinds, kernel
-from gptx.backends.cuda.host_copy import HostCopies, HostCopy
+from gptx.backends.cuda.compiler import KernelVariant, kernel
+from gptx.backends.cuda.host_copy import HostCopy, PendingCopies
 
 Array = Any
-WARP, MOST_THREADS = 32, 1024  # of a block, which works on one sequence
-ROOM_BYTES = 17 * 1024  # of shared memory that the kernel takes besides the logits
-AT_ONCE = 8  # logits that a thread reads in one go
-SLOTS = 4  # tokens of so many steps may be on their way to the host
+WARP, MAX_THREADS = 32, 1024  # of a block
+WORKSPACE_BYTES = 17 * 1024  # of shared memory, besides the logits, as in sampler.cu
+LOADS_IN_FLIGHT = 8  # of logits in a thread, as in sampler.cu
+PENDING_STEPS = 4  # whose tokens may be unread on the host
 
 
 class CupySampler:
-    """What `Backend.sampler` returns; the arguments are those of `gptx.generation.sampling.Sampler`."""
+    """The result of `CupyBackend.sampler`.
+
+    Parameters
+    ----------
+    variant
+        Variant of the kernel.
+    pending_copies
+        The backend's pending copies to the host.
+    params, prompts, streams, vocab_size
+        As in `gptx.generation.sampling.Sampler`.
+    """
 
     def __init__(
         self,
-        kinds: Kinds,
-        arrivals: HostCopies,
+        variant: KernelVariant,
+        pending_copies: PendingCopies,
         params: Any,
         prompts: list[list[int]],
         streams: list[int],
@@ -38,8 +48,8 @@ class CupySampler:
     ) -> None:
         B, V = len(prompts), vocab_size
         self._greedy = params.greedy
-        device = cupy.cuda.Device(kinds.device)
-        self._kernel = kernel("sampler.cu", "sample", kinds)
+        device = cupy.cuda.Device(variant.device)
+        self._kernel = kernel("sampler.cu", "sample", variant)
         self._streams = cupy.asarray(np.array(streams, np.int64))
         self._steps = cupy.zeros(B, np.int64)
         self._bias = self._seen = self._counts = self._scratch = None
@@ -54,26 +64,26 @@ class CupySampler:
             self._seen = cupy.asarray(seen)
         if params.presence_penalty or params.frequency_penalty:
             self._counts = cupy.zeros((B, V), np.int32)
-        self._meetings = cupy.zeros((B, 2), np.uint64)
+        self._block_maxima = cupy.zeros((B, 2), np.uint64)
         self._ids = cupy.empty(B, np.int64)
-        self._arrivals, self._n_calls = arrivals, 0
-        host = cupyx.empty_pinned((SLOTS, B), np.int64)  # where the device can write, too
-        memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, kinds.device)
-        self._slots = [
+        self._pending_copies, self._n_calls = pending_copies, 0
+        host = cupyx.empty_pinned((PENDING_STEPS, B), np.int64)  # the device can write to it
+        memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, variant.device)
+        self._host_ids = [  # host and device arrays of the same memory
             (row, cupy.ndarray(B, np.int64, cupy.cuda.MemoryPointer(memory, 8 * B * i)))
             for i, row in enumerate(host)
         ]
-        self._n_processors = device.attributes["MultiProcessorCount"]
-        self._threads = min(-(-V // WARP) * WARP, MOST_THREADS)
-        self._shared_bytes = ROOM_BYTES
+        self._multiprocessors = device.attributes["MultiProcessorCount"]
+        self._threads = min(-(-V // WARP) * WARP, MAX_THREADS)
+        self._shared_bytes = WORKSPACE_BYTES
         if not params.greedy:
             self._shared_bytes += 4 * V
             if self._shared_bytes > device.attributes["MaxSharedMemoryPerBlockOptin"]:
-                self._shared_bytes = ROOM_BYTES
+                self._shared_bytes = WORKSPACE_BYTES
                 self._scratch = cupy.empty((B, V), np.float32)
-        # As `gptx.generation.sampling` has them: below 1e-30, float32 has no room.
+        # The limit of `gptx.generation.sampling`: logits / 1e-30 are finite in float32.
         temperature = 0 if params.greedy else max(params.temperature, 1e-30)
-        self._numbers = (
+        self._scalars = (
             np.float32(params.repetition_penalty),
             np.float32(params.presence_penalty),
             np.float32(params.frequency_penalty),
@@ -92,15 +102,15 @@ class CupySampler:
         ids
             Token ids [B] on the device; every call returns the same array.
         host_ids
-            Their copy to the host; to be read before `SLOTS` further calls.
+            Their copy to the host; valid until `PENDING_STEPS` further calls.
         """
         B, V = logits.shape
-        host, told = self._slots[self._n_calls % SLOTS]
+        host, host_ids = self._host_ids[self._n_calls % PENDING_STEPS]
         self._n_calls += 1
-        blocks = 1  # of a row; a greedy row has as many as there are processors and work for them
+        blocks = 1  # of a row; the kernel splits greedy rows only
         if self._greedy:
-            useful = -(-V // (AT_ONCE * self._threads))
-            blocks = max(1, min(useful, self._n_processors // B))
+            useful = -(-V // (LOADS_IN_FLIGHT * self._threads))
+            blocks = max(1, min(useful, self._multiprocessors // B))
         self._kernel(
             (blocks, B),
             (self._threads,),
@@ -109,23 +119,23 @@ class CupySampler:
             self._bias,
             self._seen,
             self._counts,
-            *self._numbers,
+            *self._scalars,
             self._streams,
             self._steps,
             self._scratch,
-            self._meetings,
+            self._block_maxima,
             self._ids,
-            told,
+            host_ids,
             shared_bytes=self._shared_bytes,
         )
-        return self._ids, self._arrivals.expect(host)
+        return self._ids, self._pending_copies.track(host)
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but `rows`."""
+        """Keep the sequences `rows` only."""
         index = cupy.asarray(np.array(rows))
         self._streams, self._steps = self._streams[index], self._steps[index]
         self._ids = cupy.empty(len(rows), np.int64)
-        self._slots = [(host[: len(rows)], device) for host, device in self._slots]
+        self._host_ids = [(host[: len(rows)], device) for host, device in self._host_ids]
         if self._seen is not None:
             self._seen = self._seen[index]
         if self._counts is not None:

@@ -1,4 +1,4 @@
-// CUDA C++ as far as the kernels use it, for a compiler of the CPU.
+// The parts of CUDA C++ that the kernels use, for g++.
 #pragma once
 #include <array>
 #include <cmath>
@@ -17,16 +17,16 @@
 
 #define INLINE [[gnu::always_inline]] inline
 
-static void __syncthreads(emulator::Site site = HERE) { emulator::wait_for_block(site); }
+static void __syncthreads(emulator::Site site = CALL_SITE) { emulator::wait_for_block(site); }
 
 static void check_mask(unsigned mask, emulator::Site site) {
     if (mask != emulator::ALL) emulator::fail(site, "a mask of fewer than all lanes: %#x", mask);
 }
-static void __syncwarp(unsigned mask = emulator::ALL, emulator::Site site = HERE) {
+static void __syncwarp(unsigned mask = emulator::ALL, emulator::Site site = CALL_SITE) {
     check_mask(mask, site);
     emulator::exchange("__syncwarp", site, 0);
 }
-static unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = HERE) {
+static unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = CALL_SITE) {
     check_mask(mask, site);
     auto slots = emulator::exchange("__ballot_sync", site, predicate);
     unsigned bits = 0;
@@ -34,48 +34,48 @@ static unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site 
         bits |= (unsigned)(emulator::value_of<int>(slots, lane) != 0) << lane;
     return bits;
 }
-static int __any_sync(unsigned mask, int predicate, emulator::Site site = HERE) {
+static int __any_sync(unsigned mask, int predicate, emulator::Site site = CALL_SITE) {
     return __ballot_sync(mask, predicate, site) != 0;
 }
-static int __all_sync(unsigned mask, int predicate, emulator::Site site = HERE) {
+static int __all_sync(unsigned mask, int predicate, emulator::Site site = CALL_SITE) {
     return __ballot_sync(mask, predicate, site) == emulator::ALL;
 }
 
-// Lane `from` of the lanes of the same part of `width`; outside of the part: its own.
-template <class T> INLINE T shuffle(const char* what, unsigned mask, T x, int from, int width,
+// The value of lane `from`, or the lane's own value if `from` is in another part of `width` lanes.
+template <class T> INLINE T shuffle(const char* operation, unsigned mask, T x, int from, int width,
                                     emulator::Site site) {
     check_mask(mask, site);
-    auto slots = emulator::exchange(what, site, x);
+    auto slots = emulator::exchange(operation, site, x);
     int lane = emulator::current->lane, first = lane / width * width;
     return from < first || from >= first + width ? x : emulator::value_of<T>(slots, from);
 }
 #define LANE ((int)emulator::current->lane)
 template <class T> INLINE T __shfl_sync(unsigned mask, T x, int from, int width = 32,
-                                        emulator::Site site = HERE) {
+                                        emulator::Site site = CALL_SITE) {
     int first = LANE / width * width;
     return shuffle("__shfl_sync", mask, x, first + (from & (width - 1)), width, site);
 }
 template <class T> INLINE T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32,
-                                            emulator::Site site = HERE) {
+                                            emulator::Site site = CALL_SITE) {
     return shuffle("__shfl_xor_sync", mask, x, LANE ^ bits, width, site);
 }
 template <class T> INLINE T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32,
-                                             emulator::Site site = HERE) {
+                                             emulator::Site site = CALL_SITE) {
     return shuffle("__shfl_down_sync", mask, x, LANE + (int)by, width, site);
 }
 template <class T> INLINE T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32,
-                                           emulator::Site site = HERE) {
+                                           emulator::Site site = CALL_SITE) {
     return shuffle("__shfl_up_sync", mask, x, LANE - (int)by, width, site);
 }
 #undef LANE
 
-// Nobody else runs meanwhile: a fiber gives way only where it waits.
+// Atomic, because a fiber yields only where it waits.
 template <class T, class F> static T change(T* p, F f) {
     T old = *p;
     *p = f(old);
     return old;
 }
-template <class T> using Same = std::common_type_t<T>;  // a parameter that does not decide T
+template <class T> using Same = std::common_type_t<T>;  // excluded from the deduction of T
 template <class T> static T atomicAdd(T* p, Same<T> x) {
     return change(p, [=](T old) { return old + x; });
 }
@@ -110,7 +110,7 @@ static unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
     return (unsigned __int128)a * b >> 64;
 }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-// The C library's names are taken, or slow.
+// The C library's functions of these names are slower.
 static float larger(float a, float b) { return a > b || b != b ? a : b; }
 static float smaller(float a, float b) { return a < b || b != b ? a : b; }
 #define fmaxf larger

@@ -1,11 +1,11 @@
-// The names of backends/cuda/device.cuh for the CPU: the same meaning, and faults where a GPU
-// has one.
+// The declarations of backends/cuda/kernels/device.cuh for the CPU, with the same meaning. What
+// fails on a GPU is a fault here.
 #include "cuda.h"
 
 #define DEVICE inline
 #define DYNAMIC_SHARED(name) unsigned char* name = emulator::dynamic_shared
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr unsigned FULL_MASK = 0xffffffffu;
 constexpr int WARP = 32;
 
 struct half_t { unsigned short bits; };
@@ -20,14 +20,14 @@ DEVICE float to_float(half_t x) {
 }
 DEVICE float to_float(bf16_t x) { return __uint_as_float((unsigned)x.bits << 16); }
 
-// To the nearest, ties to even; every NaN becomes the device's one.
+// Round to nearest even; every NaN becomes the canonical NaN of a GPU.
 template <class T> DEVICE T from_float(float x);
 template <> DEVICE float from_float<float>(float x) { return x; }
 template <> DEVICE half_t from_float<half_t>(float x) {
     unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     if (rest > 0x7f800000) return {0x7fff};
-    if (rest >= 0x477ff000) return {(unsigned short)(sign | 0x7c00)};  // from 65520: infinity
-    if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds where its last place is
+    if (rest >= 0x477ff000) return {(unsigned short)(sign | 0x7c00)};  // >= 65520: infinity
+    if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds at its last bit
         unsigned place = __float_as_uint(fabsf(x) + 0.5f) - __float_as_uint(0.5f);
         return {(unsigned short)(sign | place)};
     }
@@ -43,7 +43,7 @@ template <> DEVICE bf16_t from_float<bf16_t>(float x) {
 template <class T> DEVICE unsigned pack(float low, float high) {
     return (unsigned)from_float<T>(low).bits | (unsigned)from_float<T>(high).bits << 16;
 }
-DEVICE unsigned cut(float& low, float& high) {
+DEVICE unsigned pack_truncated(float& low, float& high) {
     const unsigned a = __float_as_uint(low), b = __float_as_uint(high);
     low -= __uint_as_float(a >> 16 << 16);
     high -= __uint_as_float(b >> 16 << 16);
@@ -54,11 +54,11 @@ DEVICE float exp2_approx(float x) {
     return x < -126 ? 0.0f : exp2f(x);
 }
 
-template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several {
+template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vec {
     T x[N];
 };
 
-DEVICE float product(float a, float b) {
+DEVICE float rounded_product(float a, float b) {
     volatile float rounded = a * b;
     return rounded;
 }
@@ -77,14 +77,14 @@ DEVICE void check_global(const void* p, emulator::Site site) {
     if (emulator::is_shared(p)) emulator::fail(site, "%p is in shared memory", p);
 }
 
-DEVICE Bytes16 load(const void* p, emulator::Site site = HERE) {
+DEVICE Bytes16 load(const void* p, emulator::Site site = CALL_SITE) {
     check_global(p, site);
     Bytes16 x;
     memcpy(&x, p, 16);
     return x;
 }
-DEVICE Bytes16 load_weight(const void* p, bool there, emulator::Site site = HERE) {
-    return there ? load(p, site) : Bytes16{};
+DEVICE Bytes16 load_weight(const void* p, bool valid, emulator::Site site = CALL_SITE) {
+    return valid ? load(p, site) : Bytes16{};
 }
 
 DEVICE void unpack(Bytes16 x, float (&y)[4], float) { memcpy(y, &x, 16); }
@@ -96,18 +96,18 @@ template <class T> DEVICE void unpack(Bytes16 x, float (&y)[8], T) {
     }
 }
 
-DEVICE void unpack_codes(unsigned word, float (&y)[4]) {
+DEVICE void unpack_quantized(unsigned word, float (&y)[4]) {
     for (int i = 0; i < 4; i++) y[i] = word >> 8 * i & 255;
 }
-DEVICE void unpack_codes(unsigned word, float (&y)[8]) {
+DEVICE void unpack_quantized(unsigned word, float (&y)[8]) {
     for (int i = 0; i < 8; i++) y[i] = 16 + (word >> 4 * i & 15);
 }
 
-template <class T> constexpr int PER_LOAD = 16 / sizeof(T);
+template <class T> constexpr int ELEMENTS_PER_LOAD = 16 / sizeof(T);
 
-// One exchange in place of five, and one lane works for all; the order is that of the device.
-template <class F> DEVICE float over_warp(const char* what, float x, emulator::Site site, F f) {
-    return emulator::reduce(what, site, x, [&](const emulator::Slot* slots, float* result) {
+// One exchange instead of five; the order of additions is that of the device.
+template <class F> DEVICE float reduce_warp(const char* operation, float x, emulator::Site site, F f) {
+    return emulator::reduce(operation, site, x, [&](const emulator::Slot* slots, float* result) {
         float all[WARP];
         for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
         for (int n = WARP / 2; n; n /= 2)
@@ -115,22 +115,22 @@ template <class F> DEVICE float over_warp(const char* what, float x, emulator::S
         *result = all[0];
     })[0];
 }
-DEVICE float warp_sum(float x, emulator::Site site = HERE) {
-    return over_warp("warp_sum", x, site, [](float a, float b) { return a + b; });
+DEVICE float warp_sum(float x, emulator::Site site = CALL_SITE) {
+    return reduce_warp("warp_sum", x, site, [](float a, float b) { return a + b; });
 }
-DEVICE float warp_max(float x, emulator::Site site = HERE) {
-    return over_warp("warp_max", x, site, [](float a, float b) { return fmaxf(a, b); });
+DEVICE float warp_max(float x, emulator::Site site = CALL_SITE) {
+    return reduce_warp("warp_max", x, site, [](float a, float b) { return fmaxf(a, b); });
 }
 
 struct Fragments { unsigned a[4], b[2]; };
 
-// a [16, 16] · b [16, 8] of a warp's fragments -> product [16, 8].
+// The fragments of a warp: a [16, 16] · b [16, 8] -> product [16, 8].
 template <class T> void multiply_fragments(const emulator::Slot* slots, float* product) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < WARP; lane++) {
         const Fragments& from = *(const Fragments*)slots[lane].bytes;
         const int group = lane / 4, t = lane % 4;
-        for (int i = 0; i < 8; i++)  // registers in order, the low half first
+        for (int i = 0; i < 8; i++)  // register by register, low half first
             a[group + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] =
                 to_float(T{(unsigned short)(from.a[i / 2] >> i % 2 * 16)});
         for (int i = 0; i < 4; i++)
@@ -141,7 +141,7 @@ template <class T> void multiply_fragments(const emulator::Slot* slots, float* p
 }
 
 template <class T> DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                   T, emulator::Site site = HERE) {
+                                   T, emulator::Site site = CALL_SITE) {
     const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
     const float* product = emulator::reduce("mma", site, mine, multiply_fragments<T>);
     const int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
@@ -149,10 +149,10 @@ template <class T> DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const 
 }
 
 template <bool TRANSPOSED>
-DEVICE void load_tiles_as(const char* what, unsigned (&x)[4], const void* row,
+DEVICE void ldmatrix_as(const char* operation, unsigned (&x)[4], const void* row,
                           emulator::Site site) {
     check_shared(row, site);
-    auto slots = emulator::exchange(what, site, row);
+    auto slots = emulator::exchange(operation, site, row);
     int group = emulator::current->lane / 4, t = emulator::current->lane % 4;
     const auto at = [&](int tile, int i, int j) {
         return (unsigned)emulator::value_of<const unsigned short*>(slots, tile * 8 + i)[j];
@@ -161,34 +161,34 @@ DEVICE void load_tiles_as(const char* what, unsigned (&x)[4], const void* row,
         x[tile] = TRANSPOSED ? at(tile, 2 * t, group) | at(tile, 2 * t + 1, group) << 16
                              : at(tile, group, 2 * t) | at(tile, group, 2 * t + 1) << 16;
 }
-DEVICE void load_tiles(unsigned (&x)[4], const void* row, emulator::Site site = HERE) {
-    load_tiles_as<false>("load_tiles", x, row, site);
+DEVICE void ldmatrix(unsigned (&x)[4], const void* row, emulator::Site site = CALL_SITE) {
+    ldmatrix_as<false>("ldmatrix", x, row, site);
 }
-DEVICE void load_tiles_transposed(unsigned (&x)[4], const void* row, emulator::Site site = HERE) {
-    load_tiles_as<true>("load_tiles_transposed", x, row, site);
+DEVICE void ldmatrix_transposed(unsigned (&x)[4], const void* row, emulator::Site site = CALL_SITE) {
+    ldmatrix_as<true>("ldmatrix_transposed", x, row, site);
 }
 
-// As late as can be: garbage until the wait for it.
-DEVICE void copy_later(void* shared, const void* global, int n_bytes, bool there,
+// Copy as late as possible: the target holds garbage until the wait.
+DEVICE void defer_copy(void* shared, const void* global, int n_bytes, bool valid,
                        emulator::Site site) {
     memset(shared, emulator::GARBAGE, n_bytes);
     emulator::Fiber& fiber = *emulator::current;
     if (fiber.n_copies == emulator::MAX_COPIES)
-        emulator::fail(site, "too many copies on their way");
-    fiber.copies[fiber.n_copies++] = {shared, there ? global : nullptr, n_bytes, fiber.n_groups};
+        emulator::fail(site, "too many pending copies");
+    fiber.copies[fiber.n_copies++] = {shared, valid ? global : nullptr, n_bytes, fiber.n_groups};
 }
-DEVICE void copy_async(void* shared, const void* global, bool there = true,
-                       emulator::Site site = HERE) {
+DEVICE void copy_async(void* shared, const void* global, bool valid = true,
+                       emulator::Site site = CALL_SITE) {
     check_shared(shared, site);
-    if (there) check_global(global, site);
-    copy_later(shared, global, 16, there, site);
+    if (valid) check_global(global, site);
+    defer_copy(shared, global, 16, valid, site);
 }
-DEVICE void copy_async_word(void* shared, const void* global, bool there = true,
-                            emulator::Site site = HERE) {
+DEVICE void copy_async_4(void* shared, const void* global, bool valid = true,
+                            emulator::Site site = CALL_SITE) {
     if (((uintptr_t)shared | (uintptr_t)global) % 4 || !emulator::is_shared(shared) ||
         emulator::is_shared(global))
-        emulator::fail(site, "a word from %p to %p", global, shared);
-    copy_later(shared, global, 4, there, site);
+        emulator::fail(site, "a copy of 4 bytes from %p to %p", global, shared);
+    defer_copy(shared, global, 4, valid, site);
 }
 DEVICE void copy_async_commit() { emulator::current->n_groups++; }
 template <int N> DEVICE void copy_async_wait() {
@@ -204,8 +204,8 @@ template <int N> DEVICE void copy_async_wait() {
     memmove(fiber.copies, fiber.copies + n_done, fiber.n_copies * sizeof(emulator::Copy));
 }
 
-// One kernel runs after the other here. Python counts how many threads would have waited.
-DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() { emulator::n_waits++; }
+// Kernels run one after the other, so neither does anything; `n_waits` counts the calls.
+DEVICE void trigger_dependent_launch() {}
+DEVICE void grid_dependency_sync() { emulator::n_waits++; }
 
 DEVICE unsigned arrive(unsigned* counter, unsigned n) { return atomicInc(counter, n - 1); }

@@ -1,8 +1,8 @@
-// The threads of a block as fibers: each runs until it has to wait for others, then another one
-// does, drawn from a seed. Blocks run one after the other.
+// The threads of a block as fibers. A fiber runs until it waits for other threads; then a fiber
+// that is drawn from a seeded generator runs. Blocks run one after the other.
 //
-// It is strict where a GPU is silent or hangs: threads that wait for what never comes, lanes that
-// disagree, addresses outside of every array. A fault ends the launch with a line that says where.
+// Some errors hang or pass silently on a GPU: deadlocks, warp operations that lanes call at
+// different sites, accesses outside of every array. Here they are faults that end the launch.
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
@@ -16,8 +16,8 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr size_t STACK = 33 << 12, MAX_SHARED = 227 << 10, STRIP = 256;
-enum End { BLOCK_ENDED = 1, FAILED };
+constexpr size_t STACK_BYTES = 33 << 12, MAX_SHARED_BYTES = 227 << 10, MARGIN_BYTES = 256;
+enum Outcome { BLOCK_ENDED = 1, FAILED };
 
 Fiber* current;
 unsigned n_launches, n_blocks;
@@ -32,17 +32,17 @@ static const Kernel* kernel;
 static void** arguments;
 static unsigned char* shared_end;
 static size_t shared_bytes;
-static void* home[5];  // the stack of the launch
-static End how_it_ended;
+static void* launch_context[5];  // the stack of the launch
+static Outcome outcome;
 static char message[2048];
 
-// Where the linker gathers what is declared __shared__.
+// The linker puts __shared__ variables between these two.
 extern "C" unsigned char __start_static_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" unsigned char __stop_static_shared[] __attribute__((weak, visibility("hidden")));
 
-[[noreturn, gnu::noinline]] static void go_home(End how) {
-    how_it_ended = how;
-    __builtin_longjmp(home, 1);
+[[noreturn, gnu::noinline]] static void leave_block(Outcome how) {
+    outcome = how;
+    __builtin_longjmp(launch_context, 1);
 }
 
 void fail(Site site, const char* format, ...) {
@@ -59,19 +59,19 @@ void fail(Site site, const char* format, ...) {
     va_start(list, format);
     vsnprintf(at, end - at, format, list);
     va_end(list);
-    for (Fiber& fiber : fibers) fiber.begun = false;  // what they were doing is given up
-    go_home(FAILED);
+    for (Fiber& fiber : fibers) fiber.begun = false;  // their stacks are abandoned
+    leave_block(FAILED);
 }
 
-static unsigned draw() {  // xorshift
+static unsigned next_random() {  // xorshift
     random_state ^= random_state << 13;
     random_state ^= random_state >> 17;
     return random_state ^= random_state << 5;
 }
 
-// One of the bits that are set, any of them.
-static unsigned any_of(unsigned bits) {
-    unsigned from = draw() % 32;
+// The number of a random bit among those that are set.
+static unsigned random_bit(unsigned bits) {
+    unsigned from = next_random() % 32;
     return (from + __builtin_ctz(bits >> from | bits << (-from & 31))) % 32;
 }
 
@@ -82,7 +82,7 @@ static bool same_wait(const Fiber& a, const Fiber& b) {
            same(a.site.file, b.site.file);
 }
 
-[[noreturn]] static void tell_deadlock() {
+[[noreturn]] static void report_deadlock() {
     char text[1024];
     size_t n = snprintf(text, sizeof text, "of %u threads %u ended", n_threads, n_ended);
     for (Fiber* first = fibers; first < fibers + n_threads && n < sizeof text / 2; first++) {
@@ -91,7 +91,7 @@ static bool same_wait(const Fiber& a, const Fiber& b) {
         for (Fiber* other = first + 1; other < fibers + n_threads; other++)
             if (same_wait(*first, *other)) {
                 count++;
-                other->waits_for = nullptr;  // told
+                other->waits_for = nullptr;  // already counted
             }
         n += snprintf(text + n, sizeof text - n, ", %u wait at %s:%d for %s", count,
                       first->site.file, first->site.line, first->waits_for);
@@ -102,59 +102,60 @@ static bool same_wait(const Fiber& a, const Fiber& b) {
 
 static void run_thread();
 
-// Leave the stack of the current fiber for that of another.
+// Switch from the stack of the current fiber to that of another.
 [[gnu::noinline]] static void switch_to(Fiber* next) {
     Fiber* from = current;
     if (from == next) return;
     if (from && __builtin_setjmp(from->context)) return;
     current = next;
     threadIdx = next->index;
-    if (next->begun) __builtin_longjmp(next->context, 1);  // no call: returns stay predictable
+    if (next->begun) __builtin_longjmp(next->context, 1);  // keeps return prediction intact
     static unsigned char* stacks = (unsigned char*)mmap(
-        nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
+        nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     const size_t i = next - fibers;
     static ucontext_t start;
     getcontext(&start);
-    start.uc_stack.ss_sp = stacks + i * STACK;
-    // Their tops differ in where a cache keeps them (and an odd number of pages in each, in where
-    // a translation buffer does): stacks that all begin alike push each other out.
-    start.uc_stack.ss_size = STACK - i % LANES * 448;
+    start.uc_stack.ss_sp = stacks + i * STACK_BYTES;
+    // Different offsets of the tops, and an odd number of pages, spread the stacks over the sets of
+    // the cache and of the TLB.
+    start.uc_stack.ss_size = STACK_BYTES - i % LANES * 448;
     makecontext(&start, run_thread, 0);
     next->begun = true;
     setcontext(&start);
 }
 
-static void be_ready(Warp& warp, unsigned lanes) {
+static void make_ready(Warp& warp, unsigned lanes) {
     warp.ready |= lanes;
     ready_warps |= 1u << (&warp - warps);
 }
 
-static void all_ready() {
+static void make_all_ready() {
     for (unsigned i = 0; i < n_threads; i += LANES)
-        be_ready(warps[i / LANES], n_threads - i < LANES ? (1u << (n_threads - i)) - 1 : ALL);
+        make_ready(warps[i / LANES], n_threads - i < LANES ? (1u << (n_threads - i)) - 1 : ALL);
     for (unsigned i = 0; i < n_threads; i++) fibers[i].waits_for = nullptr;
 }
 
-// Go on with whoever can: a lane of this warp, of another, everybody past a barrier.
-static void give_way() {
+// Continue with a fiber that can run: of this warp, else of another. If none can, release the
+// barrier that all threads wait at; if they do not, report a deadlock.
+static void yield_fiber() {
     if (!ready_warps) {
         if (n_ended == n_threads) {
-            current->begun = false;  // nobody comes back to this point
-            go_home(BLOCK_ENDED);
+            current->begun = false;  // this point is not resumed
+            leave_block(BLOCK_ENDED);
         }
-        if (n_at_barrier < n_threads) tell_deadlock();
+        if (n_at_barrier < n_threads) report_deadlock();
         for (unsigned i = 1; i < n_threads; i++)
-            if (!same_wait(fibers[0], fibers[i])) tell_deadlock();
+            if (!same_wait(fibers[0], fibers[i])) report_deadlock();
         n_at_barrier = 0;
-        all_ready();
+        make_all_ready();
     }
     Warp* warp = current ? current->warp : warps;
-    if (!warp->ready) warp = &warps[any_of(ready_warps)];
-    switch_to(&fibers[(warp - warps) * LANES + any_of(warp->ready)]);
+    if (!warp->ready) warp = &warps[random_bit(ready_warps)];
+    switch_to(&fibers[(warp - warps) * LANES + random_bit(warp->ready)]);
 }
 
-static void stop(const char* waits_for, Site site) {
+static void suspend(const char* waits_for, Site site) {
     current->waits_for = waits_for;
     current->site = site;
     Warp& warp = *current->warp;
@@ -163,28 +164,28 @@ static void stop(const char* waits_for, Site site) {
 }
 
 static void run_thread() {
-    for (;;) {  // in the next block again
+    for (;;) {  // one turn for each block
         kernel->call(arguments);
-        stop(nullptr, {});
+        suspend(nullptr, {});
         n_ended++;
-        give_way();
+        yield_fiber();
     }
 }
 
 void wait_for_block(Site site) {
-    stop("__syncthreads", site);
+    suspend("__syncthreads", site);
     n_at_barrier++;
-    give_way();
+    yield_fiber();
 }
 
-void wait_for_warp(const char* what, Site site) {
-    stop(what, site);
+void wait_for_warp(const char* operation, Site site) {
+    suspend(operation, site);
     Warp& warp = *current->warp;
     Fiber* lanes = current - current->lane;
     if (warp.arrived) {
         const Fiber& other = lanes[__builtin_ctz(warp.arrived)];
         if (!same_wait(*current, other))
-            fail(site, "%s, but lane %u of the warp waits at %s:%d for %s", what, other.lane,
+            fail(site, "%s, but lane %u of the warp waits at %s:%d for %s", operation, other.lane,
                  other.site.file, other.site.line, other.waits_for);
     }
     warp.arrived |= 1u << current->lane;
@@ -192,9 +193,9 @@ void wait_for_warp(const char* what, Site site) {
         warp.arrived = 0;
         warp.turn++;
         for (unsigned i = 0; i < LANES; i++) lanes[i].waits_for = nullptr;
-        be_ready(warp, ALL);
+        make_ready(warp, ALL);
     }
-    give_way();
+    yield_fiber();
 }
 
 void multiply(const float (&a)[16][16], const float (&b)[16][8], float* product) {
@@ -206,13 +207,14 @@ void multiply(const float (&a)[16][16], const float (&b)[16][8], float* product)
     }
 }
 
-// Shared memory ends where no memory is; nobody may change the strip in front of it.
-static void make_shared() {
+// Dynamic shared memory ends at an inaccessible page; a margin in front of it must not change.
+static void allocate_shared() {
     if (!shared_end) {
-        size_t page = sysconf(_SC_PAGESIZE), room = (MAX_SHARED + STRIP + page) / page * page;
-        void* p = mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+        size_t page = sysconf(_SC_PAGESIZE);
+        size_t size = (MAX_SHARED_BYTES + MARGIN_BYTES + page) / page * page;
+        void* p = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
                        -1, 0);
-        shared_end = (unsigned char*)p + room;
+        shared_end = (unsigned char*)p + size;
         mprotect(shared_end, page, PROT_NONE);
     }
     dynamic_shared = shared_end - (shared_bytes + 15) / 16 * 16;
@@ -224,8 +226,8 @@ bool is_shared(const void* p) {
            (q >= __start_static_shared && q < __stop_static_shared);
 }
 
-static void check_strips() {
-    for (unsigned char* p = dynamic_shared - STRIP; p < shared_end; p++) {
+static void check_margins() {
+    for (unsigned char* p = dynamic_shared - MARGIN_BYTES; p < shared_end; p++) {
         if (p == dynamic_shared) p += shared_bytes;
         if (p < shared_end && *p != GARBAGE)
             fail({}, "written at byte %td of the %zu of dynamic shared memory", p - dynamic_shared,
@@ -235,7 +237,7 @@ static void check_strips() {
 
 static void run_block() {
     n_blocks++;
-    memset(dynamic_shared - STRIP, GARBAGE, shared_end - dynamic_shared + STRIP);
+    memset(dynamic_shared - MARGIN_BYTES, GARBAGE, shared_end - dynamic_shared + MARGIN_BYTES);
     if (__start_static_shared)
         memset(__start_static_shared, GARBAGE, __stop_static_shared - __start_static_shared);
     n_ended = n_at_barrier = ready_warps = 0;
@@ -248,9 +250,9 @@ static void run_block() {
         fiber.copies = copies[i];
         fiber.n_copies = fiber.n_groups = 0;
     }
-    all_ready();
+    make_all_ready();
     current = nullptr;
-    give_way();
+    yield_fiber();
 }
 
 static void check_launch(const unsigned* grid, const unsigned* block) {
@@ -258,23 +260,23 @@ static void check_launch(const unsigned* grid, const unsigned* block) {
     if (threads == 0 || threads > MAX_THREADS || block[2] > 64)
         fail({}, "a block of (%u, %u, %u) threads", block[0], block[1], block[2]);
     if (threads > kernel->max_threads)
-        fail({}, "%llu threads, its launch bounds are %u", threads, kernel->max_threads);
+        fail({}, "%llu threads exceed the launch bounds of %u", threads, kernel->max_threads);
     if (!grid[0] || !grid[1] || !grid[2] || grid[0] > INT32_MAX || grid[1] > UINT16_MAX ||
         grid[2] > UINT16_MAX)
         fail({}, "a grid of (%u, %u, %u) blocks", grid[0], grid[1], grid[2]);
-    if (shared_bytes > MAX_SHARED) fail({}, "%zu bytes of dynamic shared memory", shared_bytes);
+    if (shared_bytes > MAX_SHARED_BYTES) fail({}, "%zu bytes of dynamic shared memory", shared_bytes);
 }
 
 static void on_signal(int number, siginfo_t* info, void*) {
     const unsigned char* where = (const unsigned char*)info->si_addr;
     if (number == SIGFPE) fail({}, "a division by zero");
-    if (where >= shared_end && where < shared_end + MAX_SHARED)
+    if (where >= shared_end && where < shared_end + MAX_SHARED_BYTES)
         fail({}, "byte %td of the %zu of dynamic shared memory", where - dynamic_shared,
              shared_bytes);
     fail({}, "no array is at address %#zx", (size_t)where);
 }
 
-// While it lasts, what the processor reports is a fault of the kernel.
+// In its scope, a signal of the processor is a fault of the kernel.
 struct Signals {
     static constexpr int NUMBERS[] = {SIGSEGV, SIGBUS, SIGFPE};
     struct sigaction before[3];
@@ -289,26 +291,26 @@ struct Signals {
     }
 };
 
-// One block after the other; false if there is a message.
+// Run the blocks one after the other; return false after a fault, which `message` describes.
 [[gnu::noinline]] static bool run_blocks(const unsigned* grid, const unsigned* block) {
-    if (__builtin_setjmp(home)) {
-        if (how_it_ended == FAILED) return false;
-        check_strips();
+    if (__builtin_setjmp(launch_context)) {
+        if (outcome == FAILED) return false;
+        check_margins();
         if (++blockIdx.x == grid[0]) blockIdx = {0, blockIdx.y + 1, blockIdx.z};
         if (blockIdx.y == grid[1]) blockIdx = {0, 0, blockIdx.z + 1};
         if (blockIdx.z == grid[2]) return true;
     } else {
         check_launch(grid, block);
-        make_shared();
+        allocate_shared();
     }
     run_block();
     __builtin_unreachable();
 }
 
-const char* run(const Kernel& what, const unsigned* grid, const unsigned* block, size_t n_bytes,
+const char* run(const Kernel& launched, const unsigned* grid, const unsigned* block, size_t n_bytes,
                 void** values, unsigned seed) {
     n_launches++;
-    kernel = &what;
+    kernel = &launched;
     arguments = values;
     shared_bytes = n_bytes;
     current = nullptr;
@@ -321,7 +323,7 @@ const char* run(const Kernel& what, const unsigned* grid, const unsigned* block,
     return run_blocks(grid, block) ? nullptr : message;
 }
 
-// What -fsanitize calls, each with a place in the source first.
+// The handlers that -fsanitize calls; the first argument contains the place in the source.
 struct Place { const char* file; unsigned line, column; };
 struct TypeMismatch { Place place; const void* type; unsigned char log_alignment; };
 

@@ -1,4 +1,4 @@
-// How a kernel is launched.
+// Launch of a kernel.
 #pragma once
 #include "fibers.h"
 
@@ -13,7 +13,7 @@ struct Kernel {
     void (*put_types)();
 };
 
-// Null if all went well, else what did not.
+// Run a kernel; return null, or the description of a fault.
 const char* run(const Kernel& kernel, const unsigned* grid, const unsigned* block,
                 size_t shared_bytes, void** arguments, unsigned seed);
 

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: what it computes, and that it finds the faults that it promises to find."""
+"""The CUDA emulator: results of correct kernels, and reports of faults in bad ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests import emulator as cuda_on_cpu
-from tests.emulator import Module, compile_text
+from tests.emulator import Module, compile_text, compiled_by
 
 ONE = (1, 1, 1)
 WARP = (32, 1, 1)
@@ -26,18 +25,18 @@ extern "C" __global__ void shuffles(const float* x, float* out, unsigned* bits) 
     int lane = threadIdx.x % WARP;
     out += threadIdx.x;
     float mine = x[threadIdx.x];
-    out[0] = __shfl_xor_sync(ALL_LANES, mine, 5);
-    out[64] = __shfl_sync(ALL_LANES, mine, 3);
-    out[128] = __shfl_down_sync(ALL_LANES, mine, 2);
-    out[192] = __shfl_up_sync(ALL_LANES, mine, 2);
-    out[256] = __shfl_sync(ALL_LANES, mine, 9, 8);
-    out[320] = __shfl_down_sync(ALL_LANES, mine, 2, 8);
+    out[0] = __shfl_xor_sync(FULL_MASK, mine, 5);
+    out[64] = __shfl_sync(FULL_MASK, mine, 3);
+    out[128] = __shfl_down_sync(FULL_MASK, mine, 2);
+    out[192] = __shfl_up_sync(FULL_MASK, mine, 2);
+    out[256] = __shfl_sync(FULL_MASK, mine, 9, 8);
+    out[320] = __shfl_down_sync(FULL_MASK, mine, 2, 8);
     out[384] = warp_sum(mine);
     out[448] = warp_max(mine);
-    bits[threadIdx.x] = __ballot_sync(ALL_LANES, mine > 0 && lane != 7);
+    bits[threadIdx.x] = __ballot_sync(FULL_MASK, mine > 0 && lane != 7);
 }
 
-// Each phase reads what the threads of other warps wrote in the one before.
+// Each phase reads what threads of other warps wrote in the phase before.
 extern "C" __global__ void reverse_often(int* x, int n_times) {
     DYNAMIC_SHARED(raw);
     int* shared = (int*)raw;
@@ -66,8 +65,8 @@ template <class T> DEVICE void products(const T* a, const T* b, float* c) {
     __syncwarp();
     unsigned x[4], y[4];
     int tile = lane / 8, row = lane % 8;
-    load_tiles(x, tiles + (row + tile % 2 * 8) * 16 + tile / 2 * 8);
-    load_tiles(y, tiles + 256 + row * 16 + tile % 2 * 8);
+    ldmatrix(x, tiles + (row + tile % 2 * 8) * 16 + tile / 2 * 8);
+    ldmatrix(y, tiles + 256 + row * 16 + tile % 2 * 8);
     float sums[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     mma(sums, x, {y[0], y[1]}, T{});
     for (int i = 0; i < 4; i++) c[(group + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
@@ -86,7 +85,7 @@ extern "C" __global__ void transposed_tiles(const half_t* x, unsigned* out) {
     for (int i = threadIdx.x; i < 256; i += WARP) tiles[i] = x[i];
     __syncwarp();
     unsigned y[4];
-    load_tiles_transposed(y, tiles + threadIdx.x % 8 * 32 + threadIdx.x / 8 * 8);
+    ldmatrix_transposed(y, tiles + threadIdx.x % 8 * 32 + threadIdx.x / 8 * 8);
     for (int i = 0; i < 4; i++) out[i * WARP + threadIdx.x] = y[i];
 }
 
@@ -168,7 +167,7 @@ extern "C" __global__ void load_from_shared(float* x) {
 }
 extern "C" __global__ void tiles_from_global(float* x) {
     unsigned y[4];
-    load_tiles(y, x);
+    ldmatrix(y, x);
 }
 extern "C" __global__ void register_index(float* x, int n) {
     float y[4] = {};
@@ -193,33 +192,30 @@ extern "C" __global__ void no_barrier(int* x) {
 """
 
 
-@pytest.fixture(scope="module", params=["", "sm_90"], ids=["g++", "NVRTC"])
+PATHS = [pytest.param("", id="g++"), pytest.param("sm_90", id="PTX", marks=pytest.mark.ptx)]
+
+
+@pytest.fixture(scope="module", params=PATHS)
 def good(request: pytest.FixtureRequest) -> Module:
-    """Compiled by g++, or by NVRTC and then, from its PTX, by g++."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_on_cpu, "architecture", request.param)
+    with compiled_by(request.param):
         return compile_text(GOOD, {})
 
 
-@pytest.fixture(autouse=True)
-def no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults are told by their places in the source, which PTX does not have."""
-    monkeypatch.setattr(cuda_on_cpu, "architecture", "")
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def bad() -> Module:
-    return compile_text('#line 1 "bad.cu"\n' + BAD, {})
+    """Kernels with faults, on the g++ path: PTX has no lines of the source."""
+    with compiled_by(""):
+        return compile_text('#line 1 "bad.cu"\n' + BAD, {})
 
 
-def test_each_thread_of_each_block_has_its_indices(good: Module) -> None:
+def test_threads_have_their_indices(good: Module) -> None:
     out = np.zeros((2 * 3 * 4, 5 * 3 * 2), np.int32)
     good.launch("indices", (2, 3, 4), (5, 3, 2), [out])
     np.testing.assert_array_equal(out, np.arange(24)[:, None] * 1000 + np.arange(30))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_lanes_exchange_values(good: Module, seed: int, random: np.random.Generator) -> None:
+def test_warp_shuffles_and_votes(good: Module, seed: int, random: np.random.Generator) -> None:
     x = random.normal(size=(2, 32)).astype(np.float32)
     out, bits = np.zeros((8, 2, 32), np.float32), np.zeros((2, 32), np.uint32)
     good.launch("shuffles", ONE, (64, 1, 1), [x, out, bits], seed=seed)
@@ -244,20 +240,22 @@ def test_lanes_exchange_values(good: Module, seed: int, random: np.random.Genera
 
 
 @pytest.mark.parametrize("n_threads", [1, 33, 1024])
-def test_barriers_order_the_phases(good: Module, n_threads: int) -> None:
+def test_block_barriers(good: Module, n_threads: int) -> None:
     x = np.arange(n_threads, dtype=np.int32)
     good.launch("reverse_often", ONE, (n_threads, 1, 1), [x, np.int32(5)], 4 * n_threads)
     np.testing.assert_array_equal(x, np.arange(n_threads)[::-1] + 5)
 
 
-def test_atomics_count_the_blocks(good: Module) -> None:
+def test_atomics(good: Module) -> None:
     arrived, last, total = np.zeros(1, np.uint32), np.zeros(1, np.int32), np.zeros(1, np.float32)
     good.launch("count", (7, 1, 1), (64, 1, 1), [arrived, last, total])
     assert (arrived[0], last[0], total[0]) == (7, 6, 7 * 64 / 2)
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_tiles_multiply_as_matrices(good: Module, name: str, random: np.random.Generator) -> None:
+def test_mma_of_tiles_is_a_matrix_product(
+    good: Module, name: str, random: np.random.Generator
+) -> None:
     a = random.normal(size=(16, 16)).astype(TYPES[name])
     b = random.normal(size=(8, 16)).astype(TYPES[name])
     c = np.zeros((16, 8), np.float32)
@@ -266,43 +264,43 @@ def test_tiles_multiply_as_matrices(good: Module, name: str, random: np.random.G
     np.testing.assert_allclose(c, expected, rtol=0, atol=1e-5)
 
 
-def test_transposed_tiles_are_transposed(good: Module) -> None:
+def test_ldmatrix_transposed(good: Module) -> None:
     x = np.arange(256, dtype=np.uint16).reshape(8, 32)
-    out = np.zeros((4, 8, 4), np.uint32)  # of lane 4 i + j: two neighbors of row i
+    out = np.zeros((4, 8, 4), np.uint32)  # lane 4i + j: two neighbors of row i
     good.launch("transposed_tiles", ONE, WARP, [x.view(np.float16), out], 512)
     got = out.view(np.uint16).reshape(4, 8, 8)
     np.testing.assert_array_equal(got, x.reshape(8, 4, 8).transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_16_bits_are_rounded_to_nearest_even(good: Module, name: str) -> None:
-    """Every number of the type, its neighbors in float32, and the middle between any two."""
+def test_conversion_to_16_bits_rounds_to_nearest_even(good: Module, name: str) -> None:
+    """Test each number of the type, the midpoints, and the float32 neighbors of both."""
     every = np.arange(1 << 16, dtype=np.uint16).view(TYPES[name]).astype(np.float32)
     finite = np.unique(every[np.isfinite(every)]).astype(np.float64)
     step = finite[-1] - finite[-2]
-    edges = finite[0] - step / 2, finite[-1] + step / 2  # become infinite
+    edges = finite[0] - step / 2, finite[-1] + step / 2  # round to infinity
     with np.errstate(all="ignore"):
         x = np.concatenate([every, (finite[1:] + finite[:-1]) / 2, edges]).astype(np.float32)
         x = np.concatenate([x, np.nextafter(x, np.inf), np.nextafter(x, -np.inf)])
         expected = x.astype(TYPES[name]).view(np.uint16)
     rounded, back = np.zeros(x.size, TYPES[name]), np.zeros(x.size, np.float32)
     good.launch(f"round_{name}", ONE, WARP, [x, rounded, back, np.int32(x.size)])
-    expected[np.isnan(x)] = 0x7FFF  # the one NaN that the device makes
+    expected[np.isnan(x)] = 0x7FFF  # the canonical NaN
     np.testing.assert_array_equal(rounded.view(np.uint16), expected)
     np.testing.assert_array_equal(back, rounded.astype(np.float32))
 
 
-def test_copies_arrive_with_the_wait_for_them(good: Module) -> None:
+def test_asynchronous_copies_complete_at_the_wait(good: Module) -> None:
     x = np.arange(12, dtype=np.float32)
     before, after = np.zeros((2, 12), np.float32)
     good.launch("copies", ONE, ONE, [x, before, after], 48)
-    expected = np.where(np.arange(12) // 4 == 1, 0, x)  # one was not there
+    expected = np.where(np.arange(12) // 4 == 1, 0, x)  # one copy has no source
     np.testing.assert_array_equal(after, expected)
     np.testing.assert_array_equal(before[:8], expected[:8])
     assert np.isnan(before[8:]).all()
 
 
-def test_whole_numbers(good: Module) -> None:
+def test_integer_intrinsics(good: Module) -> None:
     a = np.array([2**63 + 12345, 2**62 + 7, 0b101000], np.uint64)
     out = np.zeros(3, np.uint64)
     good.launch("integers", ONE, ONE, [a, out])
@@ -324,12 +322,12 @@ FAULTS = {
     "misaligned_copy": r"bad\.cu:\d+: 16 bytes at 0x\w+8, which is no multiple of 16",
     "load_from_shared": r"0x\w+ is in shared memory",
     "tiles_from_global": r"0x\w+ is not in shared memory",
-    "bounded": r"block \(0, 0, 0\): 129 threads, its launch bounds are 128",
+    "bounded": r"block \(0, 0, 0\): 129 threads exceed the launch bounds of 128",
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(bad: Module, name: str) -> None:
+def test_faults_are_reported(bad: Module, name: str) -> None:
     x = np.zeros(64, np.float32)
     block = (129 if name == "bounded" else 64, 1, 1)
     with pytest.raises(AssertionError, match=rf"{name}.*({FAULTS[name]})"):
@@ -337,7 +335,7 @@ def test_a_fault_is_found(bad: Module, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "says"),
+    ("name", "args", "message"),
     [
         ("reads_behind", [np.zeros(1, np.float32), np.zeros(4, np.float32)], "16 of argument 1"),
         ("misaligned_word", [np.zeros(8, np.uint8)], r"0x\w+2 is no multiple of 4"),
@@ -347,12 +345,12 @@ def test_a_fault_is_found(bad: Module, name: str) -> None:
         ("divides", [None, np.int32(1)], "no array is at address.*near no argument"),
     ],
 )
-def test_a_fault_of_one_thread_is_found(bad: Module, name: str, args: Any, says: str) -> None:
-    with pytest.raises(AssertionError, match=rf"kernel {name}.*thread \(0, 0, 0\).*{says}"):
+def test_faults_of_one_thread_are_reported(bad: Module, name: str, args: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"kernel {name}.*thread \(0, 0, 0\).*{message}"):
         bad.launch(name, ONE, ONE, args)
 
 
-def test_a_launch_after_a_fault_works(bad: Module) -> None:
+def test_a_launch_after_a_fault_succeeds(bad: Module) -> None:
     x = np.zeros(1, np.int32)
     with pytest.raises(AssertionError, match="division"):
         bad.launch("divides", ONE, WARP, [x, np.int32(0)])
@@ -361,13 +359,13 @@ def test_a_launch_after_a_fault_works(bad: Module) -> None:
     assert x[0] == 4
 
 
-def test_shared_memory_holds_garbage_at_first(bad: Module) -> None:
+def test_uninitialized_shared_memory_holds_garbage(bad: Module) -> None:
     x = np.zeros(2, np.float32)
     bad.launch("uninitialized", (2, 1, 1), ONE, [x], 16)
     assert np.isnan(x).all()
 
 
-def test_a_missing_barrier_shows_in_some_order(bad: Module) -> None:
+def test_a_missing_barrier_changes_the_result(bad: Module) -> None:
     x = np.zeros(256, np.int32)
     for seed in range(1, 4):
         bad.launch("no_barrier", ONE, (256, 1, 1), [x], seed=seed)
@@ -375,25 +373,25 @@ def test_a_missing_barrier_shows_in_some_order(bad: Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
-        ([np.zeros(1, np.int32), np.int64(1)], "argument 1: int32 wanted, not int64"),
-        ([np.zeros(1, np.int32), 1], "argument 1: int32 wanted, not int"),
-        ([np.zeros(1, np.float32), np.int32(1)], r"\*int32 wanted, not an array of float32"),
-        ([np.zeros((4, 4), np.int32)[:, :2], np.int32(1)], r"\*int32 wanted, in one piece"),
+        ([np.zeros(1, np.int32), np.int64(1)], "argument 1: expected int32, not int64"),
+        ([np.zeros(1, np.int32), 1], "argument 1: expected int32, not int"),
+        ([np.zeros(1, np.float32), np.int32(1)], r"expected \*int32, not an array of float32"),
+        ([np.zeros((4, 4), np.int32)[:, :2], np.int32(1)], r"expected \*int32, contiguous"),
         ([np.zeros(1, np.int32)], "divides takes 2 arguments, not 1"),
     ],
 )
-def test_arguments_have_to_fit(bad: Module, args: Any, says: str) -> None:
-    with pytest.raises(AssertionError, match=says):
+def test_arguments_of_a_wrong_type_are_rejected(bad: Module, args: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         bad.launch("divides", ONE, ONE, args)
 
 
-def test_an_unknown_kernel_is_told(bad: Module) -> None:
+def test_an_unknown_kernel_is_an_error(bad: Module) -> None:
     with pytest.raises(AssertionError, match="no kernel 'none' among some_leave"):
         bad.launch("none", ONE, ONE, [])
 
 
-def test_what_the_compiler_says_is_told() -> None:
-    with pytest.raises(AssertionError, match=r"odd\.cu:2.*nonsense"):
+def test_errors_of_the_compiler_are_reported() -> None:
+    with compiled_by(""), pytest.raises(AssertionError, match=r"odd\.cu:2.*nonsense"):
         compile_text('#line 1 "odd.cu"\n\nnonsense;', {})

@@ -1,28 +1,28 @@
-// Attention of several new tokens per sequence over the cache, after their keys and values are put
-// into it.
+// Attention of several new tokens per sequence over the cache (prefill), after `update_kv` has
+// written their keys and values.
 //
-// A block has 64 queries of one head and goes over the keys and values in tiles of 64 positions,
-// from the first to the last that any of its queries sees; scores never leave the multiprocessor
-// ("FlashAttention-2", https://arxiv.org/abs/2307.08691). For each query it holds the largest score
-// m so far, the sum l of exp(score - m) and the sum of the values so weighted, both rescaled when m
-// grows. Where the cache is of the activations' own type of 16 bits, the products are of the matrix
-// unit: 4 warps with 16 queries each, all of whose numbers are in registers, the next tile on its
-// way while one is worked on. Two such groups of warps take turns with the tiles, and put what they
-// have seen together in the end: the last blocks of a prompt have the most tiles, and the kernel
-// waits for them. For other types products are in float32: a thread has 8 queries and every 16th
-// position.
+// A block computes 64 queries of one head. It iterates over tiles of 64 positions, up to the last
+// position that one of its queries attends to; scores stay on the multiprocessor
+// ("FlashAttention-2", https://arxiv.org/abs/2307.08691). For each query it keeps the largest score
+// m, the sum l of exp(score - m) and the weighted sum of values, and rescales both sums when m
+// grows.
 //
-// The last queries of a sequence see the most positions: their blocks come first, of all heads, so
-// that the longest work is not begun last.
+// If activations and cache have the same 16-bit type, tensor cores multiply: 4 warps have 16
+// queries each, with all operands in registers, and load the next tile during the work on the
+// current one. Two such groups of warps alternate between tiles, and combine their results at the
+// end, because the blocks with the most tiles determine the kernel's time. For other types,
+// products are in float32: a thread has 8 queries and every 16th position.
+//
+// The last queries of a sequence have the most positions, so their blocks are launched first.
 
-namespace prompt {
+namespace prefill {
 
-template <class X, class K> constexpr bool BY_MMA = false;
-template <> constexpr bool BY_MMA<half_t, half_t> = true;
-template <> constexpr bool BY_MMA<bf16_t, bf16_t> = true;
+template <class X, class K> constexpr bool USE_MMA = false;
+template <> constexpr bool USE_MMA<half_t, half_t> = true;
+template <> constexpr bool USE_MMA<bf16_t, bf16_t> = true;
 
 constexpr int GROUP_THREADS = 128;
-constexpr int GROUPS = BY_MMA<REAL, CACHE> && HEAD <= 128 ? 2 : 1;  // wider ones have no room
+constexpr int GROUPS = USE_MMA<REAL, CACHE> && HEAD <= 128 ? 2 : 1;  // by shared memory
 constexpr int THREADS = GROUPS * GROUP_THREADS;
 constexpr int TILE = 64;
 constexpr float LOWEST = -3.4e38f;
@@ -30,13 +30,13 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 static_assert(HEAD % 8 == 0 && HEAD <= 256, "a head is 8, 16, ... 256 numbers wide");
 
-// What a block works on. Row r of its tile is the token `token(r)` of all B·T.
-struct Work {
-    int first, T;       // token of the first row; the rows past T repeat the last token
-    long long before;   // tokens of the sequences before
+// The queries of a block. Row r of its tile is token `token(r)` of all B·T tokens.
+struct QueryTile {
+    int first, T;       // token of the first row; rows past T repeat the last token
+    long long before;   // tokens of earlier sequences
     const long long* index;
 
-    DEVICE Work(const long long* index, int T)
+    DEVICE QueryTile(const long long* index, int T)
         : first((int)(gridDim.y - 1 - blockIdx.y) * TILE), T(T),
           before((long long)blockIdx.z * T), index(index) {}
     DEVICE bool has(int row) const { return first + row < T; }
@@ -44,27 +44,29 @@ struct Work {
     DEVICE int position(int row) const { return (int)index[token(row)]; }
 };
 
-// On the matrix unit. A tile in shared memory is [TILE, STRIDE].
+// With tensor cores. A tile in shared memory is [TILE, STRIDE].
 constexpr int WIDTH = (HEAD + 15) / 16 * 16;
 constexpr int STRIDE = WIDTH + 8;
 
-static_assert(STRIDE / 8 % 2, "an odd number of 16 bytes, so that 8 rows lie in different banks");
+static_assert(STRIDE / 8 % 2, "an odd number of 16 bytes: 8 rows are in different banks");
 
-// Rows [n_rows, HEAD] -> a tile, with zeros past both ends; by a group.
+// Copy rows [n_rows, HEAD] to a tile asynchronously, zeros past both ends; by a group of warps.
 template <class X> DEVICE void copy_tile(X* tile, const X* rows, int n_rows) {
     constexpr int VECTORS = WIDTH / 8;
 #pragma unroll
     for (int i = 0; i < TILE * VECTORS / GROUP_THREADS; i++) {
         const int vector = i * GROUP_THREADS + threadIdx.x % GROUP_THREADS;
         const int row = vector / VECTORS, column = vector % VECTORS * 8;
-        const bool there = row < n_rows && column < HEAD;
-        copy_async(tile + row * STRIDE + column, rows + (there ? row * HEAD + column : 0), there);
+        const bool valid = row < n_rows && column < HEAD;
+        copy_async(tile + row * STRIDE + column, rows + (valid ? row * HEAD + column : 0), valid);
     }
 }
 
-// Scores of 16 queries, s [TILE / 8] tiles [16, 8]. q: WIDTH / 16 tiles [16, 16].
+// Compute the scores s of 16 queries, TILE / 8 tiles [16, 8]. q: WIDTH / 16 tiles [16, 16].
 template <class X>
-DEVICE void score(float (&s)[TILE / 8][4], const unsigned (&q)[WIDTH / 16][4], const X* keys) {
+DEVICE void compute_scores(
+    float (&s)[TILE / 8][4], const unsigned (&q)[WIDTH / 16][4], const X* keys
+) {
     const int lane = threadIdx.x % WARP;
     const X* row = keys + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
 #pragma unroll
@@ -74,7 +76,7 @@ DEVICE void score(float (&s)[TILE / 8][4], const unsigned (&q)[WIDTH / 16][4], c
 #pragma unroll
         for (int k = 0; k < WIDTH / 16; k++) {
             unsigned x[4];  // 16 keys, 16 numbers of each
-            load_tiles(x, row + n * 16 * STRIDE + k * 16);
+            ldmatrix(x, row + n * 16 * STRIDE + k * 16);
             mma(s[2 * n], q[k], {x[0], x[1]}, X());
             mma(s[2 * n + 1], q[k], {x[2], x[3]}, X());
         }
@@ -96,26 +98,26 @@ DEVICE void add_values(float (&y)[WIDTH / 8][4], const float (&s)[TILE / 8][4], 
 #pragma unroll
         for (int n = 0; n < WIDTH / 16; n++) {
             unsigned x[4];  // 16 positions, 16 numbers of each
-            load_tiles_transposed(x, row + k * 16 * STRIDE + n * 16);
+            ldmatrix_transposed(x, row + k * 16 * STRIDE + n * 16);
             mma(y[2 * n], weights, {x[0], x[1]}, X());
             mma(y[2 * n + 1], weights, {x[2], x[3]}, X());
         }
     }
 }
 
-// Over the four lanes that have numbers of the same query.
+// Reductions over the four lanes that have elements of the same query.
 DEVICE float max_of_4(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+    x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL_MASK, x, 2));
 }
 DEVICE float sum_of_4(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+    x += __shfl_xor_sync(FULL_MASK, x, 1);
+    return x + __shfl_xor_sync(FULL_MASK, x, 2);
 }
 
-// What a thread has seen of two queries: at first nothing, which is more than LOWEST, the score of
-// what is not to be seen. A group may have tiles of which a query sees nothing.
-struct Seen {
+// State of the online softmax of two queries in a thread. The initial m exceeds LOWEST, the score
+// of a masked position, because all positions of a tile may be masked for a query.
+struct OnlineSoftmax {
     float y[WIDTH / 8][4] = {}, m[2] = {0.1f * LOWEST, 0.1f * LOWEST}, l[2] = {};
 
     DEVICE void rescale(int half, float top, float scale) {
@@ -128,8 +130,8 @@ struct Seen {
             y[n][2 * half + 1] *= factor;
         }
     }
-    // What the other group's thread of the same queries and columns has seen, too.
-    DEVICE void add(Seen& other, float scale) {
+    // Add the state of the other group's thread with the same queries and columns.
+    DEVICE void add(OnlineSoftmax& other, float scale) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float top = fmaxf(m[half], other.m[half]);
@@ -145,54 +147,55 @@ struct Seen {
     }
 };
 
-// qkv: of this head, a row of the first token. keys, values [S, HEAD]. A lane has queries
-// lane / 4 and lane / 4 + 8 of the 16 of its warp, and of each the columns that `mma` gives it.
+// qkv: the first token's row, at this head. keys, values [S, HEAD]. A lane has queries lane / 4 and
+// lane / 4 + 8 of the 16 of its warp, and the columns of each by the layout of `mma`.
 template <class X>
-DEVICE void attend_by_mma(
-    const X* qkv, const X* keys, const X* values, const Work& work, float scale, X* out, int C
+DEVICE void attend_with_mma(
+    const X* qkv, const X* keys, const X* values, const QueryTile& query_tile, float scale,
+    X* out, int C
 ) {
     DYNAMIC_SHARED(shared);
     const int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
-    // [2, keys and values, TILE, STRIDE] of each group: one pair in use, the other on its way.
+    // [2, keys and values, TILE, STRIDE] of each group: double buffering.
     X* tiles = (X*)shared + group * (4 * TILE * STRIDE);
     const int row = thread / WARP * 16 + threadIdx.x % WARP / 4;
     const int column = threadIdx.x % 4 * 2;
-    const int lowest = work.position(0), n_positions = work.position(TILE - 1) + 1;
-    const int positions[2] = {work.position(row), work.position(row + 8)};
+    const int lowest = query_tile.position(0), n_positions = query_tile.position(TILE - 1) + 1;
+    const int positions[2] = {query_tile.position(row), query_tile.position(row + 8)};
 
-    const int n_turns = (n_positions + GROUPS * TILE - 1) / (GROUPS * TILE);
-    const auto pair = [&](int turn) { return tiles + turn % 2 * (2 * TILE * STRIDE); };
-    const auto start = [&](int turn) {
-        const int first = (turn * GROUPS + group) * TILE;
-        if (turn < n_turns && first < n_positions) {
+    const int n_steps = (n_positions + GROUPS * TILE - 1) / (GROUPS * TILE);
+    const auto pair = [&](int step) { return tiles + step % 2 * (2 * TILE * STRIDE); };
+    const auto start_copy = [&](int step) {
+        const int first = (step * GROUPS + group) * TILE;
+        if (step < n_steps && first < n_positions) {
             const int n = n_positions - first;
-            copy_tile(pair(turn), keys + (long long)first * HEAD, n);
-            copy_tile(pair(turn) + TILE * STRIDE, values + (long long)first * HEAD, n);
+            copy_tile(pair(step), keys + (long long)first * HEAD, n);
+            copy_tile(pair(step) + TILE * STRIDE, values + (long long)first * HEAD, n);
         }
         copy_async_commit();
     };
-    start(0);
+    start_copy(0);
     unsigned q[WIDTH / 16][4];
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int d = k * 16 + i / 2 * 8 + column;
-            const X* query = qkv + work.token(row + i % 2 * 8) * 3 * C;
+            const X* query = qkv + query_tile.token(row + i % 2 * 8) * 3 * C;
             q[k][i] = d < HEAD ? *(const unsigned*)(query + d) : 0;
         }
-    Seen seen;
-    scale *= LOG2_E;  // for powers of 2
+    OnlineSoftmax state;
+    scale *= LOG2_E;  // exp2 is used for exp
 
-    for (int turn = 0; turn < n_turns; turn++) {
+    for (int step = 0; step < n_steps; step++) {
         copy_async_wait<0>();
-        __syncthreads();  // all copies are here, and nobody reads the other pair any more
-        start(turn + 1);
-        const int first = (turn * GROUPS + group) * TILE;
+        __syncthreads();  // copies are visible, and no thread reads the other buffer
+        start_copy(step + 1);
+        const int first = (step * GROUPS + group) * TILE;
         if (first >= n_positions) continue;
-        const X* tile = pair(turn);
+        const X* tile = pair(step);
         float s[TILE / 8][4];
-        score(s, q, tile);
+        compute_scores(s, q, tile);
         if (first + TILE - 1 > lowest) {
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
@@ -202,107 +205,108 @@ DEVICE void attend_by_mma(
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float top = seen.m[half];
+            float top = state.m[half];
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
                 top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
             top = max_of_4(top);
-            seen.rescale(half, top, scale);
+            state.rescale(half, top, scale);
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
                 for (int i = 2 * half; i < 2 * half + 2; i++) {
                     s[n][i] = exp2_approx(fmaf(s[n][i], scale, -top * scale));
-                    seen.l[half] += s[n][i];
+                    state.l[half] += s[n][i];
                 }
         }
-        add_values(seen.y, s, tile + TILE * STRIDE);
+        add_values(state.y, s, tile + TILE * STRIDE);
     }
 
     if constexpr (GROUPS == 2) {
-        // A number of all threads together, so that neighbors meet different banks.
-        constexpr int N = sizeof(Seen) / sizeof(float);
-        float* room = (float*)shared + thread;
-        __syncthreads();  // nobody reads a tile any more
+        // Element i of all threads is consecutive: no bank conflicts.
+        constexpr int N = sizeof(OnlineSoftmax) / sizeof(float);
+        float* exchanged = (float*)shared + thread;
+        __syncthreads();  // the tiles are no longer read
         if (group == 1)
 #pragma unroll
-            for (int i = 0; i < N; i++) room[i * GROUP_THREADS] = ((const float*)&seen)[i];
+            for (int i = 0; i < N; i++) exchanged[i * GROUP_THREADS] = ((const float*)&state)[i];
         __syncthreads();
         if (group == 1) return;
-        Seen other;
+        OnlineSoftmax other;
 #pragma unroll
-        for (int i = 0; i < N; i++) ((float*)&other)[i] = room[i * GROUP_THREADS];
-        seen.add(other, scale);
+        for (int i = 0; i < N; i++) ((float*)&other)[i] = exchanged[i * GROUP_THREADS];
+        state.add(other, scale);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float whole = 1.0f / sum_of_4(seen.l[half]);
-        if (!work.has(row + 8 * half)) continue;
-        X* to = out + work.token(row + 8 * half) * C;
+        const float inverse = 1.0f / sum_of_4(state.l[half]);
+        if (!query_tile.has(row + 8 * half)) continue;
+        X* to = out + query_tile.token(row + 8 * half) * C;
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; n++)
             if (n * 8 + column < HEAD)
                 *(unsigned*)(to + n * 8 + column) =
-                    pack<X>(seen.y[n][2 * half] * whole, seen.y[n][2 * half + 1] * whole);
+                    pack<X>(state.y[n][2 * half] * inverse, state.y[n][2 * half + 1] * inverse);
     }
 }
 
-// In float32. Tiles in shared memory are [TILE, HEAD + 4] and the weights [TILE, TILE + 4].
-using Four = Several<float, 4>;
+// In float32. Tiles in shared memory are [TILE, HEAD + 4], the softmax weights [TILE, TILE + 4].
+using Float4 = Vec<float, 4>;
 
-DEVICE const Four& four(const float* p) { return *(const Four*)p; }
+DEVICE const Float4& as_float4(const float* p) { return *(const Float4*)p; }
 
-// Rows [n_rows, HEAD] that lie `stride` numbers apart -> a tile, with zeros past the last.
+// Convert rows [n_rows, HEAD], `stride` elements apart, to a tile; zeros past the last row.
 template <class X>
-DEVICE void widen(float* tile, const X* rows, long long stride, int n_rows) {
+DEVICE void load_tile(float* tile, const X* rows, long long stride, int n_rows) {
     for (int i = threadIdx.x; i < TILE * (HEAD / 4); i += THREADS) {
         const int row = i / (HEAD / 4), column = i % (HEAD / 4) * 4;
-        Four x = {};
+        Float4 x = {};
         if (row < n_rows) {
-            const auto from = *(const Several<X, 4>*)(rows + row * stride + column);
+            const auto from = *(const Vec<X, 4>*)(rows + row * stride + column);
             for (int j = 0; j < 4; j++) x.x[j] = to_float(from.x[j]);
         }
-        *(Four*)(tile + row * (HEAD + 4) + column) = x;
+        *(Float4*)(tile + row * (HEAD + 4) + column) = x;
     }
 }
 
-// 16 lanes share 8 queries; of their results each has 4 neighbors in each 64 numbers of a head.
+// 16 lanes share 8 queries; a lane has 4 consecutive columns of each 64 columns of the results.
 template <class X, class K>
-DEVICE void attend_by_fma(
-    const X* qkv, const K* keys, const K* values, const Work& work, float scale, X* out, int C
+DEVICE void attend_with_fma(
+    const X* qkv, const K* keys, const K* values, const QueryTile& query_tile, float scale,
+    X* out, int C
 ) {
     constexpr int LANES = 16, ROWS = TILE * LANES / THREADS, COLUMNS = TILE / LANES;
-    constexpr int PARTS = (HEAD + 63) / 64;
+    constexpr int COLUMN_BLOCKS = (HEAD + 63) / 64;
     DYNAMIC_SHARED(shared);
     float* queries = (float*)shared;
     float* tile = queries + TILE * (HEAD + 4);    // keys, then values
     float* weights = tile + TILE * (HEAD + 4);
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES * ROWS;
-    const int n_positions = work.position(TILE - 1) + 1;
+    const int n_positions = query_tile.position(TILE - 1) + 1;
     int positions[ROWS];
-    float y[ROWS][PARTS][4] = {}, m[ROWS], l[ROWS] = {};
+    float y[ROWS][COLUMN_BLOCKS][4] = {}, m[ROWS], l[ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        positions[r] = work.position(row + r);
+        positions[r] = query_tile.position(row + r);
         m[r] = LOWEST;
     }
-    widen(queries, qkv + work.token(0) * 3 * C, 3 * C, work.T - work.first);
-    scale *= LOG2_E;  // for powers of 2
+    load_tile(queries, qkv + query_tile.token(0) * 3 * C, 3 * C, query_tile.T - query_tile.first);
+    scale *= LOG2_E;  // exp2 is used for exp
 
     for (int first = 0; first < n_positions; first += TILE) {
-        __syncthreads();  // nobody reads the values before any more
-        widen(tile, keys + (long long)first * HEAD, HEAD, n_positions - first);
+        __syncthreads();  // the previous values are no longer read
+        load_tile(tile, keys + (long long)first * HEAD, HEAD, n_positions - first);
         __syncthreads();
         float s[ROWS][COLUMNS] = {};
 #pragma unroll 2
         for (int d = 0; d < HEAD; d += 4) {
-            Four key[COLUMNS];
+            Float4 key[COLUMNS];
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++)
-                key[j] = four(tile + (j * LANES + lane) * (HEAD + 4) + d);
+                key[j] = as_float4(tile + (j * LANES + lane) * (HEAD + 4) + d);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const Four query = four(queries + (row + r) * (HEAD + 4) + d);
+                const Float4 query = as_float4(queries + (row + r) * (HEAD + 4) + d);
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++)
 #pragma unroll
@@ -319,14 +323,14 @@ DEVICE void attend_by_fma(
             }
 #pragma unroll
             for (int other = LANES / 2; other; other /= 2)
-                top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, other));
+                top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, other));
             const float factor = exp2_approx((m[r] - top) * scale);
             m[r] = top;
             l[r] *= factor;
 #pragma unroll
-            for (int part = 0; part < PARTS; part++)
+            for (int block = 0; block < COLUMN_BLOCKS; block++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) y[r][part][i] *= factor;
+                for (int i = 0; i < 4; i++) y[r][block][i] *= factor;
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
                 const float weight = exp2_approx((s[r][j] - top) * scale);
@@ -334,95 +338,99 @@ DEVICE void attend_by_fma(
                 weights[(row + r) * (TILE + 4) + j * LANES + lane] = weight;
             }
         }
-        __syncthreads();  // nobody reads the keys any more
-        widen(tile, values + (long long)first * HEAD, HEAD, n_positions - first);
+        __syncthreads();  // the keys are no longer read
+        load_tile(tile, values + (long long)first * HEAD, HEAD, n_positions - first);
         __syncthreads();
 #pragma unroll 2
         for (int k = 0; k < TILE; k += 4)
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                const int column = part * 64 + lane * 4;
+            for (int block = 0; block < COLUMN_BLOCKS; block++) {
+                const int column = block * 64 + lane * 4;
                 if (column >= HEAD) continue;
-                Four value[4];
+                Float4 value[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) value[j] = four(tile + (k + j) * (HEAD + 4) + column);
+                for (int j = 0; j < 4; j++)
+                    value[j] = as_float4(tile + (k + j) * (HEAD + 4) + column);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    const Four weight = four(weights + (row + r) * (TILE + 4) + k);
+                    const Float4 weight = as_float4(weights + (row + r) * (TILE + 4) + k);
 #pragma unroll
                     for (int j = 0; j < 4; j++)
 #pragma unroll
                         for (int i = 0; i < 4; i++)
-                            y[r][part][i] += weight.x[j] * value[j].x[i];
+                            y[r][block][i] += weight.x[j] * value[j].x[i];
                 }
             }
     }
 
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        float whole = l[r];
+        float sum = l[r];
 #pragma unroll
         for (int other = LANES / 2; other; other /= 2)
-            whole += __shfl_xor_sync(ALL_LANES, whole, other);
-        if (!work.has(row + r)) continue;
+            sum += __shfl_xor_sync(FULL_MASK, sum, other);
+        if (!query_tile.has(row + r)) continue;
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            const int column = part * 64 + lane * 4;
+        for (int block = 0; block < COLUMN_BLOCKS; block++) {
+            const int column = block * 64 + lane * 4;
             if (column >= HEAD) continue;
-            Several<X, 4> to;
-            for (int i = 0; i < 4; i++) to.x[i] = from_float<X>(y[r][part][i] / whole);
-            *(Several<X, 4>*)(out + work.token(row + r) * C + column) = to;
+            Vec<X, 4> to;
+            for (int i = 0; i < 4; i++) to.x[i] = from_float<X>(y[r][block][i] / sum);
+            *(Vec<X, 4>*)(out + query_tile.token(row + r) * C + column) = to;
         }
     }
 }
 
 template <class X, class K>
 DEVICE void attend(
-    const X* qkv, const K* keys, const K* values, const Work& work, float scale, X* out, int C
+    const X* qkv, const K* keys, const K* values, const QueryTile& query_tile, float scale,
+    X* out, int C
 ) {
-    if constexpr (BY_MMA<X, K>) attend_by_mma(qkv, keys, values, work, scale, out, C);
-    else attend_by_fma(qkv, keys, values, work, scale, out, C);
+    if constexpr (USE_MMA<X, K>) attend_with_mma(qkv, keys, values, query_tile, scale, out, C);
+    else attend_with_fma(qkv, keys, values, query_tile, scale, out, C);
 }
 
-}  // namespace prompt
+}  // namespace prefill
 
-// Keys and values of qkv [B·T, 3C] into the cache [B, H, S, D], at the positions index [B, T].
-// Tokens repeated at one position are the same. Grid (B·T), block any. caches: see `attend_step`.
-extern "C" __global__ void write_cache(
+// Write keys and values of qkv [B·T, 3C] to the cache [B, H, S, D] at positions index [B, T].
+// Tokens at the same position of a sequence are equal. Grid (B·T), any block. caches: see
+// attention_decode.cu.
+extern "C" __global__ void update_kv(
     const REAL* qkv, const long long* caches, int layer, int n_layer, const long long* index,
     int T, int H
 ) {
-    let_next_start();
-    wait_for_previous();
+    trigger_dependent_launch();
+    grid_dependency_sync();
     const int C = H * HEAD;
     const long long b = blockIdx.x / T, S = caches[2 * n_layer], p = index[blockIdx.x];
     for (int i = threadIdx.x * 8; i < 2 * C; i += blockDim.x * 8) {
         const int is_value = i >= C, h = i % C / HEAD, d = i % HEAD;
-        const auto from = *(const Several<REAL, 8>*)(qkv + (long long)blockIdx.x * 3 * C + C + i);
-        Several<CACHE, 8> to;
+        const auto from = *(const Vec<REAL, 8>*)(qkv + (long long)blockIdx.x * 3 * C + C + i);
+        Vec<CACHE, 8> to;
         for (int j = 0; j < 8; j++) to.x[j] = from_float<CACHE>(to_float(from.x[j]));
         CACHE* buffer = (CACHE*)caches[is_value * n_layer + layer];
-        *(Several<CACHE, 8>*)(buffer + ((b * H + h) * S + p) * HEAD + d) = to;
+        *(Vec<CACHE, 8>*)(buffer + ((b * H + h) * S + p) * HEAD + d) = to;
     }
 }
 
-// After `write_cache`: qkv [B·T, 3C] -> out [B·T, C], each token seeing the positions up to its
-// own, index [B, T], which rises by one along T or, at the end, repeats the last. scale > 0.
-// Grid (H, T / 64 rounded up, B), block THREADS. Dynamic shared memory: 4 tiles of type REAL
-// [TILE, STRIDE] a group for the matrix unit, else float32 [TILE, 2 (HEAD + 4) + TILE + 4].
-extern "C" __global__ void __launch_bounds__(prompt::THREADS, HEAD <= 64 ? 2 : 1) attend_prompt(
+// After update_kv: qkv [B·T, 3C] -> out [B·T, C]. A token attends to the positions up to its own,
+// index [B, T], which increases by one along T, or repeats the last position at the end. scale > 0.
+// Grid (H, T / 64 rounded up, B), block THREADS. Dynamic shared memory: with tensor cores, 4 tiles
+// [TILE, STRIDE] of type REAL for each group; else float32 [TILE, 2 (HEAD + 4) + TILE + 4].
+extern "C" __global__ void __launch_bounds__(prefill::THREADS, HEAD <= 64 ? 2 : 1)
+attention_prefill(
     const REAL* qkv, const long long* caches, int layer, int n_layer, const long long* index,
     float scale, REAL* out, int T, int H
 ) {
-    using namespace prompt;
-    let_next_start();
-    wait_for_previous();
+    using namespace prefill;
+    trigger_dependent_launch();
+    grid_dependency_sync();
     const int h = blockIdx.x, b = blockIdx.z, C = H * HEAD;
     const long long first = ((long long)b * H + h) * caches[2 * n_layer] * HEAD;
     const CACHE* keys = (const CACHE*)caches[layer] + first;
     const CACHE* values = (const CACHE*)caches[n_layer + layer] + first;
-    const Work work(index, T);
+    const QueryTile query_tile(index, T);
     qkv += h * HEAD;
     out += h * HEAD;
-    attend(qkv, keys, values, work, scale, out, C);
+    attend(qkv, keys, values, query_tile, scale, out, C);
 }

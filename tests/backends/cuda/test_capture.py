@@ -1,4 +1,4 @@
-"""Which of several graphs of one pass stays (on the stand-in for CuPy)."""
+"""Autotuning between graphs of one pass, on the stand-in for CuPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.emulator.cupy_stand_in import installed
 
 
 class Clock:
-    """The device's; and which graphs were launched, a letter each."""
+    """The device's clock, and the letters of the launched graphs."""
 
     def __init__(self) -> None:
         self.now, self.launched = 0.0, ""
@@ -30,7 +30,7 @@ class Event:
 
 
 class Graph:
-    """One that takes these times in turn, and the last one from there on."""
+    """A graph whose launches take these times; the last one repeats."""
 
     def __init__(self, clock: Clock, name: str, times: list[float]) -> None:
         self.clock, self.name, self.times = clock, name, list(times)
@@ -50,25 +50,25 @@ def module() -> Iterator[Any]:
     ("a", "b", "faster"),
     [([2.0], [1.0], "b"), ([1.0], [2.0], "a"), ([1.0], [1.0], "a"), ([1.0], [9.0, 0.9], "b")],
 )
-def test_the_faster_one_stays_after_some_turns(
+def test_the_faster_graph_is_chosen_after_timed_launches(
     module: Any, monkeypatch: pytest.MonkeyPatch, a: list[float], b: list[float], faster: str
 ) -> None:
     clock, cuda = Clock(), module.cupy.cuda
     monkeypatch.setattr(cuda, "Event", lambda: Event(clock))
     monkeypatch.setattr(cuda, "get_elapsed_time", lambda start, end: end.time - start.time)
-    graphs = module.Fastest({False: Graph(clock, "a", a), True: Graph(clock, "b", b)})
-    for turn in range(12):
-        assert (graphs.winner is None) == (turn < 6)
+    graphs = module.AutotunedGraph({False: Graph(clock, "a", a), True: Graph(clock, "b", b)})
+    for i in range(12):
+        assert (graphs.chosen is None) == (i < 6)
         graphs.launch()
     assert clock.launched == "abbaab" + 6 * faster
-    assert graphs.winner == (faster == "b")
+    assert graphs.chosen == (faster == "b")
 
 
-def test_a_single_one_is_not_timed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_graph_is_not_timed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.delattr(module.cupy.cuda, "Event")
-    graphs = module.Fastest({True: Graph(clock, "a", [1.0])})
+    graphs = module.AutotunedGraph({True: Graph(clock, "a", [1.0])})
     for _ in range(3):
         graphs.launch()
     assert clock.launched == "aaa"
-    assert graphs.winner is True
+    assert graphs.chosen is True

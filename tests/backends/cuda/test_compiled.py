@@ -1,4 +1,4 @@
-"""The CuPy backend's compiled passes: what a graph computes is what its kernels do one by one."""
+"""Compiled passes of the CuPy backend: graphs compute the same as separate launches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PROMPTS = [random_ids(CONFIG, 1, n, n)[0].tolist() for n in (2, 9, 30)]
 
 
 def module(name: str) -> Any:
-    """A module of the backend, which there may be twice."""
+    """Import a module of the backend; it exists twice, with CuPy and with the stand-in."""
     return importlib.import_module(f"gptx.backends.cuda.{name}")
 
 
 def read(model: Model, prompts: list[list[int]]) -> np.ndarray:
-    """Logits [B, V] after prompts, which go into a cache of their own."""
+    """Logits [B, V] after prompts, with a new cache."""
     backend = model.backend
     with backend.scope():
         cache = KVCache(CONFIG, backend, len(prompts), 100)
@@ -81,7 +81,7 @@ def test_prompts_of_similar_lengths_share_a_graph(name: str) -> None:
 
 
 @NAMES
-def test_graphs_that_need_much_memory_go_when_others_come(
+def test_the_oldest_graphs_are_deleted_when_workspaces_exceed_the_limit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
@@ -93,12 +93,12 @@ def test_graphs_that_need_much_memory_go_when_others_come(
     assert sizes == sorted(sizes)
     read(model, [texts[0]])
     assert [length for _, length in passes] == [16, 32, 8]
-    monkeypatch.setattr(module("compiled"), "KEPT_BYTES", sum(sizes[1:]) - 1)
+    monkeypatch.setattr(module("compiled"), "MAX_GRAPH_WORKSPACE_BYTES", sum(sizes[1:]) - 1)
     read(model, [texts[2]])
     assert [length for _, length in passes] == [8, 32]
-    monkeypatch.setattr(module("compiled"), "KEPT_BYTES", 0)
+    monkeypatch.setattr(module("compiled"), "MAX_GRAPH_WORKSPACE_BYTES", 0)
     expected = read(model, [texts[1]])
-    assert [length for _, length in passes] == [8, 32]  # it was forgotten, and is not one yet
+    assert [length for _, length in passes] == [8, 32]  # deleted, and not captured again yet
     assert read(model, [texts[1]]).tolist() == expected.tolist()
     assert [length for _, length in passes] == [16]
 
@@ -120,7 +120,7 @@ def test_a_prompt_may_fill_the_cache(name: str) -> None:
 
 
 @NAMES
-def test_a_prompt_goes_on_where_the_cache_ends(name: str) -> None:
+def test_a_prompt_continues_a_cache(name: str) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     ids, backend = PROMPTS[2], model.backend
     whole = read(model, [ids])
@@ -133,27 +133,27 @@ def test_a_prompt_goes_on_where_the_cache_ends(name: str) -> None:
 
 
 @NAMES
-def test_what_cublas_does_faster_is_left_to_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_use_cublas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     in_graph = read(model, PROMPTS)
-    monkeypatch.setattr(model.backend, "most_in_graph", 0)
+    monkeypatch.setattr(model.backend, "max_graph_macs", 0)
     model.gpt2.forward._prompt._passes.clear()
-    alone = read(model, PROMPTS)
+    with_cublas = read(model, PROMPTS)
     assert not model.gpt2.forward._prompt._passes
-    assert np.linalg.norm(alone - in_graph) < 0.005 * np.linalg.norm(in_graph)
+    assert np.linalg.norm(with_cublas - in_graph) < 0.005 * np.linalg.norm(in_graph)
 
 
 # Decode steps
 
 
-def in_turns(runs: list[TokenGenerator]) -> list[list[list[Token]]]:
-    """The steps of each run, of which every one goes on by a step before any goes on by two."""
+def interleave(runs: list[TokenGenerator]) -> list[list[list[Token]]]:
+    """Execute the runs step by step in rotation; return the steps of each run."""
     steps = zip(*runs, strict=True)
     return [list(each) for each in zip(*steps, strict=True)]
 
 
 @NAMES
-def test_generations_in_turns_do_not_disturb_each_other(name: str) -> None:
+def test_interleaved_generations_are_independent(name: str) -> None:
     model = make_model(CONFIG, make_backend(name))
     settings = (
         SamplingParams(),
@@ -162,48 +162,48 @@ def test_generations_in_turns_do_not_disturb_each_other(name: str) -> None:
     )
 
     def run(i: int) -> TokenGenerator:
-        # Two have as many sequences, so that they share a graph.
+        # Two runs have two sequences each, and share a graph.
         prompts = PROMPTS[:2] if i < 2 else PROMPTS[2:]
         return TokenGenerator(model.gpt2, prompts, settings[i], max_tokens=9)
 
-    alone = [texts(list(run(i))) for i in range(3)]
-    assert [texts(steps) for steps in in_turns([run(i) for i in range(3)])] == alone
-    assert alone[0] != alone[1]
+    separate = [texts(list(run(i))) for i in range(3)]
+    assert [texts(steps) for steps in interleave([run(i) for i in range(3)])] == separate
+    assert separate[0] != separate[1]
 
 
 @NAMES
-def test_threads_do_not_disturb_each_other(name: str) -> None:
+def test_threads_are_independent(name: str) -> None:
     model = make_model(CONFIG, make_backend(name))
 
     def run(i: int) -> Any:
         params = SamplingParams(temperature=1.0, seed=i)
         return texts(list(TokenGenerator(model.gpt2, PROMPTS[:2], params, max_tokens=7)))
 
-    alone = [run(i) for i in range(3)]
+    separate = [run(i) for i in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(run, range(3))) == alone
-    assert len({str(steps) for steps in alone}) == 3
+        assert list(pool.map(run, range(3))) == separate
+    assert len({str(steps) for steps in separate}) == 3
 
 
 @NAMES
-def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_back(
+def test_a_repeated_step_transfers_nothing_between_host_and_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(CONFIG, make_backend(name))
     steps = iter(TokenGenerator(model.gpt2, PROMPTS, SamplingParams(), max_tokens=12))
-    for _ in range(4):  # the first step of all, those before there is a graph, the first with one
+    for _ in range(4):  # the prompt's token, two steps before the graph, the first step with it
         next(steps)
     if name == "cupy-cpu":
         ndarray = importlib.import_module("cupy").ndarray
 
-        def refuse(*_: Any, **__: Any) -> None:
-            raise AssertionError("not in a step")
+        def reject(*_: Any, **__: Any) -> None:
+            raise AssertionError("a transfer in a step")
 
         for method in ("__setitem__", "set", "get", "copy"):
-            monkeypatch.setattr(ndarray, method, refuse)
+            monkeypatch.setattr(ndarray, method, reject)
         for function in ("array", "asarray", "asnumpy"):
-            monkeypatch.setattr(module("compiled").cupy, function, refuse)
-        monkeypatch.setattr(model.backend, "asarray", refuse)
+            monkeypatch.setattr(module("compiled").cupy, function, reject)
+        monkeypatch.setattr(model.backend, "asarray", reject)
     found = texts([next(steps) for _ in range(5)])
     monkeypatch.undo()
     whole = texts(list(TokenGenerator(model.gpt2, PROMPTS, SamplingParams(), max_tokens=12)))
@@ -211,7 +211,7 @@ def test_a_step_that_comes_again_sends_nothing_to_the_device_and_copies_nothing_
 
 
 def decoding(model: Model, *texts: list[int]) -> tuple[KVCache, Callable[[Any], Any]]:
-    """A cache with all of each text but the last token, and what feeds one more to each."""
+    """Return a cache with all but the last token of each text, and a function that adds a token."""
     cache = KVCache(CONFIG, model.backend, len(texts), 100)
     next_token_logits(model.gpt2, [ids[:-1] for ids in texts], cache)
 
@@ -222,12 +222,12 @@ def decoding(model: Model, *texts: list[int]) -> tuple[KVCache, Callable[[Any], 
 
 
 @NAMES
-def test_logits_of_a_step_outlast_the_next(name: str) -> None:
+def test_logits_are_valid_after_the_next_step(name: str) -> None:
     model, ids = make_model(CONFIG, make_backend(name)), PROMPTS[2]
     backend, other = model.backend, ids[::-1]
     with backend.scope():
         _, feed = decoding(model, ids[:20], other[:20])
-        # Columns of a matrix: not one after the other in memory.
+        # Columns of a matrix are not contiguous.
         columns = backend.asarray(np.array([ids[19:], other[19:]]))
         logits = [feed(columns[:, i : i + 1]) for i in range(5)]
         found = [backend.to_numpy(x)[:, 0] for x in logits]
@@ -236,7 +236,7 @@ def test_logits_of_a_step_outlast_the_next(name: str) -> None:
 
 
 @NAMES
-def test_a_step_that_failed_can_be_done_again(name: str) -> None:
+def test_a_failed_step_can_be_repeated(name: str) -> None:
     model, ids = make_model(CONFIG, make_backend(name)), PROMPTS[2]
     backend = model.backend
 
@@ -246,7 +246,7 @@ def test_a_step_that_failed_can_be_done_again(name: str) -> None:
     with backend.scope():
         cache, feed = decoding(model, ids[:20])
         tokens = backend.asarray(np.array(pad([ids[19:]])))
-        for i in range(4):  # before there is a graph, and after
+        for i in range(4):  # before and after the capture
             with pytest.raises(MemoryError):
                 backend.decode(model.gpt2, tokens[:, i], cache.extend([1]), cache, fail)
             cache.lengths = cache.lengths - 1
@@ -256,7 +256,7 @@ def test_a_step_that_failed_can_be_done_again(name: str) -> None:
 
 
 @NAMES
-def test_tokens_of_some_steps_may_be_on_their_way(name: str) -> None:
+def test_tokens_of_several_steps_may_be_unread(name: str) -> None:
     backend = make_backend(name)
     with backend.scope():
         sampler = make_sampler(SamplingParams(), backend, [[0], [0]], [0, 1], 7)

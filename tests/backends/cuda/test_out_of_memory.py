@@ -1,7 +1,7 @@
-"""Memory that runs out on a CUDA device: what is said, and that it is given back.
+"""Out of memory on a CUDA device: the error message, and that memory is freed.
 
-CuPy is replaced by the few names that are used of it, since its errors can be made without a
-device; and at the end by the stand-in that runs the whole backend.
+A small double replaces CuPy, so that the tests can raise its errors. The last test uses the
+stand-in.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MODULE = "gptx.backends.cuda.out_of_memory"
 
 
 class OutOfMemoryError(MemoryError):
-    """CuPy's, which pickle takes apart like this."""
+    """CuPy's error with its pickle protocol."""
 
     def __init__(self, size: int, total: int, limit: int = 0) -> None:
         super().__init__(f"Out of memory allocating {size:,} bytes")
-        self._made_of = size, total, limit
+        self._args = size, total, limit
 
     def __reduce__(self) -> Any:
-        return type(self), self._made_of
+        return type(self), self._args
 
 
 class CUDARuntimeError(RuntimeError):
@@ -66,15 +66,15 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     yield double
     sys.modules.pop(MODULE, None)
-    vars(gptx.backends).pop("cupy_memory", None)
+    vars(gptx.backends).pop("cuda", None)
 
 
 def translated(error: Exception) -> DeviceOutOfMemory | None:
-    return importlib.import_module(MODULE).out_of_memory(error)
+    return importlib.import_module(MODULE).translate_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (OutOfMemoryError(12_345, 50_000), "12,345 bytes are needed, 2,000 of 80,000 are free"),
         (
@@ -85,16 +85,16 @@ def translated(error: Exception) -> DeviceOutOfMemory | None:
         (CUDADriverError(2), "out of memory; of its bytes, 2,000 of 80,000 are free"),
     ],
 )
-def test_it_says_what_is_needed_and_what_is_free(cupy: Any, error: Exception, says: str) -> None:
+def test_the_error_reports_needed_and_free_bytes(cupy: Any, error: Exception, message: str) -> None:
     found = translated(error)
     assert isinstance(found, DeviceOutOfMemory)
     assert str(found) == (
-        f"memory ran out on CUDA device 3 ({says}): use a smaller model, batch, context or dtype"
+        f"memory ran out on CUDA device 3 ({message}): use a smaller model, batch, context or dtype"
     )
     assert found.exit_code == 71
 
 
-def test_what_the_failed_call_held_is_free_before_the_pool_is_emptied(cupy: Any) -> None:
+def test_arrays_of_the_failed_call_are_freed_before_the_pool_is_emptied(cupy: Any) -> None:
     class Array:
         pass
 
@@ -119,13 +119,13 @@ def test_what_the_failed_call_held_is_free_before_the_pool_is_emptied(cupy: Any)
 @pytest.mark.parametrize(
     "error", [CUDARuntimeError(700), CUDADriverError(1), ValueError("other"), MemoryError("host")]
 )
-def test_other_errors_are_none_of_its_business(cupy: Any, error: Exception) -> None:
-    cupy.cuda.runtime.memGetInfo = None  # which would fail, too, after an illegal access
+def test_other_errors_are_not_translated(cupy: Any, error: Exception) -> None:
+    cupy.cuda.runtime.memGetInfo = None  # a call would fail, as after an illegal access
     assert translated(error) is None
     assert cupy.calls == []
 
 
-def test_the_call_after_one_that_did_not_fit_works() -> None:
+def test_a_call_after_an_out_of_memory_error_succeeds() -> None:
     ids = [3, 1, 4, 1, 5]
     expected = make_model(CASES["124M"], make_backend("numpy-generic")).generate(ids, max_tokens=4)
     model = make_model(CASES["124M"], make_backend("cupy-cpu"))

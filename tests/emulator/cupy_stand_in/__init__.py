@@ -1,10 +1,10 @@
-"""A stand-in for CuPy made of NumPy: it runs the CuPy backend where there is no GPU.
+"""A stand-in for CuPy that consists of NumPy and the emulator; it runs the CuPy backend on the CPU.
 
     with installed():
         backend = get_backend("cupy")
 
-While it is installed, `import cupy` gives it, `array_api_compat.cupy` is the real wrapper, around
-it, and kernels run on the emulator of `cuda_on_cpu`. It takes nothing that CuPy 14.2 would refuse.
+Inside the context, `import cupy` returns the stand-in, and `array_api_compat.cupy` is the real
+wrapper around it. The stand-in rejects every call that CuPy 14.2 rejects.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _module(name: str, **names: Any) -> ModuleType:
 
 
 def _modules() -> dict[str, ModuleType]:
-    """The stand-in: modules by their names."""
+    """Create the modules of the stand-in, by name."""
     runtime = _module(
         "cupy.cuda.runtime",
         CUDARuntimeError=streams.CUDARuntimeError,
@@ -63,7 +63,7 @@ def _modules() -> dict[str, ModuleType]:
     cuda = _module("cupy.cuda", runtime=runtime, memory=memory, driver=driver, device=device)
     for name in CUDA.split():
         setattr(cuda, name, getattr(streams, name))
-    linalg = _module("cupy.linalg", lstsq=None)  # array_api_compat looks for this one
+    linalg = _module("cupy.linalg", lstsq=None)  # array_api_compat reads lstsq
     fft = _module("cupy.fft")
     cupy = _module("cupy", __version__="14.2.0", cuda=cuda, linalg=linalg, fft=fft)
     cupy.get_default_memory_pool = lambda: streams.default_pool
@@ -83,46 +83,46 @@ def _modules() -> dict[str, ModuleType]:
     return {module.__name__: module for module in made}
 
 
-def _is_own(name: str) -> bool:
-    """Whether there are two modules of a name: with the stand-in, and without."""
+def _is_swapped(name: str) -> bool:
+    """Return True for a module that exists twice: with the stand-in, and without."""
     return name.split(".")[0] in ("cupy", "cupyx") or name.startswith(
         ("array_api_compat.cupy", "gptx.backends.cuda")
     )
 
 
 def _swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-    """Exchange the modules of which there are two; return those that were there."""
-    before = {name: module for name, module in sys.modules.items() if _is_own(name)}
+    """Replace the swapped modules in `sys.modules`; return the previous ones."""
+    before = {name: module for name, module in sys.modules.items() if _is_swapped(name)}
     for name in before:
         del sys.modules[name]
     sys.modules.update(modules)
-    for name in {**before, **modules}:  # a package has its modules as attributes, too
+    for name in {**before, **modules}:  # modules are attributes of their package, too
         parent, _, child = name.rpartition(".")
-        if parent and not _is_own(parent):
+        if parent and not _is_swapped(parent):
             vars(sys.modules[parent]).pop(child, None)
             if name in modules:
                 setattr(sys.modules[parent], child, modules[name])
     return before
 
 
-_here: dict[str, ModuleType] = {}  # the stand-in, and what was imported with it
-_elsewhere: dict[str, ModuleType] = {}  # what it replaces while it is installed
-_depth = 0  # how often it is
+_stand_in: dict[str, ModuleType] = {}  # and the modules that were imported with it
+_replaced: dict[str, ModuleType] = {}  # modules that the stand-in replaces while it is installed
+_depth = 0  # number of active contexts
 
 
 @contextmanager
 def installed() -> Iterator[ModuleType]:
-    """While it lasts, `import cupy` gives the stand-in, and "cupy" is a backend."""
+    """Install the stand-in in the context; contexts may end in any order."""
     global _depth
-    if not _here:
-        _here.update(_modules())
+    if not _stand_in:
+        _stand_in.update(_modules())
     if not _depth:
-        _elsewhere.update(_swap(_here))
+        _replaced.update(_swap(_stand_in))
     _depth += 1
     try:
-        yield _here["cupy"]
+        yield _stand_in["cupy"]
     finally:
         _depth -= 1
         if not _depth:
-            _here.update(_swap(_elsewhere))
-            _elsewhere.clear()
+            _stand_in.update(_swap(_replaced))
+            _replaced.clear()

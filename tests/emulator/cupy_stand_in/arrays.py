@@ -1,6 +1,6 @@
 """CuPy's arrays and functions, made of NumPy's.
 
-They take what CuPy takes: no array of NumPy, and no keyword that NumPy alone has.
+They reject what CuPy rejects: arrays of NumPy, and keywords that only NumPy has.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from tests.emulator.cupy_stand_in.signatures import METHODS, parse
 from tests.emulator.cupy_stand_in.streams import (
-    Arriving,
+    DeferredCopy,
     Device,
     MemoryPointer,
     current,
     get_current_stream,
-    refuse_in_capture,
+    reject_in_capture,
 )
 
 
@@ -48,7 +48,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"):
             return getattr(self.host, name)
-        raise AttributeError(f"a CuPy array has no {name!r}, or the stand-in has not")
+        raise AttributeError(f"the stand-in's array has no attribute {name!r}")
 
     @property
     def T(self) -> ndarray:
@@ -62,7 +62,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return wrap(self.host[unwrap(key)], self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        refuse_in_capture()
+        reject_in_capture()
         self.host[unwrap(key)] = unwrap(value)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
@@ -76,22 +76,22 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def get(
         self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True
     ) -> np.ndarray:
-        """A copy on the host. If it need not be there at once, it is not, but for the garbage."""
-        refuse_in_capture()
+        """Copy to the host; a copy that does not block holds garbage until it is synchronized."""
+        reject_in_capture()
         result = np.empty_like(self.host, order=order) if out is None else out
         if (result.shape, result.dtype) != (self.shape, self.dtype):
             raise ValueError(f"{self.dtype} {self.shape} into {result.dtype} {result.shape}")
         stream = stream or get_current_stream()
-        stream.arriving.append(Arriving(self.host.copy(), result))
+        stream.pending_copies.append(DeferredCopy(self.host.copy(), result))
         if blocking:
             stream.synchronize()
         return result
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
-        """Copy an array of the host here."""
-        refuse_in_capture()
+        """Copy an array of the host to this array."""
+        reject_in_capture()
         if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype:
-            raise TypeError(f"only an array of {self.dtype} of NumPy can be set")
+            raise TypeError(f"set() takes a NumPy array of {self.dtype}")
         if arr.shape != self.shape:
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
@@ -103,11 +103,11 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         self[...] = value
 
     def item(self) -> Any:
-        """The one element, on the host."""
+        """Return the only element, on the host."""
         return self.get().item()
 
     def tolist(self) -> Any:
-        """All of it, on the host."""
+        """Return nested lists, on the host."""
         return self.get().tolist()
 
     def __bool__(self) -> bool:
@@ -124,7 +124,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def wrap(x: Any, *sources: ndarray) -> Any:
-    """Arrays of NumPy as arrays of the device: parts of the sources, or copied there."""
+    """Convert NumPy arrays to device arrays: views of the sources' memory, or copies."""
     if isinstance(x, tuple | list):
         return type(x)(wrap(item, *sources) for item in x)
     if not isinstance(x, np.ndarray | np.generic):
@@ -134,7 +134,7 @@ def wrap(x: Any, *sources: ndarray) -> Any:
         memory, start = source.data.mem, x.ctypes.data - source.data.mem.ctypes.data
         if x.size and 0 <= start < memory.nbytes:
             return ndarray(x.shape, x.dtype, MemoryPointer(memory, start), x.strides)
-    refuse_in_capture()
+    reject_in_capture()
     is_fortran = x.flags.f_contiguous and not x.flags.c_contiguous
     new = ndarray(x.shape, x.dtype, order="F" if is_fortran else "C")
     new.host[...] = x
@@ -142,7 +142,7 @@ def wrap(x: Any, *sources: ndarray) -> Any:
 
 
 def unwrap(x: Any) -> Any:
-    """Arrays of the device as arrays of NumPy, which may not be there already."""
+    """Convert device arrays to NumPy arrays; reject arguments that are NumPy arrays."""
     if isinstance(x, ndarray):
         return x.host
     if isinstance(x, tuple | list):
@@ -153,42 +153,42 @@ def unwrap(x: Any) -> Any:
 
 
 def apply(function: Callable[..., Any], args: Any, options: dict[str, Any]) -> Any:
-    """Call a function of NumPy with arrays of the device."""
+    """Call a function of NumPy with device arrays."""
     sources = [x for x in args if isinstance(x, ndarray)]
     out = options.get("out")
     options = {name: unwrap(x) for name, x in options.items()}
     result = function(*(unwrap(x) for x in args), **options)
     if out is not None:
-        refuse_in_capture()
+        reject_in_capture()
         return out[0] if isinstance(out, tuple) else out
     return wrap(result, *sources)
 
 
 def multiply_matrices(a: np.ndarray, b: np.ndarray, out: Any = None) -> np.ndarray:
-    """cuBLAS: sums in float32 at least; bfloat16 in two dimensions only, and in no graph."""
-    refuse_in_capture()
+    """Multiply like cuBLAS: sums in float32 or wider, bfloat16 in 2-D only, never in a capture."""
+    reject_in_capture()
     if a.dtype != b.dtype:
         a, b = (x.astype(np.result_type(a, b)) for x in (a, b))
     if a.dtype == ml_dtypes.bfloat16 and max(a.ndim, b.ndim) > 2:
-        raise TypeError("No matching signature found: CuPy has no such product of bfloat16")
+        raise TypeError("No matching signature found for a batched matmul of bfloat16")
     wide = a.dtype if a.dtype.itemsize > 2 else np.float32
     product = np.matmul(a.astype(wide, copy=False), b.astype(wide, copy=False))
     return product.astype(a.dtype, copy=False)
 
 
 def make_function(line: str) -> Callable[..., Any]:
-    """A function of NumPy that takes what CuPy's does."""
+    """Wrap a function of NumPy; check its arguments by CuPy's signature."""
     name, signature = parse(line)
 
     def call(*args: Any, **options: Any) -> Any:
-        signature.bind(*args, **options)  # a TypeError if CuPy's has no such parameter
+        signature.bind(*args, **options)  # raises TypeError
         return apply(getattr(np, name), args, options)
 
     return call
 
 
 def make_ufunc(name: str) -> Callable[..., Any]:
-    """A universal function of NumPy."""
+    """Wrap a universal function of NumPy."""
 
     def call(*args: Any, out: Any = None, dtype: Any = None) -> Any:
         options = {"out": out, "dtype": dtype}
@@ -198,7 +198,7 @@ def make_ufunc(name: str) -> Callable[..., Any]:
 
 
 def make_method(line: str) -> Callable[..., Any]:
-    """A method of NumPy's arrays that takes what that of CuPy's does."""
+    """Wrap a method of NumPy's arrays; check its arguments by CuPy's signature."""
     name, signature = parse(line)
 
     def call(self: ndarray, *args: Any, **options: Any) -> Any:
@@ -215,11 +215,11 @@ for line in METHODS.strip().splitlines():
 def asarray(
     a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None, blocking: bool = False
 ) -> ndarray:
-    """An array of the device, from anywhere."""
+    """Return a device array; copy if necessary."""
     host = a.host if isinstance(a, ndarray) else np.asarray(a)
     result = np.asarray(host, dtype, order, copy=copy)
     if not isinstance(a, ndarray):
-        refuse_in_capture()
+        reject_in_capture()
         return wrap(result)
     return a if result is host else wrap(result, a)
 
@@ -234,55 +234,55 @@ def array(
     *,
     blocking: bool = False,
 ) -> ndarray:
-    """A new array of the device, from anywhere."""
+    """Return a new device array."""
     return asarray(obj, dtype, order, copy=copy or None)
 
 
 def asnumpy(
     a: Any, stream: Any = None, order: str = "C", out: Any = None, *, blocking: bool = True
 ) -> np.ndarray:
-    """An array of the host, from anywhere."""
+    """Return a NumPy array."""
     if isinstance(a, ndarray):
         return a.get(stream, order, out, blocking)
     return np.asarray(a)
 
 
 def ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
-    """With the last axis together."""
+    """Return an array in C order."""
     return asarray(a, dtype, "C")
 
 
 def asfortranarray(a: ndarray, dtype: Any = None) -> ndarray:
-    """With the first axis together."""
+    """Return an array in Fortran order."""
     return asarray(a, dtype, "F")
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Garbage."""
+    """Return an array that holds garbage."""
     return ndarray(shape, dtype, order=order)
 
 
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> ndarray:
-    """A value everywhere."""
+    """Return an array of one value."""
     new = ndarray(shape, np.asarray(fill_value).dtype if dtype is None else dtype, order=order)
     new.fill(fill_value)
     return new
 
 
 def zeros(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Zeros."""
+    """Return zeros."""
     return full(shape, 0, dtype, order)
 
 
 def ones(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Ones."""
+    """Return ones."""
     return full(shape, 1, dtype, order)
 
 
 def empty_like(
     prototype: ndarray, dtype: Any = None, order: str = "K", subok: None = None, shape: Any = None
 ) -> ndarray:
-    """Garbage."""
+    """Return an array of the same layout that holds garbage."""
     like = np.empty_like(prototype.host, dtype, order, shape=shape)
     return ndarray(like.shape, like.dtype, strides=like.strides)
 
@@ -290,29 +290,29 @@ def empty_like(
 def zeros_like(
     a: ndarray, dtype: Any = None, order: str = "K", subok: None = None, shape: Any = None
 ) -> ndarray:
-    """Zeros."""
+    """Return zeros of the same layout."""
     new = empty_like(a, dtype, order, subok, shape)
     new.fill(0)
     return new
 
 
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
-    """Numbers in equal steps."""
+    """Return evenly spaced numbers."""
     return wrap(
         np.arange(0 if stop is None else start, start if stop is None else stop, step, dtype)
     )
 
 
 def matmul(x1: ndarray, x2: ndarray) -> ndarray:
-    """A product of matrices."""
+    """Multiply matrices."""
     return x1 @ x2
 
 
 def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
-    """Memory of the host that copies can arrive in while others work, of cupyx."""
+    """cupyx.empty_pinned: page-locked memory of the host."""
     return np.empty(shape, dtype, order)
 
 
 def erf(x: ndarray) -> ndarray:
-    """The error function, of cupyx.scipy.special."""
+    """cupyx.scipy.special.erf."""
     return wrap(np.vectorize(math.erf, otypes=[x.dtype])(x.host))

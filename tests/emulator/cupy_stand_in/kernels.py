@@ -1,4 +1,4 @@
-"""CuPy's RawModule on the emulator of `cuda_on_cpu`."""
+"""CuPy's RawModule and RawKernel on the emulator."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.emulator.cupy_stand_in.streams import (
 )
 
 HEADER = (KERNELS / "device.cuh").read_text("utf-8")
-INVALID_VALUE = 1  # the driver's error
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # its attribute of a launch
+INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # enum CUlaunchAttributeID
 
 
 class RawModule:
-    """Kernels, compiled when the first is asked for."""
+    """Kernels of one source, compiled at the first call of `get_function`."""
 
     def __init__(
         self,
@@ -39,20 +39,20 @@ class RawModule:
         enable_cooperative_groups: bool = False,
         name_expressions: Any = None,
     ) -> None:
-        assert HEADER in code, "the emulator has its own device.cuh, in place of this one"
+        assert HEADER in code, "a kernel's source has to begin with device.cuh"
         assert isinstance(options, tuple)
         macros = [option.removeprefix("-D") for option in options if option.startswith("-D")]
         assert {*options} - {f"-D{macro}" for macro in macros} <= {"-std=c++17"}
-        self._code = _named(code.replace(HEADER, ""))
+        self._code = _with_line_directives(code.replace(HEADER, ""))
         self._macros = dict(macro.split("=") for macro in macros)
 
     def get_function(self, name: str) -> RawKernel:
-        """A kernel by its name."""
+        """Return a kernel by name."""
         return RawKernel(compile_text(self._code, self._macros), name)
 
 
-def _named(code: str) -> str:
-    """Say where each file of the kernels begins: a fault is told by its file and line."""
+def _with_line_directives(code: str) -> str:
+    """Mark where each file begins, so that a fault names a file and line."""
     for path in KERNELS.glob("*.cu*"):
         text = path.read_text("utf-8")
         code = code.replace(text, f'#line 1 "{path.name}"\n{text}')
@@ -60,7 +60,7 @@ def _named(code: str) -> str:
 
 
 class Function:
-    """What the driver knows of a kernel: `ptr` is its handle."""
+    """A CUfunction; `ptr` is its handle."""
 
     def __init__(self, kernel: RawKernel) -> None:
         self.ptr = id(self)
@@ -69,7 +69,7 @@ class Function:
 
 
 class RawKernel:
-    """A kernel; its arguments are held to its parameters' types."""
+    """A kernel that checks the types of its arguments."""
 
     def __init__(self, module: Any, name: str) -> None:
         assert name in module.kernels, f"named symbol not found: {name}"
@@ -79,7 +79,7 @@ class RawKernel:
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        """What a launch may ask for."""
+        """Most bytes of dynamic shared memory of a launch."""
         return self._shared_bytes
 
     @max_dynamic_shared_size_bytes.setter
@@ -96,9 +96,13 @@ class RawKernel:
         *,
         shared_mem: int = 0,
         stream: Stream | None = None,
-        early: bool = False,
+        dependent: bool = False,
     ) -> None:
-        """Launch on a stream; `early`, if by the driver: then every thread has to wait."""
+        """Launch on a stream.
+
+        `dependent` marks a programmatic dependent launch, in which each thread has to call
+        grid_dependency_sync.
+        """
         for size in (grid, block):
             if not isinstance(size, tuple):
                 raise TypeError(f"a grid and a block are tuples, not {size!r}")
@@ -106,20 +110,22 @@ class RawKernel:
             raise CUDADriverError(INVALID_VALUE)
         sizes = [tuple(max(1, operator.index(n)) for n in (*s, 1, 1)[:3]) for s in (grid, block)]
         values = [_borrow(arg) for arg in args]
-        self._module.check(self.name, [value() for value in values])
+        self._module.check_arguments(self.name, [value() for value in values])
 
         def launch() -> None:
             before = self._module.n_waits
             self._module.launch(self.name, *sizes, [value() for value in values], shared_mem)
             n_threads = math.prod((*sizes[0], *sizes[1]))
             waited = self._module.n_waits - before
-            assert not early or waited == n_threads, f"{self.name}: {waited} of {n_threads} wait"
+            assert not dependent or waited == n_threads, (
+                f"{self.name}: {waited} of {n_threads} threads call grid_dependency_sync"
+            )
 
-        (stream or get_current_stream()).do(launch)
+        (stream or get_current_stream()).submit(launch)
 
 
 def _borrow(arg: Any) -> Callable[[], Any]:
-    """An argument as it will be at a launch: it is not kept alive."""
+    """Return a function that returns the argument; it does not keep an array alive."""
     if arg is None or isinstance(arg, np.generic):
         return lambda: arg
     if not isinstance(arg, ndarray):
@@ -130,7 +136,7 @@ def _borrow(arg: Any) -> Callable[[], Any]:
 
     def array() -> np.ndarray:
         alive = memory()
-        assert alive is not None, "the memory of a kernel's argument was given back"
+        assert alive is not None, "the memory of a kernel's argument is freed"
         return np.ndarray(layout[0], layout[1], alive, offset, strides)
 
     strides = arg.strides
@@ -138,36 +144,36 @@ def _borrow(arg: Any) -> Callable[[], Any]:
 
 
 class Driver:
-    """What is used of the driver's library itself, past CuPy: all that it gets are addresses."""
+    """The functions of libcuda that the backend calls without CuPy; they receive addresses."""
 
     def cuLaunchKernelEx(self, config: Any, function: int, pointers: Any, extra: None) -> int:
-        """Launch a kernel by its handle; the arguments are where `pointers` points to."""
+        """Launch a kernel by its handle; `pointers` has the addresses of the arguments."""
         attributes = [config.attributes[i] for i in range(config.n_attributes)]
         if [(a.id, a.value) for a in attributes] != [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)]:
             return INVALID_VALUE
         kernel = functions[function].raw_kernel
         types = kernel._module.kernels[kernel.name]
-        args = [_read(pointers[i], wanted) for i, wanted in enumerate(types)]
+        args = [_read(pointers[i], expected) for i, expected in enumerate(types)]
         stream = streams.by_ptr[config.stream or 0]
         sizes = tuple(config.grid), tuple(config.block)
-        kernel(*sizes, args, shared_mem=config.shared_bytes, stream=stream, early=True)
+        kernel(*sizes, args, shared_mem=config.shared_bytes, stream=stream, dependent=True)
         return 0
 
 
-def _read(pointer: int, wanted: str) -> Any:
-    """An argument of a type from where it is: a number, or an address within some memory."""
-    if "*" not in wanted:
-        dtype = np.dtype(wanted)
+def _read(pointer: int, expected: str) -> Any:
+    """Read an argument from memory: a number, or an address as an array."""
+    if "*" not in expected:
+        dtype = np.dtype(expected)
         return np.frombuffer(ctypes.string_at(pointer, dtype.itemsize), dtype)[0]
     address = ctypes.c_void_p.from_address(pointer).value
     if address is None:
         return None
     start = max(start for start in streams.memories if start <= address)
     memory = streams.memories[start]
-    name = wanted.partition("*")[2]
+    name = expected.partition("*")[2]
     dtype = np.dtype({"void": "uint8", "bfloat16": ml_dtypes.bfloat16}.get(name, name))
     n = (start + memory.nbytes - address) // dtype.itemsize
-    assert n > 0, f"no memory is at {address:#x}"
+    assert n > 0, f"no allocation contains {address:#x}"
     return ndarray((n,), dtype, streams.MemoryPointer(memory, address - start))
 
 

@@ -1,4 +1,4 @@
-"""What CuPy 14.2 has that NumPy has too, and how it is called there."""
+"""Functions and methods that CuPy 14.2 shares with NumPy, with CuPy's signatures."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ METHODS = """
 
 
 def parse(line: str) -> tuple[str, inspect.Signature]:
-    """A line as above: a name, and what calls it allows."""
+    """Parse a line of the tables above to a name and a signature."""
     name, _, parameters = line.strip().partition("(")
     return name, inspect.signature(eval(f"lambda {parameters.removesuffix(')')}: 0"))

@@ -1,7 +1,7 @@
 """CuPy's devices, streams, graphs and memory pools, as far as the backend uses them.
 
-Everything is done at once, except in a capture: there, launches of kernels are noted, and run when
-the graph is launched. Whatever else would work on arrays then is refused.
+Work is executed immediately. A stream in capture mode collects kernel launches for a graph, and
+rejects all other work on arrays.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-LOCK = threading.RLock()  # of what all threads share
+LOCK = threading.RLock()  # guards state that threads share
 N_DEVICES = 2
 TOTAL_BYTES = 80 * 2**30
-GARBAGE = 0xFF  # as bytes: a NaN in each of the float types
-ROUNDING = 512  # bytes: what the pool hands out comes in multiples of it
+GARBAGE = 0xFF  # a byte; they are a NaN in each float type
+ALLOCATION_BYTES = 512  # allocations are multiples of it
 ATTRIBUTES = {
     "MaxSharedMemoryPerBlock": 48 * 1024,
     "MaxSharedMemoryPerBlockOptin": 227 * 1024,
@@ -35,7 +35,7 @@ ERRORS = {
 
 
 class CUDARuntimeError(RuntimeError):
-    """An error of the CUDA runtime, by its number."""
+    """An error of the CUDA runtime, by status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(ERRORS[status])
@@ -51,18 +51,18 @@ class CUDADriverError(RuntimeError):
 
 
 class OutOfMemoryError(MemoryError):
-    """A pool gets no more memory, or may not have it."""
+    """The device has no more memory, or the pool reaches its limit."""
 
     def __init__(self, size: int, total: int, limit: int = 0) -> None:
         super().__init__(f"Out of memory allocating {size:,} bytes")
-        self._made_of = size, total, limit
+        self._args = size, total, limit
 
     def __reduce__(self) -> Any:
-        return type(self), self._made_of
+        return type(self), self._args
 
 
 class _Thread(threading.local):
-    """What is current in a thread."""
+    """The current device, stream and allocator of a thread."""
 
     def __init__(self) -> None:
         self.device = 0
@@ -72,7 +72,7 @@ class _Thread(threading.local):
 
 
 class Device:
-    """One of the devices, which differ in nothing."""
+    """One of the devices, which are all alike."""
 
     def __init__(self, device: Any = None) -> None:
         self.id = current.device if device is None else int(device)
@@ -102,17 +102,17 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """Of the architecture: one for which nothing goes past CuPy, to the driver."""
+        """Compute capability; "80" has no programmatic dependent launch."""
         return "80"
 
     @property
     def attributes(self) -> dict[str, int]:
-        """CUDA's, by their names without cudaDevAttr."""
+        """Device attributes by name, without the prefix cudaDevAttr."""
         return ATTRIBUTES
 
 
 class Stream:
-    """A stream: what is launched is done at once, or noted while it captures."""
+    """A stream, which executes launches immediately or captures them."""
 
     null: Stream
     _numbers = itertools.count(1000)
@@ -122,14 +122,14 @@ class Stream:
     ) -> None:
         self.ptr = 0 if null else next(self._numbers)
         self.device_id = -1 if null else current.device
-        self._noted: list[Callable[[], None]] | None = None
-        self._is_spoiled = False
-        self.arriving: list[Callable[[], None]] = []  # copies to the host
+        self._captured: list[Callable[[], None]] | None = None
+        self._is_invalidated = False
+        self.pending_copies: list[DeferredCopy] = []  # to the host
         by_ptr[self.ptr] = self
 
     def __enter__(self) -> Stream:
         if self.device_id not in (-1, current.device):
-            raise RuntimeError("the stream is of another device than the current one")
+            raise RuntimeError("the stream belongs to another device than the current one")
         current.streams.append(self)
         return self
 
@@ -137,154 +137,155 @@ class Stream:
         current.streams.pop()
 
     def synchronize(self) -> None:
-        """Wait for what was launched."""
-        refuse_in_capture(self)
-        arrive(self.arriving)
+        """Wait for all work, copies to the host included."""
+        reject_in_capture(self)
+        finish_copies(self.pending_copies)
 
     def record(self, event: Event | None = None) -> Event:
-        """Note the time."""
+        """Record an event on this stream."""
         event = event or Event()
         event.record(self)
         return event
 
     def begin_capture(self, mode: int | None = None) -> None:
-        """Note launches instead of doing them."""
+        """Begin to capture launches."""
         if self.ptr == 0:
             raise RuntimeError("cannot capture on the default (legacy) stream")
-        self._noted, self._is_spoiled = [], False
+        self._captured, self._is_invalidated = [], False
 
     def end_capture(self) -> Graph:
-        """What was noted."""
-        noted, self._noted = self._noted, None
-        if noted is None or self._is_spoiled:
+        """Return the captured launches as a graph."""
+        captured, self._captured = self._captured, None
+        if captured is None or self._is_invalidated:
             raise CUDARuntimeError(901)
-        return Graph(noted)
+        return Graph(captured)
 
     def is_capturing(self) -> bool:
-        """Whether launches are noted."""
-        return self._noted is not None
+        """Return True between `begin_capture` and `end_capture`."""
+        return self._captured is not None
 
-    def do(self, launch: Callable[[], None]) -> None:
-        """Launch now, or note it."""
-        if self._noted is None:
+    def submit(self, launch: Callable[[], None]) -> None:
+        """Execute a launch, or capture it."""
+        if self._captured is None:
             with LOCK:
                 launch()
                 for memory in list(unowned):
-                    self.arriving += memory.written()
+                    self.pending_copies += memory.take_writes()
         else:
-            self._noted.append(launch)
+            self._captured.append(launch)
 
 
 class Graph:
-    """Launches that were noted. It keeps no array alive."""
+    """Captured launches; a graph keeps no array alive."""
 
     def __init__(self, launches: list[Callable[[], None]]) -> None:
         self._launches = launches
 
     def launch(self, stream: Stream | None = None) -> None:
-        """Do them all."""
+        """Execute all launches."""
         for launch in self._launches:
-            (stream or get_current_stream()).do(launch)
+            (stream or get_current_stream()).submit(launch)
 
     def upload(self, stream: Stream | None = None) -> None:
-        """Prepare the first launch."""
+        """Prepare the first launch (nothing to do)."""
 
 
 class Event:
-    """A time."""
+    """A CUDA event."""
 
     def __init__(
         self, block: bool = False, disable_timing: bool = False, interprocess: bool = False
     ) -> None:
         self._timing = not disable_timing
         self._time: float | None = None
-        self._arriving: list[Callable[[], None]] = []
+        self._pending_copies: list[DeferredCopy] = []
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note it, and which copies have been asked for."""
+        """Record the time, and the copies that are pending."""
         stream = stream or get_current_stream()
         with LOCK:
-            self._arriving = stream.arriving[:]
-        stream.do(self._note)
+            self._pending_copies = stream.pending_copies[:]
+        stream.submit(self._record_time)
 
-    def _note(self) -> None:
+    def _record_time(self) -> None:
         self._time = time.perf_counter()
 
     @property
     def done(self) -> bool:
-        """Whether it has come."""
+        """True, because work is executed immediately."""
         return True
 
     def synchronize(self) -> None:
-        """Wait for it."""
-        refuse_in_capture()
-        arrive(self._arriving)
+        """Wait for the event."""
+        reject_in_capture()
+        finish_copies(self._pending_copies)
 
 
-class Arriving:
-    """A copy to the host, which is done once when it is called."""
+class DeferredCopy:
+    """A copy to the host; the target holds garbage until `finish`."""
 
     def __init__(self, source: np.ndarray, target: np.ndarray) -> None:
         self._source: np.ndarray | None = source
         self._target = target
         target.reshape(-1).view(np.uint8)[...] = GARBAGE
 
-    def __call__(self) -> None:
+    def finish(self) -> None:
+        """Copy, unless it is done."""
         if self._source is not None:
             self._target[...] = self._source
         self._source = None
 
 
-def arrive(copies: list[Callable[[], None]]) -> None:
-    """Finish copies to the host, each once."""
+def finish_copies(copies: list[DeferredCopy]) -> None:
+    """Finish all copies, and clear the list."""
     while copies:
-        copies.pop(0)()
+        copies.pop(0).finish()
 
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
-    """Milliseconds from one to the other."""
+    """Return the milliseconds between two events."""
     for event in (start_event, end_event):
         if event._time is None or not event._timing:
-            raise ValueError("an event without a time")
+            raise ValueError("an event has no time")
     return 1e3 * (end_event._time - start_event._time)
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
-    """The one that is used where none is named."""
+    """Return the current stream of this thread."""
     return current.streams[-1]
 
 
-def refuse_in_capture(stream: Stream | None = None) -> None:
-    """Spoil a capture of the current stream, as what cannot be captured does."""
+def reject_in_capture(stream: Stream | None = None) -> None:
+    """Invalidate a capture of the stream, as work does that cannot be captured."""
     stream = stream or get_current_stream()
     if stream.is_capturing():
-        stream._is_spoiled = True
+        stream._is_invalidated = True
         raise CUDARuntimeError(900)
 
 
 class UnownedMemory:
-    """Memory of the host that kernels write to: what they have written comes with an event."""
+    """Memory of the host that kernels write to; an event makes the writes visible."""
 
     def __init__(self, ptr: int, size: int, owner: np.ndarray, device_id: int = -1) -> None:
         assert (ptr, size) == (owner.ctypes.data, owner.nbytes)
         self._host = owner.reshape(-1).view(np.uint8)
-        self.bytes = self._host.copy()  # as the device sees them
-        self._known = self.bytes.copy()
+        self.bytes = self._host.copy()  # the device's view
+        self._taken = self.bytes.copy()
         with LOCK:
             unowned.add(self)
 
-    def written(self) -> list[Arriving]:
-        """What has changed since the last call, on its way to the host."""
-        changed = np.flatnonzero(self.bytes != self._known) // 8 * 8  # of whole numbers
+    def take_writes(self) -> list[DeferredCopy]:
+        """Return the changes since the last call as a copy to the host."""
+        changed = np.flatnonzero(self.bytes != self._taken) // 8 * 8  # whole int64
         if not changed.size:
             return []
         part = slice(changed[0], changed[-1] + 8)
-        self._known[part] = self.bytes[part]
-        return [Arriving(self.bytes[part].copy(), self._host[part])]
+        self._taken[part] = self.bytes[part]
+        return [DeferredCopy(self.bytes[part].copy(), self._host[part])]
 
 
 class MemoryPointer:
-    """A place in memory, which it keeps alive: `mem` is a NumPy array of bytes."""
+    """An address in memory `mem`, a NumPy array of bytes, which it keeps alive."""
 
     def __init__(self, mem: np.ndarray | UnownedMemory, offset: int) -> None:
         self._owner = mem
@@ -299,15 +300,15 @@ class MemoryPointer:
 
 
 class MemoryPool:
-    """Counts the bytes; what it hands out is filled with garbage."""
+    """A memory pool that counts bytes; allocations hold garbage."""
 
     def __init__(self, allocator: Any = None) -> None:
         self._used = self._held = self._limit = 0
         pools.add(self)
 
     def malloc(self, size: int) -> MemoryPointer:
-        """Memory of at least so many bytes."""
-        size = -(-size // ROUNDING) * ROUNDING
+        """Allocate at least `size` bytes."""
+        size = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
         held = max(self._held, self._used + size)
         if held > max(self._held, self._limit or free_bytes() + self._held):
             raise OutOfMemoryError(size, self._held, self._limit)
@@ -321,34 +322,34 @@ class MemoryPool:
         self._used -= size
 
     def used_bytes(self) -> int:
-        """In arrays."""
+        """Return the bytes that arrays use."""
         return self._used
 
     def total_bytes(self) -> int:
-        """Taken from the device."""
+        """Return the bytes that the pool has taken from the device."""
         return self._held
 
     def free_all_blocks(self, stream: Stream | None = None) -> None:
-        """Give back to the device what no array has."""
+        """Return unused bytes to the device."""
         self._held = self._used
 
     def set_limit(self, size: int | None = None, fraction: float | None = None) -> None:
-        """Take no more than so many bytes from the device; 0 is no limit."""
+        """Limit the bytes that the pool takes from the device; 0 is no limit."""
         self._limit = int(fraction * TOTAL_BYTES) if size is None and fraction else size or 0
 
     def get_limit(self) -> int:
-        """What `set_limit` has set."""
+        """Return the limit."""
         return self._limit
 
 
 def free_bytes() -> int:
-    """Of the device, what no pool has taken."""
+    """Return the bytes of the device that no pool has taken."""
     return TOTAL_BYTES - sum(pool.total_bytes() for pool in pools)
 
 
 @contextmanager
 def using_allocator(allocator: Callable[[int], MemoryPointer] | None = None) -> Iterator[None]:
-    """Take memory from another pool."""
+    """Allocate from another pool."""
     current.allocators.append(allocator or default_pool.malloc)
     try:
         yield

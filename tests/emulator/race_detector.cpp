@@ -1,22 +1,26 @@
-// Two accesses to a byte, at least one of which writes (and not both atomic), are a race unless one
-// comes before the other: both of one thread; a barrier of the block between them; one of the warp
-// between two lanes; of two blocks, an atomic operation of the first after its access, and one of
-// the second before its own. And a kernel that may begin early touches nothing that others write
-// before it has waited for the kernel ahead.
+// Two accesses to a byte, at least one of them a write and not both atomic, are a race unless they
+// are ordered. Accesses are ordered if
+// - one thread makes both;
+// - a barrier of the block is between them;
+// - they are of one warp, and a barrier of the warp is between them;
+// - they are of two blocks, the first block executes an atomic operation on global memory after its
+//   access, and the second block executes one before its access.
+// A kernel under programmatic dependent launch must not touch memory that other kernels write
+// before it has called grid_dependency_sync.
 #include <map>
 #include <unordered_map>
 #include <vector>
 
-#include "races.h"
+#include "race_detector.h"
 
 namespace races {
 
 struct Thread { unsigned block_epoch, warp_epoch; bool has_waited; };
 static Thread threads[emulator::MAX_THREADS];
-static bool waits;  // whether the kernel waits at all
-static std::map<const void*, bool> is_fixed;  // of its arguments
+static bool waits;  // true if the kernel calls grid_dependency_sync
+static std::map<const void*, bool> is_fixed;  // by the address of an argument
 
-// Of the blocks of this launch: how many atomic operations they have done on global memory.
+// By block of this launch: the number of its atomic operations on global memory so far.
 static std::vector<unsigned> n_atomics;
 static unsigned launch, first_block;
 
@@ -29,8 +33,8 @@ struct Access {
 enum Readers : char { ONE_WARP, WARPS, BLOCKS };
 struct Cell {
     unsigned launch;
-    Access write, read;  // the latest ones; block 0: none
-    Readers readers;     // whose reads, besides the latest, no barrier has been after
+    Access write, read;  // the latest ones; none if block is 0
+    Readers readers;     // the threads with reads that no barrier has followed
 };
 
 static unsigned number_of_thread() {
@@ -74,19 +78,19 @@ static bool reads_in_order(const Cell& cell, const Access& mine) {
            read.block_epoch != mine.block_epoch;
 }
 
-[[noreturn]] static void tell(const Access& a, const Access& b, const void* p, emulator::Site site) {
+[[noreturn]] static void report_race(const Access& a, const Access& b, const void* p, emulator::Site site) {
     static const char* const does[] = {"reads", "writes", "changes"};
     emulator::fail(site, "a race: it %s %p, which thread %d of block %d %s at line %d",
                    does[b.kind], p, a.thread, (int)(a.block - first_block), does[a.kind], a.line);
 }
 
-static void note(Cell& cell, const Access& mine, const void* p, emulator::Site site) {
+static void check_access(Cell& cell, const Access& mine, const void* p, emulator::Site site) {
     if (cell.launch != launch) cell = {launch, {}, {}, ONE_WARP};
     const bool both_atomic = cell.write.kind == ATOMIC && mine.kind == ATOMIC;
-    if (!both_atomic && !in_order(cell.write, mine)) tell(cell.write, mine, p, site);
+    if (!both_atomic && !in_order(cell.write, mine)) report_race(cell.write, mine, p, site);
     const bool after_reads = reads_in_order(cell, mine);
     if (mine.kind > READ) {
-        if (!after_reads) tell(cell.read, mine, p, site);
+        if (!after_reads) report_race(cell.read, mine, p, site);
         cell.write = mine;
         return;
     }
@@ -97,20 +101,20 @@ static void note(Cell& cell, const Access& mine, const void* p, emulator::Site s
     cell.read = mine;
 }
 
-// What Python is told, if it has made room for it: each access, in the order of the emulator.
+// The trace of accesses for access_counter.py, if it has provided a buffer.
 struct Traced {
     unsigned long long address;
     unsigned block, thread, line, n_bytes, is_shared, kind;
 };
 static_assert(sizeof(Traced) == 32);
-extern "C" __attribute__((visibility("default"))) Traced* trace_room;
-extern "C" __attribute__((visibility("default"))) size_t trace_size, n_traced;
-Traced* trace_room;
-size_t trace_size, n_traced;
+extern "C" __attribute__((visibility("default"))) Traced* trace_buffer;
+extern "C" __attribute__((visibility("default"))) size_t trace_capacity, n_traced;
+Traced* trace_buffer;
+size_t trace_capacity, n_traced;
 
 static void trace(const Access& mine, unsigned long long address, unsigned n_bytes, bool shared) {
-    if (n_traced < trace_size)
-        trace_room[n_traced] = {address, mine.block - first_block, (unsigned)mine.thread,
+    if (n_traced < trace_capacity)
+        trace_buffer[n_traced] = {address, mine.block - first_block, (unsigned)mine.thread,
                                 (unsigned)mine.line, n_bytes, shared, mine.kind};
     n_traced++;
 }
@@ -122,40 +126,40 @@ static Access access(Kind kind, emulator::Site site) {
             n_atomics.back(), (short)number, kind, site.line};
 }
 
-// Shared memory, by its address there; of every block its own.
-void note_shared(unsigned address, unsigned n_bytes, Kind kind, const void* p,
-                 emulator::Site site) {
+// Cells by shared address; a cell of another block is reset.
+void check_shared_access(unsigned address, unsigned n_bytes, Kind kind, const void* p,
+                         emulator::Site site) {
     static std::unordered_map<unsigned, Cell> cells;
     const Access mine = access(kind, site);
-    if (trace_room) trace(mine, address, n_bytes, true);
+    if (trace_buffer) trace(mine, address, n_bytes, true);
     for (unsigned i = 0; i < n_bytes; i++) {
         Cell& cell = cells[address + i];
         if (cell.write.block != mine.block && cell.read.block != mine.block) cell.launch = 0;
-        note(cell, mine, p, site);
+        check_access(cell, mine, p, site);
     }
 }
 
-// Whether an address lies in an array that no kernel writes: behind the argument before it.
+// True if the address is behind an argument whose memory no kernel writes.
 static bool is_in_fixed(const void* p) {
     auto after = is_fixed.upper_bound(p);
     return after != is_fixed.begin() && std::prev(after)->second;
 }
 
-// Global memory, in pages.
-void note_global(const void* p, unsigned n_bytes, Kind kind, emulator::Site site) {
-    constexpr unsigned PAGE = 4096;
+// Cells by page of global memory.
+void check_global_access(const void* p, unsigned n_bytes, Kind kind, emulator::Site site) {
+    constexpr unsigned PAGE_BYTES = 4096;
     static std::unordered_map<unsigned long long, Cell*> pages;
-    const bool early = waits && !threads[number_of_thread()].has_waited;
-    if (early && (kind != READ || !is_in_fixed(p)))
-        emulator::fail(site, "%p is touched before the wait for the kernel ahead", p);
+    const bool before_sync = waits && !threads[number_of_thread()].has_waited;
+    if (before_sync && (kind != READ || !is_in_fixed(p)))
+        emulator::fail(site, "%p is accessed before grid_dependency_sync", p);
     const Access mine = access(kind, site);
     if (kind == ATOMIC) n_atomics.back()++;
     const auto address = (unsigned long long)p;
-    if (trace_room) trace(mine, address, n_bytes, false);
-    Cell*& page = pages[address / PAGE];
-    if (!page) page = new Cell[PAGE]();
+    if (trace_buffer) trace(mine, address, n_bytes, false);
+    Cell*& page = pages[address / PAGE_BYTES];
+    if (!page) page = new Cell[PAGE_BYTES]();
     for (unsigned i = 0; i < n_bytes; i++)
-        note(page[address % PAGE + i], mine, p, site);
+        check_access(page[address % PAGE_BYTES + i], mine, p, site);
 }
 
 }  // namespace races

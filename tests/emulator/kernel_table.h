@@ -1,5 +1,5 @@
-// What the tests call: a list of a module's kernels, and a launch of one of them.
-// Before it: KERNELS, a KERNEL(name, launch bounds) for each.
+// Functions that Python calls: list the kernels of a library, launch one of them.
+// KERNELS has to be defined before, as a KERNEL(name, launch bounds) for each kernel.
 #include <cstdio>
 #include <type_traits>
 #include <utility>
@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-// NumPy's names of the parameters' types.
+// NumPy's names of the types of parameters.
 template <class T> struct Name;
 template <> struct Name<void> { static constexpr const char* is = "void"; };
 template <> struct Name<bool> { static constexpr const char* is = "bool"; };
@@ -22,14 +22,14 @@ template <> struct Name<unsigned> { static constexpr const char* is = "uint32"; 
 template <> struct Name<long long> { static constexpr const char* is = "int64"; };
 template <> struct Name<unsigned long long> { static constexpr const char* is = "uint64"; };
 
-static char list[1 << 15];
+static char kernel_list[1 << 15];
 static size_t length;
 
 static void put(const char* text) {
-    length += snprintf(list + length, sizeof list - length, "%s", text);
+    length += snprintf(kernel_list + length, sizeof kernel_list - length, "%s", text);
 }
 
-// A pointer has * in front, and !* if it is to what is only read.
+// "*" is in front of a pointer's type, "!*" in front of a pointer to const.
 template <class T> void put_type() {
     if constexpr (std::is_pointer_v<T>) {
         using To = std::remove_pointer_t<T>;
@@ -58,7 +58,7 @@ static const Kernel table[] = {KERNELS};
 
 #pragma GCC visibility push(default)
 
-// One line for each kernel: its name and its parameters' types.
+// One line for each kernel: its name and the types of its parameters.
 extern "C" const char* describe_kernels() {
     using namespace emulator;
     length = 0;
@@ -67,7 +67,7 @@ extern "C" const char* describe_kernels() {
         kernel.put_types();
         put("\n");
     }
-    return list;
+    return kernel_list;
 }
 
 extern "C" unsigned long long count_waits() { return emulator::n_waits; }

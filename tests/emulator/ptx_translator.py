@@ -1,8 +1,8 @@
-"""PTX as C++, instruction by instruction: what NVRTC makes of the kernels, for the emulator.
+"""Translate PTX to C++, instruction by instruction.
 
-`device.h` stands in for `device.cuh` when g++ compiles the kernels. What NVRTC makes of the real
-one, with the instructions that are written into it and in the order that the compiler chose, runs
-only this way. `ptx.h` says what an instruction does; `races.h`, whether it may do so there.
+The g++ path compiles `device.h` in place of `device.cuh`. The PTX path runs NVRTC's output of the
+real `device.cuh`: its inline assembly, in the order that the compiler chose. `ptx_instructions.h`
+defines the instructions; `race_detector.h` checks their memory accesses.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ ADDRESS = re.compile(r"\[([%\w$]+)(?:\+(-?\d+))?\]")
 FLOAT = re.compile(r"0([fd])([0-9A-Fa-f]+)")
 SPECIAL = {"%tid": "threadIdx", "%ntid": "blockDim", "%ctaid": "blockIdx", "%nctaid": "gridDim"}
 
-# All of whose operands have the type at the end of the instruction, and these names in `ptx.h`.
-PLAIN = {
+# Instructions with one type for all operands; `ptx_instructions.h` has functions of these names.
+UNIFORM = {
     *("add", "sub", "mul", "mul_lo", "mul_hi", "mul_wide", "mad_lo", "div", "rem", "neg", "abs"),
     *("min", "max", "fma", "fma_rm", "copysign", "rcp", "sqrt", "rsqrt", "ex2"),
     *("and", "or", "xor", "not", "prmt", "clz"),
 }
-ROUNDED = {"rn", "ftz", "approx"}  # as `ptx.h` has it anyway
-# Parameters whose memory no kernel writes, so that it may be read while the kernel ahead runs.
+IMPLIED = {"rn", "ftz", "approx"}  # modifiers that the functions implement always
+# Parameters whose memory no kernel writes; kernels may read it before grid_dependency_sync.
 FIXED = {"weight", "scales", "offsets", "bias", "norm_weight", "norm_bias", "caches"}
 
 
 def translate(ptx: str, parameters: Mapping[str, str]) -> str:
-    """C++ of the kernels in a text of PTX; KERNEL_f has to be defined for the kernel f.
+    """Return C++ of the kernels in PTX; the macro KERNEL_f compiles the body of kernel f.
 
     Parameters
     ----------
     parameters
-        Of each kernel, its parameters as CUDA C++ declares them.
+        Name of a kernel -> its parameters as CUDA C++ declares them.
 
     Raises
     ------
     AssertionError
-        There is an instruction that is not known here.
+        The translator does not support an instruction.
     """
     ptx = re.sub(r"//[^\n]*", "", ptx)
     shared = [
@@ -74,25 +74,25 @@ def translate(ptx: str, parameters: Mapping[str, str]) -> str:
 
 
 def max_threads(ptx: str) -> dict[str, str]:
-    """Of each kernel with launch bounds, how many threads its block may have."""
+    """Return the most threads of a block, by name, for the kernels with launch bounds."""
     found = {name: re.search(r"\.maxntid (\d+)", rest) for name, _, rest, _ in ENTRY.findall(ptx)}
     return {name: bound[1] for name, bound in found.items() if bound}
 
 
 class Kernel:
-    """One kernel.
+    """Translator of one kernel.
 
-    An instruction `add.s32 %r1, %r2, 5` becomes `put(r1_, add_<s32>(as<s32>(r2_), as<s32>(5)))`;
-    what is not like this has a method of its own, by the first part of its name. They get the
-    parts of the name and the operands.
+    An instruction `add.s32 %r1, %r2, 5` becomes `put(r1_, add_<s32>(as<s32>(r2_), as<s32>(5)))`.
+    Instructions of another form have a method, named after the first part of the opcode. A method
+    receives the parts of the opcode and the operands.
     """
 
     def __init__(self, name: str, symbols: dict[str, str], parameters: dict[str, str]) -> None:
         self.name, self.symbols, self.parameters = name, symbols, parameters
-        self.site = ""  # of the statement at hand, for messages
+        self.site = ""  # C++ of the current statement's place, for messages
 
     def lines(self, body: str) -> Iterator[str]:
-        """Lines of C++; PTX declares its registers before a label, as C++ wants it."""
+        """Yield lines of C++; in PTX as in C++, declarations come before labels."""
         for number, line in enumerate(body.splitlines(), 1):
             self.site = f'emulator::Site{{"{self.name}.ptx", {number}}}'
             for text in line.split(";"):
@@ -104,7 +104,7 @@ class Kernel:
                     yield self.statement(statement)
 
     def statement(self, text: str) -> str:
-        """One line of C++."""
+        """Translate one statement to a line of C++."""
         if text.endswith(":"):
             return f"{text};"
         if found := REGISTERS.fullmatch(text):
@@ -115,23 +115,23 @@ class Kernel:
             return f"if ({found[1]}{found[2]}_) {{ {self.statement(found[3])} }}"
         opcode, *rest = text.split(maxsplit=1)
         parts, operands = opcode.split("."), OPERAND.findall(" ".join(rest))
-        return f"{getattr(self, f'_{parts[0]}', self.plain)(parts, operands)};"
+        return f"{getattr(self, f'_{parts[0]}', self.uniform)(parts, operands)};"
 
     # Operands
 
     def place(self, operand: str) -> str:
-        """A register, a special one, or the address of a variable."""
+        """Return C++ for a register, a special register, or the address of a variable."""
         name, _, axis = operand.partition(".")
         if name in SPECIAL:
             return f"{SPECIAL[name]}.{axis}"
         return self.symbols.get(operand, operand.removeprefix("%") + "_")
 
     def places(self, operand: str) -> list[str]:
-        """Those of {%a, %b}, or of one."""
+        """Return C++ for each register of {%a, %b}, or for one register."""
         return [self.place(name) for name in re.findall(r"[%\w]+", operand)]
 
     def value(self, operand: str, kind: str) -> str:
-        """What is there, or a number, read as a type."""
+        """Return C++ that reads a register or constant as a type."""
         if found := FLOAT.fullmatch(operand):
             return f"as<{kind}>(0x{found[2]}{'u' if found[1] == 'f' else 'ull'})"
         if re.fullmatch(r"-?\d+", operand):
@@ -152,15 +152,15 @@ class Kernel:
         return f"put({self.place(operand)}, {value})"
 
     def put_all(self, operand: str) -> str:
-        """From the array v."""
+        """Return C++ that writes the elements of the array v to registers."""
         return " ".join(f"put({to}, v[{i}]);" for i, to in enumerate(self.places(operand)))
 
     # Values
 
-    def plain(self, parts: list[str], x: list[str]) -> str:
+    def uniform(self, parts: list[str], x: list[str]) -> str:
         kind = parts[-1]
-        name = "_".join([parts[0], *(part for part in parts[1:-1] if part not in ROUNDED)])
-        assert name in PLAIN, f"{self.name}: {'.'.join(parts)} is not known to {__file__}"
+        name = "_".join([parts[0], *(part for part in parts[1:-1] if part not in IMPLIED)])
+        assert name in UNIFORM, f"{self.name}: {'.'.join(parts)} is not supported by {__file__}"
         return self.put(x[0], f"{name}_<{kind}>({self.values(x[1:], kind)})")
 
     def _shl(self, parts: list[str], x: list[str]) -> str:
@@ -210,12 +210,12 @@ class Kernel:
         return f"emulator::wait_for_block({self.site}); races::pass_block_barrier()"
 
     def _membar(self, parts: list[str], x: list[str]) -> str:
-        return ""  # `races.h` takes atomic operations for more than they are
+        return ""  # the race detector takes each atomic operation for a fence
 
     def _griddepcontrol(self, parts: list[str], x: list[str]) -> str:
         if parts[1] == "launch_dependents":
-            return "let_next_start()"
-        return "wait_for_previous(); races::pass_wait()"
+            return "trigger_dependent_launch()"
+        return "grid_dependency_sync(); races::pass_wait()"
 
     # Memory
 
@@ -255,8 +255,8 @@ class Kernel:
     # Warps
 
     def _shfl(self, parts: list[str], x: list[str]) -> str:
-        to, _, is_there = x[0].partition("|")
-        places = ", ".join(self.place(operand) for operand in (to, is_there) if operand)
+        to, _, in_range = x[0].partition("|")
+        places = ", ".join(self.place(operand) for operand in (to, in_range) if operand)
         return f"shfl_{parts[2]}({self.site}, {self.values(x[1:], 'u32')}, {places})"
 
     def _vote(self, parts: list[str], x: list[str]) -> str:
@@ -265,7 +265,7 @@ class Kernel:
 
     def _ldmatrix(self, parts: list[str], x: list[str]) -> str:
         assert parts[3:5] == ["m8n8", "x4"], parts
-        name = "load_tiles_transposed" if "trans" in parts else "load_tiles"
+        name = "ldmatrix_transposed" if "trans" in parts else "ldmatrix"
         load = f"load_matrix({name}, v, {self.address(x[1])}, {self.site});"
         return f"{{ unsigned v[4]; {load} {self.put_all(x[0])} }}"
 

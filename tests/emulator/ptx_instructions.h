@@ -1,9 +1,9 @@
-// What instructions of PTX do, by their names there: `ptx.py` writes calls of these.
+// PTX instructions as C++ functions of the same names; `ptx_translator.py` writes calls of them.
 //
-// As the documentation of PTX has them, in float32 with subnormals flushed to zero (.ftz, with
-// which CuPy compiles); but what is approximate there is exact here.
+// They follow the PTX manual, in float32 with subnormals flushed to zero (.ftz, CuPy's option).
+// Instructions that approximate on a GPU are exact here.
 
-using u64 = unsigned long long;  // the kernels name it so
+using u64 = unsigned long long;  // the kernels' name
 using s64 = long long;
 using b64 = u64;
 using u32 = unsigned;
@@ -18,11 +18,11 @@ using f64 = double;
 using f32 = float;
 using f16 = half_t;
 using bf16 = bf16_t;
-struct f16x2;  // two in a register
+struct f16x2;  // two numbers in a register
 struct bf16x2;
 using pred = bool;
 
-// A register or a number, read as a type: its bits, or the lower ones.
+// Read a register or a constant as type T: its bits, or the lower ones.
 template <class T, class R> inline T as(R x) {
     if constexpr (sizeof(T) == sizeof(R)) {
         return cast_bits<T>(x);
@@ -32,7 +32,7 @@ template <class T, class R> inline T as(R x) {
     }
 }
 
-// To a register: the same bits, or those of a narrower number, extended as its type has it.
+// Write a register: the same bits, or a narrower integer, extended by the rule of its type.
 template <class R, class T> inline void put(R& to, T x) {
     if constexpr (sizeof(R) == sizeof(T)) {
         to = cast_bits<R>(x);
@@ -42,14 +42,14 @@ template <class R, class T> inline void put(R& to, T x) {
     }
 }
 
-// Arithmetic. Whole numbers wrap around.
-template <class T> constexpr bool WHOLE = std::is_integral_v<T>;
+// Arithmetic. Integers wrap around.
+template <class T> constexpr bool IS_INTEGER = std::is_integral_v<T>;
 inline float ftz(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 inline double ftz(double x) { return x; }
 
 #define ARITHMETIC(name, sign)                                                            \
     template <class T> inline T name(T a, T b) {                                          \
-        if constexpr (WHOLE<T>) return (T)((u64)a sign (u64)b);                           \
+        if constexpr (IS_INTEGER<T>) return (T)((u64)a sign (u64)b);                           \
         else return ftz(ftz(a) sign ftz(b));                                              \
     }
 ARITHMETIC(add_, +)
@@ -67,24 +67,24 @@ template <class T> inline T mul_hi_(T a, T b) {
     return (T)((Wide)a * (Wide)b >> 8 * sizeof(T));
 }
 template <class T> inline T div_(T a, T b) {
-    if constexpr (WHOLE<T>) return a / b;
+    if constexpr (IS_INTEGER<T>) return a / b;
     else return ftz(ftz(a) / ftz(b));
 }
 template <class T> inline T rem_(T a, T b) { return a % b; }
 template <class T> inline T neg_(T a) {
-    if constexpr (WHOLE<T>) return (T)(0 - (u64)a);
+    if constexpr (IS_INTEGER<T>) return (T)(0 - (u64)a);
     else return -ftz(a);
 }
 template <class T> inline T abs_(T a) {
-    if constexpr (WHOLE<T>) return a < 0 ? neg_(a) : a;
+    if constexpr (IS_INTEGER<T>) return a < 0 ? neg_(a) : a;
     else return std::fabs(ftz(a));
 }
 template <class T> inline T min_(T a, T b) {
-    if constexpr (WHOLE<T>) return b < a ? b : a;
+    if constexpr (IS_INTEGER<T>) return b < a ? b : a;
     else return ftz(std::fmin(a, b));
 }
 template <class T> inline T max_(T a, T b) {
-    if constexpr (WHOLE<T>) return a < b ? b : a;
+    if constexpr (IS_INTEGER<T>) return a < b ? b : a;
     else return ftz(std::fmax(a, b));
 }
 template <class T> inline T fma_(T a, T b, T c) { return ftz(std::fma(ftz(a), ftz(b), ftz(c))); }
@@ -113,12 +113,12 @@ template <class T> inline T bfi_(T from, T to, u32 first, u32 length) {
     const T ones = shl_<T>(length < 8 * sizeof to ? shl_<T>(1, length) - 1 : ~(T)0, first);
     return (to & ~ones) | (shl_(from, first) & ones);
 }
-template <class T> inline T prmt_(T a, T b, T selector) {  // bytes of both, by their numbers
+template <class T> inline T prmt_(T a, T b, T selector) {  // select bytes of a and b
     const u64 both = a | (u64)b << 32;
     T y = 0;
     for (int i = 0; i < 4; i++) {
         const u32 number = selector >> 4 * i & 15, byte = both >> 8 * (number & 7) & 255;
-        y |= (number & 8 ? byte >> 7 ? 255u : 0 : byte) << 8 * i;  // 8 and up: its sign
+        y |= (number & 8 ? byte >> 7 ? 255u : 0 : byte) << 8 * i;  // 8 and above: copies of the byte's sign
     }
     return y;
 }
@@ -131,10 +131,10 @@ template <class T, class R> inline void split(T& low, T& high, R x) {
     low = both[0], high = both[1];
 }
 
-// Comparisons: false of a NaN, or true of it where the name has a u at its end.
+// Comparisons: false for a NaN; true if the name ends in u (unordered).
 #define COMPARISON(name, sign)                                               \
     template <class T> inline bool name##_(T a, T b) {                       \
-        if constexpr (WHOLE<T>) return a sign b;                             \
+        if constexpr (IS_INTEGER<T>) return a sign b;                             \
         else return !std::isunordered(a, b) && ftz(a) sign ftz(b);           \
     }                                                                        \
     template <class T> inline bool name##u_(T a, T b) {                      \
@@ -160,7 +160,7 @@ template <class To, class From> inline u32 cvt_rn(From high, From low) {
     return pack<std::conditional_t<std::is_same_v<To, f16x2>, f16, bf16>>(low, high);
 }
 template <class To, class From> inline To cvt_rpi(From x) { return (To)std::ceil(x); }
-template <class To, class From> inline To cvt_rzi(From x) {  // the nearest there is; 0 of a NaN
+template <class To, class From> inline To cvt_rzi(From x) {  // saturates; a NaN becomes 0
     using Limits = std::numeric_limits<To>;
     if (std::isnan(x)) return 0;
     if (x <= (From)Limits::min()) return Limits::min();
@@ -168,8 +168,8 @@ template <class To, class From> inline To cvt_rzi(From x) {  // the nearest ther
 }
 template <class To, class From> inline To cvt_sat(From x) { return x > 0 ? x < 1 ? ftz(x) : 1 : 0; }
 
-// Addresses. Of shared memory they have 32 bits: dynamic memory is from 0 on, static memory from
-// STATIC on. Global ones and generic ones are those of the CPU.
+// Addresses. Shared memory has 32-bit addresses: dynamic memory begins at 0, static memory at
+// STATIC. Global and generic addresses are addresses of the CPU.
 extern "C" unsigned char __start_static_shared[] __attribute__((weak, visibility("hidden")));
 constexpr u32 STATIC = 1 << 24;
 inline u32 address_of_shared(const void* p) {
@@ -186,12 +186,12 @@ inline u64 cvta_shared(u64 address) { return (u64)place_shared(address); }
 inline u64 cvta_to_shared(u64 address) { return address_of_shared(place_generic(address)); }
 inline u64 cvta_to_global(u64 address) { return address; }
 
-// Where an access goes to, if it may.
+// The place of an access, after its checks.
 static unsigned char* at_shared(u32 address, unsigned n_bytes, races::Kind kind,
                                 emulator::Site site) {
     unsigned char* p = place_shared(address);
     if (address % n_bytes) emulator::fail(site, "%p is no multiple of %u", p, n_bytes);
-    races::note_shared(address, n_bytes, kind, p, site);
+    races::check_shared_access(address, n_bytes, kind, p, site);
     return p;
 }
 static unsigned char* at_global(u64 address, unsigned n_bytes, races::Kind kind,
@@ -199,7 +199,7 @@ static unsigned char* at_global(u64 address, unsigned n_bytes, races::Kind kind,
     unsigned char* p = place_global(address);
     if (address % n_bytes) emulator::fail(site, "%p is no multiple of %u", p, n_bytes);
     if (emulator::is_shared(p)) emulator::fail(site, "%p is in shared memory", p);
-    races::note_global(p, n_bytes, kind, site);
+    races::check_global_access(p, n_bytes, kind, site);
     return p;
 }
 static unsigned char* at_generic(u64 address, unsigned n_bytes, races::Kind kind,
@@ -209,7 +209,7 @@ static unsigned char* at_generic(u64 address, unsigned n_bytes, races::Kind kind
                : at_global(address, n_bytes, kind, site);
 }
 
-// Who writes what is there already does not race: such a store is not noted.
+// A store of the value that memory already holds is no race, so it is not reported as a write.
 #define ACCESS(space, Address)                                                           \
     template <class T, int N>                                                            \
     void load_##space(Address address, T (&v)[N], emulator::Site site) {                 \
@@ -229,12 +229,12 @@ template <class T> inline T atom_add(T* p, T x) { return atomicAdd(p, x); }
 template <class T> inline T atom_max(T* p, T x) { return atomicMax(p, x); }
 template <class T> inline T atom_inc(T* p, T x) { return atomicInc(p, x); }
 
-// A copy in the background may write from when it is asked for until it has been waited for.
-static void copy(u32 to, u64 from, u32 n_bytes, u32 n_there, emulator::Site site) {
+// An asynchronous copy may write at any time from its start until the wait for it.
+static void copy(u32 to, u64 from, u32 n_bytes, u32 n_source_bytes, emulator::Site site) {
     unsigned char* p = at_shared(to, n_bytes, races::WRITE, site);
-    const void* q = n_there ? at_global(from, n_bytes, races::READ, site) : nullptr;
-    if (n_there && n_there != n_bytes) emulator::fail(site, "%u bytes of %u", n_there, n_bytes);
-    copy_later(p, q, n_bytes, n_there, site);
+    const void* q = n_source_bytes ? at_global(from, n_bytes, races::READ, site) : nullptr;
+    if (n_source_bytes && n_source_bytes != n_bytes) emulator::fail(site, "%u bytes of %u", n_source_bytes, n_bytes);
+    defer_copy(p, q, n_bytes, n_source_bytes, site);
 }
 template <int N> void wait_for_copies(emulator::Site site) {
     const emulator::Fiber& fiber = *emulator::current;
@@ -249,22 +249,22 @@ template <class Load> void load_matrix(Load load, unsigned (&x)[4], u32 row, emu
     load(x, at_shared(row, 16, races::READ, site), site);
 }
 
-// The value of another lane, or of this one where there is no such. `limits`: the last lane, and in
-// bits 8 to 12 those of a lane's number that say which part of the warp it is in.
+// The value of another lane, or of the lane itself if the other is in another part of the warp.
+// `limits`: the last lane; bits 8 to 12 mask the bits of a lane's number that select its part.
 #define SHUFFLE(mode, other, is_in_part)                                                       \
     inline void shfl_##mode(emulator::Site site, u32 x, u32 by, u32 limits, u32 mask, u32& to, \
-                            bool& is_there) {                                                  \
+                            bool& in_range) {                                                  \
         check_mask(mask, site);                                                                \
         auto slots = emulator::exchange("shfl." #mode, site, x);                               \
         const int lane = emulator::current->lane, part = limits >> 8 & 31;                     \
         const int first = lane & part, last = first | (limits & 31 & ~part), from = other;     \
-        is_there = is_in_part;                                                                 \
-        to = emulator::value_of<u32>(slots, is_there ? from : lane);                           \
+        in_range = is_in_part;                                                                 \
+        to = emulator::value_of<u32>(slots, in_range ? from : lane);                           \
     }                                                                                          \
     inline void shfl_##mode(emulator::Site site, u32 x, u32 by, u32 limits, u32 mask,          \
                             u32& to) {                                                         \
-        bool is_there;                                                                         \
-        shfl_##mode(site, x, by, limits, mask, to, is_there);                                  \
+        bool in_range;                                                                         \
+        shfl_##mode(site, x, by, limits, mask, to, in_range);                                  \
     }
 SHUFFLE(bfly, lane ^ (int)by, from <= last)
 SHUFFLE(idx, first | ((int)by & 31 & ~part), from <= last)
