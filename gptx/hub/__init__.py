@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: resolve, download, verify, cache, upload."""
+"""The Hugging Face Hub: resolve names, download, verify and cache files, upload models."""

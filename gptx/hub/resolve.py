@@ -1,7 +1,6 @@
-"""Where a model's files come from: the package itself, a folder, or the Hugging Face Hub.
+"""Resolve the name of a model to files: embedded models, folders, the Hugging Face Hub.
 
-`locate` turns a name into paths; it opens no tensor. What comes from the Hub is the business of
-`hub_cache.py`, which is imported only when a name leads there.
+`locate` opens no tensor. It imports huggingface_hub only for a name that leads to the Hub.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import NotFoundError, ParameterError
 from gptx.model_files import Folder, ModelFiles, find_files
 
-_OPENAI = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+_OPENAI_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 ALIASES: dict[str, str] = {
-    **{name: f"openai-community/{name}" for name in _OPENAI},
-    **{size: f"openai-community/{name}" for name, size in _OPENAI.items()},
+    **{name: f"openai-community/{name}" for name in _OPENAI_SIZES},
+    **{size: f"openai-community/{name}" for name, size in _OPENAI_SIZES.items()},
     "distilgpt2": "distilbert/distilgpt2",
 }
 
@@ -37,41 +36,42 @@ def locate(
     weights: bool = True,
     verify_cached: bool = False,
 ) -> ModelFiles:
-    """Find the files of a model; download those that the cache does not hold.
+    """Find the files of a model; download those that the cache lacks.
 
     Parameters
     ----------
     model
-        An embedded name (`EMBEDDED`), a folder, an alias (`ALIASES`) or a Hub id, tried in this
-        order.
+        An embedded name (`gptx.embedded.EMBEDDED`), a folder, an alias (`ALIASES`) or a Hub id,
+        tried in this order.
     revision
         Branch, tag or commit of a Hub model; "main" if None. All files come from one commit.
     offline
-        Use the cache alone and open no connection; `HF_HUB_OFFLINE=1` does the same.
+        Use only the cache and open no connection; `HF_HUB_OFFLINE=1` does the same.
     token
         For private and gated models; `HF_TOKEN` or the saved login if None.
     weights
         Also find the weights, not only the config and the tokenizer.
     verify_cached
-        Hash files that are already in the cache, too, and fetch the damaged ones again.
+        Also hash files that are in the cache, and download damaged ones again.
 
     Returns
     -------
     ModelFiles
-        Paths; every file that was downloaded by this call has the hash that the Hub promised.
+        Paths. Each file that this call downloaded has the hash that the Hub promised.
 
     Raises
     ------
     ParameterError
         `model` is empty, or `revision` was given for a model that has none.
     NotFoundError
-        No such folder, repository, revision or file; or it is not cached, and gptx is offline.
+        The folder, repository, revision or file does not exist; or it is not cached, and gptx is
+        offline.
     AuthorizationError
         The model is gated, or the token may not read it.
     HubUnavailableError
-        No connection, a cut connection, too many requests, or an error of the Hub.
+        No connection, an interrupted one, too many requests, or an error of the Hub.
     IntegrityError
-        A file is not what the Hub promised. It was not put into the cache.
+        A file is not the one that the Hub promised. It was not put into the cache.
     StorageError
         The disk is full, or the cache cannot be read or written.
     WeightsError
@@ -84,55 +84,63 @@ def locate(
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ParameterError(f"model is {model!r}, expected {_expected()}")
     path = os.path.expanduser(name)
-    embedded = isinstance(model, str) and name in EMBEDDED
-    if embedded or os.path.isdir(path):
+    is_embedded = isinstance(model, str) and name in EMBEDDED
+    if is_embedded or os.path.isdir(path):
         if revision is not None:
             raise ParameterError(f"revision is {revision!r}, but {name!r} is not from the Hub")
-        folder = EMBEDDED[name] if embedded else Path(path).absolute()
+        folder = EMBEDDED[name] if is_embedded else Path(path).absolute()
         return find_files(Folder(folder, name), weights=weights)
     if os.path.exists(path) and name not in ALIASES:
         raise NotFoundError(f"{name!r} is a file, expected {_expected()}")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_like_path or not isinstance(model, str):
         raise NotFoundError(f"folder {name!r} does not exist, expected {_expected()}")
-    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
-        raise ParameterError(f"revision is {revision!r}, expected a branch, a tag or a commit hash")
-    if token is not None and not isinstance(token, str):
-        raise ParameterError(f"token is a {type(token).__name__}, expected a string")
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ParameterError(
-            "token holds a space, a line end or a non-ASCII character: copy it again"
-        )
+    _check_revision(revision)
+    _check_token(token)
 
     with importing_hub():
-        from gptx.hub.download import Repository, is_repository_name
+        from gptx.hub.repository import Repository, is_repository_name
     repository = ALIASES.get(name, name)
     if not is_repository_name(repository):
-        raise NotFoundError(f"there is no model {name!r}, expected {_expected()}")
+        raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
     source = Repository(repository, revision or "main", offline, token or None, verify_cached)
     files = find_files(source, weights=weights)
     source.write_ref()
     return files
 
 
-@contextmanager
-def importing_hub() -> Iterator[None]:
-    """Around an import of what imports huggingface_hub, which reads its settings then.
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise ParameterError(f"revision is {revision!r}, expected a branch, a tag or a commit hash")
 
-    Raises
-    ------
-    ParameterError
-        One of them cannot be read.
-    """
-    try:
-        with redirect_stdout(sys.stderr):  # where huggingface_hub's own words belong
-            yield
-    except ValueError as error:
+
+def _check_token(token: str | None) -> None:
+    if token is not None and not isinstance(token, str):
+        raise ParameterError(f"token is a {type(token).__name__}, expected a string")
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise ParameterError(
-            f"an HF_ environment variable is no good ({error}): correct or unset it"
-        ) from error
+            "token contains a space, a line end or a non-ASCII character: copy it again"
+        )
 
 
 def _expected() -> str:
     names = ", ".join(EMBEDDED)
     return f"an embedded name ({names}), a folder, or a Hub id such as openai-community/gpt2"
+
+
+@contextmanager
+def importing_hub() -> Iterator[None]:
+    """Wrap an import of huggingface_hub, which reads its environment variables then.
+
+    Raises
+    ------
+    ParameterError
+        One of them is invalid.
+    """
+    try:
+        with redirect_stdout(sys.stderr):  # huggingface_hub prints warnings
+            yield
+    except ValueError as error:
+        raise ParameterError(
+            f"an HF_ environment variable is invalid ({error}): correct or unset it"
+        ) from error

@@ -1,4 +1,4 @@
-"""A model on its way to the Hugging Face Hub: a repository, and one commit with all files."""
+"""Upload a model to the Hugging Face Hub in one commit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, not in an __all__
+from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
@@ -22,8 +22,8 @@ from gptx.errors import (
     ParameterError,
     StorageError,
 )
-from gptx.hub.download import is_repository_name
-from gptx.hub.errors import is_of_storage, reason, status_of
+from gptx.hub.errors import is_storage_fault, reason, status_of
+from gptx.hub.repository import is_repository_name
 
 
 def upload(
@@ -35,46 +35,46 @@ def upload(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Put a file, or all files of a folder, into a repository of the Hub: all of them or none.
+    """Upload a file, or all files of a folder, to a repository of the Hub, atomically.
 
     Parameters
     ----------
     path
-        A file, or a folder; hidden files in it are left out.
+        A file, or a folder without its hidden files.
     repository
-        Its Hub id, "owner/name"; it is made if there is no such repository.
+        Hub id, "OWNER/NAME". A repository that does not exist is created.
     private
-        If it is made, make it private; otherwise that is as the owner's settings say.
+        Make a created repository private; if False, the settings of the owner decide.
     token
-        One that may write; `HF_TOKEN` or the saved login if None.
+        Token with write access; `HF_TOKEN` or the saved login if None.
     revision
-        A branch that exists; "main" if None.
+        Existing branch; "main" if None.
     message
-        Of the commit.
+        Commit message; "Upload NAME with gptx" if None.
 
     Returns
     -------
     str
-        The address of what was uploaded.
+        Address of the repository, or of the branch.
 
     Raises
     ------
     ParameterError
-        `repository` is no such name, or the folder is empty.
+        `repository` is an invalid name, or the folder is empty.
     NotFoundError
-        There is nothing at `path`, or no such branch.
+        `path` or the branch does not exist.
     AuthorizationError
-        There is no token, or it may not write there.
+        The token is missing, or has no write access.
     HubUnavailableError
-        No connection, a cut connection, or the Hub does not take what it gets.
+        No connection, an interrupted one, or the Hub rejects the files.
     StorageError
         A file cannot be read.
     """
     path = Path(path)
-    found = check_repository(repository, token=token)
+    token = check_repository(repository, token=token)
     files = _files(path)
-    with _translated(f"{path.name} to {repository}", repository), _bars_on_terminals_alone():
-        api = HfApi(token=found)
+    with _translated(f"{path.name} to {repository}", repository), _bars_only_on_a_terminal():
+        api = HfApi(endpoint=constants.ENDPOINT, token=token)
         api.create_repo(repository, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
         api.create_commit(
@@ -87,7 +87,7 @@ def upload(
 
 
 def check_repository(repository: str, *, token: str | None = None) -> str:
-    """What can be known before anything is sent: the token with which to try it.
+    """Check the name of a repository before any request; return the token for the upload.
 
     Raises
     ------
@@ -100,18 +100,18 @@ def check_repository(repository: str, *, token: str | None = None) -> str:
         found = token or get_token()
     if not found:
         raise AuthorizationError(
-            f"{constants.ENDPOINT} takes no uploads without a token: run `hf auth login`, or set "
-            "HF_TOKEN to one that may write"
+            f"{constants.ENDPOINT} accepts no uploads without a token: run `hf auth login`, or set "
+            "HF_TOKEN to a token with write access"
         )
     return found
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Names in the repository -> files."""
+    """Map names in the repository to files."""
     if path.is_file():
         return {path.name: path}
     if not path.is_dir():
-        raise NotFoundError(f"{path} does not exist: there is nothing to upload")
+        raise NotFoundError(f"{path} does not exist, expected a file or a folder to upload")
     files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
     shown = {
         name.as_posix(): file
@@ -119,13 +119,13 @@ def _files(path: Path) -> dict[str, Path]:
         if not any(part.startswith(".") for part in name.parts)
     }
     if not shown:
-        raise ParameterError(f"folder {path} holds no files: there is nothing to upload")
+        raise ParameterError(f"folder {path} holds no files, expected a model to upload")
     return shown
 
 
 @contextmanager
-def _bars_on_terminals_alone() -> Iterator[None]:
-    """huggingface_hub draws them anywhere."""
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    """Disable progress bars of huggingface_hub, which also draws them into files."""
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
         return
@@ -138,7 +138,7 @@ def _bars_on_terminals_alone() -> Iterator[None]:
 
 @contextmanager
 def _translated(what: str, repository: str) -> Iterator[None]:
-    """Raise every foreign exception as the gptx exception that it amounts to."""
+    """Raise any exception as a gptx error about this upload."""
     try:
         yield
     except GptxError:
@@ -153,26 +153,30 @@ def _translate(error: Exception, what: str, repository: str) -> GptxError:
     status = status_of(origin)
     if status in (401, 403):
         return AuthorizationError(
-            f"{hub} refuses to take {what} with this token (HTTP status {status}): run "
-            f"`hf auth login` with one that may write to {repository}"
+            f"{hub} refuses the upload of {what} with this token (HTTP status {status}): run "
+            f"`hf auth login` with a token that has write access to {repository}"
         )
     if isinstance(origin, errors.RevisionNotFoundError):
         return NotFoundError(
-            f"{hub} cannot take {what}: the repository has no such branch, make it there first"
+            f"{hub} refuses the upload of {what}: the branch does not exist, create it first"
         )
     if isinstance(origin, errors.RepositoryNotFoundError):
-        return NotFoundError(f"{hub} cannot take {what}: there is no such repository")
-    if is_of_storage(origin) and origin.errno is not None:
-        return StorageError(f"cannot upload {what} ({origin.strerror or origin})")
-    said = " ".join(str(getattr(origin, "server_message", None) or "").split())[:200]
-    why = reason(origin) + (f": {said}" if said else "")
+        return NotFoundError(
+            f"{hub} refuses the upload of {what}: the repository does not exist, create it first"
+        )
+    if is_storage_fault(origin):
+        return StorageError(
+            f"cannot upload {what} ({origin.strerror or origin}): expected files that can be read"
+        )
+    message = " ".join(str(getattr(origin, "server_message", None) or "").split())[:200]
+    details = reason(origin) + (f": {message}" if message else "")
     return HubUnavailableError(
-        f"{hub} did not take {what} ({why}): check the connection and try again"
+        f"{hub} did not accept {what} ({details}): check the connection and try again"
     )
 
 
 def _origin(error: Exception) -> Exception:
-    """What an error that only says which file it was about was raised for."""
+    """Unwrap an error of huggingface_hub that only names the file."""
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""gptx.hub.resolve: names and folders, whatever is found without a connection."""
+"""gptx.hub.resolve: names and folders without a connection."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pytest
 from gptx.embedded import EMBEDDED
 from gptx.errors import NotFoundError, ParameterError, WeightsError
 from gptx.hub.resolve import ALIASES, locate
-from tests.support.hub import CONFIG, Client, index, model
-from tests.support.hub import client as client
-from tests.support.hub import server as server
+from tests.support.hub import CONFIG, index, model
 
 
 class TestNames:
@@ -29,13 +27,18 @@ class TestNames:
             assert path.is_file()
 
     def test_import_is_light(self) -> None:
-        code = "import sys, gptx.hub.resolve; gptx.hub.resolve.locate('shakespeare'); print(*sys.modules)"
+        code = (
+            "import sys\n"
+            "from gptx.hub.resolve import locate\n"
+            "locate('shakespeare')\n"
+            "print(*sys.modules)"
+        )
         modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
         assert "gptx.hub.resolve" in modules
-        assert not {"huggingface_hub", "gptx.hub.download"} & set(modules)
+        assert not {"huggingface_hub", "gptx.hub.repository"} & set(modules)
 
     @pytest.mark.parametrize("name", ["", "  ", "a\0b", None, 3, b"gpt2"])
-    def test_no_name(self, name: Any) -> None:
+    def test_invalid_name(self, name: Any) -> None:
         with pytest.raises(ParameterError, match="expected an embedded name"):
             locate(name)
 
@@ -46,18 +49,18 @@ class TestNames:
             *("a--b", "https://huggingface.co/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
         ],
     )
-    def test_no_such_place(self, name: Any) -> None:
+    def test_missing_folder_or_repository(self, name: Any) -> None:
         with pytest.raises(NotFoundError, match="expected an embedded name") as caught:
             locate(name)
         assert caught.value.exit_code == 66
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("revision", ["", "../../etc", "/main", "main/", "a b", "a\\b", "a\0"])
-    def test_bad_revision(self, revision: str) -> None:
+    def test_invalid_revision(self, revision: str) -> None:
         with pytest.raises(ParameterError, match="revision is"):
             locate("gpt2", revision=revision)
 
-    def test_bad_token_is_not_shown(self) -> None:
+    def test_error_about_a_token_hides_it(self) -> None:
         with pytest.raises(ParameterError) as caught:
             locate("gpt2", token="hf_secret\n")
         assert "secret" not in str(caught.value)
@@ -87,8 +90,8 @@ class TestFolder:
         assert set(files.tokenizer) == {"tokenizer.json", "vocab.json", "merges.txt"}
         assert locate(tmp_path, weights=False).weights == ()
 
-    def test_goes_before_the_hub(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+    def test_folder_takes_precedence_over_the_hub(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "gpt2").mkdir()
         self.make(tmp_path / "gpt2", model())
@@ -112,7 +115,7 @@ class TestFolder:
         ],
         ids=lambda content: repr(content[:40]),
     )
-    def test_index_that_lies(self, tmp_path: Path, content: bytes) -> None:
+    def test_invalid_index(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "folder").mkdir()
         (tmp_path / "a").touch()
         files = {"config.json": CONFIG, "model.safetensors.index.json": content}
@@ -122,12 +125,12 @@ class TestFolder:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-    def test_only_pickles(self, tmp_path: Path, name: str) -> None:
+    def test_folder_with_only_pickles(self, tmp_path: Path, name: str) -> None:
         self.make(tmp_path, {"config.json": CONFIG, name: b""})
         with pytest.raises(NotFoundError, match=f"holds {name}.*`gptx convert {tmp_path} DST`"):
             locate(tmp_path)
 
-    def test_what_may_be_missing(self, tmp_path: Path) -> None:
+    def test_missing_files(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match=r"config\.json is missing"):
             locate(tmp_path)
         self.make(tmp_path, {"config.json": CONFIG})
@@ -136,7 +139,7 @@ class TestFolder:
         self.make(tmp_path, {"model.safetensors": b""})
         assert locate(tmp_path).tokenizer == {}
 
-    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+    def test_file_instead_of_a_folder(self, tmp_path: Path) -> None:
         self.make(tmp_path, {"model.safetensors": b""})
         with pytest.raises(NotFoundError, match="is a file, expected"):
             locate(tmp_path / "model.safetensors")

@@ -1,7 +1,7 @@
-"""A small Hub for the tests: it speaks the resolve protocol, remembers and can misbehave.
+"""A small Hub for downloads: the resolve protocol, a log of requests, faults on request.
 
-It has no /api/ endpoints. Large files (`*.safetensors`, `*.bin`) are redirected to a second port,
-as the real Hub redirects them to another host.
+It has no /api/ endpoints. It redirects large files (`*.safetensors`, `*.bin`) to a second port, as
+the real Hub redirects them to another host.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # a test may replace time.sleep
 from types import TracebackType
 from typing import NamedTuple
 from urllib.parse import unquote
 
 Files = dict[str, bytes]  # file -> content
-# repository -> branch or commit -> its files; or a branch -> the commit that it stands for
+# repository -> branch or commit -> files, or branch -> commit
 Repos = dict[str, dict[str, Files | str]]
 
 
@@ -31,16 +31,17 @@ class Request(NamedTuple):
 
 @dataclass
 class Faults:
-    """What goes wrong, by file name, repository/file name, or repository."""
+    """Faults by file name, repository/file name, or repository."""
 
-    cut: dict[str, int] = field(default_factory=dict)  # bytes that each body has before the cut
-    cuts: int = 10**9  # so many bodies are cut, then it works
+    # File name -> bytes of its body before the connection is closed.
+    truncated: dict[str, int] = field(default_factory=dict)
+    truncations: int = 10**9  # number of truncated bodies before the fault ends
     corrupt: set[str] = field(default_factory=set)  # other bytes under the right hash and size
-    shorter: set[str] = field(default_factory=set)  # a shorter body, its Content-Length in accord
+    shorter: set[str] = field(default_factory=set)  # a shorter body with a matching Content-Length
     status: dict[str, int] = field(default_factory=dict)
     gated: dict[str, str] = field(default_factory=dict)  # repository -> token that may read it
-    no_range: bool = False  # Range headers are ignored
-    same_host: bool = False  # large files are redirected to another path, not to another port
+    no_range: bool = False  # the server ignores Range headers
+    same_host: bool = False  # redirects lead to another path, not to another port
     delay: float = 0.0  # seconds after every 16 KiB
 
 
@@ -49,14 +50,14 @@ def is_large(name: str) -> bool:
 
 
 def etag_of(name: str, content: bytes) -> str:
-    """SHA-256 for large files, for others the SHA-1 that git gives a blob."""
+    """Return the SHA-256 of a large file, the SHA-1 of the git blob of another one."""
     if is_large(name):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def commit_of(repo: str, revision: str) -> str:
-    """The commit of a branch that was given its files directly; a commit is its own."""
+    """Return the commit of a branch; a commit is its own."""
     if len(revision) == 40:
         return revision
     return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
@@ -74,6 +75,7 @@ class HubServer:
         self.faults = Faults()
         self.requests: list[Request] = []
         self.after_request: Callable[[], None] = lambda: None
+        self.connections: list[socket.socket] = []
         self._servers: list[ThreadingHTTPServer] = []
 
     def __enter__(self) -> HubServer:
@@ -93,11 +95,14 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Answer no more; further connections are refused."""
+        """Close every connection and refuse new ones."""
         while self._servers:
             server = self._servers.pop()
             server.shutdown()
             server.server_close()
+        while self.connections:
+            with suppress(OSError):
+                self.connections.pop().shutdown(socket.SHUT_RDWR)
 
     def url_of(self, number: int) -> str:
         return f"http://127.0.0.1:{self._ports[number]}"
@@ -108,11 +113,11 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT has to be."""
+        """Value for HF_ENDPOINT."""
         return self.url_of(0)
 
     def log(self, method: str = "", part: str = "") -> list[str]:
-        """Requests so far, as "METHOD path", of one method or with one part in the path."""
+        """List requests as "METHOD path", of one method or with one part in the path."""
         return [
             f"{request.method} {request.path}"
             for request in self.requests
@@ -123,6 +128,10 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.hub.connections.append(self.connection)  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -204,15 +213,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             return
         content = content[start:]
-        cut = faults.cut.get(name) if faults.cuts > 0 else None
-        if cut is not None:
-            faults.cuts -= 1
-            content = content[:cut]
-        with suppress(OSError):  # the client may have left
+        end = faults.truncated.get(name) if faults.truncations > 0 else None
+        if end is not None:
+            faults.truncations -= 1
+            content = content[:end]
+        with suppress(OSError):  # the client may have closed the connection
             for at in range(0, len(content), 16384):
                 self.wfile.write(content[at : at + 16384])
-                time.sleep(faults.delay)
-            if cut is not None:
+                sleep(faults.delay)
+            if end is not None:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
 

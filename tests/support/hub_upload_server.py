@@ -1,4 +1,4 @@
-"""A small Hub that takes uploads: repositories, LFS objects by basic transfer, commits."""
+"""A small Hub for uploads: repositories, LFS objects by basic transfer, commits."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Repository:
 
 
 class UploadServer:
-    """Serves on a port of 127.0.0.1 while the `with` block lasts.
+    """Serve on a port of 127.0.0.1 while the `with` block lasts.
 
     Attributes
     ----------
     repositories
-        What is there, by name; files are there once they were committed.
+        Name -> repository with its committed files.
     requests
-        "METHOD path" of each.
+        "METHOD path" of each request.
     faults
-        Part of "METHOD path" -> the status and the message of the answer.
+        Part of "METHOD path" -> status and message of the answer.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class UploadServer:
         self.stop()
 
     def reset(self) -> None:
-        """As new."""
+        """Forget repositories, objects, requests and faults."""
         for found in (self.repositories, self.objects, self.requests, self.faults):
             found.clear()
 
     def stop(self) -> None:
-        """Answer no more; further connections are refused."""
+        """Refuse new connections."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         for part, (status, message) in hub.faults.items():
             if part in request:
                 return self._send(status, {"error": message})
-        if path.startswith("/lfs/"):  # the address says that it may be written to
+        if path.startswith("/lfs/"):  # the address alone authorizes the request
             hub.objects[path.removeprefix("/lfs/")] = body
             return self._send(200, {})
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _parts(path: str) -> tuple[str, str, str]:
-        """Repository, what is to be done with it, and the branch."""
+        """Split a path into repository, action and branch."""
         if path.endswith(".git/info/lfs/objects/batch"):
             return path[1:].partition(".git/")[0], "lfs", ""
         _, _, _, owner, name, *rest = path.split("/")
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _batch(hub: UploadServer, wanted: Any) -> Any:
-    """Where to put each object; nowhere for those that are there."""
+    """Give an upload address for each object that is not stored yet."""
     assert "basic" in wanted["transfers"]
     objects = []
     for entry in wanted["objects"]:
@@ -177,7 +177,7 @@ def _batch(hub: UploadServer, wanted: Any) -> Any:
 
 
 def _modes(files: dict[str, bytes], wanted: Any) -> Any:
-    """Weights go through LFS, other files into the commit itself."""
+    """Assign weights to LFS, other files to the commit."""
     answer = []
     for entry in wanted["files"]:
         path = entry["path"]
@@ -190,7 +190,7 @@ def _modes(files: dict[str, bytes], wanted: Any) -> Any:
 
 
 def oid_of(content: bytes, mode: str) -> str:
-    """SHA-256 of an LFS object, for others the SHA-1 that git gives a blob."""
+    """Return the SHA-256 of an LFS object, the SHA-1 of the git blob of another file."""
     if mode == "lfs":
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

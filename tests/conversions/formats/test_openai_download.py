@@ -1,15 +1,18 @@
-"""gptx.conversions.formats.openai_download: OpenAI's files by name, from a server on loopback."""
+"""gptx.conversions.formats.openai_download: OpenAI's files from a server on loopback."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptx.conversions import read
+from gptx.conversions import convert, read
+from gptx.conversions.formats.openai_download import fetch
 from gptx.errors import (
     AuthorizationError,
     HubUnavailableError,
@@ -18,8 +21,9 @@ from gptx.errors import (
     ParameterError,
     StorageError,
 )
+from gptx.hub import download
 from gptx.random_weights import random_weights
-from tests.support.hub import PREPARED, Client, check
+from tests.support.hub import Client, check, hub_settings, inherited
 from tests.support.hub_server import HubServer
 from tests.support.random_models import CASES
 from tests.support.tensor_bundle_bytes import write_openai
@@ -27,55 +31,37 @@ from tests.support.tensor_bundle_bytes import write_openai
 DATA = "model.ckpt.data-00000-of-00001"
 CONFIG = CASES["124M"]
 
-# What the other process does: fetch or convert, report the folder or the error as JSON.
-FETCH = (
-    PREPARED
-    + """
-from gptx.conversions import convert
-results = []
-for job in jobs:
-    connections.clear()
-    try:
-        if "source" in job:
-            convert(**job)
-            result = {}
-        else:
-            from gptx.conversions.formats.openai_download import fetch
-            result = dict(folder=str(fetch(**job)))
-    except GptxError as error:
-        result = dict(error=type(error).__name__, message=str(error), exit=error.exit_code,
-                      kinds=[kind.__name__ for kind in type(error).__mro__])
-    results.append(result | dict(connections=list(connections)))
-print(json.dumps(results))
-"""
-)
-
 
 class Fetcher(Client):
-    """Runs `fetch` in other processes that share one cache.
+    """Calls of `fetch` or `convert` that share one cache.
 
-    To the server OpenAI's folder "124M" is the revision of a repository.
+    For the server, OpenAI's folder "124M" is the revision of a repository.
     """
-
-    script = FETCH
 
     def __init__(self, server: HubServer, home: Path) -> None:
         super().__init__(server, home / "home")
         self.folder = home / "home" / "assets" / "gptx" / "openai" / "124M"
         self.incomplete = self.folder.with_name("124M.incomplete")
 
-    def start(self, *jobs: dict[str, Any], env: dict[str, str] | None = None, **setup: Any) -> Any:
-        env = {"GPTX_OPENAI_URL": f"{self.url}/models/resolve/", **(env or {})}
-        return super().start(*jobs, env=env, **setup)
+    def call(self, job: dict[str, Any]) -> dict[str, Any]:
+        if "source" in job:
+            convert(**job)
+            return {}
+        return {"folder": str(fetch(**job))}
 
-    def fetch(self, name: str = "openai:124M", **more: Any) -> dict[str, Any]:
-        setup = {k: more.pop(k) for k in ("env", "largest_file", "impatient", "chunk") if k in more}
-        return self.run({"name": name, **more}, **setup)[0]
+    def run(
+        self, *jobs: dict[str, Any], env: dict[str, str] | None = None, **setup: Any
+    ) -> list[dict[str, Any]]:
+        env = {"GPTX_OPENAI_URL": f"{self.url}/models/resolve/", **(env or {})}
+        return super().run(*jobs, env=env, **setup)
+
+    def fetch(self, name: str = "openai:124M", **setup: Any) -> dict[str, Any]:
+        return self.run({"name": name}, **setup)[0]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a small model, under OpenAI's names."""
+    """Write the files of a small model under OpenAI's names."""
     folder = tmp_path_factory.mktemp("openai")
     tokenizer = read("shakespeare")[1].tokenizer
     write_openai(folder, CONFIG, random_weights(CONFIG), tokenizer)
@@ -94,7 +80,7 @@ def fetcher(server: HubServer, tmp_path: Path) -> Fetcher:
 
 
 def check_folder(result: dict[str, Any], fetcher: Fetcher, files: dict[str, bytes]) -> None:
-    """It fetched every file, byte by byte, and left nothing else."""
+    """Check that every file was downloaded, byte by byte, and nothing else is left."""
     assert "error" not in result, result
     assert Path(result["folder"]) == fetcher.folder
     assert {path.name: path.read_bytes() for path in fetcher.folder.iterdir()} == files
@@ -107,7 +93,7 @@ def check_nothing(fetcher: Fetcher) -> None:
 
 
 class TestFetching:
-    def test_once_and_then_without_a_connection(
+    def test_second_call_needs_no_connection(
         self, server: HubServer, fetcher: Fetcher, files: dict[str, bytes]
     ) -> None:
         name = "openai:124M"
@@ -129,21 +115,27 @@ class TestFetching:
         server.stop()
         check_folder(fetcher.fetch(), fetcher, files)
 
-    def test_convert_downloads(self, fetcher: Fetcher, server: HubServer) -> None:
+    def test_convert_downloads_without_a_token(self, fetcher: Fetcher, server: HubServer) -> None:
         job = {"source": "openai:124M", "destination": str(fetcher.home.with_name("model"))}
         (result,) = fetcher.run(job, env={"HF_TOKEN": "hf_secret"})
         assert "error" not in result, result
         assert not any("authorization" in request.headers for request in server.requests)
         assert read(fetcher.home.with_name("model"))[1].config.n_layer == CONFIG.n_layer
 
-    def test_two_processes_at_once(
+    def test_two_calls_at_once(
         self, server: HubServer, fetcher: Fetcher, files: dict[str, bytes]
     ) -> None:
-        server.faults.delay = 0.003
-        processes = [fetcher.start({"name": "openai:124M"}) for _ in range(2)]
-        for process in processes:
-            check_folder(fetcher.finish(process)[0], fetcher, files)
-        assert len(server.log("GET", DATA)) == 1  # the other waited for it
+        """Threads: the lock is the one that tests/hub/test_staging.py tests with processes."""
+        server.faults.delay = 0.001
+        url = f"{fetcher.url}/models/resolve"
+        with hub_settings(fetcher.url, fetcher.home, GPTX_OPENAI_URL=url):
+            threads = [threading.Thread(target=fetch, args=("openai:124M",)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        check_folder(fetcher.fetch(), fetcher, files)
+        assert len(server.log("GET", DATA)) == 1
 
     def test_shards(self, server: HubServer, fetcher: Fetcher, tmp_path: Path) -> None:
         folder = write_openai(tmp_path / "m", CONFIG, random_weights(CONFIG), shards=3)
@@ -154,17 +146,22 @@ class TestFetching:
 
 
 class TestInterruptions:
-    def test_always_cut_then_resumed(
-        self, server: HubServer, fetcher: Fetcher, files: dict[str, bytes]
+    def test_always_interrupted_then_resumed(
+        self,
+        server: HubServer,
+        fetcher: Fetcher,
+        files: dict[str, bytes],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        server.faults.cut, server.faults.no_range = {DATA: 70000}, True
-        result = fetcher.fetch(impatient=True, chunk=10000)
+        monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
+        server.faults.truncated, server.faults.no_range = {DATA: 70000}, True
+        result = fetcher.fetch(impatient=True)
         check(result, HubUnavailableError, DATA, "try again")
         assert result["exit"] == 69
-        assert len(server.log("GET", DATA)) < 10  # it gave up
+        assert len(server.log("GET", DATA)) == 2
         assert not fetcher.folder.exists()
         assert (fetcher.incomplete / DATA).read_bytes() == files[DATA][:70000]
-        server.faults.cut, server.faults.no_range = {}, False
+        server.faults.truncated, server.faults.no_range = {}, False
         server.requests.clear()
         check_folder(fetcher.fetch(), fetcher, files)
         assert [r.headers.get("range") for r in server.requests if DATA in r.path] == [
@@ -172,7 +169,7 @@ class TestInterruptions:
         ]
 
     @pytest.mark.parametrize("left", [b"rubbish", b"rubbish" * 400000])
-    def test_leftover_that_does_not_fit(
+    def test_partial_file_that_does_not_fit(
         self, fetcher: Fetcher, files: dict[str, bytes], left: bytes
     ) -> None:
         fetcher.incomplete.mkdir(parents=True)
@@ -210,7 +207,7 @@ class TestIntegrity:
         assert result["exit"] == 65
         check_nothing(fetcher)
 
-    def test_of_another_length(self, server: HubServer, fetcher: Fetcher) -> None:
+    def test_another_size(self, server: HubServer, fetcher: Fetcher) -> None:
         server.faults.shorter.add(DATA)
         check(fetcher.fetch(), IntegrityError, DATA, "another size")
         check_nothing(fetcher)
@@ -231,13 +228,20 @@ class TestRefusals:
         check(offline, NotFoundError, "is not in the cache", "offline")
         by_environment = fetcher.fetch(env={"HF_HUB_OFFLINE": "1"})
         check(by_environment, NotFoundError, "is not in the cache", "offline")
-        job = {"source": name, "destination": str(fetcher.home.with_name("model"))}
-        (wrong,) = fetcher.run(job, env={"HF_HUB_ETAG_TIMEOUT": "soon"})
-        check(wrong, ParameterError, "HF_ environment variable")
-        check(fetcher.fetch(env={"GPTX_OPENAI_URL": "ftp://x"}), ParameterError, "GPTX_OPENAI_URL")
+        for url in ("ftp://x", "http://[", "http://x:y", "http://"):
+            check(fetcher.fetch(env={"GPTX_OPENAI_URL": url}), ParameterError, "GPTX_OPENAI_URL")
+
+    def test_invalid_variable_of_huggingface_hub(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from gptx.conversions import convert; convert('openai:124M', sys.argv[1])"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "model")]
+        env = inherited() | {"HF_HUB_ETAG_TIMEOUT": "soon"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert "ParameterError: an HF_ environment variable is invalid" in done.stderr
 
     @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE on Windows")
-    def test_no_room(self, fetcher: Fetcher, files: dict[str, bytes]) -> None:
+    def test_file_too_large(self, fetcher: Fetcher, files: dict[str, bytes]) -> None:
         result = fetcher.fetch(largest_file=1_000_000)
         check(result, StorageError, DATA, str(fetcher.folder.parent), "HF_HOME")
         assert result["exit"] == 74
