@@ -211,7 +211,7 @@ def _prompt_text(argument: str | None, option: str | None) -> str:
     """Return the prompt from the argument, the option or standard input."""
     if (argument is None) == (option is None):
         problem = "missing prompt" if argument is None else "duplicate prompt"
-        raise click.UsageError(f"{problem}: give either PROMPT, or --prompt TEXT, or - for stdin")
+        raise click.UsageError(f"{problem}: give PROMPT, or --prompt TEXT, or - for standard input")
     if option is not None:
         return option
     assert argument is not None

@@ -67,7 +67,7 @@ def _stored_type(array: Tensor) -> str:
 
 
 def _cache_size_per_token(config: GPT2Config) -> int:
-    """Return the numbers that the KV cache holds for each token."""
+    """Return how many numbers the KV cache holds for one token."""
     return 2 * config.n_layer * config.n_embd
 
 

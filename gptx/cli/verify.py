@@ -40,7 +40,7 @@ def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> 
     """
     models = [_open(source, config, offline) for source in (a, b)]
     result = compare(*models)
-    click.echo(json.dumps(_dict(result)) if as_json else _text(result))
+    click.echo(json.dumps(_json_object(result)) if as_json else _text(result))
     if not result.same:
         raise click.exceptions.Exit(DIFFERENT)
 
@@ -58,9 +58,9 @@ def _open(source: str, config: str | None, offline: bool) -> Checkpoint:
     return read(source, config=config, offline=offline)[1]
 
 
-def _dict(result: Comparison) -> dict[str, Any]:
-    found = {"same": result.same, "identical": result.identical, **asdict(result)}
-    return {name: _without_nan(value) for name, value in found.items()}
+def _json_object(result: Comparison) -> dict[str, Any]:
+    fields = {"same": result.same, "identical": result.identical, **asdict(result)}
+    return {name: _without_nan(value) for name, value in fields.items()}
 
 
 def _without_nan(value: Any) -> Any:
@@ -76,17 +76,17 @@ def _text(result: Comparison) -> str:
         lines.append("the tokenizers differ")
     differing = {name: d for name, d in result.tensors.items() if d.largest != 0}
     if differing:
-        lines.append(f"{'tensor':<28} {'largest difference':>18} {'of the largest weight':>22}")
+        lines.append(f"{'tensor':<28} {'largest difference':>18} {'relative difference':>22}")
         by_size = sorted(differing.items(), key=lambda item: -item[1].relative)
         for name, d in by_size[:MAX_TENSORS_SHOWN]:
             rest = "" if d.rounded else "  more than rounding"
             lines.append(f"{name:<28} {d.largest:>18.3g} {d.relative:>22.3g}{rest}")
-        if more := len(differing) - MAX_TENSORS_SHOWN:
-            lines += [f"... and {more} more"] if more > 0 else []
+        if (more := len(differing) - MAX_TENSORS_SHOWN) > 0:
+            lines.append(f"... and {more} more")
     if result.logits is not None:
         lines.append(
             f"logits of a fixed prompt of {PROMPT_LENGTH} tokens: largest difference "
-            f"{result.logits:.3g}, the same next token at {result.agreement:.0%} of its positions"
+            f"{result.logits:.3g}, the same next token at {result.agreement:.0%} of the positions"
         )
     if result.identical:
         verdict = f"the same: all {len(result.tensors)} tensors, bit for bit"

@@ -52,10 +52,10 @@ def test_quantize(tmp_path: Path) -> None:
         (("shakespeare", "{out}", "--to", "x"), 2, "to is 'x', expected one of"),
         (("shakespeare", "{out}", "--dtype", "int3"), 2, "dtype is 'int3'"),
         (("shakespeare", "{out}", "--quantize", "int3"), 2, "quantize is 'int3'"),
-        (("shakespeare", "{out}/a/b"), 74, "no such folder"),
+        (("shakespeare", "{out}/a/b"), 74, "its folder does not exist"),
         (("shakespeare", "{out}", "--config", "/nowhere.json"), 74, "/nowhere.json"),
         (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 66, "tokenizer"),
-        (("--check", "{empty}"), 65, "none of the formats"),
+        (("--check", "{empty}"), 65, "none of the supported formats"),
         (("shakespeare", "--check", "shakespeare"), 2, "leave out SRC and DST"),
         (("shakespeare", "{out}", "--private"), 2, "add --upload OWNER/NAME"),
     ],
@@ -84,14 +84,14 @@ def test_check_finds_a_number_that_is_not_finite(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", CASES["tiny"], weights)
     done = run("convert", "--check", str(folder))
     assert (done.code, done.out) == (65, "")
-    assert "tensor ln_f.weight holds a number that is not finite" in done.err
+    assert "tensor ln_f.weight has a number that is not finite" in done.err
 
 
 def test_notes_of_a_reader_are_printed(tmp_path: Path) -> None:
     file = source_of("355M", tmp_path) / "model.safetensors"
     file.with_name("config.json").unlink()
     done = run("convert", "--check", str(file))
-    assert done.err.startswith("Note: the file does not say how many heads there are: 1 of 64")
+    assert done.err.startswith("Note: the file has no number of heads: 1 of width 64 are assumed")
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
