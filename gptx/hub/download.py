@@ -13,7 +13,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.utils import hf_raise_for_status, tqdm
 
 from gptx._version import __version__
-from gptx.hub.errors import NotResumableError, is_storage_fault, status_of
+from gptx.hub.errors import NotResumableError, is_connection_fault, status_of
 
 CHUNK_BYTES = 1 << 16
 MAX_FAILURES = 5  # in a row, without a byte between them
@@ -90,7 +90,7 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[byte
     """Open a response and an iterator over its body, with huggingface_hub's HTTP session."""
     session: Any = get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    if hasattr(session, "stream"):  # huggingface_hub 1.0 and later: a client of httpx
+    if callable(session.stream):  # a client of httpx: huggingface_hub 1.0 and later
         with session.stream(
             "GET", url, headers=headers, timeout=timeout, follow_redirects=True
         ) as response:
@@ -105,4 +105,4 @@ def _is_transient(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    return not isinstance(error, NotResumableError) and not is_storage_fault(error)
+    return is_connection_fault(error) and not isinstance(error, NotResumableError)

@@ -101,15 +101,23 @@ def status_of(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
-    """Check that the disk failed and not the connection."""
+def is_connection_fault(error: Exception) -> bool:
+    """Check that the connection failed, without an HTTP status."""
+    if status_of(error) is not None:
+        return False
     origins = [kind.__module__ for kind in type(error).__mro__]
+    return isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)) or any(
+        origin.startswith(_HTTP_LIBRARIES) for origin in origins
+    )
+
+
+def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
+    """Check that the disk failed."""
     return (
-        status_of(error) is None
-        and isinstance(error, OSError)
+        isinstance(error, OSError)
         and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError))
-        and not any(origin.startswith(_HTTP_LIBRARIES) for origin in origins)
+        and status_of(error) is None
+        and not is_connection_fault(error)
     )
 
 

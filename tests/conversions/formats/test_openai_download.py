@@ -237,7 +237,7 @@ class TestRefusals:
         )
         command = [sys.executable, "-c", code, str(tmp_path / "model")]
         env = inherited() | {"HF_HUB_ETAG_TIMEOUT": "soon"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert "ParameterError: an HF_ environment variable is invalid" in done.stderr
 
     @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE on Windows")
