@@ -1,6 +1,6 @@
-"""Backends: the array libraries that gptx runs on. To add one: a file here, and a row in `TABLE`.
+"""Backends: the array libraries that gptx runs on, and their registry `TABLE`.
 
-A backend is an object that is passed along. Nothing is imported before it is asked for.
+A backend is an object that is passed along. `get_backend` imports its module and its library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_b
 
 @dataclass(frozen=True)
 class Row:
-    """One backend: where its class is, the package it needs, and how to install that."""
+    """A backend in the registry: its module and class, and the package that it needs."""
 
     module: str
     cls: str
@@ -56,8 +56,17 @@ WRAPPED = ("cupy", "dask.array", "torch")
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can be used here; `detail` is its version and what would make it faster, or
-    how to get it."""
+    """The state of a backend on this machine.
+
+    Attributes
+    ----------
+    name, runs_on
+        Name and hardware of the backend.
+    available
+        True if it can be used.
+    detail
+        Version of its library, or the reason why it is not available.
+    """
 
     name: str
     available: bool
@@ -75,44 +84,43 @@ def get_backend(
     compile: bool = True,
     cache_dtype: str | None = None,
 ) -> Backend:
-    """Make a backend.
+    """Return a new backend.
 
     Parameters
     ----------
     backend
         "numpy", "cupy" or "mlx"; an array-API namespace such as `array_api_strict`,
-        `array_api_compat.torch` or `jax.numpy`, which the generic ops run; or a `Backend`, which is
-        returned as it is.
+        `array_api_compat.torch` or `jax.numpy`, which runs the generic ops; or a `Backend`, which
+        is returned unchanged.
     dtype
-        "float32" (default), and "float64", "float16" or "bfloat16" where the backend computes in
-        them.
+        "float32" (default), "float64", "float16" or "bfloat16", if the backend supports it.
     device
-        A device of that library; None is its default.
+        Device of the library; None is its default.
     threads
-        Threads of the NumPy backend, BLAS's and the kernels', at least 1; None leaves BLAS alone,
-        and gives the kernels every core.
+        CPU threads of the NumPy backend, for BLAS and the kernels, at least 1. None keeps the
+        setting of BLAS, and gives the kernels every core.
     generic
-        Turn all overrides off, to compare them with the generic ops.
+        Turn off all overrides, to compare them with the generic ops.
     compile
-        Make one compiled call of the forward pass where the backend can: NumPy's does with Numba,
-        which takes half a second to begin. Without, float weights run op by op.
+        Compile the forward pass into one call if the backend can. For NumPy, Numba does that; its
+        import takes half a second. Without, float weights run op by op.
     cache_dtype
-        What keys and values are kept in: "float16", or as `dtype` (None). It is half of the memory;
-        NumPy's compiled pass reads them faster, too, elsewhere each step has to convert them.
+        Type of keys and values in the cache: "float16", or None for `dtype`. float16 halves the
+        memory. NumPy's compiled pass also reads it faster; other passes convert it at each step.
 
     Raises
     ------
     BackendError
-        The backend is unknown, not installed, or cannot do what is asked.
+        The backend is unknown, is not installed, or does not support an option.
     ParameterError
-        `threads` is not a positive whole number.
+        `threads` is not a positive whole number, or options were given with a `Backend`.
     """
     if isinstance(backend, Backend):
         given = (dtype, device, threads, cache_dtype)
         if any(x is not None for x in given) or generic or not compile:
             raise ParameterError(
-                "dtype, device, threads, generic, compile and cache_dtype belong to "
-                "get_backend(): the backend that was given is made already"
+                "dtype, device, threads, generic, compile or cache_dtype were given with an "
+                "existing backend: give them to get_backend() when it is made"
             )
         return backend
     if threads is not None and not _is_count(threads):
@@ -138,7 +146,7 @@ def get_backend(
 
 
 def available() -> list[BackendStatus]:
-    """Try each backend of the table and say whether it can be used here, or why not."""
+    """Try to make each backend of the registry; return their states."""
     statuses = []
     for name, row in TABLE.items():
         try:
@@ -154,8 +162,8 @@ def available() -> list[BackendStatus]:
 
 
 def _compiler() -> str:
-    """What Numba makes of the NumPy backend, or would; without its import, which takes long."""
-    from importlib import metadata  # so does this one, for a single command
+    """Return the part of `detail` about Numba; its import, which takes long, is not needed."""
+    from importlib import metadata  # takes long, too
 
     try:
         return f", compiled with Numba {metadata.version('numba')}"

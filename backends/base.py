@@ -1,10 +1,10 @@
-"""The generic backend: every op of the model, defined in the Python array API alone.
+"""The generic backend: every op of the model, in the Python array API only.
 
-These definitions are the reference. A faster backend overrides an op under the same name, signature
-and meaning, and is tested against the one here. Nothing in this file is tuned.
+These definitions are the reference. A faster backend overrides an op by name, with the same
+signature and meaning, and is tested against the definition here. This file is not tuned for speed.
 
-Shapes: B sequences, T new tokens, S positions in the cache, H heads, D head width, C = H·D, V
-vocabulary. Standard: https://data-apis.org/array-api/2024.12
+Shapes: B sequences, T new tokens, S cache positions, H heads, D head width, C = H·D = n_embd,
+V vocabulary. Standard: https://data-apis.org/array-api/2024.12
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 from gptx.quantization import QuantizedTensor, dequantize
 
-Array = Any  # an array of whichever namespace the backend runs on
+Array = Any  # an array of the backend's namespace
 
-# The number of BLAS threads belongs to the process: who sets it keeps others from it meanwhile.
+# Held while a backend uses its number of BLAS threads, which is one setting of the process.
 BLAS_LOCK = threading.RLock()
 
 OPS = (
@@ -41,14 +41,8 @@ OPS = (
     "attention",
     "softmax",
 )
-OVERRIDABLE = (
-    *OPS,
-    "pack_weight",
-    "pack_quantized",
-    "compile",
-    "sampler",
-    "decode",
-)  # `generic` undoes
+# Methods whose overrides `generic=True` turns off.
+OVERRIDABLE = (*OPS, "pack_weight", "pack_quantized", "compile", "sampler", "decode")
 
 
 class NextTokens(NamedTuple):
@@ -71,32 +65,54 @@ class NextTokens(NamedTuple):
 
 
 class Backend:
-    """Every op in the array API alone, and the runtime around them.
+    """Every op in the array API only, and the runtime for them.
 
     Parameters
     ----------
     xp
-        An array-API namespace.
+        Array-API namespace.
     dtype
-        What the weights and activations are held in; norms and softmax are computed in float32 (or
-        float64 if `dtype` is).
+        Type of weights and activations. Norms and softmax are computed in float32, or in float64
+        if `dtype` is float64.
     device
-        A device of the namespace; None is its default.
+        Device of the namespace; None is its default.
     threads
-        How many threads BLAS and the backend's own kernels may use; None leaves that to them.
+        Number of threads of BLAS and of the backend's own kernels; None leaves it to them.
     generic
-        Turn every override of a subclass off.
+        Turn off every override of a subclass.
     compile
-        Whether `compile` may do what its name says.
+        Let `compile` compile the forward pass.
     cache_dtype
-        What keys and values are kept in: `dtype` (None), or "float16".
+        Type of keys and values in the cache: `dtype` (None), or "float16".
+
+    Attributes
+    ----------
+    name
+        Name in the registry, for messages and results.
+    dtypes
+        Values of `dtype` that the backend supports.
+    has_threads
+        True if the backend takes `threads`.
+    asynchronous
+        True if ops return before the device has computed them.
+    warm_up
+        Number of calls before the same call takes its usual time.
+    accumulation_dtype
+        Type of sums over a row: float32 or float64.
+    float_dtype, int_dtype
+        The namespace's types of floats (`dtype`) and of indices.
+
+    Raises
+    ------
+    BackendError
+        The namespace or the backend does not support an option.
     """
 
     name = "generic"
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     has_threads = False
-    asynchronous = False  # whether ops return before they are computed
-    warm_up = 1  # calls, before the same call takes its usual time
+    asynchronous = False
+    warm_up = 1
 
     def __init__(
         self,
@@ -118,11 +134,11 @@ class Backend:
         if threads is not None and not self.has_threads:
             raise BackendError(
                 f"threads is {threads}, but the {self.name} backend has no setting for threads: "
-                "leave it out"
+                "omit it"
             )
         if cache_dtype not in (None, dtype, "float16") or not hasattr(xp, cache_dtype or dtype):
             raise BackendError(
-                f"cache_dtype is {cache_dtype!r}, expected 'float16', if the library has it, or "
+                f"cache_dtype is {cache_dtype!r}, expected 'float16' (if the library has it) or "
                 f"the dtype, {dtype!r}"
             )
         self.xp = xp
@@ -134,11 +150,11 @@ class Backend:
         self.float_dtype = getattr(xp, dtype)
         self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
         try:
-            # The default integers: some libraries index with nothing else.
+            # The default integers: some libraries index with no other type.
             self.int_dtype = xp.asarray(0, **self._on_device).dtype
-        except Exception as error:  # each library has its own
-            raise BackendError(f"device is {device!r}, which is not there ({error})") from error
-        # Sums over a row lose too much in 16 bits.
+        except Exception as error:  # each library raises another class
+            raise BackendError(f"device is {device!r}, which does not exist ({error})") from error
+        # Sums over a row lose too much precision in 16 bits.
         self.accumulation_dtype = xp.float64 if dtype == "float64" else xp.float32
         self._blas: Any = None
         if generic:
@@ -151,30 +167,30 @@ class Backend:
     # Ops
 
     def embed(self, ids: Array, table: Array) -> Array:
-        """Rows of `table` [N, C] for `ids` [B, T] -> [B, T, C]."""
+        """Return the rows of `table` [N, C] for `ids` [B, T], [B, T, C]."""
         xp = self.xp
         rows = xp.take(table, xp.reshape(ids, (-1,)), axis=0)
         return xp.reshape(rows, (*ids.shape, table.shape[1]))
 
     def linear(self, x: Array, weight: Array, bias: Array) -> Array:
-        """x [B, T, I] @ weight [I, O] + bias [O] -> [B, T, O]."""
+        """Return x [B, T, I] @ weight [I, O] + bias [O], [B, T, O]."""
         xp = self.xp
-        # Two dimensions: one product over all rows, where more would be a loop over B.
+        # In two dimensions it is one product over all rows; in three, a loop over B.
         y = xp.matmul(xp.reshape(x, (-1, weight.shape[0])), weight) + bias
         return xp.reshape(y, (*x.shape[:-1], weight.shape[1]))
 
     def unembed(self, x: Array, table: Array) -> Array:
-        """Logits: x [B, T, C] times the rows of `table` [V, C] -> [B, T, V].
+        """Return the logits: x [B, T, C] times the rows of `table` [V, C], [B, T, V].
 
-        They are float32 (or float64), but no more exact than the backend's dtype: in bfloat16 the
-        best ones may be equal.
+        Their type is float32 or float64, their precision that of the backend's dtype: in bfloat16
+        the largest ones may be equal.
         """
         xp = self.xp
         y = xp.matmul(xp.reshape(x, (-1, table.shape[1])), xp.matrix_transpose(table))
         return xp.astype(xp.reshape(y, (*x.shape[:-1], table.shape[0])), self.accumulation_dtype)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
-        """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of [B, T, C]."""
+        """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x."""
         xp = self.xp
         y = xp.astype(x, self.accumulation_dtype)
         y = y - xp.mean(y, axis=-1, keepdims=True)
@@ -182,17 +198,17 @@ class Backend:
         return xp.astype(y, self.float_dtype) * weight + bias
 
     def gelu_new(self, x: Array) -> Array:
-        """GELU in its tanh form (https://arxiv.org/abs/1606.08415, section 2)."""
+        """Return GELU in its tanh form (https://arxiv.org/abs/1606.08415, section 2)."""
         xp = self.xp
         y = xp.astype(x, self.accumulation_dtype)
         y = 0.5 * y * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
         return xp.astype(y, self.float_dtype)
 
     def gelu(self, x: Array) -> Array:
-        """GELU in its exact form, x · Φ(x).
+        """Return GELU in its exact form, x · Φ(x).
 
-        The array API has no erf. This one is formula 7.1.26 of Abramowitz and Stegun, whose error
-        is below 1.5e-7 everywhere.
+        The array API has no erf: this is formula 7.1.26 of Abramowitz and Stegun, with an error
+        below 1.5e-7.
         """
         xp = self.xp
         y = xp.astype(x, self.accumulation_dtype)
@@ -206,11 +222,11 @@ class Backend:
         return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float_dtype)
 
     def relu(self, x: Array) -> Array:
-        """max(x, 0)."""
+        """Return max(x, 0)."""
         return self.xp.where(x > 0, x, self.xp.zeros_like(x))
 
     def split_heads(self, qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
-        """[B, T, 3C] -> queries, keys and values, each [B, H, T, D]."""
+        """Split [B, T, 3C] into queries, keys and values, each [B, H, T, D]."""
         xp = self.xp
         B, T, C3 = qkv.shape
         x = xp.reshape(qkv, (B, T, 3, n_head, C3 // 3 // n_head))
@@ -218,9 +234,9 @@ class Backend:
         return x[0, ...], x[1, ...], x[2, ...]
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
-        """Put `new` [B, H, T, D] into `buffer` [B, H, S, D] at `positions`; return the buffer.
+        """Write `new` [B, H, T, D] to `buffer` [B, H, S, D] at `positions`; return the buffer.
 
-        The result may be `buffer` itself, changed, or a new array: use what is returned.
+        The result is either `buffer`, changed in place, or a new array.
         """
         xp = self.xp
         S, T = buffer.shape[2], new.shape[2]
@@ -228,13 +244,14 @@ class Backend:
         first, last = positions.index[:, :1], positions.index[:, -1:]  # [B, 1]
         source = xp.clip(slot - first, 0, T - 1)[:, None, :, None]  # [B, 1, S, 1]
         source = xp.broadcast_to(source, buffer.shape)
-        here = ((slot >= first) & (slot <= last))[:, None, :, None]
-        return xp.where(here, xp.take_along_axis(new, source, axis=2), buffer)
+        is_new = ((slot >= first) & (slot <= last))[:, None, :, None]
+        return xp.where(is_new, xp.take_along_axis(new, source, axis=2), buffer)
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
-        """softmax(scale · q·kᵀ) · v, each token seeing its own position and those before it.
+        """Return causal attention, softmax(scale · q·kᵀ) · v, [B, T, H·D].
 
-        q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H·D].
+        q [B, H, T, D], k and v [B, H, S, D]. Each token attends to its own position and to those
+        before it.
         """
         xp = self.xp
         B, H, T, D = q.shape
@@ -245,11 +262,11 @@ class Backend:
         return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (B, T, H * D))
 
     def visible(self, k: Array, positions: Positions) -> Array:
-        """Which of the keys k [B, H, S, D] each new token sees, booleans [B, 1, T, S]."""
+        """Return the causal mask of keys k [B, H, S, D]: booleans [B, 1, T, S], True to attend."""
         return self.arange(k.shape[2]) <= positions.index[:, None, :, None]
 
     def softmax(self, x: Array) -> Array:
-        """exp(x) / sum(exp(x)) over the last axis."""
+        """Return exp(x) / sum(exp(x)) over the last axis."""
         xp = self.xp
         e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
         return e / xp.sum(e, axis=-1, keepdims=True)
@@ -260,36 +277,25 @@ class Backend:
         x = x - xp.max(x, axis=-1, keepdims=True)
         return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))
 
-    # Runtime
-
-    def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
-        """Bring a NumPy array to the device: floats as `dtype` (default: the backend's), integers
-        as its default integers. Nothing is copied that need not be."""
-        if host.dtype.kind == "f":
-            wanted = getattr(self.xp, dtype or self.dtype)
-            host = self._host_float(host, dtype)
-            return self.xp.asarray(host, dtype=wanted, **self._on_device)
-        return self.xp.asarray(host, dtype=self.int_dtype, **self._on_device)
+    # Weights and the compiled forward pass
 
     def pack_weight(self, host: np.ndarray) -> Array:
-        """Bring the weight [I, O] of a linear layer to the device, in whatever order of memory this
-        backend's products read it best."""
+        """Copy the weight [I, O] of a linear layer to the device, in the layout of `linear`."""
         return self.asarray(host)
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
-        """What this backend's ops take in place of the floats of a quantized matrix [O, I].
+        """Copy a quantized matrix [O, I] to the device, as `linear`, `embed` and `unembed` take it.
 
-        Here these are the floats themselves, [I, O] for a linear layer and [O, I] for a `table`,
-        which `embed` and `unembed` take. A backend whose ops compute with the codes overrides this,
-        and those ops.
+        Here it becomes floats: [I, O] for a linear layer, [O, I] for a `table` of `embed` and
+        `unembed`. A backend whose ops compute with quantized values overrides this and those ops.
         """
         w = dequantize(q)
         return self.asarray(w if table else w.T)
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
-        """Make of `gptx.model.forward` what computes the same for this `model`, without naming it.
+        """Return `forward` (`gptx.model.forward`) with `model` as its first argument, compiled.
 
-        Here nothing is compiled. A backend that overrides this makes it by recording `forward`.
+        Here it is not compiled. An override traces `forward` (see `gptx.backends.graph`).
         """
         return functools.partial(forward, model)
 
@@ -363,53 +369,69 @@ class Backend:
         logprobs = self.xp.take(tokens.logprobs, index, axis=0)
         return NextTokens(ids, host_ids, logprobs, self.copy_to_host_async(logprobs))
 
-    # Transfers and memory
+    # Runtime
+
+    def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
+        """Copy a NumPy array to the device, or share its memory if possible.
+
+        Floats become `dtype` (default: the backend's), integers the library's default integers.
+        """
+        if host.dtype.kind == "f":
+            wanted = getattr(self.xp, dtype or self.dtype)
+            host = self._host_float(host, dtype)
+            return self.xp.asarray(host, dtype=wanted, **self._on_device)
+        return self.xp.asarray(host, dtype=self.int_dtype, **self._on_device)
 
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype
         return host if wanted == "bfloat16" else host.astype(wanted, copy=False)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """Bring an array to the host; bfloat16 becomes float32."""
+        """Copy an array, or a result of `copy_to_host_async`, to the host.
+
+        It waits for the array. bfloat16 becomes float32.
+        """
         if self.dtype == "bfloat16" and x.dtype == self.float_dtype:
             x = self.xp.astype(x, self.xp.float32)
         return np.from_dlpack(x)
 
     def copy_to_host_async(self, x: Array) -> Array:
-        """Begin to compute `x`, and give what `to_numpy` takes in its place: that waits for `x`
-        alone, and for nothing that the device was given to do later."""
+        """Start to compute `x` and to copy it to the host; return an argument for `to_numpy`.
+
+        `to_numpy` then waits for `x` only, not for later work of the device.
+        """
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        """A new array of zeros, in the backend's dtype if no other is named."""
+        """Return an array of zeros; the default dtype is the backend's."""
         return self.xp.zeros(shape, dtype=getattr(self.xp, dtype or self.dtype), **self._on_device)
 
     def arange(self, n: int) -> Array:
-        """0, 1, ... n-1 as default integers [n]."""
+        """Return the integers 0 to n - 1, [n]."""
         return self.xp.arange(n, dtype=self.int_dtype, **self._on_device)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given (a lazy library may hold some back)."""
-
-    def device_name(self) -> str:
-        """What computes, "NVIDIA H200" for example; empty if it is the processor, or not known."""
-        return ""
+        """Wait for the device to finish its work; a lazy library may not have started all of it."""
 
     def peak_memory(self) -> int:
-        """The most memory that this process has held so far, in bytes."""
+        """Return the peak memory of this process so far, in bytes."""
         return peak_resident_memory()
+
+    def device_name(self) -> str:
+        """Return the name of the device, for example "NVIDIA H200"; "" for the CPU or unknown."""
+        return ""
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """The surroundings in which ops run: the number of BLAS threads, the device.
+        """Return a context manager for all calls: it sets the BLAS threads and the device.
 
         Raises
         ------
         DeviceOutOfMemory
-            In place of whatever the library raises when memory runs out.
+            In place of the library's own error when memory runs out.
         """
         try:
-            # NumPy need not warn of a NaN or an infinity: the sampler looks for them.
+            # No warnings of a NaN or an infinity: the sampler reports them.
             with np.errstate(all="ignore"), self._blas_threads():
                 yield
         except MemoryError as error:
@@ -428,7 +450,7 @@ class Backend:
         import threadpoolctl
 
         with BLAS_LOCK:
-            if self._blas is None:  # finding the loaded libraries takes milliseconds, once
+            if self._blas is None:  # the search for loaded libraries takes milliseconds
                 found = threadpoolctl.ThreadpoolController().select(user_api="blas")
                 self._blas = found.lib_controllers
             before = [library.get_num_threads() for library in self._blas]
@@ -439,16 +461,16 @@ class Backend:
                 self._set_blas(before, [self.threads] * len(before))
 
     def _set_blas(self, wanted: list[int], now: list[int]) -> None:
-        # By hand, since `limit()` takes 20 microseconds, which is a part of a decode step.
+        # threadpoolctl's `limit()` takes 20 µs, too long for a decode step.
         for library, n, current in zip(self._blas, wanted, now, strict=True):
             if n != current:
                 library.set_num_threads(n)
 
 
 def peak_resident_memory() -> int:
-    """The largest resident size of this process so far, in bytes (0 where it is not told)."""
+    """Return the largest resident size of this process so far, in bytes; 0 if unknown."""
     try:
-        # ru_maxrss would be wrong on Linux: a process begins with that of the one that started it.
+        # On Linux, ru_maxrss starts with the value of the parent process.
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,8 +1,8 @@
-"""Fused operations and their buffers: a graph as the few steps of a compiled replay.
+"""Fused operations: the graph of a forward pass as a few operations on numbered buffers.
 
-A step is "embed" (token and position embeddings, added), "linear" (layer norm, product, bias,
-activation and residual in one) or "attention" (keys and values written to the cache, all of them
-read).
+An operation is "embed" (token and position embeddings and their sum), "linear" (layer norm,
+product, bias, activation and residual) or "attention" (new keys and values written to the cache,
+then attention over the cache). Compiled passes of the backends replay them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ ACTIVATIONS = ("gelu_new", "gelu", "relu")
 
 @dataclass
 class FusedOp:
-    """One step of a replay; a field that does not apply is None.
+    """One operation of a compiled pass; a field that does not apply has its default.
 
     Attributes
     ----------
     kind
         "embed", "linear" or "attention".
     source, target, residual
-        Numbers of buffers; a target is never one of the other two.
+        Numbers of the buffers of the input, the result, and the residual added to it. A target is
+        neither the source nor the residual of its operation.
     weight, bias
         Operands of `Backend.linear`, `unembed` or `embed`.
     table
@@ -38,9 +39,11 @@ class FusedOp:
     is_head
         True for `unembed`: the weight is [V, C].
     last
-        True if only the last token of each sequence is computed.
+        True to compute the last token of each sequence only.
     layer, scale
-        Number of the layer and scale of the scores, of "attention".
+        Index of the layer and scale of the scores, of "attention".
+    operands
+        Nodes whose results the operation reads: the source first, then the residual.
     """
 
     kind: str
@@ -60,26 +63,26 @@ class FusedOp:
 
 
 def trace_fused(forward: Callable[..., Any], model: Any, *, last_only: bool) -> list[FusedOp]:
-    """Trace one forward pass of `model` and fuse it.
+    """Trace one forward pass and fuse its graph; parameters as of `gptx.backends.graph.trace`.
 
     Raises
     ------
     UnsupportedOp
-        The pass does something that no fused operation covers.
+        No fused operation covers a part of the pass.
     """
     fused = fuse(trace(forward, model, last_only=last_only))
     if [op.last for op in fused] != [False] * (len(fused) - 1) + [last_only]:
-        raise UnsupportedOp("other tokens than the last in the logits, or fewer before them")
+        raise UnsupportedOp("a selection of tokens other than `last_only` makes")
     return fused
 
 
 def fuse(graph: Graph) -> list[FusedOp]:
-    """Fuse the nodes of a graph, and assign a buffer to each result.
+    """Fuse the nodes of a graph and assign a buffer to each result.
 
     Raises
     ------
     UnsupportedOp
-        A node, or a combination of nodes, that no fused operation covers.
+        No fused operation covers a node, or a combination of nodes.
     """
     uses = Counter(operand for node in graph.nodes for operand in node.inputs)
     fused: list[FusedOp] = []
@@ -90,7 +93,7 @@ def fuse(graph: Graph) -> list[FusedOp]:
         fused.append(producer[node])
 
     def extend(node: Node, earlier: Node, *operands: Node, **fields: Any) -> None:
-        """Make the producer of `earlier` compute `node` too, if nothing else reads `earlier`."""
+        """Let the operation of `earlier` compute `node` too; no other node may read `earlier`."""
         op = producer.get(earlier)
         if op is not fused[-1] or uses[earlier] > 1:
             raise UnsupportedOp(f"{node.op} of {earlier.op}")
@@ -102,7 +105,7 @@ def fuse(graph: Graph) -> list[FusedOp]:
     for node in graph.nodes:
         match node.op, node.operands:
             case "ids" | "index" | "embed" | "last" | "layer_norm", _:
-                pass  # fused into the node that reads them
+                pass  # part of the operation of the node that reads them
             case "query" | "key" | "value" | "keys" | "values", _:
                 pass
             case "add", (
@@ -132,12 +135,12 @@ def fuse(graph: Graph) -> list[FusedOp]:
                 raise UnsupportedOp(node.op)
     _assign_buffers(fused, producer)
     if not fused or not fused[-1].is_head or graph.output is not graph.nodes[-1]:
-        raise UnsupportedOp("a forward pass that does not end in its logits")
+        raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
     return fused
 
 
 def _assign_buffers(fused: list[FusedOp], producer: dict[Node, FusedOp]) -> None:
-    """Number the buffers; a buffer is reused after the last read of its content."""
+    """Number the buffers; a buffer is free again after the last read of its result."""
     last_read = {}
     for i, op in enumerate(fused):
         for node in op.operands:
@@ -147,7 +150,7 @@ def _assign_buffers(fused: list[FusedOp], producer: dict[Node, FusedOp]) -> None
     free: list[int] = []
     n_buffers = 0
     for i, op in enumerate(fused):
-        if not free or op.is_head:  # the caller keeps the logits
+        if not free or op.is_head:  # the caller keeps the buffer of the logits
             free.append(n_buffers)
             n_buffers += 1
         op.target = free.pop()

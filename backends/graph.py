@@ -1,10 +1,10 @@
-"""The graph of a forward pass: each op of the unchanged `gptx/model.py`, its operands, its results.
+"""The graph of a forward pass: the ops that `gptx/model.py` calls, their operands and results.
 
-`trace` runs the model on a `Tracer` in the place of the backend. Token ids, positions, lengths and
-the number of rows are inputs of the graph; weights and numbers are constants in it. The graph is
-not fused: `fusion.py` makes the few fused operations of a compiled replay from it.
+`trace` runs the unchanged model on a `Tracer` in place of the backend and of the KV cache. Token
+ids and positions are inputs of the graph; weights and numbers are constants in it. The graph is not
+fused: `fusion.py` makes the operations of a compiled replay from it.
 
-Nodes that are no ops of the backend: "ids" and "index" (the inputs), "add", "last" (the last token
+Nodes that are not ops of the backend: "ids" and "index" (the inputs), "add", "last" (the last token
 of each sequence), "query", "key" and "value" (the results of `split_heads`), "keys" and "values"
 (the results of `KVCache.update`).
 """
@@ -20,7 +20,7 @@ from gptx.backends.positions import Positions
 
 
 class UnsupportedOp(Exception):
-    """An op that a user of the graph does not know; the pass has to run op by op."""
+    """An op that a user of the graph does not support; the pass has to run op by op."""
 
 
 @dataclass(eq=False)
@@ -30,14 +30,14 @@ class Node:
     Attributes
     ----------
     graph
-        The graph that the node belongs to.
+        Graph of the node.
     op
         Name of the op.
     operands
         Nodes, weights and numbers, in the order of the op's parameters.
     """
 
-    graph: Graph
+    graph: Graph = field(repr=False)
     op: str
     operands: tuple[Any, ...]
 
@@ -51,20 +51,20 @@ class Node:
 
     @property
     def inputs(self) -> list[Node]:
-        """Those operands that are nodes."""
+        """Operands that are nodes."""
         return [operand for operand in self.operands if isinstance(operand, Node)]
 
 
 @dataclass(eq=False)
 class Graph:
-    """The nodes of one forward pass, in the order in which they are computed.
+    """The nodes of one forward pass, in the order of computation.
 
     Attributes
     ----------
     nodes
         All nodes.
     output
-        The object that the forward pass returned; a node, unless the pass is not GPT-2's.
+        Return value of the forward pass: a node if the model is a GPT-2.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Graph:
 
 
 class Tracer:
-    """A backend and a KV cache that compute nothing and add a node to `graph` for each call."""
+    """A backend and a KV cache that compute nothing: each call adds a node to `graph`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -88,22 +88,31 @@ class Tracer:
         return lambda *operands: self.graph.add_node(op, *operands)
 
     def split_heads(self, qkv: Node, n_head: int) -> tuple[Node, Node, Node]:
-        """Queries, keys and values, see `Backend.split_heads`."""
+        """Add the nodes of queries, keys and values, see `Backend.split_heads`."""
         q, k, v = (self.graph.add_node(name, qkv) for name in ("query", "key", "value"))
         return q, k, v
 
     def update(self, layer: int, k: Node, v: Node, positions: Positions) -> tuple[Node, Node]:
-        """All keys and values so far, see `KVCache.update`."""
+        """Add the nodes of all keys and values so far, see `KVCache.update`."""
         return self.graph.add_node("keys", k, layer), self.graph.add_node("values", v, layer)
 
 
 def trace(forward: Callable[..., Any], model: Any, *, last_only: bool) -> Graph:
-    """Trace one forward pass of `model` (see `gptx.model.forward`).
+    """Trace one forward pass.
+
+    Parameters
+    ----------
+    forward
+        `gptx.model.forward`.
+    model
+        A `gptx.model.Transformer`.
+    last_only
+        Argument of `forward`.
 
     Raises
     ------
     UnsupportedOp
-        The pass calls something that is no op of the backend.
+        The pass calls something other than an op of the backend.
     """
     graph = Graph()
     tracer = Tracer(graph)
@@ -112,6 +121,6 @@ def trace(forward: Callable[..., Any], model: Any, *, last_only: bool) -> Graph:
     traced = replace(model, backend=tracer)
     try:
         graph.output = forward(traced, ids, positions, tracer, last_only=last_only)
-    except (AttributeError, TypeError) as error:  # an operator or a method that no `Node` has
+    except (AttributeError, TypeError) as error:  # an operator or a method that `Node` lacks
         raise UnsupportedOp(str(error)) from error
     return graph

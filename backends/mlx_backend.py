@@ -1,7 +1,7 @@
-"""MLX: Apple silicon's GPU, and the CPU elsewhere.
+"""The MLX backend: the GPU of Apple silicon, the CPU on other machines.
 
-MLX (>= 0.32.3) has the standard's names and lacks some keywords (`device=`, `copy=`); it computes
-lazily, and `to_numpy` is where it is made to.
+MLX (>= 0.32.3) has the names of the array API and lacks some keywords (`device=`, `copy=`). It is
+lazy: `to_numpy` makes it compute.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 from gptx.quantization import QuantizedTensor
 
-MINIMUM = (0, 32, 3)
+MIN_VERSION = (0, 32, 3)
 
 
 class QuantizedWeight(NamedTuple):
-    """A quantized matrix [O, I]: what `QuantizedTensor` holds, as MLX's arrays."""
+    """A quantized matrix [O, I]: the parts of a `QuantizedTensor` as MLX arrays."""
 
     weight: Array
     scales: Array
@@ -32,12 +32,12 @@ class QuantizedWeight(NamedTuple):
     bits: int
 
     def times(self, x: Array) -> Array:
-        """x [..., I] times the rows -> [..., O]."""
+        """Return x [..., I] times the matrix, [..., O]."""
         parts = self.weight, self.scales, self.biases
         return mx.quantized_matmul(x, *parts, group_size=self.group_size, bits=self.bits)
 
     def rows(self, ids: Array) -> Array:
-        """The rows `ids` [B, T] as floats -> [B, T, I]."""
+        """Return the rows `ids` [B, T] as floats [B, T, I]."""
         weight, scales, biases = (
             mx.take(part, ids, axis=0) for part in (self.weight, self.scales, self.biases)
         )
@@ -45,7 +45,7 @@ class QuantizedWeight(NamedTuple):
 
 
 class MlxBackend(Backend):
-    """MLX arrays; `device` is "cpu" or "gpu" (default: MLX's own)."""
+    """MLX arrays; `device` is "cpu", "gpu" or None for the default of MLX."""
 
     name = "mlx"
     asynchronous = True
@@ -54,15 +54,15 @@ class MlxBackend(Backend):
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
         version: str = vars(mx)["__version__"]
         numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-        if numbers < MINIMUM:  # whose matrix_transpose reverses all axes, and says nothing
+        if numbers < MIN_VERSION:  # the matrix_transpose of older versions reverses all axes
             raise BackendError(
-                f"MLX {version} is too old, expected {'.'.join(map(str, MINIMUM))}: "
+                f"MLX {version} is too old, expected {'.'.join(map(str, MIN_VERSION))}: "
                 "pip install --upgrade mlx"
             )
         if device not in (None, "cpu", "gpu"):
             raise BackendError(f"device is {device!r}, the mlx backend expects 'cpu' or 'gpu'")
         if device == "gpu" and not mx.is_available(mx.gpu):
-            raise BackendError("device is 'gpu', but MLX finds none here: use 'cpu'")
+            raise BackendError("device is 'gpu', but MLX finds no GPU: use 'cpu'")
         self._stream = mx.default_device() if device is None else mx.Device(getattr(mx, device))
         super().__init__(mx, **options)
 
@@ -113,7 +113,7 @@ class MlxBackend(Backend):
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
         if host.dtype.kind == "f":
             return mx.array(self._host_float(host, dtype)).astype(getattr(mx, dtype or self.dtype))
-        return mx.array(host.astype(np.int32))  # its default
+        return mx.array(host.astype(np.int32))  # MLX's default integers
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
         scales, biases = self.asarray(q.scales), self.asarray(q.offsets)
@@ -123,8 +123,8 @@ class MlxBackend(Backend):
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
     def copy_to_host_async(self, x: Array) -> Array:
-        begin: Any = mx.async_eval  # it is declared without types
-        begin(x)
+        async_eval: Any = mx.async_eval  # MLX declares it without types
+        async_eval(x)
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:

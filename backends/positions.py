@@ -1,4 +1,4 @@
-"""Where new tokens stand: what an op needs to know besides the arrays."""
+"""Positions of the new tokens: the argument of an op besides arrays and numbers."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ Array = Any
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the new tokens of each sequence stand.
+    """Positions of the T new tokens of each of B sequences.
 
-    All of it is known on the host: a backend may take a shorter way without asking the device.
+    The host has all of it, so a backend can choose a faster path without a read from the device.
 
     Attributes
     ----------
     host
-        NumPy integers [B, T], rising by one along T (in a trace, what stands for them). A sequence
-        with fewer than T new tokens repeats its last token at its last position: the same values
-        are computed and written again, so padding needs no mask, and column T-1 is every sequence's
-        last token.
+        NumPy integers [B, T], increasing by one along T; in a trace, a `Node`. A sequence with
+        fewer than T new tokens repeats its last token at its last position. The same values are
+        computed and written again, so padding needs no mask, and column T - 1 has the last token
+        of every sequence.
     stop
-        S: how many positions the longest sequence fills, these tokens included.
+        S: number of positions that the longest sequence fills, the new tokens included.
     aligned
-        True if all sequences are equally long, so that a row is stop-T ... stop-1.
-    bring
-        What brings `host` to the device, when it is asked for there: `Backend.asarray`.
+        True if all sequences have the same length; then each row is stop - T, ..., stop - 1.
+    asarray
+        `Backend.asarray`, which copies `host` to the device on demand.
     """
 
     host: Array
     stop: int
     aligned: bool
-    bring: Callable[[Array], Array]
+    asarray: Callable[[Array], Array]
 
     @cached_property
     def index(self) -> Array:
         """`host` on the device, in its default integers."""
-        return self.bring(self.host)
+        return self.asarray(self.host)

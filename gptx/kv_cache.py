@@ -1,7 +1,7 @@
-"""The KV cache: keys and values of the tokens that the model has seen.
+"""The KV cache: keys and values of the tokens before the new ones.
 
-One preallocated buffer [B, H, S, D] a layer for keys and one for values, a length a sequence. The
-model knows `update` alone; the engine makes room with `extend`, and drops or copies sequences.
+Each layer has two preallocated buffers [B, H, S, D], for keys and values; each sequence has a
+length. The engine calls `extend` before a forward pass, the model calls `update` in each layer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ FORMAT = "gptx-kv-cache"
 
 
 class KVCache:
-    """Keys and values of B sequences, with room for `capacity` tokens each.
+    """Keys and values of B sequences of up to `capacity` tokens each.
 
     Attributes
     ----------
+    keys, values
+        Buffers of each layer, L arrays [B, H, capacity, D].
     lengths
-        Tokens that each sequence holds, NumPy integers [B].
+        Number of tokens of each sequence, NumPy integers [B].
     tokens, fingerprint
-        The token ids that they stand for and the checksum of the weights that computed them, where
-        whoever filled the cache has noted them.
+        Token ids of each sequence, and the checksum of the weights that computed the cache;
+        None and "" if `Model.prefill` did not fill it.
     """
 
     def __init__(self, config: GPT2Config, backend: Backend, batch: int, capacity: int) -> None:
@@ -48,23 +50,28 @@ class KVCache:
         self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
         dtype = backend.cache_dtype
-        # One array: a large one lies on large pages, where the system has such.
-        room = backend.zeros((2 * config.n_layer, *shape), dtype)
+        # One array for all: the system stores a large array on huge pages, if it has them.
+        buffers = backend.zeros((2 * config.n_layer, *shape), dtype)
         layers = range(config.n_layer)
-        self.keys = [room[2 * layer, ...] for layer in layers]
-        self.values = [room[2 * layer + 1, ...] for layer in layers]
+        self.keys = [buffers[2 * layer, ...] for layer in layers]
+        self.values = [buffers[2 * layer + 1, ...] for layer in layers]
 
     def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
-        """Make room for `counts[b]` new tokens in sequence b, and say where they stand.
+        """Add `counts[b]` new tokens to sequence b; return their positions.
 
-        The forward pass that follows must be given ids [B, max(counts)], in which a sequence with
-        fewer new tokens repeats its last one (see `Positions`).
+        The next forward pass takes ids [B, max(counts)]; a sequence with fewer new tokens repeats
+        its last one (see `Positions` and `gptx.logits.pad`).
+
+        Raises
+        ------
+        ParameterError
+            The tokens exceed the capacity.
         """
         counts = np.asarray(counts)
         first, last = self.lengths, self.lengths + counts - 1
         stop, T = int(last.max()) + 1, int(counts.max())
         if stop > self.capacity:
-            raise ParameterError(f"{stop} tokens do not fit a cache with room for {self.capacity}")
+            raise ParameterError(f"{stop} tokens do not fit a cache of {self.capacity}")
         index = np.minimum(first[:, None] + np.arange(T), last[:, None])
         aligned = bool((last == stop - 1).all() and (counts == T).all())
         self.lengths = last + 1
@@ -72,17 +79,17 @@ class KVCache:
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""
-        for kept, new in ((self.keys, k), (self.values, v)):
-            new = self._as(kept[layer].dtype, new)
-            kept[layer] = self.backend.update_kv(kept[layer], new, positions)
-        k, v = (kept[layer][:, :, : positions.stop, :] for kept in (self.keys, self.values))
-        return self._as(self.backend.float_dtype, k), self._as(self.backend.float_dtype, v)
+        for buffers, new in ((self.keys, k), (self.values, v)):
+            new = self._cast(new, buffers[layer].dtype)
+            buffers[layer] = self.backend.update_kv(buffers[layer], new, positions)
+        k, v = (buffers[layer][:, :, : positions.stop, :] for buffers in (self.keys, self.values))
+        return self._cast(k, self.backend.float_dtype), self._cast(v, self.backend.float_dtype)
 
-    def _as(self, dtype: Any, x: Array) -> Array:
+    def _cast(self, x: Array, dtype: Any) -> Array:
         return x if x.dtype == dtype else self.backend.xp.astype(x, dtype)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all sequences but `rows`, in this order; a row named twice is copied."""
+        """Drop all sequences but `rows`, in this order; a duplicate row becomes a copy."""
         take = self.backend.xp.take
         index = self.backend.asarray(np.asarray(rows))
         self.keys = [take(k, index, axis=0) for k in self.keys]
@@ -92,7 +99,7 @@ class KVCache:
             self.tokens = [self.tokens[row] for row in rows]
 
     def prefix(self, length: int, capacity: int) -> KVCache:
-        """A new cache with the first `length` tokens of this one's first sequence."""
+        """Return a new cache with the first `length` tokens of this cache's first sequence."""
         new = KVCache(self.config, self.backend, 1, capacity)
         positions = new.extend([length])
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -105,7 +112,7 @@ class KVCache:
         Raises
         ------
         StorageError
-            The file cannot be written; what was there before is left as it was.
+            The file cannot be written; an existing file stays unchanged.
         """
         from safetensors.numpy import save
 
@@ -127,14 +134,18 @@ class KVCache:
     def load(
         cls, path: str | Path, config: GPT2Config, backend: Backend, capacity: int | None = None
     ) -> KVCache:
-        """Read what `save` wrote, for a model of the same shape.
+        """Read a file that `save` wrote, for a model of the same shape.
 
-        `capacity` is room for so many tokens; the default is the context.
+        `capacity` is the number of tokens of each sequence; the default is the context.
 
         Raises
         ------
+        NotFoundError
+            The file does not exist.
         DataError
             The file is damaged, is not a cache, or belongs to a model of another shape.
+        ParameterError
+            The cache exceeds `capacity`.
         """
         if not Path(path).is_file():
             raise NotFoundError(f"cache {path} does not exist")
@@ -162,7 +173,7 @@ class KVCache:
         cache = cls(config, backend, lengths.size, capacity or config.n_positions)
         cache.fingerprint = metadata.get("fingerprint", "")
         cache.tokens = _tokens(metadata, lengths, path)
-        positions = cache.extend([stop] * lengths.size)  # what lies past a length is never read
+        positions = cache.extend([stop] * lengths.size)  # values past a length are never read
         for layer in range(config.n_layer):
             k, v = (backend.asarray(tensors[f"h.{layer}.{name}"]) for name in ("k", "v"))
             cache.update(layer, k, v, positions)
@@ -171,6 +182,7 @@ class KVCache:
 
 
 def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[list[int]] | None:
+    """Return the token ids of a saved cache; None if it has none."""
     try:
         tokens = json.loads(metadata.get("tokens", "null"))
         if tokens is None or [len(ids) for ids in tokens] == lengths.tolist():

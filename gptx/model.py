@@ -1,7 +1,7 @@
-"""GPT-2, the forward pass and nothing else: no loading, no sampling, no training.
+"""GPT-2: the forward pass only, without loading, sampling or training.
 
-Shapes: B sequences, T new tokens, S positions in the cache, L layers, H heads, D head width,
-C = H·D the width (`n_embd`), V vocabulary. `ops` is the backend: the library that computes.
+Shapes: B sequences, T new tokens, S cache positions, H heads, D head width, C = H·D = n_embd,
+V vocabulary. `ops` is the backend, an array library with the ops of the model.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
@@ -23,7 +23,17 @@ Array = Any
 
 @dataclass(frozen=True)
 class Transformer:
-    """A config, the weights as a tree (`weights.h[0].attn.c_attn.weight`), and a backend."""
+    """A GPT-2 on a backend.
+
+    Attributes
+    ----------
+    config
+        Sizes and settings of the model.
+    weights
+        Tree of arrays of the backend, for example `weights.h[0].attn.c_attn.weight` [C, 3C].
+    backend
+        The array library.
+    """
 
     config: GPT2Config
     weights: SimpleNamespace
@@ -31,30 +41,30 @@ class Transformer:
 
     @cached_property
     def forward(self) -> Callable[..., Array]:
-        """The forward pass below, of this model, as fast as the backend can make it."""
+        """The function `forward` below without its first argument, compiled by the backend."""
         return self.backend.compile(forward, self)
 
 
 def forward(
     model: Transformer, ids: Array, positions: Positions, cache: KVCache, *, last_only: bool = False
 ) -> Array:
-    """Logits of the token after each of `ids`, given what the cache holds.
+    """Return the logits of the token after each of `ids`.
 
     Parameters
     ----------
     ids
-        Integers [B, T]: the new tokens; where T is 1, a decode step.
+        Token ids [B, T] of the new tokens; T is 1 in a decode step.
     positions
-        Where they stand: `cache.extend(...)`.
+        Their positions: `cache.extend(...)`.
     cache
-        Keys and values of the tokens before, to which those of `ids` are added.
+        Keys and values of the tokens before them; those of the new tokens are added.
     last_only
-        Compute the logits of the last token of each sequence only.
+        Compute the logits after the last token of each sequence only.
 
     Returns
     -------
     Array
-        Logits [B, T, V], or [B, 1, V], in float32.
+        Logits [B, T, V], or [B, 1, V] with `last_only`, in float32 (float64 if the weights are).
     """
     config, w, ops = model.config, model.weights, model.backend
 
@@ -69,7 +79,7 @@ def forward(
 
 
 def norm(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
-    """Layer norm: zero mean, unit variance, then a learned scale and shift."""
+    """Return the layer norm of x [B, T, C]: zero mean, unit variance, learned scale and shift."""
     return model.backend.layer_norm(x, w.weight, w.bias, model.config.layer_norm_epsilon)
 
 
@@ -81,7 +91,7 @@ def attention(
     cache: KVCache,
     layer: int,
 ) -> Array:
-    """Causal self-attention over the cache and the new tokens, [B, T, C] -> [B, T, C]."""
+    """Return causal self-attention of x [B, T, C] over the cache and the new tokens."""
     config, ops = model.config, model.backend
 
     qkv = ops.linear(x, w.c_attn.weight, w.c_attn.bias)  # [B, T, 3C]
@@ -92,7 +102,7 @@ def attention(
 
 
 def mlp(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
-    """Two linear layers with an activation between them, [B, T, C] -> [B, T, C]."""
+    """Return two linear layers of x [B, T, C], with an activation between them."""
     ops = model.backend
     activation = getattr(ops, model.config.activation_function)  # gelu_new, gelu or relu
 

@@ -1,1 +1,1 @@
-"""Generation: from a prompt to text, token by token."""
+"""Generation: the continuation of a prompt, token by token; the score of a text."""

@@ -1,12 +1,12 @@
-"""From logits to token ids, on the device.
+"""Sampling: token ids from logits, on the device.
 
-The order, each step off by default: `logit_bias`, repetition penalty, presence and frequency
-penalties, temperature, `top_k`, `top_p`, `min_p`, the draw. With temperature 0 the first three are
-followed by the best token.
+The order of the steps, each off by default: `logit_bias`, repetition penalty, presence and
+frequency penalties, temperature, `top_k`, `top_p`, `min_p`, draw. With temperature 0, the token
+with the largest logit after the first three is taken.
 
-A draw takes one uniform number per sequence and step from a counter-based generator (Philox, keyed
-by seed and stream, counted by step) and inverts the cumulative distribution. So one seed gives the
-same tokens on every backend, in any batch, after any restart.
+A draw inverts the cumulative distribution at one uniform number per sequence and step. The numbers
+come from a counter-based generator: Philox, keyed by seed and stream, counted by step. So a seed
+gives the same tokens on every backend, in any batch, after any restart.
 """
 
 from __future__ import annotations
@@ -24,35 +24,42 @@ from gptx.backends import Backend
 from gptx.errors import ParameterError
 
 Array = Any
-LARGEST = 1e6  # of any parameter: with more, a float32 logit may overflow
+MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
+MIN_TEMPERATURE = 1e-30  # a smaller divisor can make a float32 logit overflow
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. The defaults are greedy, with everything else off.
+    """Parameters of sampling. The defaults are greedy, with every other step off.
 
     Attributes
     ----------
     temperature
-        What the logits are divided by, at least 0; 0 takes the best token.
+        Divisor of the logits, at least 0; 0 takes the token with the largest logit.
     top_k
-        Keep the k best tokens (and those equal to the last of them); 0 keeps all, and so does
-        anything above the vocabulary.
+        Number of most probable tokens to keep, and with them those equal to the last one; 0, or a
+        number above the vocabulary, keeps all.
     top_p
-        Keep the smallest set of best tokens whose probabilities sum to at least this (0 to 1);
-        1 keeps all, 0 only the best.
+        Keep the fewest most probable tokens whose probabilities sum to at least this (0 to 1);
+        1 keeps all, 0 the most probable one.
     min_p
-        Keep the tokens at least this fraction (0 to 1) as probable as the best; 0 keeps all.
+        Keep the tokens that are at least this times as probable as the most probable one (0 to 1);
+        0 keeps all.
     repetition_penalty
-        Divide the positive logits of the tokens seen in the prompt or the output by this, and
-        multiply the negative ones; above 0, 1 is off (https://arxiv.org/abs/1909.05858).
+        Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
+        the output; above 0, 1 is off (https://arxiv.org/abs/1909.05858).
     presence_penalty, frequency_penalty
-        Subtract the first from the logits of tokens in the output, and the second times how often
-        they are there; 0 is off.
+        Subtract the first from the logit of each token in the output, and the second once for each
+        time that it occurs; 0 is off.
     logit_bias
-        Token id -> what to add to its logit; -inf bans the token.
+        Token id -> number to add to its logit; -inf bans the token.
     seed
-        Whole number, 0 to 2^64 - 1; None takes a fresh one.
+        Whole number, 0 to 2^64 - 1; None takes a random one.
+
+    Raises
+    ------
+    ParameterError
+        A parameter is outside its range.
     """
 
     temperature: float = 0.0
@@ -70,21 +77,21 @@ class SamplingParams:
             value = getattr(self, f.name)
             if f.name in ("seed", "top_k", "logit_bias"):
                 continue
-            if not _is_real(value) or not abs(value) <= LARGEST:
+            if not _is_real(value) or not abs(value) <= MAX_PARAMETER:
                 raise ParameterError(
-                    f"{f.name} is {value!r}, expected a finite number, {LARGEST:.0e} at most"
+                    f"{f.name} is {value!r}, expected a finite number, {MAX_PARAMETER:.0e} at most"
                 )
-            # A NumPy scalar would turn float32 arrays into float64.
+            # A NumPy scalar turns float32 arrays into float64.
             object.__setattr__(self, f.name, float(value))
         if self.temperature < 0:
             raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.repetition_penalty < 1 / LARGEST:
+        if self.repetition_penalty < 1 / MAX_PARAMETER:
             raise ParameterError(
                 f"repetition_penalty is {self.repetition_penalty}, expected more than 0, "
-                f"{1 / LARGEST:.0e} at least (1 is off)"
+                f"{1 / MAX_PARAMETER:.0e} at least (1 is off)"
             )
         if not is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
@@ -94,21 +101,21 @@ class SamplingParams:
             )
         object.__setattr__(self, "top_k", int(self.top_k))
         object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
-        # None is what a caller writes for "no bias".
+        # Callers give None for no bias.
         if not isinstance(self.logit_bias, Mapping | None):
             raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
             if not is_int(token) or not _is_real(bias):
                 raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
-            if not (abs(bias) <= LARGEST or bias == -math.inf):
+            if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
                 raise ParameterError(
                     f"logit_bias of token {token} is {bias}, expected -inf, or a number of size "
-                    f"{LARGEST:.0e} at most"
+                    f"{MAX_PARAMETER:.0e} at most"
                 )
 
     def check_bias(self, vocab_size: int) -> None:
-        """Raise ParameterError if `logit_bias` does not fit a vocabulary of V tokens."""
+        """Raise ParameterError unless `logit_bias` fits a vocabulary of V tokens."""
         if bad := [token for token in self.logit_bias if not 0 <= token < vocab_size]:
             raise ParameterError(f"logit_bias has token {bad[0]}, expected 0 to {vocab_size - 1}")
         if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab_size:
@@ -116,12 +123,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken."""
+        """True if each step takes the token with the largest logit."""
         return self.temperature == 0
 
 
 def is_int(value: object) -> bool:
-    """Whether this is a whole number, NumPy's among them; True and False are none."""
+    """Return True for a whole number, NumPy's included, but False for a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -135,9 +142,9 @@ def random_seed() -> int:
 
 
 def uniform(seed: int, stream: int, step: int) -> float:
-    """Number `step` of the `stream` of `seed`: 24 bits, 0 <= u < 1, exact in float32.
+    """Return random number `step` of a stream of a seed: 24 bits, 0 <= u < 1, exact in float32.
 
-    Philox 4x64 (Salmon et al., SC 2011): any number of the sequence, without those before it.
+    Philox 4x64 (Salmon et al., SC 2011) computes any number without those before it.
     """
     key = np.array([seed, stream], np.uint64)
     random = np.random.Philox(key=key, counter=[step, 0, 0, 0])
@@ -166,7 +173,7 @@ class Sampler:
     prompts
         Token ids of each sequence, for the repetition penalty.
     streams
-        Which stream of random numbers each sequence draws from.
+        Stream of random numbers of each sequence.
     vocab_size
         V.
     """
@@ -227,14 +234,14 @@ class Sampler:
                 uniform(params.seed or 0, stream, step)
                 for stream, step in zip(self.streams, self.steps, strict=True)
             ]
-            x = x / max(params.temperature, 1e-30)  # below that, float32 has no room
+            x = x / max(params.temperature, MIN_TEMPERATURE)
             x = keep_top_k(self.backend, x, params.top_k)
             x = keep_top_p(self.backend, x, params.top_p)
             x = keep_min_p(self.backend, x, params.min_p)
             tokens = draw(self.backend, x, self.backend.asarray(np.array(u), "float32"))
         tokens = xp.astype(tokens, self.backend.int_dtype)
         self.steps = [step + 1 for step in self.steps]
-        self._remember(tokens, logits.shape[-1])
+        self._count(tokens, logits.shape[-1])
         ids = xp.where(finite, tokens, -xp.ones_like(tokens))
         return ids, self.backend.copy_to_host_async(ids)
 
@@ -246,11 +253,12 @@ class Sampler:
             p = params.repetition_penalty
             x = xp.where(self._seen > 0, xp.where(x > 0, x / p, x * p), x)
         if self._output is not None:
-            there = xp.astype(self._output > 0, self._output.dtype)
-            x = x - params.presence_penalty * there - params.frequency_penalty * self._output
+            present = xp.astype(self._output > 0, self._output.dtype)
+            x = x - params.presence_penalty * present - params.frequency_penalty * self._output
         return x
 
-    def _remember(self, tokens: Array, vocab_size: int) -> None:
+    def _count(self, tokens: Array, vocab_size: int) -> None:
+        """Add the new tokens to the state of the penalties."""
         if self._seen is None and self._output is None:
             return
         xp = self.backend.xp
@@ -262,29 +270,29 @@ class Sampler:
 
 
 def keep_top_k(backend: Backend, x: Array, k: int) -> Array:
-    """Logits [B, V] with all but the `k` best (and their equals) set to -inf."""
+    """Return logits [B, V] with all but the `k` largest, and those equal to the last, at -inf."""
     xp, V = backend.xp, x.shape[-1]
     if k == 0 or k >= V:
         return x
-    worst = xp.sort(x, axis=-1)[:, V - k : V - k + 1]
-    return xp.where(x >= worst, x, -math.inf)
+    least = xp.sort(x, axis=-1)[:, V - k : V - k + 1]
+    return xp.where(x >= least, x, -math.inf)
 
 
 def keep_top_p(backend: Backend, x: Array, p: float) -> Array:
-    """Logits [B, V] with all outside the smallest set of probability `p` set to -inf."""
+    """Return logits [B, V] with all outside the smallest set of probability `p` at -inf."""
     xp = backend.xp
     if p >= 1:
         return x
     probs = backend.softmax(x)
-    ranked = -xp.sort(-probs, axis=-1)  # the best first
+    ranked = -xp.sort(-probs, axis=-1)  # in descending order
     before = xp.cumulative_sum(ranked, axis=-1) - ranked
-    best = ranked[:, :1]
-    worst = xp.min(xp.where(before < p, ranked, best), axis=-1, keepdims=True)
-    return xp.where(probs >= worst, x, -math.inf)
+    largest = ranked[:, :1]
+    least = xp.min(xp.where(before < p, ranked, largest), axis=-1, keepdims=True)
+    return xp.where(probs >= least, x, -math.inf)
 
 
 def keep_min_p(backend: Backend, x: Array, p: float) -> Array:
-    """Logits [B, V] with those less than `p` times as probable as the best set to -inf."""
+    """Return logits [B, V] with tokens less than `p` times as probable as the best one at -inf."""
     xp = backend.xp
     if p <= 0:
         return x
@@ -292,8 +300,8 @@ def keep_min_p(backend: Backend, x: Array, p: float) -> Array:
 
 
 def draw(backend: Backend, x: Array, u: Array) -> Array:
-    """Logits [B, V] and uniform numbers [B] -> token ids [B], by inverting the distribution."""
+    """Return a token id [B] for each row of logits [B, V]: its distribution, inverted at u [B]."""
     xp = backend.xp
     cdf = xp.cumulative_sum(backend.softmax(x), axis=-1)
-    passed = cdf <= u[:, None] * cdf[:, -1:]  # its last value is 1 but for rounding
+    passed = cdf <= u[:, None] * cdf[:, -1:]  # the last value of `cdf` may round to other than 1
     return xp.sum(xp.astype(passed, backend.int_dtype), axis=-1)

@@ -72,7 +72,7 @@ def to_device(backend: Backend, value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return backend.asarray(value)
     if isinstance(value, Positions):
-        return replace(value, bring=backend.asarray)
+        return replace(value, asarray=backend.asarray)
     return value
 
 
@@ -207,7 +207,7 @@ def test_numpy_refuses_float16() -> None:
 def test_a_made_backend_is_taken_as_it_is() -> None:
     backend = get_backend("numpy")
     assert get_backend(backend) is backend
-    with pytest.raises(ParameterError, match="made already"):
+    with pytest.raises(ParameterError, match="existing backend"):
         get_backend(backend, threads=1)
 
 
