@@ -1,8 +1,11 @@
-"""Damaged files, seeded: what every reader of files is tried with.
+"""Damaged files, with seeds, for the tests of every reader.
 
-A reader gets thousands of copies of a small valid file, each damaged in some way. It may read one
-(many bits mean nothing), or raise a `GptxError` with exit code 65 and a message of one line. It may
-do nothing else: no other exception, no hang, no memory beyond what the file's own size explains.
+A reader gets many copies of a small valid file, each damaged in some way. It may read a copy, since
+many bits have no effect, or raise a `GptxError` with exit code 65 and a message of one line. Any
+other exception, a hang, or memory beyond a bound from the file's size is a failure.
+
+The default run tries `SMOKE_COPIES` copies a test; `pytest -m fuzz` tries `ALL_COPIES`. The
+environment variable GPTX_FUZZ sets that number.
 """
 
 from __future__ import annotations
@@ -16,13 +19,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import pytest
+
 from gptx.errors import GptxError
 
-# How many copies of each file; all of them take minutes.
-ALL = 5000
-COPIES = int(os.environ.get("GPTX_FUZZ", "200"))
-SECONDS = 10  # for one copy: a hang
-SLACK = 4 * 2**20  # bytes that a reader may take whatever the size of the file
+SMOKE_COPIES = 20
+ALL_COPIES = int(os.environ.get("GPTX_FUZZ", "200"))
+EVERY_PREFIX_COPIES = 5000  # with so many copies, the steps between prefixes are 1
+MAX_SECONDS = 10  # for one copy: a longer time is a hang
+SLACK_BYTES = 4 * 2**20  # of memory that a reader may use for a file of any size
+
+# Runs a test with few copies by default, and with all under the marker `fuzz`.
+damaged_copies = pytest.mark.parametrize(
+    "copies", [SMOKE_COPIES, pytest.param(ALL_COPIES, marks=pytest.mark.fuzz)]
+)
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -33,88 +43,88 @@ EXTREMES += [2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 def flip_bits(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 4, 32])):
-        out[_place(data, rng)] ^= 1 << rng.randrange(8)
+        out[_position(data, rng)] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
 def set_bytes(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
-    first = _place(data, rng)
+    first = _position(data, rng)
     for i in range(first, min(len(out), first + rng.choice([1, 2, 4, 8, 64]))):
         out[i] = rng.choice([0, 255, rng.randrange(256)])
     return bytes(out)
 
 
 def set_integer(data: bytes, rng: random.Random) -> bytes:
-    """An extreme number where one may be read: a length, a count, an offset."""
+    """Write an extreme number at an aligned position: a length, a count or an offset."""
     size = rng.choice([1, 2, 4, 8])
-    first = _place(data, rng) // size * size
+    first = _position(data, rng) // size * size
     number = rng.choice(EXTREMES) % 2 ** (8 * size)
     order = rng.choice(["little", "little", "big"])
     return data[:first] + number.to_bytes(size, order) + data[first + size :]
 
 
-def cut(data: bytes, rng: random.Random) -> bytes:
-    return data[: _place(data, rng)]
+def truncate(data: bytes, rng: random.Random) -> bytes:
+    return data[: _position(data, rng)]
 
 
-def take_out(data: bytes, rng: random.Random) -> bytes:
-    first = _place(data, rng)
+def remove(data: bytes, rng: random.Random) -> bytes:
+    first = _position(data, rng)
     return data[:first] + data[first + rng.choice([1, 2, 4, 8, 100]) :]
 
 
-def put_in(data: bytes, rng: random.Random) -> bytes:
-    first = _place(data, rng)
+def insert(data: bytes, rng: random.Random) -> bytes:
+    first = _position(data, rng)
     return data[:first] + rng.randbytes(rng.choice([1, 2, 4, 8, 100])) + data[first:]
 
 
 def repeat(data: bytes, rng: random.Random) -> bytes:
-    first = _place(data, rng)
-    piece = data[first : first + rng.choice([1, 4, 16, 256])]
-    return data[:first] + piece * rng.choice([2, 2, 3, 50]) + data[first + len(piece) :]
+    first = _position(data, rng)
+    part = data[first : first + rng.choice([1, 4, 16, 256])]
+    return data[:first] + part * rng.choice([2, 2, 3, 50]) + data[first + len(part) :]
 
 
-MUTATIONS: list[Mutation] = [flip_bits, set_bytes, set_integer, cut, take_out, put_in, repeat]
+MUTATIONS: list[Mutation] = [flip_bits, set_bytes, set_integer, truncate, remove, insert, repeat]
 
 
-def _place(data: bytes, rng: random.Random) -> int:
-    """Anywhere, but half of the time near an end, where headers and indexes are."""
-    last = max(1, len(data))
-    near = min(last, 512)
+def _position(data: bytes, rng: random.Random) -> int:
+    """Draw a position, half of the time near an end, where headers and indexes are."""
+    size = max(1, len(data))
+    near = min(size, 512)
     kind = rng.randrange(4)
     if kind == 0:
         return rng.randrange(near)
-    return last - 1 - rng.randrange(near) if kind == 1 else rng.randrange(last)
+    return size - 1 - rng.randrange(near) if kind == 1 else rng.randrange(size)
 
 
 def fuzz(
     file: Path,
     use: Callable[[], object],
     *,
+    copies: int,
     seed: int = 0,
     mutations: list[Mutation] | None = None,
-    copies: int = COPIES,
 ) -> int:
-    """Damage `file` in place again and again, calling `use` each time; it is whole at the end.
+    """Damage `file` in place many times and call `use` each time; restore the file at the end.
 
     Parameters
     ----------
     use
-        Opens the model that the file is part of and reads all that is in it.
+        Function that opens the model of the file and reads all of it.
     mutations
-        Those that know the format, beside `MUTATIONS`.
+        Mutations for this format, in addition to `MUTATIONS`.
 
     Returns
     -------
     int
-        How many copies were refused. A test that wants to be sure that it tries something asserts
-        that they were not few.
+        Number of copies that `use` refused. A test asserts a minimum, so that it cannot pass
+        without any effect of the damage.
     """
     data = file.read_bytes()
     rng = random.Random(seed)
     kinds = MUTATIONS + 2 * (mutations or [])
     refused = 0
-    use()  # once whole: imports and caches count for no copy
+    use()  # imports and caches are not part of a copy's memory
     tracemalloc.start()
     try:
         for copy in range(copies):
@@ -123,53 +133,65 @@ def fuzz(
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             refused += not accepted(use, f"copy {copy} of seed {seed}")
-            taken = tracemalloc.get_traced_memory()[1] - before
-            assert taken <= 4 * len(damaged) + SLACK, f"copy {copy} took {taken} bytes"
+            used = tracemalloc.get_traced_memory()[1] - before
+            assert used <= 4 * len(damaged) + SLACK_BYTES, f"copy {copy} used {used} bytes"
     finally:
         tracemalloc.stop()
         file.write_bytes(data)
     return refused
 
 
-def refuse_every_prefix(file: Path, use: Callable[[], object], *, step: int = 1) -> None:
-    """Cut `file` at each length (each `step`-th, or at all if all copies of `fuzz` are tried): none
-    may be read, each is refused in one line."""
+def refuse_every_prefix(
+    file: Path, use: Callable[[], object], *, copies: int = ALL_COPIES, step: int = 1
+) -> None:
+    """Truncate `file` at many lengths; assert that `use` refuses each.
+
+    Parameters
+    ----------
+    copies
+        `SMOKE_COPIES`: so many prefixes, evenly spaced, and the first and last ones. More: all.
+    step
+        Distance between two lengths; 1 if `copies` is at least `EVERY_PREFIX_COPIES`.
+    """
     data = file.read_bytes()
-    step = 1 if COPIES >= ALL else step
+    step = 1 if copies >= EVERY_PREFIX_COPIES else step
+    if copies <= SMOKE_COPIES:
+        step = max(step, len(data) // copies)
+    lengths = {*range(0, len(data), step), 1, 8, len(data) - 1}
     try:
-        for length in range(0, len(data), step):
+        for length in sorted(lengths & set(range(len(data)))):
             file.write_bytes(data[:length])
             assert not accepted(use, f"the first {length} of {len(data)} bytes"), (
-                f"{length} of {len(data)} bytes were read as if they were all"
+                f"a prefix of {length} of {len(data)} bytes was read without an error"
             )
     finally:
         file.write_bytes(data)
 
 
-def accepted(use: Callable[[], object], what: str) -> bool:
-    """Whether a damaged file was read; False if it was refused as it should be."""
+def accepted(use: Callable[[], object], label: str) -> bool:
+    """Return True if `use` reads a damaged file, False if it refuses the file correctly."""
     try:
-        with _alarm(what):
+        with _time_limit(label):
             use()
             return True
     except GptxError as error:
         code, message = error.exit_code, str(error)
     except BaseException as error:
-        raise AssertionError(f"{what}: {type(error).__name__} came out: {error}") from error
-    assert code == 65, f"{what}: exit code {code} ({message})"
-    assert message, f"{what}: refused without a word"
-    assert "\n" not in message, f"{what}: {message}"
-    assert len(message) < 2000, f"{what}: {message[:2000]}"
+        raise AssertionError(f"{label}: raised {type(error).__name__}: {error}") from error
+    assert code == 65, f"{label}: exit code {code} ({message})"
+    assert message, f"{label}: the error has no message"
+    assert "\n" not in message, f"{label}: {message}"
+    assert len(message) < 2000, f"{label}: {message[:2000]}"
     return False
 
 
 @contextmanager
-def _alarm(what: str) -> Iterator[None]:
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{what} took more than {SECONDS} seconds")
+def _time_limit(label: str) -> Iterator[None]:
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"{label} took more than {MAX_SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         yield
     finally:

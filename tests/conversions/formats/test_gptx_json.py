@@ -1,4 +1,4 @@
-"""gptx.conversions.formats.gptx_json: what Python's json writes and reads is what is expected here."""
+"""gptx.conversions.formats.gptx_json, against Python's json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptx.conversions.formats import gptx_json
 from gptx.errors import ConfigError, WeightsError
 from gptx.quantization import QuantizedTensor
 from gptx.random_weights import random_weights
-from tests.support.fuzz import fuzz, refuse_every_prefix
+from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model
 
 TINY = GPT2Config(
@@ -35,8 +35,8 @@ TINY = GPT2Config(
 )
 
 
-def facts(config: GPT2Config = TINY) -> dict[str, Any]:
-    """What json.dump is given by the script that writes these files."""
+def model_dict(config: GPT2Config = TINY) -> dict[str, Any]:
+    """Make the object that the project's script passes to json.dump."""
     return {
         name: {"shape": list(w.shape), "data": w.flatten().tolist()}
         for name, w in random_weights(config).items()
@@ -54,19 +54,19 @@ def tensors(path: Path, config: GPT2Config = TINY) -> dict[str, np.ndarray]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "model.json"
-    path.write_text(json.dumps(facts()))
+    path.write_text(json.dumps(model_dict()))
     return path
 
 
-@pytest.mark.parametrize("case", ["tiny", "124M", "n-inner"])
-def test_the_file_is_what_json_dump_writes(case: str, folder: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["tiny", "n-inner"])
+def test_file_equals_that_of_json_dump(case: str, folder: Any, tmp_path: Path) -> None:
     convert(folder(case), tmp_path / "out.json")
     with open(tmp_path / "expected.json", "w") as file:
-        json.dump(facts(CASES[case]), file)
+        json.dump(model_dict(CASES[case]), file)
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
 
 
-def test_every_kind_of_number_comes_back(tmp_path: Path) -> None:
+def test_every_kind_of_number_round_trips(tmp_path: Path) -> None:
     bits = [0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3DCCCCCD, 0x7F7FFFFF, 0x7F800000, 0x60AD78EC]
     numbers = np.array([*bits, *(x | 0x80000000 for x in bits), 0x7FC00000], np.uint32)
     config = CASES["tiny"]
@@ -88,14 +88,14 @@ def test_every_kind_of_number_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [24, 25, 31, 64, 1000])
-def test_blocks_may_end_anywhere(block: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_can_end_anywhere(block: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptx_json, "READ_BYTES", block)
     for name, weight in random_weights(TINY).items():
         assert tensors(tiny)[name].tobytes() == weight.tobytes()
 
 
 @pytest.mark.parametrize("numbers", [1, 2, 7])
-def test_so_many_numbers_at_a_time_make_no_difference(
+def test_chunks_of_any_size_give_the_same_file(
     numbers: int, folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = folder("tiny")
@@ -105,10 +105,10 @@ def test_so_many_numbers_at_a_time_make_no_difference(
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_spaces_order_and_other_spellings_make_no_difference(tiny: Path) -> None:
+def test_spaces_order_and_spelling_of_numbers_are_free(tiny: Path) -> None:
     turned = {
         name: {"data": [int(x) if x.is_integer() else x for x in entry["data"]], **entry}
-        for name, entry in reversed(facts().items())
+        for name, entry in reversed(model_dict().items())
     }
     tiny.write_text("\n\t " + json.dumps(turned, indent=3).replace("e-", "E-") + "\r\n ")
     assert detect(tiny) == "json"
@@ -116,21 +116,21 @@ def test_spaces_order_and_other_spellings_make_no_difference(tiny: Path) -> None
         assert tensors(tiny)[name].tobytes() == weight.tobytes()
 
 
-def test_a_config_beside_the_file_is_taken(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"how many heads share a width of 2.*config\.json"):
+def test_config_beside_the_file_is_used(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the width 2 is not a multiple of 64.*config\.json"):
         gptx_json.read(tiny)
     tiny.with_name("config.json").write_text(json.dumps(TINY.to_dict()))
     assert gptx_json.read(tiny).config == TINY
 
 
-def test_neither_side_holds_more_than_a_tensor(
+def test_reader_and_writer_need_the_memory_of_one_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptx_json, "READ_BYTES", 2**16)
     monkeypatch.setattr(gptx_json, "WRITE_NUMBERS", 2**12)
-    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=4, n_head=1)
+    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=1, n_head=1)
     source = write_model(tmp_path / "source", config, random_weights(config))
-    convert(source, tmp_path / "out.json")  # once: what is imported does not count
+    convert(source, tmp_path / "out.json")  # imports are not measured
     tracemalloc.start()
     try:
         convert(source, tmp_path / "again.json")
@@ -139,18 +139,17 @@ def test_neither_side_holds_more_than_a_tensor(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert config.n_parameters > 200_000
-    assert (tmp_path / "again.json").stat().st_size > 4e6
-    assert peak < 1e6  # the largest tensor has 64 kB, a chunk as a list of floats 200 kB
+    assert (tmp_path / "again.json").stat().st_size > 1.1e6
+    assert peak < 0.7e6  # the largest tensor has 64 kB, a chunk as a list of floats 200 kB
 
 
 def edited(edit: Callable[[dict[str, Any]], object]) -> str:
-    data = facts()
+    data = model_dict()
     edit(data)
     return json.dumps(data)
 
 
-DATA = json.dumps(facts()["ln_f.bias"]["data"])[1:-1]
+DATA = json.dumps(model_dict()["ln_f.bias"]["data"])[1:-1]
 
 
 @pytest.mark.parametrize(
@@ -160,72 +159,83 @@ DATA = json.dumps(facts()["ln_f.bias"]["data"])[1:-1]
         (edited(lambda d: d.pop("h.1.ln_2.bias")), "h.1.ln_2.bias is missing"),
         (edited(lambda d: d.update(more=d["ln_f.bias"])), "tensor more is unknown"),
         (edited(lambda d: d.update({"h.2.ln_1.bias": d["ln_f.bias"]})), "h.2.ln_1.bias is unknown"),
-        (edited(lambda d: d["ln_f.bias"].update(x=[])), "has 'x', expected one"),
+        (edited(lambda d: d["ln_f.bias"].update(x=[])), "has 'x', expected"),
         (edited(lambda d: d["ln_f.bias"].pop("data")), 'has no "data"'),
         (edited(lambda d: d["ln_f.bias"].pop("shape")), 'has no "shape"'),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[3])), "has 2 numbers, its shape .3. asks"),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[1, 2])), r"shape \[1, 2\], the config asks"),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[2**58, 2**58])), "has 2 numbers, its shape"),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[])), "not one or two positive sizes"),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[-2])), "not one or two positive sizes"),
-        (edited(lambda d: d["ln_f.bias"].update(shape=[2.0])), "not one or two positive sizes"),
+        (
+            edited(lambda d: d["ln_f.bias"].update(shape=[3])),
+            "has 2 numbers, expected 3 by its shape",
+        ),
+        (
+            edited(lambda d: d["ln_f.bias"].update(shape=[1, 2])),
+            r"shape \[1, 2\], expected \[2\] by the",
+        ),
+        (edited(lambda d: d["ln_f.bias"].update(shape=[2**58, 2**58])), "has 2 numbers, expected"),
+        (edited(lambda d: d["ln_f.bias"].update(shape=[])), "not one or two positive integers"),
+        (edited(lambda d: d["ln_f.bias"].update(shape=[-2])), "not one or two positive integers"),
+        (edited(lambda d: d["ln_f.bias"].update(shape=[2.0])), "not one or two positive integers"),
         (edited(lambda d: d["ln_f.bias"].update(shape=2)), r"expected \["),
         (edited(lambda d: d["ln_f.bias"].update(data=[1, True])), "among its numbers"),
         (edited(lambda d: d["ln_f.bias"].update(data=[1, None])), "among its numbers"),
         (edited(lambda d: d["ln_f.bias"].update(data=["1", 2])), "among its numbers"),
         (edited(lambda d: d["ln_f.bias"].update(data=[[1, 2]])), "expected , or }"),
         (edited(lambda d: d["ln_f.bias"].update(data=[1e39, 2])), "too large for float32"),
-        (json.dumps(facts()).replace(DATA, "1e999, 2"), "too large for float32"),
-        (json.dumps(facts()).replace(DATA, "9" * 5000 + ", 2"), "too large for float32"),
-        (json.dumps(facts()).replace(DATA, "1 2, 2"), "something that is no number"),
-        (json.dumps(facts()).replace(DATA, "1.5, .5"), "something that is no number"),
-        (json.dumps(facts()).replace(DATA, ", "), "something that is no number"),
-        (json.dumps(facts()).replace('"ln_f.bias"', '"ln_f.weight"'), "ln_f.weight is there twice"),
-        (json.dumps(facts()).replace('"ln_f.bias"', '"' + "x" * 9999 + '"'), "a short name"),
-        (json.dumps(facts()) + "{", "expected its end"),
-        (json.dumps(facts())[:-1] + ",}", r"expected \""),
-        (json.dumps(facts()).replace(DATA, "[" * 10**6 + "]" * 10**6), "expected , or }"),
-        (json.dumps(facts()).replace(DATA, "[" * 10**6 + ","), "among its numbers"),
+        (json.dumps(model_dict()).replace(DATA, "1e999, 2"), "too large for float32"),
+        (json.dumps(model_dict()).replace(DATA, "9" * 5000 + ", 2"), "too large for float32"),
+        (json.dumps(model_dict()).replace(DATA, "1 2, 2"), "an invalid number"),
+        (json.dumps(model_dict()).replace(DATA, "1.5, .5"), "an invalid number"),
+        (json.dumps(model_dict()).replace(DATA, ", "), "an invalid number"),
+        (
+            json.dumps(model_dict()).replace('"ln_f.bias"', '"ln_f.weight"'),
+            "duplicate tensor ln_f.weight",
+        ),
+        (json.dumps(model_dict()).replace('"ln_f.bias"', '"' + "x" * 9999 + '"'), "a short name"),
+        (json.dumps(model_dict()) + "{", "expected the end of the file"),
+        (json.dumps(model_dict())[:-1] + ",}", r"expected \""),
+        (json.dumps(model_dict()).replace(DATA, "[" * 10**6 + "]" * 10**6), "expected , or }"),
+        (json.dumps(model_dict()).replace(DATA, "[" * 10**6 + ","), "among its numbers"),
         ('{"wte.weight": ' + '{"data": ' * 10**5, r"expected \["),
     ],
 )
-def test_what_is_no_such_file_is_refused(text: str, message: str, tiny: Path) -> None:
+def test_invalid_files_are_refused(text: str, message: str, tiny: Path) -> None:
     tiny.write_text(text)
     with pytest.raises(WeightsError, match=re.compile(message)):
         tensors(tiny)
 
 
-def test_a_number_without_an_end_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_longer_than_a_block_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gptx_json, "READ_BYTES", 100)
-    tiny.write_text(json.dumps(facts()).replace(DATA, "0." + "3" * 500 + ", 1.0"))
-    with pytest.raises(WeightsError, match=r"ln_f\.bias holds a number of more than 100 bytes"):
+    tiny.write_text(json.dumps(model_dict()).replace(DATA, "0." + "3" * 500 + ", 1.0"))
+    with pytest.raises(WeightsError, match=r"ln_f\.bias has a number of more than 100 bytes"):
         tensors(tiny)
 
 
 @pytest.mark.parametrize(
     "case", ["gelu-erf", "relu", "unscaled", "layer-scaled", "untied", "epsilon"]
 )
-def test_what_its_programs_would_compute_otherwise_is_refused(
-    case: str, folder: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=r"has .* alone"):
+def test_unsupported_settings_are_refused(case: str, folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="supports only"):
         convert(folder(case), tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
 
 def other_tokens(data: bytes, rng: random.Random) -> bytes:
-    """Another piece of JSON in the place of one."""
-    pieces = [*re.finditer(rb'[\[\]{},:]|"[^"]*"|[-0-9.e]+', data)]
-    found = rng.choice(pieces)
-    other = rng.choice([rng.choice(pieces)[0], b"NaN", b"[" * 99, b"1e999", b"-", b'"', b"null"])
+    """Replace a token of JSON by another one."""
+    tokens = [*re.finditer(rb'[\[\]{},:]|"[^"]*"|[-0-9.e]+', data)]
+    found = rng.choice(tokens)
+    other = rng.choice([rng.choice(tokens)[0], b"NaN", b"[" * 99, b"1e999", b"-", b'"', b"null"])
     return data[: found.start()] + other + data[found.end() :]
 
 
-def test_damaged_files_are_refused_or_read(tiny: Path) -> None:
+@damaged_copies
+def test_damaged_files_are_refused_or_read(copies: int, tiny: Path) -> None:
     config = replace(TINY, vocab_size=2, n_positions=1, n_embd=1, n_layer=1)
     short = {
         n: {"shape": s, "data": [-0.5] * math.prod(s)} for n, s in config.tensor_shapes().items()
     }
     tiny.write_text(json.dumps(short))
-    assert fuzz(tiny, lambda: tensors(tiny, config), mutations=[other_tokens]) > 100
-    refuse_every_prefix(tiny, lambda: tensors(tiny, config))
+    refused = fuzz(tiny, lambda: tensors(tiny, config), mutations=[other_tokens], copies=copies)
+    assert refused > copies // 2
+    refuse_every_prefix(tiny, lambda: tensors(tiny, config), copies=copies)
