@@ -23,7 +23,7 @@ from tests.support.backends import make_backend
 from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
 
-CONFIG = replace(CASES["124M"], n_layer=2, n_head=3, n_positions=160)
+CONFIG = replace(CASES["124M"], n_layer=2, n_head=2, n_embd=64, vocab_size=83, n_positions=100)
 NAMES = pytest.mark.parametrize("name", ["cupy", "cupy-cpu"])
 PROMPTS = [random_ids(CONFIG, 1, n, n)[0].tolist() for n in (2, 9, 30)]
 
@@ -54,7 +54,11 @@ def texts(steps: list[list[Token]]) -> list[list[int | None]]:
     [("float32", None), ("bfloat16", None), ("float16", Quantization(32, 4))],
     ids=["float32", "bfloat16", "float16-int4"],
 )
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[1:2], PROMPTS], ids=["2", "9", "ragged"])
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS[:1], PROMPTS[1:2], [*PROMPTS[:2], PROMPTS[2][:13]]],
+    ids=["2", "9", "ragged"],
+)
 def test_a_prompt_is_the_same_in_a_graph(
     prompts: list[list[int]], dtype: str, how: Quantization | None, name: str
 ) -> None:
@@ -108,7 +112,7 @@ def test_a_prompt_may_fill_the_cache(name: str) -> None:
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     ids = random_ids(CONFIG, 1, CONFIG.n_positions, 1)[0].tolist()
     exact = make_model(CONFIG, get_backend("numpy", dtype="float64"))
-    for n in (100, CONFIG.n_positions):
+    for n in (40, CONFIG.n_positions):
         with model.backend.scope(), exact.backend.scope():
             found, expected = (
                 m.backend.to_numpy(
@@ -154,7 +158,7 @@ def interleave(runs: list[TokenGenerator]) -> list[list[list[Token]]]:
 
 @NAMES
 def test_interleaved_generations_are_independent(name: str) -> None:
-    model = make_model(CONFIG, make_backend(name))
+    model = make_model(CONFIG, make_backend(name, dtype="float16"))
     settings = (
         SamplingParams(),
         SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.2),
@@ -173,7 +177,7 @@ def test_interleaved_generations_are_independent(name: str) -> None:
 
 @NAMES
 def test_threads_are_independent(name: str) -> None:
-    model = make_model(CONFIG, make_backend(name))
+    model = make_model(CONFIG, make_backend(name, dtype="float16"))
 
     def run(i: int) -> Any:
         params = SamplingParams(temperature=1.0, seed=i)
@@ -189,7 +193,7 @@ def test_threads_are_independent(name: str) -> None:
 def test_a_repeated_step_transfers_nothing_between_host_and_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model(CONFIG, make_backend(name))
+    model = make_model(CONFIG, make_backend(name, dtype="float16"))
     steps = iter(TokenGenerator(model.gpt2, PROMPTS, SamplingParams(), max_tokens=12))
     for _ in range(4):  # the prompt's token, two steps before the graph, the first step with it
         next(steps)

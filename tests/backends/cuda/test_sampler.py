@@ -135,7 +135,7 @@ def test_draws_agree_with_the_definitions(
 
 
 def test_draws_from_a_large_vocabulary(kernels: Module, random: np.random.Generator) -> None:
-    x = random.normal(-80, 3, (2, 50257)).astype(np.float32)
+    x = random.normal(-80, 3, (1, 50257)).astype(np.float32)
     for filters in ({}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.99}):
         case = SamplerCase(kernels, x.shape, temperature=1.0, seed=1, **filters)
         for row, token, stream in zip(x, case(x), case.streams, strict=True):
