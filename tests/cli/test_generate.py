@@ -13,7 +13,7 @@ import pytest
 
 from gptx.generation.results import Result
 from gptx.generation.text_model import Model
-from tests.support.cli import GENERATE, LONG_RUN, STATISTICS, posix, read, run, start
+from tests.support.cli import GENERATE, STATISTICS, run, start
 
 
 def test_standard_output_has_only_the_text(shakespeare: Model) -> None:
@@ -171,15 +171,6 @@ def copy_of_shakespeare(model: Model, folder: Path) -> Path:
         if path.suffix != ".py":
             shutil.copy(path, folder)
     return folder
-
-
-@posix
-def test_text_is_printed_during_the_generation(shakespeare: Model) -> None:
-    expected = str(shakespeare.generate("ROMEO:", max_tokens=30)).encode()[:20]
-    with start(*LONG_RUN) as process:
-        assert read(process, 20) == expected
-        assert process.poll() is None
-        process.kill()
 
 
 @pytest.mark.parametrize(("encoding", "expected"), [("latin-1", "ROMÉO ?"), ("utf-8", "ROMÉO 漢")])
