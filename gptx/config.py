@@ -139,7 +139,7 @@ class GPT2Config:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
     def attention_scale(self, layer: int) -> float:
-        """What the scores q·k of layer `layer` (counted from 0) are multiplied by."""
+        """Return the factor of the scores q·k in layer `layer` (counted from 0)."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 

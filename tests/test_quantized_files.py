@@ -1,4 +1,4 @@
-"""Files of quantized models: mlx-lm's and gptx's own, and those that are damaged."""
+"""Files of quantized models: mlx-lm's, gptx's own, and files that do not fit the config."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = CASES["124M"]
     ("name", "how"), [("mlx-lm-int4", Quantization(64, 4)), ("mlx-lm-int8", Quantization(32, 8))]
 )
 def test_files_of_mlx_lm(name: str, how: Quantization, backend: Backend) -> None:
-    """Float16 and bfloat16 scales, positions quantized, names that begin with `model.`."""
+    """Scales are float16 or bfloat16, positions are quantized, names begin with `model.`."""
     with np.load(GOLDEN / name / "logits.npz") as golden:
         ids, expected = golden["ids"], golden["logits"]
     model = gptx.load(GOLDEN / name, backend=backend)
@@ -61,8 +61,8 @@ def test_floats_of_mlx_lm_are_transposed(folder: Callable[..., Path]) -> None:
     np.testing.assert_allclose(gptx.load(path).logits([1, 2]), expected.logits([1, 2]), atol=1e-5)
 
 
-def test_matrices_that_mlx_lm_left_as_they_were(tmp_path: Path) -> None:
-    """Groups of 64 do not divide 96 inputs; 384 they do."""
+def test_matrices_that_mlx_lm_does_not_quantize(tmp_path: Path) -> None:
+    """96 inputs do not divide into groups of 64, 384 do."""
     config = replace(CONFIG, quantization=Quantization(64, 4))
     weights: dict[str, Any] = random_weights(config)
     for name in [name for name in weights if name.endswith("mlp.c_proj.weight")]:
@@ -78,7 +78,7 @@ def test_matrices_that_mlx_lm_left_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("case", ["124M", "untied"])
-def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantization) -> None:
+def test_a_written_model_reads_the_same(tmp_path: Path, case: str, how: Quantization) -> None:
     weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], how)
     save(tmp_path / "new" / "folder", config, weights)
     path = tmp_path / "new" / "folder"
@@ -89,7 +89,7 @@ def test_what_is_written_reads_the_same(tmp_path: Path, case: str, how: Quantiza
         y = found[name]
         if isinstance(x, QuantizedTensor):
             assert isinstance(y, QuantizedTensor)
-            for part in PARTS:
+            for part in ("weight", "scales", "offsets"):
                 np.testing.assert_array_equal(getattr(y, part), getattr(x, part))
         else:
             np.testing.assert_array_equal(y, x)
@@ -107,16 +107,16 @@ def test_the_names_and_shapes_that_mlx_lm_expects(tmp_path: Path) -> None:
         f"{layer}.bias": ("float32", (384,)),
     }
     assert all(name.startswith("model.") for name in tensors)
-    said = json.loads((tmp_path / "config.json").read_text())
-    assert said["quantization"] == {"group_size": 32, "bits": 4}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["quantization"] == {"group_size": 32, "bits": 4}
 
 
-# What does not fit
+# Files that do not fit the config
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A quantized model's folder, to be damaged."""
+    """The folder of a quantized model, for a test to damage."""
     weights, config = quantize_weights(random_weights(CASES["relu"]), CASES["relu"], INT4)
     save(tmp_path / "saved", config, weights)
     return tmp_path / "saved"
@@ -127,8 +127,8 @@ LAYER = "model.h.0.attn.c_proj"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no scales": (lambda t: t.pop(f"{LAYER}.scales"), "h.0.attn.c_proj.scales is missing"),
     "no biases": (lambda t: t.pop("model.wte.biases"), "tensor wte.biases is missing"),
-    "no codes": (lambda t: t.pop(f"{LAYER}.weight"), "h.0.attn.c_proj.weight is missing"),
-    "codes alone": (
+    "no weight": (lambda t: t.pop(f"{LAYER}.weight"), "h.0.attn.c_proj.weight is missing"),
+    "only a weight": (
         lambda t: [t.pop(f"{LAYER}.{part}") for part in ("scales", "biases")],
         "tensors h.0.attn.c_proj.scales, h.0.attn.c_proj.biases are missing",
     ),
@@ -142,18 +142,15 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "biases of integers": (
         lambda t: t.update({f"{LAYER}.biases": t[f"{LAYER}.biases"].astype(np.int32)}),
-        "the biases are int32 [32, 1], expected float32 [32, 1]",
+        "tensor h.0.attn.c_proj.biases is of type int32, expected a float type",
     ),
     "floats with scales": (
         lambda t: t.update({f"{LAYER}.weight": np.zeros((32, 32), np.float32)}),
-        "is not int4 in groups of 32: the codes are float32 [32, 32], expected a matrix of uint32",
+        "is not int4 in groups of 32: the quantized values are float32 [32, 32], expected a matrix",
     ),
     "another layer's": (
-        lambda t: (
-            t.update({f"{LAYER}.{p}": t[f"model.wte.{p}"] for p in ("weight",)})
-            or t.update({f"{LAYER}.{p}": t[f"model.wte.{p}"] for p in ("scales", "biases")})
-        ),
-        "tensor h.0.attn.c_proj.weight has shape [97, 32], the config asks for [32, 32]",
+        lambda t: t.update({f"{LAYER}.{part}": t[f"model.wte.{part}"] for part in PARTS}),
+        "tensor h.0.attn.c_proj.weight has shape [32, 97], expected [32, 32]",
     ),
     "a quantized norm": (
         lambda t: t.update({"model.ln_f.scales": np.zeros((1, 1), np.float32)}),
@@ -164,38 +161,39 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
-    change, says = DAMAGE[damage]
+    change, expected = DAMAGE[damage]
     tensors = load_file(saved / "model.safetensors")
     change(tensors)
     save_file(tensors, saved / "model.safetensors")
-    with raises_error(WeightsError, says):
+    with raises_error(WeightsError, expected):
         gptx.load(saved)
     done = run("generate", "-m", str(saved), "O")
     assert (done.code, done.out) == (65, "")
-    assert says in done.err
+    assert expected in done.err
+    assert run("convert", "--check", str(saved)).err == done.err
 
 
 @pytest.mark.parametrize(
-    ("quantization", "says"),
+    ("quantization", "expected"),
     [
         ({"group_size": 32, "bits": 8}, "wte.weight is not int8 in groups of 32: 16"),
-        ({"group_size": 64, "bits": 4}, "is not int4 in groups of 64: 32 inputs are no whole"),
-        (None, 'wte.weight is quantized, but the config has no "quantization" that says how'),
+        ({"group_size": 64, "bits": 4}, "is not int4 in groups of 64: 32 inputs do not divide"),
+        (None, 'wte.weight is quantized, but config.json has no "quantization"'),
     ],
 )
-def test_a_config_that_does_not_fit(saved: Path, quantization: Any, says: str) -> None:
+def test_a_config_that_does_not_fit(saved: Path, quantization: Any, expected: str) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
-    with raises_error(WeightsError, says):
+    with raises_error(WeightsError, expected):
         gptx.load(saved)
 
 
-def test_floats_that_the_config_calls_quantized(folder: Callable[..., Path]) -> None:
+def test_floats_with_a_quantized_config(folder: Callable[..., Path]) -> None:
     path = folder("124M")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization": {**vars(INT4)}}))
     with raises_error(
-        WeightsError, "no tensor is quantized, the config asks for int4 in groups of 32"
+        WeightsError, "no tensor is quantized, but the config has int4 in groups of 32"
     ):
         gptx.load(path)
 
@@ -203,14 +201,11 @@ def test_floats_that_the_config_calls_quantized(folder: Callable[..., Path]) -> 
 def test_norms_and_biases_are_floats() -> None:
     weights, config = quantize_weights(random_weights(CONFIG), CONFIG, INT4)
     weights["ln_f.weight"] = weights["wte.weight"]
-    with raises_error(
-        WeightsError, "ln_f.weight is int4 in groups of 32, the config asks for floats"
-    ):
+    with raises_error(WeightsError, "ln_f.weight is int4 in groups of 32, expected floats"):
         check_weights(weights, config)
 
 
-def test_a_quantized_model_of_the_package_travels(tmp_path: Path, shakespeare: Model) -> None:
-    """Written with its tokenizer beside it, read by name of the folder, on to the same text."""
+def test_a_written_model_generates_the_same_text(tmp_path: Path, shakespeare: Model) -> None:
     files = shakespeare.files
     weights, config = quantize_weights(
         read_weights(files.weights, shakespeare.config), shakespeare.config, Quantization(64, 4)
@@ -221,16 +216,14 @@ def test_a_quantized_model_of_the_package_travels(tmp_path: Path, shakespeare: M
     assert gptx.load(tmp_path).generate("ROMEO:", max_tokens=20).text == expected.text
 
 
-# What is asked of them
+# Options and commands
 
 
-def test_asking_for_what_the_model_is_already(saved: Path) -> None:
+def test_quantizing_a_quantized_model(saved: Path) -> None:
     same = gptx.load(saved, quantize="int4", group_size=32)
     assert same.fingerprint == gptx.load(saved).fingerprint
     for options in ({"quantize": "int8", "group_size": 32}, {"quantize": "int4"}):
-        with raises_error(
-            ParameterError, "was asked for, but the weights are int4 in groups of 32"
-        ):
+        with raises_error(ParameterError, "the weights are int4 in groups of 32 already"):
             gptx.load(saved, **options)
 
 
@@ -238,7 +231,7 @@ def test_info_of_a_quantized_model(saved: Path) -> None:
     size = (saved / "model.safetensors").stat().st_size
     out = run("info", str(saved)).out
     assert "  matrices quantized: int4 in groups of 32\n" in out
-    assert f"  weights stored as float32, int4, all there: {size / 1000:.1f} kB\n" in out
-    said = json.loads(run("info", str(saved), "--json").out)
-    assert said["config"]["quantization"] == {"group_size": 32, "bits": 4}
-    assert (said["stored"], said["stored_bytes"]) == (["float32", "int4"], size)
+    assert f"  weights stored as float32, int4, complete: {size / 1000:.1f} kB\n" in out
+    shown = json.loads(run("info", str(saved), "--json").out)
+    assert shown["config"]["quantization"] == {"group_size": 32, "bits": 4}
+    assert (shown["stored"], shown["stored_bytes"]) == (["float32", "int4"], size)
