@@ -36,8 +36,10 @@ LARGE = Source("large", Path("large"), GPT2Config())
 # In the worker
 
 
-@pytest.fixture(params=["numpy-generic", "mlx"])
+@pytest.fixture(params=["numpy", "mlx"])
 def model(request: pytest.FixtureRequest) -> Model:
+    if request.param == "numpy":
+        return make_model(CASES["124M"], get_backend("numpy", generic=True, threads=1))
     return make_model(CASES["124M"], make_backend(request.param))
 
 
@@ -91,7 +93,7 @@ def test_generating_takes_the_steps_of_the_engine(
 
 def test_the_end_of_a_text_does_not_end_a_trial() -> None:
     config = replace(CASES["124M"], eos_token_id=0)
-    model = make_model(config, get_backend("numpy", generic=True))
+    model = make_model(config, get_backend("numpy", generic=True, threads=1))
     model.gpt2.weights.wte.weight[:] = 0  # all logits are equal, so token 0 is the best
     assert model.generate([1], max_tokens=9).tokens == []
     assert len(TrialRunner(model, 1, [Trial(0, 9)]).run(Trial(0, 9))) == 9
@@ -183,7 +185,7 @@ def test_the_dtype_of_quantized_files(folder: Callable[..., Path], tmp_path: Pat
 
 def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
     with cupy_on_cpu.installed():
-        setup = {"model": "m", "folder": str(folder("124M")), "backend": "cupy"}
+        setup = {"model": "m", "folder": str(folder()), "backend": "cupy"}
         *progress, read, generated = grid.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
     turns = [event["progress"] for event in progress if "pp3" in event["progress"]]
     assert turns == ["pp3, warm-up"] * 7 + ["pp3, round 1 of 1"]
@@ -191,7 +193,7 @@ def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
     assert read["threads"] is None
     assert read["library"].startswith("cupy ")
     assert read["device"] == "a stand-in, number 0"
-    assert read["size"] == 4 * CASES["124M"].n_parameters
+    assert read["size"] == 4 * CASES["tiny"].n_parameters
     assert read["peak_memory"] > read["size"]  # of the pool
     assert read["time_to_first_token"] > 0
     assert 0 < generated["step_p50"] <= generated["step_p99"]

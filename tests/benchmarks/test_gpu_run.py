@@ -51,7 +51,8 @@ def test_every_job_leaves_its_results(
     assert "no time for: late" in shown.err
 
 
-def test_a_job_in_a_worker(tmp_path: Path) -> None:
+def test_a_job_in_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # threads that wait would spin
     here = {"size": "shakespeare", "dtype": "float32", "backend": "numpy", "device": "cpu"}
     arguments = {"setting": here, "names": ["gptx generic"], "rows": [[2, 4, 3]]}
     with (tmp_path / "log").open("w") as log:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gptx.bench import PRESETS, grid, plots, worker
+from gptx.bench import PRESETS, grid, plots, total, worker
 from gptx.bench.worker import Events
 from tests.support.bench import BOTH, READ, parse, parse_table, run_in_process
 from tests.support.cli import error_lines, posix, run, start
@@ -134,6 +134,8 @@ def test_each_preset_ends_in_a_table(
     preset: str, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid, "count_cores", lambda: 3)
+    seconds = dict.fromkeys(("total", *total.PARTS), 1.0)
+    monkeypatch.setattr(total, "run_once", lambda *_: seconds)
     args = {
         "ablation": ("-t", "1", "-p", "2", "-n", "2"),
         "threads": ("-p", "2", "-n", "0", "--generic"),
@@ -157,13 +159,16 @@ def test_each_preset_ends_in_a_table(
 
 
 def test_a_preset_as_json(tiny: str) -> None:
-    done = run("bench", "-m", tiny, "--preset", "ablation", "-t", "1", "-r", "1", "-o", "json")
+    args = ("--preset", "ablation", "-t", "1", "-r", "1", "-p", "2", "-n", "2", "-o", "json")
+    done = run("bench", "-m", tiny, *args)
     records = parse(done.out, "json")
     assert all(record["same_tokens"] for record in records if "table" not in record["rung"])
 
 
-def test_plots(tiny: str, tmp_path: Path) -> None:
+def test_plots(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:1])
+    monkeypatch.setattr(plots, "PNG_DPI", 60)
     drawn = tmp_path / "new" / "drawn"
     done = run("bench", "-m", tiny, *READ, "-o", "jsonl", "--plot", str(drawn))
     assert done.code == 0
