@@ -28,7 +28,7 @@ COMMANDS = {
     "bench": "Measure the speed of models: reading a prompt (pp) and generating (tg).",
     "convert": "Convert a model from one file format to another.",
     "download": "Download models from the Hub, and verify downloaded ones.",
-    "generate": "Continue a prompt and print the text as it is generated.",
+    "generate": "Continue a prompt and print the text token by token.",
     "info": "Show the configuration, the tensors and the memory of a model.",
     "verify": "Compare two models: configuration, tensors and logits.",
 }

@@ -1,4 +1,4 @@
-"""`gptx generate`: the continuation of a prompt, printed as it is generated."""
+"""`gptx generate`: the continuation of a prompt, printed token by token."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def generate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Continue a prompt and print the text as it is generated.
+    """Continue a prompt and print the text token by token.
 
     PROMPT is text, or - to read it from standard input. The new text goes to standard output,
     without the prompt; statistics go to standard error.

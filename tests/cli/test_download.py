@@ -26,7 +26,7 @@ def test_a_folder_that_does_not_exist(command: tuple[str, ...]) -> None:
 def test_a_model_that_is_not_in_the_cache(tmp_path: Path) -> None:
     with start(
         "download",
-        "nobody/nothing",
+        "no-owner/no-model",
         HF_HOME=str(tmp_path),
         HF_HUB_OFFLINE="1",
         HF_HUB_CACHE=str(tmp_path),
@@ -34,12 +34,12 @@ def test_a_model_that_is_not_in_the_cache(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (66, b"")
     [line] = error_lines(err)
-    assert b"gptx download nobody/nothing" in line
+    assert b"gptx download no-owner/no-model" in line
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
 def test_offline(command: tuple[str, ...]) -> None:
-    done = run(*command, "nobody/nothing", "--offline")
+    done = run(*command, "no-owner/no-model", "--offline")
     assert (done.code, done.out) == (66, "")
     assert done.err.count("\n") == 1
-    assert "gptx download nobody/nothing" in done.err
+    assert "gptx download no-owner/no-model" in done.err

@@ -95,11 +95,11 @@ def test_json_has_every_field_of_the_result(shakespeare: Model) -> None:
 
 
 def test_stop_strings(shakespeare: Model) -> None:
-    whole = shakespeare.generate("ROMEO:", max_tokens=60).text
-    assert whole is not None
-    assert " of" in whole
+    text = shakespeare.generate("ROMEO:", max_tokens=60).text
+    assert text is not None
+    assert " of" in text
     done = run(*GENERATE, "-n", "60", "--stop", "zzz", "--stop", " of", "ROMEO:")
-    assert done.out == whole[: whole.find(" of")] + "\n"
+    assert done.out == text[: text.find(" of")] + "\n"
     assert "finish: stop" in done.err
 
 

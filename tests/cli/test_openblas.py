@@ -1,4 +1,4 @@
-"""The command line selects OpenBLAS's AVX-512 kernels where the processor has AVX-512."""
+"""Selection of OpenBLAS's AVX-512 kernels by the command line."""
 
 from __future__ import annotations
 

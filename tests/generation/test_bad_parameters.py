@@ -134,8 +134,8 @@ def test_parameters_are_checked_before_the_model_is_loaded() -> None:
 @pytest.mark.parametrize("top_k", [1025, 10**6, 10**30])
 def test_top_k_above_the_vocabulary_is_clamped(shakespeare: Model, top_k: int) -> None:
     options: Any = {"temperature": 1.0, "seed": 3, "max_tokens": 20}
-    whole = shakespeare.generate("O", top_k=1024, **options).tokens
-    assert shakespeare.generate("O", top_k=top_k, **options).tokens == whole
+    expected = shakespeare.generate("O", top_k=1024, **options).tokens
+    assert shakespeare.generate("O", top_k=top_k, **options).tokens == expected
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40, 1e-300])
