@@ -1,6 +1,6 @@
-"""Random weights of any GPT-2, the same bit for bit on every platform.
+"""Random weights of any GPT-2, bit for bit the same on every platform.
 
-Imports NumPy and `gptx.config` only.
+This module imports NumPy and `gptx.config` only.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from gptx.config import GPT2Config
 
-LOGIT_STD = 3.0  # standard deviation of the logits, about; trained GPT-2s have 2 to 5
+LOGIT_STD = 3.0  # approximate standard deviation of the logits; trained GPT-2s have 2 to 5
 EMBEDDING_STD = 0.4
-CHUNK_SIZE = 2**15  # float64 numbers; they stay in the cache of a core
+CHUNK_DRAWS = 2**15  # float64 numbers; they stay in the cache of a core
 
 
 def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -23,26 +23,26 @@ def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:
     The numbers are uniform, not normal: they need bits, a subtraction and a multiplication only.
     No version of NumPy and no platform's math library can change them, so golden logits hold.
 
-    The scales keep activations lively at any width and depth. What a layer adds to the residual
-    stream is scaled by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the
-    embeddings. The last layer norm gives the logits a standard deviation of about `LOGIT_STD`.
-    Half of its weights are negative: otherwise the tied head would favor the token just read, and
-    a greedy continuation would repeat one token forever.
+    The scales keep activations in a realistic range at any width and depth. The output of a layer
+    is scaled by 1/sqrt(2L), as in GPT-2's own initialization, to about the size of the embeddings.
+    The last layer norm gives the logits a standard deviation of about `LOGIT_STD`. Half of its
+    weights are negative: otherwise the tied head favors the last token, and a greedy continuation
+    repeats one token.
     """
     return dict(random_tensors(config, seed))
 
 
 def random_tensors(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and tensor of `random_weights` one at a time: the largest model has 6 GB."""
+    """Yield name and tensor of `random_weights` one by one: the largest model has 6 GB."""
     rng = np.random.Generator(np.random.Philox(seed))
-    chunk = np.empty(CHUNK_SIZE)
+    chunk = np.empty(CHUNK_DRAWS)
     for name, shape in config.tensor_shapes().items():
         mean, std = _mean_std(name, shape, config)
         tensor = np.empty(shape, np.float32)
         flat = tensor.reshape(-1)
         means = np.broadcast_to(mean, flat.shape)
-        for start in range(0, flat.size, CHUNK_SIZE):
-            stop = min(start + CHUNK_SIZE, flat.size)
+        for start in range(0, flat.size, CHUNK_DRAWS):
+            stop = min(start + CHUNK_DRAWS, flat.size)
             draw = chunk[: stop - start]
             rng.random(out=draw)
             draw -= 0.5
@@ -64,7 +64,7 @@ def _mean_std(
         return 1.0, 0.1
     if name.endswith(".bias"):
         return 0.0, 0.1
-    # 1.5: attention scores sharp enough not to average all positions, calm enough that the
-    # rounding of float32 does not grow from layer to layer
+    # With a gain of 1.5 attention selects positions, and rounding errors of float32 do not grow
+    # from layer to layer.
     gain = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.5
     return 0.0, gain / math.sqrt(shape[0])

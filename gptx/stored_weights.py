@@ -1,7 +1,7 @@
 """The weights of a model in its files: names, layouts, and the checks of both.
 
-The one reader of safetensors for `gptx.load` (through `gptx.weights`) and for conversions, so a
-fault has the same message everywhere. It reads headers; tensors are mapped or read on demand.
+`gptx.load` (through `gptx.weights`) and conversions share this reader, so a fault has one message.
+It reads headers; tensors are mapped or read on demand. `gptx.model_files` finds the files.
 
 Names are the Hub's without the prefix `transformer.` (`h.0.attn.c_attn.weight`), layouts are the
 Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one
@@ -157,7 +157,7 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
     Returns
     -------
     dict
-        Name -> tensor, in the order of the files.
+        Name -> tensor.
 
     Raises
     ------
@@ -222,20 +222,18 @@ def _matrix(names: list[str], parts: tuple[_Part, ...], how: Quantization) -> Sa
             raise WeightsError(f"tensor {name} has shape {list(part.shape)}, expected a matrix")
     for name, part in zip(names[1:], parts[1:], strict=True):
         if not part.is_float:
-            raise WeightsError(
-                f"tensor {name} is of type {part.entry.dtype}, expected a float type"
-            )
-    dtypes = (parts[0].entry.dtype, np.float32, np.float32)
-    blank = (
+            raise WeightsError(_no_float(name, part.entry.dtype))
+    float32 = np.dtype(np.float32)
+    weight, scales, offsets = (
         np.broadcast_to(np.zeros((), dtype), part.shape)  # takes no memory
-        for dtype, part in zip(dtypes, parts, strict=True)
+        for dtype, part in zip((parts[0].entry.dtype, float32, float32), parts, strict=True)
     )
     try:
-        n_out, n_in = QuantizedTensor(*blank, how.group_size, how.bits).shape
+        n_out, n_in = QuantizedTensor(weight, scales, offsets, how.group_size, how.bits).shape
     except WeightsError as error:
         raise WeightsError(f"tensor {names[0]} is not {how}: {error}") from None
     shape = (n_in, n_out) if is_linear_weight(names[0]) else (n_out, n_in)
-    return SafetensorsTensor(shape, np.dtype(np.float32), how, parts)
+    return SafetensorsTensor(shape, float32, how, parts)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -282,7 +280,10 @@ def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2C
                 "the weights do not fit the config"
             )
     if config.quantization and not quantized:
-        raise WeightsError(f"no tensor is quantized, but the config has {config.quantization}")
+        raise WeightsError(
+            f"no tensor is quantized, but the config has {config.quantization}: "
+            "fetch the model again"
+        )
 
 
 def _described(

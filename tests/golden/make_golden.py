@@ -1,19 +1,19 @@
-"""Compute the golden files beside this one with transformers, the independent reference.
+"""Compute the golden logits and texts with transformers, the independent reference.
 
-It needs torch and transformers and nothing of gptx but `gptx.config`:
+The environment needs torch, transformers and the sources of gptx:
 
     python -m venv /tmp/reference
     /tmp/reference/bin/pip install torch transformers
     PYTHONPATH=. /tmp/reference/bin/python tests/golden/make_golden.py [tinyshakespeare.txt]
 
-The text is also taken from $TINY_SHAKESPEARE; without either it is looked for in
-../shared/data/tinyshakespeare.txt, relative to the repository.
+Without an argument the text is $TINY_SHAKESPEARE, or ../shared/data/tinyshakespeare.txt relative
+to the repository.
 
 logits.npz
     For every case of `random_models.CASES`: `<case>.ids` [2, T], `<case>` logits [2, T, V] and
     `<case>.crc`, the checksum of the weights. The logits are computed in float64 and rounded to
-    float32 once, so they are the truth to half a unit in the last place; the float32 reference's
-    own error is printed beside.
+    float32 once, so they are exact to half a unit in the last place. The script prints the error
+    of the reference in float32.
 shakespeare_greedy.json
     The embedded model in float32: greedy continuations and the loss on the held-out text.
 """
@@ -41,7 +41,7 @@ from tests.support.random_models import CASES, checksum, random_ids  # noqa: E40
 
 MODEL = ROOT / "gptx" / "embedded" / "shakespeare"
 N_TOKENS = 100
-LEAST_MARGIN = 1e-3  # below it rounding could decide which token is the best
+MIN_MARGIN = 1e-3  # between the two best logits; below it, rounding could change the token
 
 PROMPTS = [
     "ROMEO:",
@@ -72,7 +72,7 @@ PROMPTS = [
 
 
 def reference(config: GPT2Config, weights: dict[str, np.ndarray]) -> transformers.GPT2LMHeadModel:
-    """Build transformers' model with these weights, in float32."""
+    """Make transformers' model with these weights, in float32."""
     hub = transformers.GPT2Config(**config.to_dict(), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(hub).eval()
     head = weights.get("lm_head.weight", weights["wte.weight"])
@@ -82,7 +82,7 @@ def reference(config: GPT2Config, weights: dict[str, np.ndarray]) -> transformer
 
 
 def golden_logits() -> dict[str, np.ndarray]:
-    """Compute the contents of logits.npz; print how noisy float32 is, and how large the logits."""
+    """Compute the contents of logits.npz; print the error of float32 and the size of logits."""
     arrays: dict[str, np.ndarray] = {}
     for name, config in CASES.items():
         weights = random_weights(config)
@@ -99,7 +99,7 @@ def golden_logits() -> dict[str, np.ndarray]:
 
 
 def greedy(model: transformers.GPT2LMHeadModel, ids: list[int]) -> tuple[list[int], float]:
-    """Continue `ids` by N_TOKENS, each step from scratch; also the smallest margin met."""
+    """Continue `ids` by N_TOKENS without a cache; return them and the smallest margin."""
     tokens: list[int] = []
     margin = math.inf
     for _ in range(N_TOKENS):
@@ -113,13 +113,13 @@ def greedy(model: transformers.GPT2LMHeadModel, ids: list[int]) -> tuple[list[in
 def golden_greedy(
     model: transformers.GPT2LMHeadModel, tokenizer: tokenizers.Tokenizer
 ) -> list[dict[str, object]]:
-    """Continue every prompt; refuse one whose continuation rounding could change."""
+    """Continue every prompt; exit if rounding could change a continuation."""
     results = []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).ids
         tokens, margin = greedy(model, ids)
         print(f"{len(ids):4} tokens, margin {margin:.4f}: {prompt[:40]!r}")
-        if margin < LEAST_MARGIN or model.config.eos_token_id in tokens:
+        if margin < MIN_MARGIN or model.config.eos_token_id in tokens:
             raise SystemExit(f"choose another prompt than {prompt!r}")
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         results.append(
@@ -138,7 +138,7 @@ HELDOUT_DEFINITION = (
 def heldout(
     model: transformers.GPT2LMHeadModel, tokenizer: tokenizers.Tokenizer, text: str
 ) -> dict[str, object]:
-    """Measure the loss on the last tenth of the text, as HELDOUT_DEFINITION says."""
+    """Measure the loss on the last tenth of the text, see HELDOUT_DEFINITION."""
     text = text[int(0.9 * len(text)) :]
     ids = torch.tensor(tokenizer.encode(text).ids)
     window = model.config.n_positions

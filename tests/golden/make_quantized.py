@@ -1,14 +1,14 @@
 """Quantize small random models with mlx-lm, the independent reference, and compute their logits.
 
-It needs mlx-lm and nothing of gptx but `gptx.config`:
+The environment needs mlx-lm and the sources of gptx:
 
     python -m venv /tmp/mlx-lm
     /tmp/mlx-lm/bin/pip install mlx-lm 'mlx[cpu]'
     PYTHONPATH=. /tmp/mlx-lm/bin/python tests/golden/make_quantized.py
 
 mlx-lm-int4/, mlx-lm-int8/
-    What mlx-lm writes (it quantizes the table of positions, too), and logits.npz: `ids` [1, T] and
-    `logits` [1, T, V], which mlx-lm computed in float32 from the files.
+    Files of mlx-lm, which quantizes the table of positions too, and logits.npz: `ids` [1, T] and
+    `logits` [1, T, V], which mlx-lm computed in float32 from those files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptx.random_weights import random_weights  # noqa: E402
 from tests.support.random_models import CASES, random_ids, write_model  # noqa: E402
 
 CONFIG = replace(CASES["355M"], n_layer=2)
-# bits, group size, the type of what is not quantized and of the scales
+# bits, group size, type of the floats and of the scales
 KINDS = [(4, 64, "float16"), (8, 32, "bfloat16")]
 
 

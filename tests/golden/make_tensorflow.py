@@ -1,15 +1,15 @@
 """Save a small random model with TensorFlow, the independent reference.
 
-It needs TensorFlow, and of gptx its sources alone:
+The environment needs TensorFlow and the sources of gptx:
 
     python -m venv /tmp/tensorflow
     /tmp/tensorflow/bin/pip install tensorflow-cpu
     PYTHONPATH=. /tmp/tensorflow/bin/python tests/golden/make_tensorflow.py
 
 tf-tiny/
-    model.ckpt: the model "tiny" of `random_models.py`, saved as OpenAI's code does, with a step and
-    with what Adam keeps of one tensor. sharded.ckpt: the same tensors in two files, as several
-    machines save them together. `checkpoint` names the first.
+    model.ckpt: the model "tiny" of `random_models.py`, saved as OpenAI's code does, with the number
+    of a step and one slot of Adam. sharded.ckpt: the same tensors in two files, as several machines
+    save them. `checkpoint` names the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLDER = HERE / "tf-tiny"
 
 
 def save(prefix: Path) -> None:
-    """One file, by the Saver of TensorFlow 1."""
+    """Write one file with the Saver of TensorFlow 1."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         kept = [
             tf.compat.v1.get_variable(name, initializer=array)
@@ -47,7 +47,7 @@ def save(prefix: Path) -> None:
 
 
 def save_sharded(prefix: Path) -> None:
-    """Two files: each part is saved alone, then they are merged."""
+    """Write two files: save the parts separately, then merge them."""
     items = sorted(variables(random_weights(CONFIG)).items())
     with tempfile.TemporaryDirectory() as parts:
         prefixes = []

@@ -1,18 +1,18 @@
-"""Save small random models with PyTorch as it was and is done, and some with nanoGPT itself.
+"""Save small random models with PyTorch, in old and new formats, and with nanoGPT.
 
-It needs torch, the model.py of nanoGPT (https://github.com/karpathy/nanoGPT), and nothing of gptx
-but `gptx.config`:
+The environment needs torch, the model.py of nanoGPT (https://github.com/karpathy/nanoGPT) and the
+sources of gptx:
 
     python -m venv /tmp/torch
     /tmp/torch/bin/pip install torch numpy
     PYTHONPATH=. /tmp/torch/bin/python tests/golden/make_torch.py /path/to/nanoGPT
 
 torch/*.bin
-    state_dicts of `random_weights(CONFIG)`, all tensors of the type that the name says; the
-    containers, protocols, views and wrappers that there are.
+    state_dicts of `random_weights(CONFIG)`, with the type of all tensors in the name, and the
+    container, protocol, views or wrappers.
 torch/*.pt, torch/*.npz
-    What train.py of nanoGPT saves after a step of its optimizer; and `ids` [1, T] with `logits`
-    [1, T, V], which nanoGPT computed from that.
+    Checkpoints of nanoGPT's train.py after one step of its optimizer; `ids` [1, T] and `logits`
+    [1, T, V], which nanoGPT computed from them.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ CONFIG = GPT2Config(
 
 
 def state_dict(dtype: torch.dtype, prefix: str = "transformer.") -> OrderedDict[str, Any]:
-    """As transformers has it: with masks, and a head that is the table of tokens."""
+    """Make a state_dict of transformers, with masks and a tied head."""
     found = OrderedDict()
     for name, array in random_weights(CONFIG).items():
         found[prefix + name] = torch.from_numpy(array).to(dtype)
     found[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
     found[f"{prefix}h.0.attn.masked_bias"] = torch.tensor(-1e4)
     found["lm_head.weight"] = found[f"{prefix}wte.weight"]
-    found._metadata = {"": {"version": 1}}  # every state_dict of a module has it
+    found._metadata = {"": {"version": 1}}  # as in every state_dict of a module
     return found
 
 
 def with_views(found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """The same numbers, in storages of another order and of more numbers."""
+    """Make tensors views of storages with another order or more numbers."""
     for name, x in found.items():
         if name.endswith("c_fc.weight"):
             found[name] = x.T.contiguous().T
@@ -66,19 +66,19 @@ def with_views(found: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
 
 
 def save(found: Any, name: str, **options: Any) -> None:
-    """One file."""
+    """Write one file."""
     torch.save(found, FOLDER / name, **options)
 
 
 def nanogpt(name: str, *, bias: bool, wrapped: bool) -> None:
-    """Train for one step, save, compute."""
+    """Train nanoGPT for one step, save it, and compute its logits."""
     from model import GPT, GPTConfig
 
     arguments = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": bias}
     arguments |= {"vocab_size": 23, "dropout": 0.0}
     torch.manual_seed(0)
     model = GPT(GPTConfig(**arguments))
-    for p in model.parameters():  # its own beginning is so small that any activation would do
+    for p in model.parameters():  # with its own small weights, any activation has equal logits
         torch.nn.init.normal_(p, std=0.7)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     ids = torch.from_numpy(random_ids(GPT2Config(vocab_size=23), 1, 16))
