@@ -125,7 +125,7 @@ def _run(args: Sequence[str] | None) -> int:
             error.show()  # the help of `gptx` without a command
             return error.exit_code
         command = getattr(getattr(error, "ctx", None), "command_path", "gptx")
-        _print_error(f"Error: {error.format_message()} (see {command} --help)")
+        _print_error(f"Error: {error.format_message().rstrip('.')} (see {command} --help)")
         return error.exit_code
     except GptxError as error:
         _print_error(f"Error: {error}")
