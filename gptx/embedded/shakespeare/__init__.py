@@ -1,1 +1,1 @@
-"""A small GPT-2 trained on tiny Shakespeare; README.md beside this file says how."""
+"""A small GPT-2 trained on tiny Shakespeare; README.md describes it."""
