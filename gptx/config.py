@@ -190,7 +190,7 @@ class GPT2Config:
         """
         if not isinstance(data, dict):
             raise ConfigError(f"the contents are a {type(data).__name__}, expected a JSON object")
-        _refuse_unsupported(data)
+        _check_supported(data)
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}
         given["quantization"] = _quantization(data)
@@ -238,7 +238,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _refuse_unsupported(data: dict[str, Any]) -> None:
+def _check_supported(data: dict[str, Any]) -> None:
     """Raise ConfigError for settings that change the result and are not supported.
 
     `reorder_and_upcast_attn` does not change it: it only makes a softmax of float16 accurate, and

@@ -1,6 +1,6 @@
 """Weights: from the files of a model to a tree of arrays on a backend.
 
-`load` goes the whole way: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
+`load` takes all steps: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
 `to_backend`. Names and layouts are described in `gptx.stored_weights`.
 """
 
@@ -138,7 +138,7 @@ def quantize_weights(
 def fingerprint(found: Mapping[str, Tensor]) -> str:
     """Return a checksum that differs between models of one shape.
 
-    It covers biases, norms and one row of each matrix; all of them would read the whole file.
+    It covers biases, norms and one row of each matrix, since more would read the whole file.
     """
     crc = 0
     for name in sorted(found):

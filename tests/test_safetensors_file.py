@@ -38,10 +38,10 @@ def read(tmp_path: Path) -> Callable[[bytes], dict[str, np.ndarray]]:
 
 
 @pytest.fixture
-def refuse(read: Any, tmp_path: Path) -> Callable[..., None]:
+def expect_error(read: Any, tmp_path: Path) -> Callable[..., None]:
     """A function that expects an error for such a file, in one line with its path."""
 
-    def refuse(data: bytes, expected: str = "") -> None:
+    def expect_error(data: bytes, expected: str = "") -> None:
         with pytest.raises(WeightsError) as caught:
             read(data)
         message = str(caught.value)
@@ -49,7 +49,7 @@ def refuse(read: Any, tmp_path: Path) -> Callable[..., None]:
         assert expected in message
         assert "\n" not in message
 
-    return refuse
+    return expect_error
 
 
 # Valid files
@@ -139,17 +139,17 @@ def test_metadata(tmp_path: Path, text: str, expected: dict[str, str]) -> None:
 # Damaged files
 
 
-def test_every_truncation_is_refused(tmp_path: Path, refuse: Any) -> None:
+def test_every_truncation_is_refused(tmp_path: Path, expect_error: Any) -> None:
     complete = weights_path(tmp_path / "micro").read_bytes()
     assert len(complete) < 3000
     for length in range(len(complete)):
-        refuse(complete[:length])
+        expect_error(complete[:length])
 
 
-def test_bytes_after_the_data_are_refused(read: Any, refuse: Any) -> None:
+def test_bytes_after_the_data_are_refused(read: Any, expect_error: Any) -> None:
     good = safetensors({"a": entry()}, DATA)
     assert list(read(good)) == ["a"]
-    refuse(good + b"\0")
+    expect_error(good + b"\0")
 
 
 GOOD = json.dumps({"a": entry()}).encode()
@@ -203,31 +203,31 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_damaged_files(refuse: Any, case: str) -> None:
-    refuse(BAD_FILES[case])
+def test_damaged_files(expect_error: Any, case: str) -> None:
+    expect_error(BAD_FILES[case])
 
 
 @pytest.mark.parametrize("second", [entry(), entry("I32", [1, 2]), entry("F16", [4])])
-def test_a_duplicate_name_is_refused(refuse: Any, second: dict[str, Any]) -> None:
+def test_a_duplicate_name_is_refused(expect_error: Any, second: dict[str, Any]) -> None:
     """The format forbids it, because readers differ in which of the two they take."""
     header = f'{{"a": {json.dumps(entry())}, "a": {json.dumps(second)}}}'
-    refuse(safetensors(header.encode(), DATA), "duplicate name")
+    expect_error(safetensors(header.encode(), DATA), "duplicate name")
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
-def test_types_that_are_not_supported(refuse: Any, dtype: str) -> None:
+def test_types_that_are_not_supported(expect_error: Any, dtype: str) -> None:
     expected = f"wte.weight is of type {dtype}, expected one of F64, F32"
-    refuse(safetensors({"wte.weight": entry(dtype, [8])}, DATA), expected)
+    expect_error(safetensors({"wte.weight": entry(dtype, [8])}, DATA), expected)
 
 
 @pytest.mark.parametrize("dtype", ["F31", "float32", "f32", ""])
-def test_types_that_do_not_exist(refuse: Any, dtype: str) -> None:
-    refuse(safetensors({"a": entry(dtype)}, DATA))
+def test_types_that_do_not_exist(expect_error: Any, dtype: str) -> None:
+    expect_error(safetensors({"a": entry(dtype)}, DATA))
 
 
 @pytest.mark.parametrize("name", ["a\nb", "x" * 5000, "\0"])
-def test_a_name_that_would_spoil_a_message_is_not_repeated(refuse: Any, name: str) -> None:
-    refuse(safetensors({name: entry()}, DATA), "a tensor with an invalid name")
+def test_a_name_that_would_spoil_a_message_is_not_repeated(expect_error: Any, name: str) -> None:
+    expect_error(safetensors({name: entry()}, DATA), "a tensor with an invalid name")
 
 
 def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
