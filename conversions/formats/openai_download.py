@@ -112,7 +112,7 @@ def _has_valid_host(url: str) -> bool:
 
 
 def _fill(folder: Path, url: str) -> None:
-    """Complete a folder; start again if what it holds does not fit."""
+    """Complete a folder; start again if its content does not fit."""
     resumed = any(folder.glob(DATA_FILES))
     try:
         try:
@@ -129,7 +129,7 @@ def _fill(folder: Path, url: str) -> None:
 
 
 def _complete(folder: Path, url: str) -> None:
-    """Download what a folder lacks, and verify all of it."""
+    """Download the missing files of a folder, and verify all files."""
     for name in SMALL_FILES:
         (folder / name).unlink(missing_ok=True)  # no index gives their sizes
         _receive(folder / name, f"{url}/{name}")

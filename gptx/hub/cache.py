@@ -30,7 +30,7 @@ class RepositoryCache:
     Attributes
     ----------
     root
-        Folder of the whole cache.
+        Folder of the cache.
     """
 
     def __init__(self, repository: str) -> None:
@@ -107,7 +107,7 @@ def _link_or_copy(source: Path, link: Path) -> None:
 
 @contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """Yield a new path beside `path`; what is written there then replaces `path`."""
+    """Yield a new path beside `path`; a file written there then replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

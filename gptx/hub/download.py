@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from huggingface_hub import constants, get_session
-from huggingface_hub.utils import hf_raise_for_status, tqdm
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in __all__
+    hf_raise_for_status,
+    tqdm,
+)
 
 from gptx._version import __version__
 from gptx.hub.errors import NotResumableError, is_connection_fault, status_of
@@ -23,14 +26,14 @@ MAX_WAIT_SECONDS = 8
 def download(
     url: str, path: Path, *, size: int | None = None, label: str = "", token: str | None = None
 ) -> None:
-    """Append to a partial file what it lacks, and flush it to the disk.
+    """Complete a partial file, and flush it to the disk.
 
     Parameters
     ----------
     url
         Redirects are followed; the token is not sent to other hosts.
     path
-        Partial file, or a file that does not exist. It keeps what arrived before an error.
+        Partial file, or a file that does not exist. After an error it keeps the bytes that arrived.
     size
         Expected size in bytes, None if unknown. It saves a request if the file is complete; the
         caller compares.
@@ -77,7 +80,7 @@ def _append(url: str, file: BinaryIO, size: int | None, label: str, token: str |
             raise NotResumableError(
                 f"{url} was interrupted, and its server does not resume downloads: try again"
             )
-        with tqdm(
+        with tqdm(  # type: ignore[no-untyped-call]
             desc=label, total=size, initial=begin, unit="B", unit_scale=True, disable=None
         ) as progress:
             for chunk in chunks:

@@ -19,7 +19,7 @@ from gptx.errors import (
     StorageError,
 )
 
-# huggingface_hub has used requests, httpx and httpx2, whose errors have no common base.
+# huggingface_hub has used requests, httpx and httpx2. Their errors have no common base.
 _HTTP_LIBRARIES = ("httpx", "httpcore", "h11", "requests", "urllib3")
 
 
@@ -42,23 +42,23 @@ def translated(repository: str, revision: str, filename: str) -> Iterator[None]:
         raise _translate(error, repository, f"{filename} of {repository}@{revision}") from error
 
 
-def no_such_file(what: str) -> NoSuchFileError:
+def no_such_file(subject: str) -> NoSuchFileError:
     """Make the error for a file that an existing revision lacks."""
     return NoSuchFileError(
-        f"{what} does not exist on {constants.ENDPOINT}: expected a GPT-2 with config.json and "
+        f"{subject} does not exist on {constants.ENDPOINT}: expected a GPT-2 with config.json and "
         "model.safetensors"
     )
 
 
-def wrong_content(what: str) -> IntegrityError:
-    """Make the error for a file whose hash or size is not the promised one."""
+def wrong_content(subject: str) -> IntegrityError:
+    """Make the error for a file with another hash or size than the promised one."""
     return IntegrityError(
-        f"{what} arrived with another hash or size than {constants.ENDPOINT} announced, and was "
+        f"{subject} arrived with another hash or size than {constants.ENDPOINT} announced, and was "
         "deleted: try again"
     )
 
 
-def _translate(error: Exception, repository: str, what: str) -> GptxError:
+def _translate(error: Exception, repository: str, subject: str) -> GptxError:
     hub = constants.ENDPOINT
     response = getattr(error, "response", None)
     status = status_of(error)
@@ -67,32 +67,32 @@ def _translate(error: Exception, repository: str, what: str) -> GptxError:
 
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFoundError(
-            f"{what} does not exist on {hub}: the repository lacks this revision, expected a "
+            f"{subject} does not exist on {hub}: the repository lacks this revision, expected a "
             "branch, a tag or a commit hash"
         )
     if isinstance(error, errors.RepositoryNotFoundError) and not gated:
         # Without a valid token, the Hub gives the same answer for a private and a missing one.
         remedy = "this token may not read it" if has_token else "needs a token: set HF_TOKEN"
         return NotFoundError(
-            f"{what} does not exist on {hub}: there is no such repository, or it is private and "
-            f"{remedy}"
+            f"{subject} does not exist on {hub}: the repository does not exist, or it is private "
+            f"and {remedy}"
         )
     if gated or status in (401, 403):
         how = "with this token" if has_token else "without a token"
         return AuthorizationError(
-            f"{hub} refuses {what} {how}: accept the terms at {hub}/{repository}, then set "
+            f"{hub} refuses {subject} {how}: accept the terms at {hub}/{repository}, then set "
             "HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, errors.EntryNotFoundError) or status in (404, 410):
-        return no_such_file(what)
+        return no_such_file(subject)
     if is_storage_fault(error):
         return StorageError(
-            f"cannot store {what} in {constants.HF_HUB_CACHE} ({error.strerror or error}): free "
+            f"cannot store {subject} in {constants.HF_HUB_CACHE} ({error.strerror or error}): free "
             "space there, or choose another folder with HF_HOME"
         )
     return HubUnavailableError(
-        f"{hub} did not deliver {what} ({reason(error)}): check the connection and try again, or "
-        "use a cached model offline"
+        f"{hub} did not deliver {subject} ({reason(error)}): check the connection and try again, "
+        "or use a cached model offline"
     )
 
 
@@ -122,7 +122,7 @@ def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
 
 
 def reason(error: Exception) -> str:
-    """Describe a connection error in a few words, without the token."""
+    """Describe a connection error briefly, without the token."""
     if (status := status_of(error)) is not None:
         return f"HTTP status {status}"
     text = " ".join(str(error).split())

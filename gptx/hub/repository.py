@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in __all__
+    validate_repo_id,
+)
 
 from gptx.errors import (
     GptxError,
@@ -43,7 +45,7 @@ _PATH_COMPONENT = re.compile(r"\w[\w.-]*")
 
 
 class FileMetadata(NamedTuple):
-    """Announcement of a file by the Hub."""
+    """Promise of the Hub about a file."""
 
     commit: str | None
     etag: str  # name of the blob: SHA-256 of the content, or SHA-1 of the git blob
@@ -132,7 +134,7 @@ class Repository:
     def write_ref(self) -> None:
         """Store the commit of the branch or tag in the cache.
 
-        The caller does this last: a ref leads only to a commit whose files are all cached.
+        The caller does this last: a ref leads only to a commit with all files cached.
         """
         if self._requested == self.revision or not self._hub_answered:
             return
@@ -171,7 +173,7 @@ class Repository:
         return self._cache.find(filename, self.revision)
 
     def _is_intact(self, path: Path, filename: str) -> bool:
-        """Hash a cached file. Without symlinks only the Hub knows the expected hash."""
+        """Compare a cached file with its hash, which a symlink or else the Hub gives."""
         if path.is_symlink():
             return matches(path, self._cache.etag(path), None)
         if self._offline or self._hub_error:
@@ -180,7 +182,7 @@ class Repository:
         return matches(path, metadata.etag, metadata.size)
 
     def _request_metadata(self, filename: str, attempts: int = METADATA_ATTEMPTS) -> FileMetadata:
-        """Request the announcement of a file: one HEAD request, repeated if it fails."""
+        """Request commit, hash and size of a file: one HEAD request, repeated if it fails."""
         if filename in self._metadata:
             return self._metadata[filename]
         try:
@@ -230,7 +232,7 @@ class Repository:
         return path
 
     def _fill(self, partial: Path, filename: str, metadata: FileMetadata) -> None:
-        """Complete a partial download; start again if what it holds does not fit."""
+        """Complete a partial download; start again if its content does not fit."""
         resumed = partial.exists()
         try:
             self._receive(partial, filename, metadata)

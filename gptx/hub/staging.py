@@ -18,8 +18,8 @@ _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 def staging(path: Path, lock_file: Path) -> Iterator[Path]:
     """Reserve a path beside `path` for a partial download; wait for other processes.
 
-    The caller publishes the download with `os.replace(partial, path)`. A partial download that is
-    left behind is what the next process resumes.
+    The caller publishes the download with `os.replace(partial, path)`. The next process resumes
+    a partial download that remains.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def staging(path: Path, lock_file: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, or what can be deleted of it."""
+    """Delete a file or a folder; ignore errors."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

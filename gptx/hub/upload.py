@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
-from huggingface_hub.utils import (
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in __all__
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
@@ -137,41 +137,41 @@ def _bars_only_on_a_terminal() -> Iterator[None]:
 
 
 @contextmanager
-def _translated(what: str, repository: str) -> Iterator[None]:
+def _translated(subject: str, repository: str) -> Iterator[None]:
     """Raise any exception as a gptx error about this upload."""
     try:
         yield
     except GptxError:
         raise
     except Exception as error:
-        raise _translate(error, what, repository) from error
+        raise _translate(error, subject, repository) from error
 
 
-def _translate(error: Exception, what: str, repository: str) -> GptxError:
+def _translate(error: Exception, subject: str, repository: str) -> GptxError:
     hub = constants.ENDPOINT
     origin = _origin(error)
     status = status_of(origin)
     if status in (401, 403):
         return AuthorizationError(
-            f"{hub} refuses the upload of {what} with this token (HTTP status {status}): run "
+            f"{hub} refuses the upload of {subject} with this token (HTTP status {status}): run "
             f"`hf auth login` with a token that has write access to {repository}"
         )
     if isinstance(origin, errors.RevisionNotFoundError):
         return NotFoundError(
-            f"{hub} refuses the upload of {what}: the branch does not exist, create it first"
+            f"{hub} refuses the upload of {subject}: the branch does not exist, create it first"
         )
     if isinstance(origin, errors.RepositoryNotFoundError):
         return NotFoundError(
-            f"{hub} refuses the upload of {what}: the repository does not exist, create it first"
+            f"{hub} refuses the upload of {subject}: the repository does not exist, create it first"
         )
     if is_storage_fault(origin):
         return StorageError(
-            f"cannot upload {what} ({origin.strerror or origin}): expected files that can be read"
+            f"cannot upload {subject} ({origin.strerror or origin}): expected readable files"
         )
     message = " ".join(str(getattr(origin, "server_message", None) or "").split())[:200]
     details = reason(origin) + (f": {message}" if message else "")
     return HubUnavailableError(
-        f"{hub} did not accept {what} ({details}): check the connection and try again"
+        f"{hub} did not accept {subject} ({details}): check the connection and try again"
     )
 
 

@@ -143,7 +143,15 @@ class TestRefusals:
             {"model": "org/pickles"},
             {"model": "org/bare"},
         )
-        check(repo, NotFoundError, "org/none", "main", "config.json", "no such repository", "token")
+        check(
+            repo,
+            NotFoundError,
+            "org/none",
+            "main",
+            "config.json",
+            "repository does not exist",
+            "token",
+        )
         check(revision, NotFoundError, "org/model", "v9", "revision")
         check(file, NotFoundError, "org/empty", "main", "config.json")
         check(pickles, NotFoundError, "pytorch_model.bin", "gptx convert")

@@ -49,7 +49,7 @@ def index(*shards: object) -> bytes:
 def hub_settings(url: str, home: Path, **variables: str) -> Iterator[None]:
     """Have huggingface_hub in this process use another Hub and another cache.
 
-    It reads its environment variables when it is imported; this replaces what it read.
+    It reads its environment variables when it is imported; this replaces the values.
     """
     variables = {"HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | variables
     template = variables["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
@@ -233,7 +233,7 @@ class Client:
         return results
 
     def wrong(self) -> list[str]:
-        """List published files whose content does not have the hash in their name."""
+        """List published files without the hash in their name."""
         return [
             str(path)
             for path in self.cache.glob("models--*/blobs/*")

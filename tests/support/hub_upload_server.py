@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         for part, (status, message) in hub.faults.items():
             if part in request:
                 return self._send(status, {"error": message})
-        if path.startswith("/lfs/"):  # the address alone authorizes the request
+        if path.startswith("/lfs/"):  # the address authorizes the request
             hub.objects[path.removeprefix("/lfs/")] = body
             return self._send(200, {})
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
