@@ -132,9 +132,9 @@ class SafetensorsTensor:
         if self.quantization is None:
             return get(self.parts[0])
         weight, scales, offsets = map(get, self.parts)
-        how = self.quantization
+        quantization = self.quantization
         return QuantizedTensor(
-            weight, _float32(scales), _float32(offsets), how.group_size, how.bits
+            weight, _float32(scales), _float32(offsets), quantization.group_size, quantization.bits
         )
 
 
@@ -189,7 +189,9 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
     return found
 
 
-def _assembled(parts: dict[str, _Part], how: Quantization | None) -> dict[str, SafetensorsTensor]:
+def _assembled(
+    parts: dict[str, _Part], quantization: Quantization | None
+) -> dict[str, SafetensorsTensor]:
     """Make one tensor of the three arrays of each quantized matrix."""
     quantized = {
         name.rpartition(".")[0]: None  # a set that keeps its order
@@ -200,14 +202,14 @@ def _assembled(parts: dict[str, _Part], how: Quantization | None) -> dict[str, S
     matrices: dict[str, SafetensorsTensor] = {}
     for layer in quantized:
         names = [f"{layer}.{kind}" for kind in ("weight", "scales", "biases")]
-        if how is None:
+        if quantization is None:
             raise WeightsError(
                 f'tensor {names[0]} is quantized, but config.json has no "quantization": '
                 "fetch config.json again"
             )
         if missing := [name for name in names if name not in parts]:
             raise WeightsError(f"{_names(missing)} missing: {layer} is incomplete")
-        matrices[names[0]] = _matrix(names, tuple(parts.pop(name) for name in names), how)
+        matrices[names[0]] = _matrix(names, tuple(parts.pop(name) for name in names), quantization)
     arrays = {
         name: SafetensorsTensor(part.shape, part.entry.dtype, None, (part,))
         for name, part in parts.items()
@@ -215,7 +217,9 @@ def _assembled(parts: dict[str, _Part], how: Quantization | None) -> dict[str, S
     return arrays | matrices
 
 
-def _matrix(names: list[str], parts: tuple[_Part, ...], how: Quantization) -> SafetensorsTensor:
+def _matrix(
+    names: list[str], parts: tuple[_Part, ...], quantization: Quantization
+) -> SafetensorsTensor:
     """Check the three arrays of a quantized matrix against each other."""
     for name, part in zip(names, parts, strict=True):
         if len(part.shape) != 2 or 0 in part.shape:
@@ -229,11 +233,13 @@ def _matrix(names: list[str], parts: tuple[_Part, ...], how: Quantization) -> Sa
         for dtype, part in zip((parts[0].entry.dtype, float32, float32), parts, strict=True)
     )
     try:
-        n_out, n_in = QuantizedTensor(weight, scales, offsets, how.group_size, how.bits).shape
+        n_out, n_in = QuantizedTensor(
+            weight, scales, offsets, quantization.group_size, quantization.bits
+        ).shape
     except WeightsError as error:
-        raise WeightsError(f"tensor {names[0]} is not {how}: {error}") from None
+        raise WeightsError(f"tensor {names[0]} is not {quantization}: {error}") from None
     shape = (n_in, n_out) if is_linear_weight(names[0]) else (n_out, n_in)
-    return SafetensorsTensor(shape, float32, how, parts)
+    return SafetensorsTensor(shape, float32, quantization, parts)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -266,12 +272,14 @@ def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2C
         raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
     quantized = False
     for name, expected_shape in expected.items():
-        shape, dtype, how = _described(name, found[name])
-        if how is not None:
+        shape, dtype, quantization = _described(name, found[name])
+        if quantization is not None:
             quantized = True
-            wanted = config.quantization if _may_be_quantized(name) else None
-            if how != wanted:
-                raise WeightsError(f"tensor {name} is {how}, expected {wanted or 'floats'}")
+            allowed = config.quantization if _may_be_quantized(name) else None
+            if quantization != allowed:
+                raise WeightsError(
+                    f"tensor {name} is {quantization}, expected {allowed or 'floats'}"
+                )
         elif not _is_float(dtype):
             raise WeightsError(_no_float(name, dtype))
         if shape != expected_shape:

@@ -100,7 +100,7 @@ def load_arrays(
 def quantize_weights(
     found: Mapping[str, Tensor],
     config: GPT2Config,
-    how: Quantization | None,
+    quantization: Quantization | None,
     threads: int | None = None,
 ) -> tuple[dict[str, Tensor], GPT2Config]:
     """Quantize every linear layer and table of tokens; positions, norms and biases stay floats.
@@ -108,7 +108,7 @@ def quantize_weights(
     Returns
     -------
     weights, config
-        The quantized weights and their config; unchanged if `how` is None or theirs already.
+        The quantized weights and their config; unchanged if `quantization` is None or the config's.
 
     Raises
     ------
@@ -117,11 +117,11 @@ def quantize_weights(
     WeightsError
         A weight is not finite.
     """
-    if how is None or how == config.quantization:
+    if quantization is None or quantization == config.quantization:
         return dict(found), config
     if config.quantization:
         raise ParameterError(
-            f"the weights are {config.quantization} already, {how} was requested: "
+            f"the weights are {config.quantization} already, {quantization} was requested: "
             "omit quantize, or take the model's float weights"
         )
     quantized: dict[str, Tensor] = {}
@@ -129,10 +129,12 @@ def quantize_weights(
         if isinstance(array, np.ndarray) and should_quantize(name):
             floats = widen_bfloat16(array)
             w = floats.T if is_linear_weight(name) else floats
-            quantized[name] = quantize(w, how.bits, how.group_size, name=name, threads=threads)
+            quantized[name] = quantize(
+                w, quantization.bits, quantization.group_size, name=name, threads=threads
+            )
         else:
             quantized[name] = array
-    return quantized, replace(config, quantization=how)
+    return quantized, replace(config, quantization=quantization)
 
 
 def fingerprint(found: Mapping[str, Tensor]) -> str:

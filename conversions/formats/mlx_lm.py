@@ -83,9 +83,11 @@ def write(
     write_config(checkpoint, folder, dtype)
 
 
-def _quantized(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
+def _quantized(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
     stored = {
-        name: replace(tensor, read=_QuantizingReader(name, tensor, how), quantization=how)
+        name: replace(
+            tensor, read=_QuantizingReader(name, tensor, quantization), quantization=quantization
+        )
         if should_quantize(name)
         else tensor
         for name, tensor in checkpoint.stored.items()
@@ -93,8 +95,10 @@ def _quantized(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
     for name, tensor in stored.items():
         if tensor.quantization:  # an error comes before the first write
             n_in = tensor.shape[0 if is_linear_weight(name) else 1]
-            check_group_size(n_in, how.group_size, name)
-    return replace(checkpoint, config=replace(checkpoint.config, quantization=how), stored=stored)
+            check_group_size(n_in, quantization.group_size, name)
+    return replace(
+        checkpoint, config=replace(checkpoint.config, quantization=quantization), stored=stored
+    )
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,12 @@ class _QuantizingReader:
 
     name: str
     floats: StoredTensor
-    how: Quantization
+    quantization: Quantization
 
     def __call__(self) -> QuantizedTensor:
         w = float_array(self.floats.read())
         w = w.T if is_linear_weight(self.name) else w
-        return quantize(w, self.how.bits, self.how.group_size, name=self.name)
+        return quantize(w, self.quantization.bits, self.quantization.group_size, name=self.name)
 
 
 def _file_tensors(name: str, tensor: StoredTensor, dtype: str | None) -> Iterator[FileTensor]:
@@ -117,12 +121,14 @@ def _file_tensors(name: str, tensor: StoredTensor, dtype: str | None) -> Iterato
     if tensor.quantization is None:
         yield FileTensor(f"model.{name}", shape, dtype or dtype_name(tensor.dtype))
         return
-    how = tensor.quantization
+    quantization = tensor.quantization
     layer = "model." + name.rpartition(".")[0]
     n_out, n_in = shape
-    yield FileTensor(f"{layer}.weight", (n_out, n_in * how.bits // 32), "uint32")
+    yield FileTensor(f"{layer}.weight", (n_out, n_in * quantization.bits // 32), "uint32")
     for part in ("scales", "biases"):
-        yield FileTensor(f"{layer}.{part}", (n_out, n_in // how.group_size), dtype or "float32")
+        yield FileTensor(
+            f"{layer}.{part}", (n_out, n_in // quantization.group_size), dtype or "float32"
+        )
 
 
 def _arrays(name: str, tensor: Array | QuantizedTensor) -> tuple[Array, ...]:
