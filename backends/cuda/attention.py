@@ -82,21 +82,27 @@ class AttentionOp:
 
     def launch(self, qkv: Array, out: Array, workspace: Workspace) -> None:
         """Write keys and values of qkv [B·T, 3C] to the cache, and attend: out [B·T, C]."""
-        B, T, H = workspace.B, workspace.T, np.int32(self.n_head)
-        dependent, scale = workspace.dependent_launch, np.float32(self.scale)
         layer = np.int32(self.layer), np.int32(self.n_layer)
-        cache = workspace.caches, *layer, workspace.index
-        if T == 1:
-            attend = kernel("attention_decode.cu", "attention_decode", self.variant)
-            grid = workspace.layout.n_splits, self.n_head, B
-            scratch = workspace.partial, workspace.arrived
-            args = (qkv, *cache, scale, *scratch, out, H)
-            attend(grid, DECODE_BLOCK, *args, dependent=dependent)
-            return
+        inputs = qkv, workspace.caches, *layer, workspace.index
+        if workspace.T == 1:
+            self._launch_decode(inputs, out, workspace)
+        else:
+            self._launch_prefill(inputs, out, workspace)
+
+    def _launch_decode(self, inputs: tuple[Any, ...], out: Array, workspace: Workspace) -> None:
+        attend = kernel("attention_decode.cu", "attention_decode", self.variant)
+        grid = workspace.layout.n_splits, self.n_head, workspace.B
+        scratch = workspace.partial, workspace.arrived
+        args = (*inputs, np.float32(self.scale), *scratch, out, np.int32(self.n_head))
+        attend(grid, DECODE_BLOCK, *args, dependent=workspace.dependent_launch)
+
+    def _launch_prefill(self, inputs: tuple[Any, ...], out: Array, workspace: Workspace) -> None:
+        B, T, dependent = workspace.B, workspace.T, workspace.dependent_launch
+        sizes = np.int32(T), np.int32(self.n_head)
         update = kernel("attention_prefill.cu", "update_kv", self.variant)
-        update((B * T,), UPDATE_BLOCK, qkv, *cache, np.int32(T), H, dependent=dependent)
+        update((B * T,), UPDATE_BLOCK, *inputs, *sizes, dependent=dependent)
         attend = kernel("attention_prefill.cu", "attention_prefill", self.variant)
         threads, shared_bytes = prefill_block(self.variant)
         grid = self.n_head, -(-T // PREFILL_TILE), B
-        args = (qkv, *cache, scale, out, np.int32(T), H)
+        args = (*inputs, np.float32(self.scale), out, *sizes)
         attend(grid, (threads,), *args, shared_bytes=shared_bytes, dependent=dependent)

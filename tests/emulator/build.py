@@ -1,4 +1,4 @@
-"""Compile CUDA kernels for the CPU, by g++ alone (g++ path) or by NVRTC and g++ (PTX path).
+"""Compile CUDA kernels for the CPU, by g++ (g++ path) or by NVRTC and g++ (PTX path).
 
     module = compile_module(["gemv.cu"], {"REAL": "bf16_t", "BITS": "0"})
     module.launch("gemv_1", (4, 1, 1), (128, 1, 1), [x, weight, None, np.int32(8)], 1024)
