@@ -1,1 +1,1 @@
-"""The NumPy backend: the CPU, with BLAS threads and with compiled kernels."""
+"""The NumPy backend: ops on BLAS threads, and a compiled forward pass by Numba."""

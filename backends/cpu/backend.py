@@ -1,8 +1,8 @@
-"""NumPy: the CPU, with BLAS threads, and with compiled kernels where Numba is installed.
+"""The NumPy backend: NumPy ops on BLAS threads, and compiled kernels if Numba is installed.
 
-At one token a step the products wait for memory and everything else is call overhead, so these ops
-work in place and in few calls. With Numba the whole forward pass is one call (`numpy_step.py`), and
-quantized weights stay as they are.
+With one token a step, products are bound by memory bandwidth and the rest is call overhead, so
+these ops work in place and in few calls. With Numba the whole forward pass is one call
+(`compiled.py`), and quantized weights stay quantized (`quantized.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.base import Backend
-from gptx.backends.cpu.memory import Pool, aligned
+from gptx.backends.cpu.memory import Pool, allocate_aligned
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError
@@ -26,50 +26,44 @@ Array = np.ndarray
 
 
 class NumpyBackend(Backend):
-    """NumPy's own arrays. Memory-mapped float32 weights are used where they lie."""
+    """NumPy arrays. Memory-mapped float32 weights are used without a copy."""
 
     name = "numpy"
     has_threads = True
-    dtypes = ("float32", "float64")  # NumPy's float16 is emulated one number at a time
+    dtypes = ("float32", "float64")  # NumPy emulates float16, one number at a time
 
     def __init__(self, **options: Any) -> None:
         if options.get("device") not in (None, "cpu"):
             raise BackendError(
-                f"device is {options['device']!r}, the numpy backend has 'cpu' alone"
+                f"device is {options['device']!r}, expected 'cpu' for the numpy backend"
             )
         super().__init__(np, **options)
-        self._has_codes = False
+        self._has_quantized_weights = False
         self._weights = Pool()
 
-    def _kernels(self) -> ModuleType | None:
-        """The compiled forward pass; None without Numba."""
-        try:
-            return importlib.import_module("gptx.backends.cpu.compiled")
-        except ImportError:
-            return None
-
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
-        wanted = self.dtype == "float32" and (self.compiles or self._has_codes)
-        if wanted and (kernels := self._kernels()):
+        # Quantized weights have imported Numba, whose start is most of the cost of compiling.
+        worthwhile = self.compiles or self._has_quantized_weights
+        if self.dtype == "float32" and worthwhile and (compiled := _import_if_numba("compiled")):
             try:
-                return kernels.CompiledForward(forward, model, self.threads)
-            except UnsupportedOp:  # a forward pass of someone's own
+                return compiled.CompiledForward(forward, model, self.threads)
+            except UnsupportedOp:  # the forward pass is not GPT-2's
                 pass
         return super().compile(forward, model)
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
-        if self.dtype == "float32" and (kernels := self._kernels()):
-            self._has_codes = True  # and Numba is there, which is what makes compiling slow
-            return kernels.QuantizedWeight(q, self._weights)
+        if self.dtype == "float32" and (quantized := _import_if_numba("quantized")):
+            self._has_quantized_weights = True
+            return quantized.QuantizedWeight(q, self._weights)
         return super().pack_quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:
-        return super().embed(ids, table) if isinstance(table, Array) else table.rows(ids)
+        return super().embed(ids, table) if isinstance(table, Array) else table.take_rows(ids)
 
     def unembed(self, x: Array, table: Any) -> Array:
         if isinstance(table, Array):
             return super().unembed(x, table)
-        return table.product(x, None, self.threads)
+        return table.multiply(x, None, self.threads)
 
     def asarray(self, host: Array, dtype: str | None = None) -> Array:
         return np.asarray(
@@ -80,12 +74,12 @@ class NumpyBackend(Backend):
         return x
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        return aligned(shape, dtype or self.dtype, np.zeros)
+        return allocate_aligned(shape, dtype or self.dtype, np.zeros)
 
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):
-            return weight.product(x, bias, self.threads)
-        if len(x) > 1:  # one product over all rows, where NumPy would loop over B
+            return weight.multiply(x, bias, self.threads)
+        if len(x) > 1:  # one GEMM over all rows; NumPy would loop over B
             y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
         else:
             y = x @ weight
@@ -128,15 +122,23 @@ class NumpyBackend(Backend):
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
         B, H, T, D = q.shape
         scores = (q * scale) @ k.swapaxes(-1, -2)
-        if T > 1 or not positions.aligned:  # a single aligned token sees all there is
+        if T > 1 or not positions.aligned:  # a single aligned token attends to all positions
             hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]
             np.copyto(scores, -math.inf, where=hidden)
         heads = _softmax(scores) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D)
 
 
+def _import_if_numba(module: str) -> ModuleType | None:
+    """Import a module of this package that needs Numba; None if Numba is not installed."""
+    try:
+        return importlib.import_module(f"gptx.backends.cpu.{module}")
+    except ImportError:
+        return None
+
+
 def _softmax(x: Array) -> Array:
-    """Softmax over the last axis, in place."""
+    """Return the softmax over the last axis, computed in place."""
     x -= np.maximum.reduce(x, axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= np.add.reduce(x, axis=-1, keepdims=True)

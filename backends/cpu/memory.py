@@ -1,4 +1,4 @@
-"""Where the NumPy backend's arrays lie: at the beginning of a cache line, and on large pages."""
+"""Allocation at the beginning of a cache line, and on large pages."""
 
 from __future__ import annotations
 
@@ -11,38 +11,46 @@ import numpy as np
 
 Array = np.ndarray
 
-CACHE_LINE = 64  # bytes, of all the processors that have vectors of so many
-PIECE = 2**26  # bytes that a pool asks for at once
+CACHE_LINE_BYTES = 64  # also the size of a vector of AVX-512
+POOL_CHUNK_BYTES = 2**26  # allocated by a pool at once
 
 
-def aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Array] = np.empty) -> Array:
-    """A new array that begins where a cache line does, so that no vector lies across two."""
+def allocate_aligned(
+    shape: tuple[int, ...], dtype: Any, allocate: Callable[..., Array] = np.empty
+) -> Array:
+    """Allocate an array at the beginning of a cache line, so that no vector spans two lines.
+
+    Parameters
+    ----------
+    allocate
+        `np.empty` or `np.zeros`.
+    """
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = make(n_bytes + CACHE_LINE, np.uint8)
-    first = -room.ctypes.data % CACHE_LINE
-    return room[first : first + n_bytes].view(dtype).reshape(shape)
+    memory = allocate(n_bytes + CACHE_LINE_BYTES, np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE_BYTES
+    return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 class Pool:
-    """Many arrays in a few large pieces of memory.
+    """Arrays in a few large chunks of memory.
 
-    For large pieces NumPy asks Linux for pages of 2 MB. With those of 4 KB a product that reads its
-    weights once spends a quarter of its time on finding out where the next page is. A piece goes
-    back when the last of its arrays does, but for the newest, which the pool holds.
+    For large chunks NumPy requests pages of 2 MB from Linux. With pages of 4 KB a GEMV spends a
+    quarter of its time on address translation. A chunk is freed with the last of its arrays, except
+    the newest chunk, which the pool keeps.
     """
 
     def __init__(self) -> None:
-        self._left = np.empty(0, np.uint8)
+        self._free = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
-    def array(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array that begins where a cache line does."""
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Allocate an array at the beginning of a cache line."""
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        taken = -(-n_bytes // CACHE_LINE) * CACHE_LINE
-        if taken >= PIECE:  # large enough by itself
-            return aligned(shape, dtype)
+        padded = -(-n_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        if padded >= POOL_CHUNK_BYTES:  # large enough for a separate chunk
+            return allocate_aligned(shape, dtype)
         with self._lock:
-            if taken > self._left.size:
-                self._left = aligned((PIECE,), np.uint8)
-            here, self._left = self._left[:n_bytes], self._left[taken:]
-        return here.view(dtype).reshape(shape)
+            if padded > self._free.size:
+                self._free = allocate_aligned((POOL_CHUNK_BYTES,), np.uint8)
+            memory, self._free = self._free[:n_bytes], self._free[padded:]
+        return memory.view(dtype).reshape(shape)

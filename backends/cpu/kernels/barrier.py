@@ -1,9 +1,10 @@
-"""A barrier for the NumPy backend's kernels: threads wait for each other within a parallel region.
+"""Shares of the threads of one parallel region, and a barrier between its stages.
 
-A region of its own for each stage takes 2 microseconds longer; and whoever waits here lets other
-processes have the processor, as OpenMP's threads do not. But a barrier waits forever for a thread
-that never comes, and whether there are as many as were asked for is up to Numba's threading layer
-and its settings: so they count themselves first.
+A separate parallel region for each stage takes 2 microseconds longer. A thread that waits here
+yields the processor to other processes, as OpenMP's threads do not.
+
+A barrier never returns if a thread is missing, and Numba's threading layer and its settings may
+start fewer threads than requested. Therefore the threads count themselves first.
 """
 
 from __future__ import annotations
@@ -15,53 +16,67 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.kernels.compilation import (
+    I32,
+    I64,
+    call,
+    compiled,
+    element_pointer,
+    to_int64,
+)
 from gptx.backends.cpu.kernels.cpu_features import ARM, X86
-from gptx.backends.cpu.kernels.simd import I32, call, compiled, int64, pointer
 
-I64 = ir.IntType(64)
-SPINS = 2000  # looks at the counter, before the processor is offered to others at each
-PATIENCE = 20_000  # looks until a thread that has not begun is given up
-NEVER = -(2**40)  # a counter that stays negative, whoever else comes
+SPINS_BEFORE_YIELD = 2000  # reads of the counter
+MAX_START_READS = 20_000  # reads of the counter until a thread that has not started is given up
+ABANDONED = -(2**40)  # a counter that stays negative when late threads add to it
+
+
+@compiled
+def split_range(n: int, thread: int, threads: int) -> tuple[int, int]:
+    """Return the begin and end of a thread's share of range(n)."""
+    return n * thread // threads, n * (thread + 1) // threads
 
 
 @intrinsic
-def _add(context: Any, array: Any, i: Any, n: Any) -> Any:
-    """array[i] + n, of int64, after array[i] was made that; all at once."""
+def _add_and_fetch(context: Any, array: Any, i: Any, n: Any) -> Any:
+    """Add n to array[i], int64, atomically, and return the sum."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        n = int64(context, builder, args[2], sig.args[2])
-        before = builder.atomic_rmw("add", pointer(context, builder, sig.args, args), n, "acq_rel")
+        n = to_int64(context, builder, args[2], sig.args[2])
+        pointer = element_pointer(context, builder, sig.args, args)
+        before = builder.atomic_rmw("add", pointer, n, "acq_rel")
         return builder.add(before, n)
 
     return types.int64(array, i, n), generate
 
 
 @intrinsic
-def _look(context: Any, array: Any, i: Any) -> Any:
-    """array[i], of int64, as another thread has left it; and all that it did before."""
+def _load_acquire(context: Any, array: Any, i: Any) -> Any:
+    """Return array[i], int64; earlier writes of the thread that set it are visible."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(context, builder, sig.args, args), "acquire", 8)
+        pointer = element_pointer(context, builder, sig.args, args)
+        return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(array, i), generate
 
 
 @intrinsic
-def _give_up(context: Any, array: Any, i: Any, here: Any) -> Any:
-    """Let array[i] be NEVER if it is `here` still, and say whether it was; all at once."""
+def _abandon(context: Any, array: Any, i: Any, expected: Any) -> Any:
+    """Set array[i] to ABANDONED atomically if it is `expected`; return True if it was."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        here = int64(context, builder, args[2], sig.args[2])
-        place = pointer(context, builder, sig.args, args)
-        both = builder.cmpxchg(place, here, I64(NEVER), "acq_rel", "acquire")
+        expected = to_int64(context, builder, args[2], sig.args[2])
+        pointer = element_pointer(context, builder, sig.args, args)
+        both = builder.cmpxchg(pointer, expected, I64(ABANDONED), "acq_rel", "acquire")
         return builder.extract_value(both, 1)
 
-    return types.boolean(array, i, here), generate
+    return types.boolean(array, i, expected), generate
 
 
 @intrinsic
 def _pause(context: Any) -> Any:
-    """Let the processor know that this waits in a loop."""
+    """Hint to the processor that this is a spin loop."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if X86:
@@ -75,7 +90,7 @@ def _pause(context: Any) -> Any:
 
 @intrinsic
 def _yield(context: Any) -> Any:
-    """Offer the processor to whoever else wants it."""
+    """Yield the processor to another thread."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if sys.platform != "win32":
@@ -86,31 +101,31 @@ def _yield(context: Any) -> Any:
 
 
 @compiled
-def _wait(looks: int) -> None:
-    if looks < SPINS:
+def _pause_or_yield(reads: int) -> None:
+    if reads < SPINS_BEFORE_YIELD:
         _pause()
     else:
         _yield()
 
 
 @compiled
-def all_begin(counter: Any, threads: int) -> bool:
-    """Whether so many threads have called this, at about the same time, for a counter [1] of 0."""
-    here, looks = _add(counter, 0, 1), 0
-    while 0 < here < threads:
-        _wait(looks)
-        looks += 1
-        if looks == PATIENCE and not _give_up(counter, 0, here):
-            looks = 0  # another one came
-        here = _look(counter, 0)
-    return here >= threads
+def all_threads_start(counter: Any, threads: int) -> bool:
+    """Return True if all threads call this at about the same time, with a counter [1] of 0."""
+    count, reads = _add_and_fetch(counter, 0, 1), 0
+    while 0 < count < threads:
+        _pause_or_yield(reads)
+        reads += 1
+        if reads == MAX_START_READS and not _abandon(counter, 0, count):
+            reads = 0  # one more thread has started
+        count = _load_acquire(counter, 0)
+    return count >= threads
 
 
 @compiled
-def meet(counter: Any, goal: int) -> None:
-    """Wait until the counter is `goal`: as many more as there are threads, each time."""
-    here, looks = _add(counter, 0, 1), 0
-    while here < goal:
-        _wait(looks)
-        looks += 1
-        here = _look(counter, 0)
+def wait_at_barrier(counter: Any, target: int) -> None:
+    """Add 1 to the counter and wait until it is `target`; the next target is `threads` higher."""
+    count, reads = _add_and_fetch(counter, 0, 1), 0
+    while count < target:
+        _pause_or_yield(reads)
+        reads += 1
+        count = _load_acquire(counter, 0)

@@ -1,4 +1,4 @@
-"""What the processor can do that Numba compiles for."""
+"""Features of the processor that Numba compiles for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
 
 
-def has(feature: str) -> bool:
-    """Whether Numba compiles for a processor with this feature, under LLVM's name: that of this
-    machine, unless Numba's settings name another."""
-    found = config.CPU_FEATURES
-    found = codegen.get_host_cpu_features() if found is None else found
-    return f"+{feature}" in found.split(",")
+def has_feature(name: str) -> bool:
+    """Return True if Numba compiles for a processor with this feature (LLVM's name).
+
+    The processor is that of this machine unless Numba's settings name another one.
+    """
+    features = config.CPU_FEATURES
+    features = codegen.get_host_cpu_features() if features is None else features
+    return f"+{name}" in features.split(",")
 
 
-# Whether float16 is converted in registers; else LLVM would call a function that Numba has not.
-HALF = ARM or has("f16c")
+# Conversion of float16 in registers. LLVM would else call a function that Numba does not link.
+HAS_FLOAT16 = ARM or has_feature("f16c")
+HAS_VNNI = has_feature("avx512vnni")
+HAS_AMX = has_feature("amx-int8") and has_feature("amx-bf16")

@@ -1,7 +1,7 @@
-"""Rows of floats as whole numbers of 24 bits, cut into three bytes, for units that multiply bytes.
+"""Rows of floats as 24-bit integers, each split into three bytes, for units that multiply bytes.
 
-A row has one factor, and so hardly anything is lost that float32 would have kept: half a unit of
-2**-23 of its largest number.
+A row has one factor. The rounding error is at most 2**-24 of the row's largest magnitude, so
+hardly anything is lost that float32 would keep.
 """
 
 from __future__ import annotations
@@ -13,66 +13,67 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.kernels.compilation import I8, compiled, element_pointer, to_int64
 from gptx.backends.cpu.kernels.simd import (
-    I8,
     INTS,
     LANES,
-    compiled,
-    int64,
-    largest,
     load,
+    max_lanes,
     maximum,
-    pointer,
     splat,
-    total,
+    sum_lanes,
 )
 
-PARTS = 3  # bytes to a number
-LARGEST = np.float32(127 * 2**16)  # three digits of -128 to 127 hold it, and what rounds to above
+DIGITS = 3  # bytes to an integer
+MAX_INTEGER = np.float32(127 * 2**16)  # fits three digits of -128 to 127, also if rounded up
 
 
 @intrinsic
-def digits(context: Any, array: Any, i: Any, step: Any, x: Any, bits: Any) -> Any:
-    """Whole numbers x as three bytes each, x = a + 256 b + 65536 c with -128 <= a, b, c < 128, to
-    array[i : i + 16] and on by `step`; for codes of 4 bits even ones of 8 before odd ones."""
+def store_digits(context: Any, array: Any, i: Any, stride: Any, x: Any, bits: Any) -> Any:
+    """Store 16 integers x, as floats, as three digits of one byte each.
+
+    The digits a, b, c of x = a + 256 b + 65536 c, with -128 <= a, b, c < 128, go to 16 bytes each
+    from array[i], array[i + stride] and array[i + 2 * stride] on. For weights of 4 bits the even
+    ones of eight integers precede the odd ones, as in `nibbles_as_bytes`.
+    """
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         def constant(value: int) -> Any:
             return ir.Constant(INTS, [value] * LANES)
 
         order = [8 * (n // 8) + n % 4 * 2 + n % 8 // 4 for n in range(LANES)]
-        step = int64(context, builder, args[2], sig.args[2])
+        stride = to_int64(context, builder, args[2], sig.args[2])
         even_first = builder.icmp_signed("==", args[4], ir.Constant(args[4].type, 4))
-        place = pointer(context, builder, sig.args, args)
-        # With 128 more in each digit none is negative, and they are the bytes; a byte whose upper
-        # bit is turned over is 128 less again.
+        pointer = element_pointer(context, builder, sig.args, args)
+        # Add 128 to each digit: none is negative, and the digits are the bytes of the sum. A flip
+        # of a byte's highest bit then subtracts 128 again.
         middle = constant(0x808080)
-        whole = builder.xor(builder.add(builder.fptosi(args[3], INTS), middle), middle)
-        mixed = builder.shuffle_vector(whole, whole, ir.Constant(INTS, order))
-        whole = builder.select(even_first, mixed, whole)
-        for part in range(PARTS):
-            digit = builder.lshr(whole, constant(8 * part))
+        digits = builder.xor(builder.add(builder.fptosi(args[3], INTS), middle), middle)
+        permuted = builder.shuffle_vector(digits, digits, ir.Constant(INTS, order))
+        digits = builder.select(even_first, permuted, digits)
+        for n in range(DIGITS):
+            digit = builder.lshr(digits, constant(8 * n))
             values = builder.trunc(digit, ir.VectorType(I8, LANES))
-            builder.store(values, builder.bitcast(place, values.type.as_pointer()), align=1)
-            place = builder.gep(place, [step])
+            builder.store(values, builder.bitcast(pointer, values.type.as_pointer()), align=1)
+            pointer = builder.gep(pointer, [stride])
         return context.get_dummy_value()
 
-    return types.void(array, i, step, x, bits), generate
+    return types.void(array, i, stride, x, bits), generate
 
 
 @compiled
-def measure(row: Any, n_in: int, group: int, sums: Any, step: int) -> tuple[Any, Any]:
-    """The factor of a row [I] and the inverse of it; sums[g * step] gets the sum of group g."""
-    most, everything = splat(0.0), splat(0.0)
-    for g in range(n_in // group):
-        sum_of_group = splat(0.0)
-        for k in range(g * group, (g + 1) * group, LANES):
+def measure_row(row: Any, n_in: int, group_size: int, sums: Any, stride: int) -> tuple[Any, Any]:
+    """Return a row's factor and its inverse; set sums[g * stride] to the sum of group g."""
+    highest, group_sums = splat(0.0), splat(0.0)
+    for g in range(n_in // group_size):
+        group_sum = splat(0.0)
+        for k in range(g * group_size, (g + 1) * group_size, LANES):
             value = load(row, k)
-            most = maximum(most, maximum(value, splat(0.0) - value))
-            sum_of_group += value
-        sums[g * step] = total(sum_of_group)
-        everything += sum_of_group
-    size = largest(most)
-    # A NaN, which a maximum may not see, makes the factor one.
-    factor = size / LARGEST + np.float32(0) * total(everything)
-    return factor, LARGEST / size if size > 0 else np.float32(0)
+            highest = maximum(highest, maximum(value, splat(0.0) - value))
+            group_sum += value
+        sums[g * stride] = sum_lanes(group_sum)
+        group_sums += group_sum
+    magnitude = max_lanes(highest)
+    # `maximum` may drop a NaN; the sum keeps it, and makes the factor NaN.
+    factor = magnitude / MAX_INTEGER + np.float32(0) * sum_lanes(group_sums)
+    return factor, MAX_INTEGER / magnitude if magnitude > 0 else np.float32(0)

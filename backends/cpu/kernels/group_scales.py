@@ -1,14 +1,15 @@
-"""Scale and offset of each group of quantized weights, as the NumPy backend's kernels read them.
+"""Scale and offset of each group of quantized weights, encoded for the kernels.
 
-Those of a group of 16 outputs lie side by side: as floats, 16 scales and 16 offsets; or, since
-`mx.quantize` and those who do as it does make an offset a whole number of scales, as 16 words
-that hold a scale and that number. This saves a tenth of what is read with codes of 4 bits, and a
-twentieth with 8. Files whose scales and offsets were rounded to 16 bits stay with floats.
+A record holds those of one group of 16 outputs side by side: 16 float scales and 16 float offsets,
+or 16 words. A word holds a scale and the offset as a whole number of scales, since `mx.quantize`
+and compatible quantizers make the offset a multiple of the scale. Words reduce the memory traffic
+by a tenth with 4 bits to a weight, and by a twentieth with 8. Files whose scales and offsets were
+rounded to 16 bits keep floats.
 
-A word is, from above: the scale's sign, 5 bits of its exponent, its fraction, and the number of
-scales that are subtracted, which can be as large as a code and has as many bits. For codes of 4
-bits a fraction has 22, one less than float32's. For 8 it has 18, and a weight is off by a part in
-500,000 at most: a thousandth of what quantizing took from it.
+The bits of a word, from the highest: the scale's sign, 5 bits of its exponent, its fraction, and
+the number of scales to subtract, in as many bits as a quantized value. With 4 bits the fraction
+has 22 bits, one less than float32's. With 8 it has 18: a weight is off by at most a part in
+500,000, a thousandth of the quantization error.
 """
 
 from __future__ import annotations
@@ -20,112 +21,107 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.kernels.compilation import I32, compiled
 from gptx.backends.cpu.kernels.simd import (
-    AHEAD,
     FLOATS,
-    I32,
     INTS,
     LANES,
-    compiled,
-    filled,
+    PREFETCH_BYTES,
+    fill_lanes,
     floats,
     load,
-    prefetch_once,
+    prefetch_l2,
     splat,
 )
 
 Array = np.ndarray
 
-SHIFT = 3  # a word's exponent begins at its bit 26, float32's at 23
-LOWEST = 103  # the exponent, as float32 writes it, that is written as 0: of 2**-24
-CLOSE = 2.0**-21  # relative: an offset is rounded, and so is the scale that it is divided by
+EXPONENT_SHIFT = 3  # a word's exponent begins at bit 26, float32's at 23
+MIN_EXPONENT = 103  # float32's biased exponent of 2**-24, which a word encodes as 0
+MAX_OFFSET_ERROR = 2.0**-21  # relative: the offset and the scale that divides it are rounded
 
 
-def as_words(scales: Array, offsets: Array, bits: int) -> Array | None:
-    """Float32 scales and offsets [...] of codes with so many bits as words [...]; None if one of
-    them does not go into one."""
-    with np.errstate(all="ignore"):  # what is not finite does not go into them either
-        steps = np.rint(-offsets / scales)
-        fits = (steps >= 0) & (steps < 2**bits)
-        fits &= np.abs(steps * scales + offsets) <= CLOSE * np.abs(offsets)
-    lost = bits - SHIFT  # of the 23 bits of a fraction
+def encode_words(scales: Array, offsets: Array, bits: int) -> Array | None:
+    """Encode float32 scales and offsets [...] of values with `bits` bits as uint32 words [...].
+
+    Returns
+    -------
+    np.ndarray or None
+        None if a word cannot represent one of them.
+    """
+    with np.errstate(all="ignore"):  # no word represents infinity or NaN either
+        multiples = np.rint(-offsets / scales)
+        fits = (multiples >= 0) & (multiples < 2**bits)
+        fits &= np.abs(multiples * scales + offsets) <= MAX_OFFSET_ERROR * np.abs(offsets)
+    lost = bits - EXPONENT_SHIFT  # of the 23 bits of a fraction
     rounded = scales.view(np.uint32) + np.uint32(2 ** (lost - 1))
-    number = (rounded & np.uint32(2**31 - 2**lost)) - np.uint32(LOWEST << 23)
-    if not (fits & (number < 2**28)).all():  # one below LOWEST has wrapped around
+    magnitude = (rounded & np.uint32(2**31 - 2**lost)) - np.uint32(MIN_EXPONENT << 23)
+    if not (fits & (magnitude < 2**28)).all():  # an exponent below the minimum wraps around
         return None
     sign = rounded & np.uint32(2**31)
-    return sign | number << np.uint32(SHIFT) | steps.astype(np.uint32)
+    return sign | magnitude << np.uint32(EXPONENT_SHIFT) | multiples.astype(np.uint32)
 
 
-def of_lanes(groups: Array, lanes: Array, steps: int) -> tuple[Array, Array]:
-    """Scales and offsets [..., G] of one output each of records [..., G, 16 or 32]."""
+def decode_lanes(groups: Array, lanes: Array, offset_bits: int) -> tuple[Array, Array]:
+    """Return scales and offsets [..., G] of one output each from records [..., G, 16 or 32]."""
     lanes = lanes[..., None, None]
     words = np.take_along_axis(groups, lanes, -1)[..., 0]
-    if not steps:
+    if not offset_bits:
         offsets = np.take_along_axis(groups, lanes + LANES, -1)[..., 0]
         return words.view(np.float32), offsets.view(np.float32)
-    low = np.uint32(2**steps - 1)
-    number = (words & np.uint32(2**31 - 2**steps)) >> np.uint32(SHIFT)
-    bits = number + np.uint32(LOWEST << 23) | words & np.uint32(2**31)
+    low = np.uint32(2**offset_bits - 1)
+    magnitude = (words & np.uint32(2**31 - 2**offset_bits)) >> np.uint32(EXPONENT_SHIFT)
+    bits = magnitude + np.uint32(MIN_EXPONENT << 23) | words & np.uint32(2**31)
     scales = bits.view(np.float32)
     return scales, -scales * (words & low).astype(np.float32)
 
 
+def _low_mask(builder: Any, context: Any, sig: Any, args: Any) -> Any:
+    """Emit a mask of the lowest args[1] bits of each word."""
+    bits = context.cast(builder, args[1], sig.args[1], types.int32)
+    return fill_lanes(builder, builder.sub(builder.shl(I32(1), bits), I32(1)), INTS)
+
+
 @intrinsic
-def _scale(context: Any, word: Any, steps: Any) -> Any:
+def _scales(context: Any, words: Any, offset_bits: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         def constant(value: int) -> Any:
             return ir.Constant(INTS, [value] * LANES)
 
-        high = builder.not_(_low(builder, context, sig, args))
-        number = builder.and_(args[0], builder.and_(high, constant(2**31 - 1)))
-        bits = builder.add(builder.lshr(number, constant(SHIFT)), constant(LOWEST << 23))
+        high = builder.not_(_low_mask(builder, context, sig, args))
+        magnitude = builder.and_(args[0], builder.and_(high, constant(2**31 - 1)))
+        magnitude = builder.lshr(magnitude, constant(EXPONENT_SHIFT))
+        bits = builder.add(magnitude, constant(MIN_EXPONENT << 23))
         sign = builder.and_(args[0], constant(-(2**31)))
         return builder.bitcast(builder.or_(bits, sign), FLOATS)
 
-    return floats(word, steps), generate
+    return floats(words, offset_bits), generate
 
 
 @intrinsic
-def _steps(context: Any, word: Any, steps: Any) -> Any:
+def _multiples(context: Any, words: Any, offset_bits: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.sitofp(builder.and_(args[0], _low(builder, context, sig, args)), FLOATS)
+        return builder.sitofp(builder.and_(args[0], _low_mask(builder, context, sig, args)), FLOATS)
 
-    return floats(word, steps), generate
-
-
-def _low(builder: Any, context: Any, sig: Any, args: Any) -> Any:
-    """The lowest `steps` bits of each word, set."""
-    steps = context.cast(builder, args[1], sig.args[1], types.int32)
-    return filled(builder, builder.sub(builder.shl(I32(1), steps), I32(1)), INTS)
-
-
-@intrinsic
-def lane(context: Any, x: Any, n: Any) -> Any:
-    """Number n of 16."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.extract_element(args[0], args[1])
-
-    return types.float32(x, n), generate
+    return floats(words, offset_bits), generate
 
 
 @compiled
-def scale_and_offset(groups: Any, n: int, steps: int) -> tuple[Any, Any]:
-    """Those of 16 outputs, as floats: record n of `groups`, uint32."""
-    if steps == 0:
+def scale_and_offset(groups: Any, n: int, offset_bits: int) -> tuple[Any, Any]:
+    """Return scales and offsets of 16 outputs, as floats, from record n of `groups` (uint32)."""
+    if offset_bits == 0:
         numbers, i = groups.view(np.float32), 2 * LANES * n
         return load(numbers, i), load(numbers, i + LANES)
-    word = load(groups, LANES * n)
-    scale = _scale(word, steps)
-    return scale, splat(0.0) - scale * _steps(word, steps)
+    words = load(groups, LANES * n)
+    scales = _scales(words, offset_bits)
+    return scales, splat(0.0) - scales * _multiples(words, offset_bits)
 
 
 @compiled
-def fetch_group(groups: Any, n: int, steps: int) -> None:
-    """Begin to bring what comes some records after n."""
-    if steps == 0:
-        prefetch_once(groups, 2 * LANES * n + AHEAD // 8)
-        prefetch_once(groups, 2 * LANES * n + LANES + AHEAD // 8)
+def prefetch_group(groups: Any, n: int, offset_bits: int) -> None:
+    """Prefetch the record that is needed some records after n."""
+    if offset_bits == 0:
+        prefetch_l2(groups, 2 * LANES * n + PREFETCH_BYTES // 8)
+        prefetch_l2(groups, 2 * LANES * n + LANES + PREFETCH_BYTES // 8)
     else:
-        prefetch_once(groups, LANES * n + AHEAD // 16)
+        prefetch_l2(groups, LANES * n + PREFETCH_BYTES // 16)

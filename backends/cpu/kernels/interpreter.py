@@ -1,8 +1,8 @@
-"""The NumPy backend's kernels, in Numba: a whole forward pass in one compiled call.
+"""The interpreter: a whole forward pass, or one product, in one compiled call.
 
-`run` reads a program (see `numpy_program.py`). Rows are the N = B·T new tokens. LINEAR and
-ATTENTION go through stages, between which the threads wait for each other. A stage says what thread
-t does; `_everywhere` is the only parallel loop there is, around all of a program.
+`run_program` executes a program (see `instructions.py`) on N = B·T rows, the new tokens. LINEAR and
+ATTENTION have stages, with a barrier between them. `_run_stage` computes one thread's share of a
+stage. `_run_parallel` has the only parallel loop, around a whole program.
 """
 
 from __future__ import annotations
@@ -16,21 +16,34 @@ import numpy as np
 from numba import njit, prange
 from numba.core import event as events
 
-from gptx.backends.cpu.kernels.amx.attention import attend_16, cut_head
-from gptx.backends.cpu.kernels.amx.linear import cut_rows, fits, multiply_codes, multiply_floats
-from gptx.backends.cpu.kernels.amx.tile_unit import ROWS
-from gptx.backends.cpu.kernels.attention import attend_1, attend_4
-from gptx.backends.cpu.kernels.barrier import all_begin, meet
-from gptx.backends.cpu.kernels.cpu_features import HALF
-from gptx.backends.cpu.kernels.gemm import BLOCK, TILE
+from gptx.backends.cpu.kernels.amx.attention import pack_head
+from gptx.backends.cpu.kernels.amx.attention import prompt_attention as amx_prompt_attention
+from gptx.backends.cpu.kernels.amx.linear import prepare_amx, run_amx, uses_amx
+from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROWS
+from gptx.backends.cpu.kernels.arguments import (
+    BLOCK_ROWS,
+    PANEL_OUTPUTS,
+    AttentionTask,
+    LinearTask,
+    Run,
+)
+from gptx.backends.cpu.kernels.attention import decode_attention, prompt_attention
+from gptx.backends.cpu.kernels.barrier import all_threads_start, split_range, wait_at_barrier
+from gptx.backends.cpu.kernels.compilation import (
+    FAST_MATH,
+    compiled,
+    float16_array,
+    float_array,
+    inlined,
+)
+from gptx.backends.cpu.kernels.cpu_features import HAS_FLOAT16
+from gptx.backends.cpu.kernels.elementwise import embed_tokens
 from gptx.backends.cpu.kernels.instructions import (
     ATTENTION,
     EMBED,
-    FORMAT,
-    KIND,
-    LAST,
+    INSTRUCTION,
+    LAST_ONLY,
     LAYER,
-    MATRIX,
     RESIDUAL,
     SCALE,
     SOURCE,
@@ -38,248 +51,216 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET,
     TARGET_WIDTH,
     WORK,
-    embed,
-    inlined,
-    share,
 )
 from gptx.backends.cpu.kernels.linear import (
-    add_parts,
-    multiply_few,
-    multiply_one,
-    multiply_rows,
-    prepare_one,
-    prepare_rows,
-    shares_inputs,
+    prepare_gemm,
+    run_gemm,
+    run_gemv,
+    run_split_gemm,
+    splits_inputs,
+    sum_partial_results,
 )
-from gptx.backends.cpu.kernels.simd import (
-    FAST,
-    compiled,
-    float_array,
-    half_array,
-    load,
-    put_number,
-    store,
-)
+from gptx.backends.cpu.kernels.simd import load, store, store_scalar
 
-LITTLE = 2**14  # multiplications that are done before threads have met
+MIN_WORK_PER_THREAD = 2**14  # multiplications that take about as long as a barrier
 
-# Keys and values in float16, if the processor converts them.
-cached_half = half_array if HALF else float_array
+# A processor that does not convert float16 never has such a cache; LLVM could not link it.
+cache_array = float16_array if HAS_FLOAT16 else float_array
 
 
 # ATTENTION
 
 
 @inlined
-def _write(
-    op: Any, x: Any, index: Any, keys: Any, values: Any, shape: Any, t: int, threads: int
-) -> None:
-    """The new tokens' keys and values of a share of the heads into the cache."""
-    B, T, H, D, room = shape
-    first, last = share(B * H, t, threads)
+def _write_cache(task: AttentionTask, B: int, thread: int, threads: int) -> None:
+    """Copy the keys and values of the new tokens to the cache, for a share of the heads."""
+    x, keys, values, D = task.x, task.keys, task.values, task.D
+    first, last = split_range(B * task.H, thread, threads)
     for head in range(first, last):
-        for n in range(head // H * T, (head // H + 1) * T):
-            i = (head * room + index[n]) * D
-            j = n * op[SOURCE_WIDTH] + head % H * D
+        for n in range(head // task.H * task.T, (head // task.H + 1) * task.T):
+            i = (head * task.capacity + task.positions[n]) * D
+            j = n * task.x_width + head % task.H * D
             for d in range(0, D - 15, 16):
-                store(keys, i + d, load(x, j + H * D + d))
-                store(values, i + d, load(x, j + 2 * H * D + d))
+                store(keys, i + d, load(x, j + task.H * D + d))
+                store(values, i + d, load(x, j + 2 * task.H * D + d))
             for d in range(D // 16 * 16, D):
-                put_number(keys, i + d, x[j + H * D + d])
-                put_number(values, i + d, x[j + 2 * H * D + d])
+                store_scalar(keys, i + d, x[j + task.H * D + d])
+                store_scalar(values, i + d, x[j + 2 * task.H * D + d])
 
 
 @inlined
-def _read(
-    op: Any, x: Any, y: Any, index: Any, keys: Any, values: Any, shape: Any, work: Any, amx: bool,
-    t: int, threads: int,
-) -> None:  # fmt: skip
-    """A share of the heads, and of each the blocks of rows."""
-    B, T, H, D, room = shape
-    x_width, y_width = op[SOURCE_WIDTH], op[TARGET_WIDTH]
-    scale = np.float32(op.view(np.float64)[SCALE])
-    squares = amx and T >= ROWS and D % TILE == 0
-    size = ROWS if squares else 1 if T == 1 else BLOCK
-    blocks = (T + size - 1) // size
-    first, last = share(B * H * blocks, t, threads)
+def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: int) -> None:
+    """Compute attention for a share of the heads and, in each, of the blocks of rows."""
+    T, H, D = task.T, task.H, task.D
+    on_amx = amx and T >= TILE_ROWS and D % PANEL_OUTPUTS == 0
+    block_rows = TILE_ROWS if on_amx else 1 if T == 1 else BLOCK_ROWS
+    blocks = (T + block_rows - 1) // block_rows
+    first, last = split_range(B * H * blocks, thread, threads)
     length = 0
-    for task in range(first, last):
-        head, row = task // blocks, task % blocks * size
-        count, n, ki = min(size, T - row), head // H * T + row, head * room * D
-        if squares:
-            if row == 0 or task == first:
-                seen = index[n - row : n - row + T].max() + 1
-                length = cut_head(keys, values, ki, D, seen, work)
-            attend_16(x, x_width, n, count, head % H, D, index, length, scale, y, y_width, work)
+    for item in range(first, last):
+        head, row = item // blocks, item % blocks * block_rows
+        n, count = head // H * T + row, min(block_rows, T - row)
+        cache_start = head * task.capacity * D
+        if on_amx:
+            if row == 0 or item == first:
+                n_keys = task.positions[n - row : n - row + T].max() + 1
+                length = pack_head(task, cache_start, n_keys)
+            amx_prompt_attention(task, head % H, length, n, count)
         elif T == 1:
-            attend_1(x, x_width, n, count, head % H, D, index, keys, values, ki, room, scale, y,
-                     y_width, work)  # fmt: skip
+            decode_attention(task, head % H, cache_start, n, count)
         else:
-            attend_4(x, x_width, n, count, head % H, D, index, keys, values, ki, room, scale, y,
-                     y_width, work)  # fmt: skip
+            prompt_attention(task, head % H, cache_start, n, count)
 
 
 @inlined
-def _attend(
-    op: Any, stage: int, x: Any, y: Any, index: Any, keys: Any, values: Any, shape: Any, work: Any,
-    amx: bool, t: int, threads: int,
-) -> None:  # fmt: skip
-    """One stage of ATTENTION. A thread reads the heads that it has written if there is one token to
-    each; else the threads wait for each other in between."""
-    one = shape[1] == 1
+def _run_attention(
+    task: AttentionTask, stage: int, B: int, amx: bool, thread: int, threads: int
+) -> None:
+    """Run one stage of ATTENTION.
+
+    With one new token to a sequence a thread reads the heads that it has written, in one stage.
+    """
     if stage == 0:
-        _write(op, x, index, keys, values, shape, t, threads)
-    if stage == 1 or one:
-        _read(op, x, y, index, keys, values, shape, work, amx, t, threads)
+        _write_cache(task, B, thread, threads)
+    if stage == 1 or task.T == 1:
+        _read_cache(task, B, amx, thread, threads)
 
 
 # The program
 
 
 @compiled
-def _part(
-    op: Any, stage: int, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-    normed: Any, work: Any, amx: bool, half: bool, t: int, threads: int,
-) -> None:  # fmt: skip
-    """What thread t does in one stage of an instruction."""
-    B, T, H, D, room = shape
-    step = T if op[LAST] else 1
-    rows = B * T // step
-    padded = B * T + ROWS
-    x = float_array(buffers[op[SOURCE]], padded * op[SOURCE_WIDTH])
-    y = float_array(buffers[op[TARGET]], padded * op[TARGET_WIDTH])
-    residual = float_array(buffers[max(op[RESIDUAL], 0)], padded * op[TARGET_WIDTH])
-    if op[KIND] == EMBED:
-        embed(op, tokens, index, y)
-    elif op[KIND] == ATTENTION:
-        k, v, size = keys[op[LAYER]], values[op[LAYER]], B * H * room * D
-        if half:
-            k16, v16 = cached_half(k, size), cached_half(v, size)
-            _attend(op, stage, x, y, index, k16, v16, shape, work[t], amx, t, threads)
+def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None:
+    """Compute one thread's share of one stage of an instruction."""
+    B, T, H, D = run.B, run.T, run.H, run.D
+    stride = T if op[LAST_ONLY] else 1
+    rows = B * T // stride
+    padded_rows = B * T + TILE_ROWS
+    x_width, y_width = op[SOURCE_WIDTH], op[TARGET_WIDTH]
+    x = float_array(run.buffers[op[SOURCE]], padded_rows * x_width)
+    y = float_array(run.buffers[op[TARGET]], padded_rows * y_width)
+    residual = float_array(run.buffers[max(op[RESIDUAL], 0)], padded_rows * y_width)
+    linear = LinearTask(
+        op, x, y, residual, rows, stride, run.prepared, run.workspace, thread, threads
+    )
+    if op[INSTRUCTION] == EMBED:
+        embed_tokens(op, run.tokens, run.positions, y)
+    elif op[INSTRUCTION] == ATTENTION:
+        k, v = run.keys[op[LAYER]], run.values[op[LAYER]]
+        size, scale = B * H * run.capacity * D, np.float32(op.view(np.float64)[SCALE])
+        if run.float16:
+            k16, v16 = cache_array(k, size), cache_array(v, size)
+            task16 = AttentionTask(
+                x, x_width, y, y_width, run.positions, k16, v16, T, H, D, run.capacity, scale,
+                run.workspace[thread],
+            )  # fmt: skip
+            _run_attention(task16, stage, B, run.amx, thread, threads)
         else:
             k32, v32 = float_array(k, size), float_array(v, size)
-            _attend(op, stage, x, y, index, k32, v32, shape, work[t], amx, t, threads)
+            task32 = AttentionTask(
+                x, x_width, y, y_width, run.positions, k32, v32, T, H, D, run.capacity, scale,
+                run.workspace[thread],
+            )  # fmt: skip
+            _run_attention(task32, stage, B, run.amx, thread, threads)
     elif rows == 1 and stage == 0:
-        own = normed[t * (len(normed) // threads) :]
-        prepare_one(op, x, (step - 1) * op[SOURCE_WIDTH], own)
-        multiply_one(op, own, y, residual, work, t, threads)
+        run_gemv(linear)
     elif stage == (1 if rows == 1 else 2):
-        add_parts(op, rows, y, residual, work, t, threads)
-    elif amx and fits(op, rows):
+        sum_partial_results(linear)
+    elif run.amx and uses_amx(op, rows):
         if stage == 0:
-            cut_rows(op, x, rows, step, normed, work[t], t, threads)
-        elif op[FORMAT] == MATRIX:
-            multiply_floats(op, rows, normed, y, residual, work[t], t, threads)
+            prepare_amx(linear)
         else:
-            multiply_codes(op, rows, normed, y, residual, work[t], t, threads)
+            run_amx(linear)
     elif stage == 0:
-        prepare_rows(op, x, rows, step, normed, t, threads)
-    elif shares_inputs(op, rows, threads):
-        multiply_few(op, rows, normed, work[t], t, threads)
+        prepare_gemm(linear)
+    elif splits_inputs(op, rows, threads):
+        run_split_gemm(linear)
     else:
-        multiply_rows(op, rows, normed, y, residual, work[t], t, threads)
+        run_gemm(linear)
 
 
 @compiled
-def _stages(op: Any, shape: Any, amx: bool, threads: int) -> int:
-    """How many stages an instruction has."""
-    B, T = shape[0], shape[1]
-    rows = B if op[LAST] else B * T
-    if op[KIND] == EMBED or (op[KIND] == ATTENTION and T == 1):
+def _count_stages(op: Any, run: Run, threads: int) -> int:
+    """Return the number of stages of an instruction."""
+    rows = run.B if op[LAST_ONLY] else run.B * run.T
+    if op[INSTRUCTION] == EMBED or (op[INSTRUCTION] == ATTENTION and run.T == 1):
         return 1
-    if op[KIND] == ATTENTION:
+    if op[INSTRUCTION] == ATTENTION:
         return 2
-    if amx and rows > 1 and fits(op, rows):
+    if run.amx and rows > 1 and uses_amx(op, rows):
         return 2
-    return (1 if rows == 1 else 2) + shares_inputs(op, rows, threads)
+    return (1 if rows == 1 else 2) + splits_inputs(op, rows, threads)
 
 
 @inlined
-def _is_little(work: int, threads: int) -> bool:
-    """Whether one thread does so many multiplications by itself."""
-    return work < LITTLE * threads
+def _is_serial(work: int, threads: int) -> bool:
+    """Return True if one thread does so many multiplications faster than `threads`."""
+    return work < MIN_WORK_PER_THREAD * threads
 
 
 @inlined
-def _parts(
-    program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-    normed: Any, work: Any, amx: bool, half: bool, counter: Any, first: int, last: int,
-    threads: int,
-) -> None:  # fmt: skip
-    """A range of the threads' parts, from the first instruction to the last. Who does them all has
-    nobody to wait for, and gets the very numbers that they would."""
-    goal = threads  # of the counter: all have begun
-    for i in range(len(program)):
-        op = program[i]
-        some = 1 if _is_little(shape[0] * shape[1] * op[WORK], threads) else threads
-        for stage in range(_stages(op, shape, amx, some)):
-            for t in range(first, min(last, some)):
-                _part(op, stage, buffers, tokens, index, keys, values, shape, normed, work, amx,
-                      half, t, some)  # fmt: skip
-            if last - first < threads:
-                goal += threads
-                meet(counter, goal)
+def _run_threads(run: Run, first: int, last: int) -> None:
+    """Compute the shares of threads [first, last) in the whole program.
+
+    One thread that computes all shares needs no barrier, and its results are the same bits.
+    """
+    target = run.threads  # of the barrier's counter: all threads have started
+    for i in range(len(run.program)):
+        op = run.program[i]
+        threads = 1 if _is_serial(run.B * run.T * op[WORK], run.threads) else run.threads
+        for stage in range(_count_stages(op, run, threads)):
+            for thread in range(first, min(last, threads)):
+                _run_stage(op, stage, run, thread, threads)
+            if last - first < run.threads:
+                target += run.threads
+                wait_at_barrier(run.counter, target)
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy")
-def _everywhere(
-    program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-    normed: Any, work: Any, amx: bool, half: bool, counter: Any, threads: int,
-) -> None:  # fmt: skip
-    for t in prange(threads):
-        if all_begin(counter, threads):
-            # An int64 here and below: for a uint64, or a constant, all would be compiled anew.
+@njit(parallel=True, fastmath=FAST_MATH, error_model="numpy")
+def _run_parallel(run: Run) -> None:
+    for t in prange(run.threads):
+        if all_threads_start(run.counter, run.threads):
+            # An int64, here and in `run_program`: Numba would compile all again for another type.
             first = np.int64(t)
-            _parts(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
-                   counter, first, first + 1, threads)  # fmt: skip
+            _run_threads(run, first, first + 1)
 
 
-def _runner(sources: int) -> Any:
-    """Make `run`. To see whether what it has cached is still right, Numba looks at the file of a
-    function and at what it closes over: the checksum of all these files."""
+def _make_run_program(sources_checksum: int) -> Any:
+    """Make `run_program`, compiled once and cached on disk.
 
-    def run(
-        program: Any, buffers: Any, tokens: Any, index: Any, keys: Any, values: Any, shape: Any,
-        normed: Any, work: Any, amx: bool, half: bool, threads: int,
-    ) -> None:  # fmt: skip
-        """Run a program on tokens and positions [B·T].
+    To detect stale code, Numba compares the file of the function and the values that it closes
+    over. The checksum makes that all files of the kernels.
+    """
 
-        `buffers` are the addresses of the activations, `keys` and `values` those of a layer's
-        [B, H, room, D], `shape` is (B, T, H, D, room); `normed` and `work` [threads, ...] are room
-        to work in; `amx` is whether there is that unit (see `amx.py`), `half` whether keys and
-        values are float16.
-        """
-        if sources < 0:  # it never is
+    def run_program(run: Run) -> None:
+        if sources_checksum < 0:  # never true; makes the function close over it
             return
-        counter = np.zeros(1, np.int64)
-        most = shape[0] * shape[1] * program[:, WORK].max()
-        if threads > 1 and not _is_little(most, threads):
-            _everywhere(program, buffers, tokens, index, keys, values, shape, normed, work, amx,
-                        half, counter, threads)  # fmt: skip
-        if counter[0] <= 0:  # not begun, or given up since not all threads came
-            _parts(program, buffers, tokens, index, keys, values, shape, normed, work, amx, half,
-                   counter, np.int64(0), threads, threads)  # fmt: skip
+        most_work = run.B * run.T * run.program[:, WORK].max()
+        if run.threads > 1 and not _is_serial(most_work, run.threads):
+            _run_parallel(run)
+        if run.counter[0] <= 0:  # not started, or abandoned because a thread was missing
+            _run_threads(run, np.int64(0), run.threads)
 
-    options = {"fastmath": FAST, "error_model": "numpy", "nogil": True}
+    options = {"fastmath": FAST_MATH, "error_model": "numpy", "nogil": True}
     try:
-        return njit(cache=True, **options)(run)
-    except RuntimeError:  # no folder can be written
-        return njit(**options)(run)
+        return njit(cache=True, **options)(run_program)
+    except RuntimeError:  # no cache folder is writable
+        return njit(**options)(run_program)
 
 
 _files = sorted(Path(__file__).parent.rglob("*.py"))
-run = _runner(zlib.crc32(b"".join(path.read_bytes() for path in _files)))
+run_program = _make_run_program(zlib.crc32(b"".join(path.read_bytes() for path in _files)))
 
 
-class _Announcement(events.Listener):
-    """Says on standard error that `run` is being compiled, when it is."""
+class _CompilationNotice(events.Listener):
+    """Prints a line to standard error when Numba compiles `run_program`."""
 
     def on_start(self, event: Any) -> None:
-        if (event.data or {}).get("dispatcher") is run:
+        if (event.data or {}).get("dispatcher") is run_program:
             print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
 
     def on_end(self, event: Any) -> None:
         pass
 
 
-events.register("numba:compile", _Announcement())
+events.register("numba:compile", _CompilationNotice())

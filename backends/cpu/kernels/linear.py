@@ -1,227 +1,274 @@
-"""LINEAR for the NumPy backend's kernels: what one thread does, on vectors."""
+"""The stages of LINEAR on vectors (AVX2, AVX-512, NEON, VNNI): one thread's share of each.
+
+A GEMV has the stages `run_gemv` and, for a float matrix [I, O], `sum_partial_results`. A GEMM has
+`prepare_gemm` and `run_gemm`. For up to `MAX_SPLIT_ROWS` rows and a float matrix, the threads split
+the inputs (split-K): `prepare_gemm`, `run_split_gemm`, `sum_partial_results`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gptx.backends.cpu.kernels import gemm as numpy_products
-from gptx.backends.cpu.kernels import vnni
+from gptx.backends.cpu.kernels import gemv, gemv_vnni
+from gptx.backends.cpu.kernels.arguments import (
+    BLOCK_ROWS,
+    PANEL_OUTPUTS,
+    LinearTask,
+    Matrix,
+    quantized_matrix,
+)
+from gptx.backends.cpu.kernels.barrier import split_range
+from gptx.backends.cpu.kernels.compilation import float_array, inlined
+from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
+from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
-    BLOCK,
-    TILE,
-    dots_1x1,
-    dots_1x4,
-    dots_4x1,
-    dots_4x4,
-    expand_floats,
-    outer_4x4,
-    shrink_row,
-    times_rows,
+    dot_product_1x1,
+    dot_product_1x4,
+    dot_product_4x1,
+    dot_product_4x4,
+    expand_float32,
+    expand_int4,
+    expand_int8,
+    outer_product_4x4,
 )
 from gptx.backends.cpu.kernels.instructions import (
+    FLOAT32,
+    FLOAT32_TRANSPOSED,
     FORMAT,
-    GROUP,
+    GROUP_SIZE,
     INT4,
     INT8,
-    MATRIX,
     N_IN,
     N_OUT,
-    SCALES,
     SOURCE_WIDTH,
-    STEPS,
-    TABLE,
     TARGET_WIDTH,
     WEIGHT,
-    expand,
-    finish,
-    inlined,
-    norm_row,
-    share,
 )
-from gptx.backends.cpu.kernels.simd import (
-    LANES,
-    float_array,
-    load,
-    prefetch_once,
-    splat,
-    store,
-    word_array,
-)
+from gptx.backends.cpu.kernels.simd import LANES, load, prefetch_l2, splat, store
 
-DEPTH = 128  # inputs of a panel: 128 x 64 floats are 32 KB
-CHUNK = 32  # blocks of rows that share a panel
-PART = 16  # inputs of a panel for few rows: about as many streams as a processor follows
-FEW = 64  # rows up to which the threads may share the inputs of a float matrix
+PANEL_INPUTS = 128  # 128 x 64 floats are 32 KB
+CHUNK_BLOCKS = 32  # blocks of rows that are multiplied by a panel while it is in the cache
+SPLIT_PANEL_INPUTS = 16  # inputs of a panel of `run_split_gemm`: streams that the CPU prefetches
+MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
 
-# One row times codes: in bytes if the processor has that, else in floats.
-by_bytes = vnni.COMPILED
-prepare_row = vnni.cut_row if by_bytes else shrink_row
-times_int8 = vnni.times_int8 if by_bytes else numpy_products.times_int8
-times_int4 = vnni.times_int4 if by_bytes else numpy_products.times_int4
+quantized_gemv = gemv_vnni if HAS_VNNI else gemv
 
 
 @inlined
-def prepare_one(op: Any, x: Any, xi: int, normed: Any) -> None:
-    """The norm of one row, as the product wants it. Each thread for itself: that takes less time
-    than waiting for another."""
-    n_in, group = op[N_IN], op[GROUP]
-    norm_row(op, x, xi, normed, 0, 1)
-    if op[FORMAT] == INT8:
-        prepare_row(normed, n_in, group, 8)
-    elif op[FORMAT] == INT4:
-        prepare_row(normed, n_in, group, 4)
+def splits_inputs(op: Any, rows: int, threads: int) -> bool:
+    """Return True if each thread takes a share of the inputs, for all outputs.
 
-
-@inlined
-def multiply_one(
-    op: Any, normed: Any, y: Any, residual: Any, work: Any, t: int, threads: int
-) -> None:
-    """A share of the outputs of one row, or of a float matrix's inputs."""
-    n_in, n_out, group = op[N_IN], op[N_OUT], op[GROUP]
-    tiles, size = (n_out + TILE - 1) // TILE, n_in * (n_out + TILE)
-    if op[FORMAT] == TABLE:
-        w = float_array(op[WEIGHT], size)
-        first, last = share(n_out // 4, t, threads)
-        for o in range(first * 4, last * 4, 4):
-            dots_1x4(normed, 0, w, o * n_in, n_in, y, o, 0, 1, False)
-        for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
-            dots_1x1(normed, 0, w, o * n_in, n_in, y, o, 0, 1, False)
-    elif op[FORMAT] == MATRIX:
-        # Whole rows, since that is how they lie; `add_parts` adds what the threads have.
-        first, last = share(n_in, t, threads)
-        times_rows(float_array(op[WEIGHT], size), normed, first, last, n_out, work[t])
-    else:
-        scales, steps = word_array(op[SCALES], size), op[STEPS]
-        codes = word_array(op[WEIGHT], size)
-        first, last = share(tiles * TILE // LANES, t, threads)
-        for tile in range(first, last):
-            if op[FORMAT] == INT8:
-                times_int8(codes, scales, steps, normed, tile, n_in, group, y)
-            else:
-                times_int4(codes, scales, steps, normed, tile, n_in, group, y)
-            finish(op, y, 0, tile * LANES, (tile + 1) * LANES, residual)
-
-
-@inlined
-def add_parts(op: Any, rows: int, y: Any, residual: Any, work: Any, t: int, threads: int) -> None:
-    """For a share of the outputs, the sum of what the threads made of a float matrix's inputs."""
-    width = op[TARGET_WIDTH]
-    first, last = share((op[N_OUT] + TILE - 1) // TILE, t, threads)
-    for row in range(rows):
-        for tile in range(first, last):
-            for j in range(row * width + tile * TILE, row * width + (tile + 1) * TILE, LANES):
-                s = splat(0.0)
-                for part in range(threads):
-                    s += load(work[part], j)
-                store(y, j, s)
-            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
-
-
-@inlined
-def prepare_rows(op: Any, x: Any, rows: int, step: int, normed: Any, t: int, threads: int) -> None:
-    """The norm of a share of the rows; for `outer`, the rows of a block side by side."""
-    n_in = op[N_IN]
-    first, last = share((rows + BLOCK - 1) // BLOCK, t, threads)
-    for row in range(first * BLOCK, last * BLOCK):
-        i = ((min(row, rows - 1) + 1) * step - 1) * op[SOURCE_WIDTH]  # the last one fills up
-        if op[FORMAT] == TABLE:
-            norm_row(op, x, i, normed, row * n_in, 1)
-        else:
-            norm_row(op, x, i, normed, row // BLOCK * BLOCK * n_in + row % BLOCK, BLOCK)
-
-
-@inlined
-def shares_inputs(op: Any, rows: int, threads: int) -> bool:
-    """Whether each thread takes some of the inputs, for all the outputs: as long as the sums of all
-    threads are small beside the matrix."""
-    few = rows <= FEW and rows * threads * 8 <= op[N_IN]
-    return op[FORMAT] == MATRIX and (rows == 1 or few)
-
-
-@inlined
-def multiply_few(op: Any, rows: int, normed: Any, room: Any, t: int, threads: int) -> None:
-    """A share of the inputs of few rows and a float matrix, for `add_parts`.
-
-    So a thread reads whole rows of the matrix, as they lie, some of them side by side. While a
-    panel of those is multiplied with one block of rows after the other, the panel below it comes.
+    For more than one row the partial results of all threads must be small beside the matrix.
     """
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    w = float_array(op[WEIGHT], n_in * (n_out + TILE))
-    blocks, tiles = (rows + BLOCK - 1) // BLOCK, (n_out + TILE - 1) // TILE
-    panel = room[blocks * BLOCK * width :]
-    first, last = share(n_in, t, threads)
-    for k in range(first, last, PART):
-        depth = min(PART, last - k)
-        for tile in range(tiles):
-            expand_floats(w, n_out, tile, k, depth, panel)
-            for block in range(blocks):
-                for i in range(PART * block // blocks, PART * (block + 1) // blocks):
-                    for c in range(4):
-                        prefetch_once(w, (k + PART + i) * n_out + tile * TILE + LANES * c)
-                xi, yi = (block * n_in + k) * BLOCK, block * BLOCK * width + tile * TILE
-                outer_4x4(normed, xi, panel, 0, TILE, depth, room, yi, width, k == first)
+    small = rows <= MAX_SPLIT_ROWS and rows * threads * 8 <= op[N_IN]
+    return op[FORMAT] == FLOAT32 and (rows == 1 or small)
+
+
+def workspace_size(rows: int, width: int) -> int:
+    """Return the numbers of a thread's workspace; `width` is that of the widest FLOAT32 target."""
+    partial_rows = (min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    return partial_rows * width + PANEL_INPUTS * PANEL_OUTPUTS
+
+
+# GEMV
 
 
 @inlined
-def _multiply_floats(
-    op: Any, rows: int, normed: Any, y: Any, residual: Any, room: Any, t: int, threads: int
-) -> None:
-    """A share of the outputs of several rows and a float matrix: some inputs for all of them, then
-    the next. So the matrix is read along a few of its rows at a time, as memory likes it."""
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    w = float_array(op[WEIGHT], n_in * (n_out + TILE))
-    blocks = (rows + BLOCK - 1) // BLOCK
-    chunks, tiles = (blocks + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
-    first, last = share(tiles * chunks, t, threads)
-    for chunk in range(chunks):
-        here, there = max(first - chunk * tiles, 0), min(last - chunk * tiles, tiles)
-        begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, blocks)
-        for k in range(0, n_in, DEPTH):
-            depth = min(DEPTH, n_in - k)
-            for tile in range(here, there):
-                expand_floats(w, n_out, tile, k, depth, room)
-                for block in range(begin, end):
-                    xi = block * BLOCK * n_in + k * BLOCK
-                    yi = block * BLOCK * width + tile * TILE
-                    outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
-        for row in range(begin * BLOCK, min(end * BLOCK, rows)):
-            for tile in range(here, there):
-                finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
+def run_gemv(task: LinearTask) -> None:
+    """Prepare the row, then compute a share of the outputs, or of the inputs of a FLOAT32 matrix.
 
-
-@inlined
-def multiply_rows(
-    op: Any, rows: int, normed: Any, y: Any, residual: Any, room: Any, t: int, threads: int
-) -> None:
-    """A share of the outputs of several rows and, if there are many, of those."""
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    if op[FORMAT] == TABLE:
-        w = float_array(op[WEIGHT], n_in * n_out)
-        first, last = share(n_out // 4, t, threads)
+    Each thread prepares the row for itself, which takes less time than a barrier.
+    """
+    op, x, y = task.op, task.x, task.y
+    n_in, n_out, group_size = op[N_IN], op[N_OUT], op[GROUP_SIZE]
+    thread, threads = task.thread, task.threads
+    size = n_in * (n_out + PANEL_OUTPUTS)
+    row = task.prepared[thread * (len(task.prepared) // threads) :]
+    normalize_row(op, x, (task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
+    if op[FORMAT] == FLOAT32_TRANSPOSED:
+        w = float_array(op[WEIGHT], size)
+        first, last = split_range(n_out // 4, thread, threads)
         for o in range(first * 4, last * 4, 4):
-            for row in range(0, rows, BLOCK):
-                yi = row * width + o
-                dots_4x4(normed, row * n_in, w, o * n_in, n_in, y, yi, width, 1, row == 0)
-        for o in range(n_out if t < threads - 1 else n_out // 4 * 4, n_out):
-            for row in range(0, rows, BLOCK):
-                yi = row * width + o
-                dots_4x1(normed, row * n_in, w, o * n_in, n_in, y, yi, width, 1, row == 0)
-        return
-    if op[FORMAT] == MATRIX:
-        _multiply_floats(op, rows, normed, y, residual, room, t, threads)
-        return
-    blocks = (rows + BLOCK - 1) // BLOCK
-    chunks, tiles = (blocks + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
-    first, last = share(tiles * chunks, t, threads)
-    for task in range(first, last):
-        chunk, tile = task // tiles, task % tiles
-        begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, blocks)
-        for k in range(0, n_in, DEPTH):
-            depth = min(DEPTH, n_in - k)
-            expand(op, tile, k, depth, room)
+            dot_product_1x4(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
+        for o in range(n_out if thread < threads - 1 else n_out // 4 * 4, n_out):
+            dot_product_1x1(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
+    elif op[FORMAT] == FLOAT32:
+        first, last = split_range(n_in, thread, threads)
+        w, partial = float_array(op[WEIGHT], size), task.workspace[thread]
+        gemv.multiply_float32(w, row, first, last, n_out, partial)
+    else:
+        matrix = quantized_matrix(op)
+        if op[FORMAT] == INT8:
+            quantized_gemv.prepare_row(row, n_in, group_size, 8)
+        elif op[FORMAT] == INT4:
+            quantized_gemv.prepare_row(row, n_in, group_size, 4)
+        strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
+        first, last = split_range(strips, thread, threads)
+        for strip in range(first, last):
+            if op[FORMAT] == INT8:
+                quantized_gemv.multiply_int8(matrix, strip, row, y)
+            else:
+                quantized_gemv.multiply_int4(matrix, strip, row, y)
+            apply_epilogue(op, y, 0, strip * LANES, (strip + 1) * LANES, task.residual)
+
+
+# GEMM
+
+
+@inlined
+def prepare_gemm(task: LinearTask) -> None:
+    """Normalize a share of the rows, and pack each block of rows as [I, 4] for outer products.
+
+    The last row fills up the last block. The rows of FLOAT32_TRANSPOSED stay [rows, I].
+    """
+    op, prepared, rows = task.op, task.prepared, task.rows
+    n_in = op[N_IN]
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    first, last = split_range(blocks, task.thread, task.threads)
+    for row in range(first * BLOCK_ROWS, last * BLOCK_ROWS):
+        i = ((min(row, rows - 1) + 1) * task.stride - 1) * op[SOURCE_WIDTH]
+        if op[FORMAT] == FLOAT32_TRANSPOSED:
+            normalize_row(op, task.x, i, prepared, row * n_in, 1)
+        else:
+            block, r = row // BLOCK_ROWS, row % BLOCK_ROWS
+            normalize_row(op, task.x, i, prepared, block * BLOCK_ROWS * n_in + r, BLOCK_ROWS)
+
+
+@inlined
+def run_gemm(task: LinearTask) -> None:
+    """Compute a share of the product: of its panels of outputs, in each chunk of rows."""
+    op = task.op
+    if op[FORMAT] == FLOAT32_TRANSPOSED:
+        _run_transposed_gemm(task)
+    elif op[FORMAT] == FLOAT32:
+        _run_float_gemm(task)
+    else:
+        _run_quantized_gemm(task)
+
+
+@inlined
+def _run_transposed_gemm(task: LinearTask) -> None:
+    op, x, y, rows = task.op, task.prepared, task.y, task.rows
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    w = float_array(op[WEIGHT], n_in * n_out)
+    first, last = split_range(n_out // 4, task.thread, task.threads)
+    for o in range(first * 4, last * 4, 4):
+        for row in range(0, rows, BLOCK_ROWS):
+            target = Matrix(y, row * width + o, width, 1)
+            dot_product_4x4(x, row * n_in, w, o * n_in, n_in, target, row == 0)
+    for o in range(n_out if task.thread < task.threads - 1 else n_out // 4 * 4, n_out):
+        for row in range(0, rows, BLOCK_ROWS):
+            target = Matrix(y, row * width + o, width, 1)
+            dot_product_4x1(x, row * n_in, w, o * n_in, n_in, target, row == 0)
+
+
+@inlined
+def _run_float_gemm(task: LinearTask) -> None:
+    """Compute all outputs of the share from some inputs, then from the next.
+
+    So the matrix is read along a few of its rows at a time.
+    """
+    op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    chunks = (blocks + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels * chunks, task.thread, task.threads)
+    for chunk in range(chunks):
+        first_panel = max(first - chunk * panels, 0)
+        last_panel = min(last - chunk * panels, panels)
+        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, blocks)
+        for k in range(0, n_in, PANEL_INPUTS):
+            depth = min(PANEL_INPUTS, n_in - k)
+            for number in range(first_panel, last_panel):
+                expand_float32(w, n_out, number, k, depth, panel)
+                for block in range(begin, end):
+                    xi = block * BLOCK_ROWS * n_in + k * BLOCK_ROWS
+                    yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
+                    source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
+                    outer_product_4x4(x, xi, source, depth, Matrix(y, yi, width, 1), k == 0)
+        for row in range(begin * BLOCK_ROWS, min(end * BLOCK_ROWS, rows)):
+            for number in range(first_panel, last_panel):
+                j = number * PANEL_OUTPUTS
+                apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
+
+
+@inlined
+def _run_quantized_gemm(task: LinearTask) -> None:
+    """Compute one panel of outputs after the other."""
+    op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    matrix = quantized_matrix(op)
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    chunks = (blocks + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels * chunks, task.thread, task.threads)
+    for item in range(first, last):
+        chunk, number = item // panels, item % panels
+        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, blocks)
+        for k in range(0, n_in, PANEL_INPUTS):
+            depth = min(PANEL_INPUTS, n_in - k)
+            if op[FORMAT] == INT8:
+                expand_int8(matrix, number, k, depth, panel)
+            else:
+                expand_int4(matrix, number, k, depth, panel)
             for block in range(begin, end):
-                xi = block * BLOCK * n_in + k * BLOCK
-                yi = block * BLOCK * width + tile * TILE
-                outer_4x4(normed, xi, room, 0, TILE, depth, y, yi, width, k == 0)
-        for row in range(begin * BLOCK, min(end * BLOCK, rows)):
-            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
+                xi = block * BLOCK_ROWS * n_in + k * BLOCK_ROWS
+                yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
+                source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
+                outer_product_4x4(x, xi, source, depth, Matrix(y, yi, width, 1), k == 0)
+        for row in range(begin * BLOCK_ROWS, min(end * BLOCK_ROWS, rows)):
+            j = number * PANEL_OUTPUTS
+            apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
+
+
+# Split-K
+
+
+@inlined
+def run_split_gemm(task: LinearTask) -> None:
+    """Compute partial results of all rows from a share of the inputs of a FLOAT32 matrix.
+
+    So a thread reads whole rows of the matrix, in memory order. While one panel is multiplied by
+    one block of rows after the other, the panel below it is prefetched.
+    """
+    op, x, partial = task.op, task.prepared, task.workspace[task.thread]
+    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
+    w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
+    blocks = (task.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    panel = partial[blocks * BLOCK_ROWS * width :]
+    first, last = split_range(n_in, task.thread, task.threads)
+    for k in range(first, last, SPLIT_PANEL_INPUTS):
+        depth = min(SPLIT_PANEL_INPUTS, last - k)
+        for number in range(panels):
+            expand_float32(w, n_out, number, k, depth, panel)
+            for block in range(blocks):
+                prefetch_first, prefetch_last = split_range(SPLIT_PANEL_INPUTS, block, blocks)
+                for i in range(prefetch_first, prefetch_last):
+                    j = (k + SPLIT_PANEL_INPUTS + i) * n_out + number * PANEL_OUTPUTS
+                    for c in range(4):
+                        prefetch_l2(w, j + LANES * c)
+                xi = (block * n_in + k) * BLOCK_ROWS
+                yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
+                source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
+                target = Matrix(partial, yi, width, 1)
+                outer_product_4x4(x, xi, source, depth, target, k == first)
+
+
+@inlined
+def sum_partial_results(task: LinearTask) -> None:
+    """Sum the threads' partial results for a share of the outputs, and apply the epilogue."""
+    op, y, workspace = task.op, task.y, task.workspace
+    width, panels = op[TARGET_WIDTH], (op[N_OUT] + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels, task.thread, task.threads)
+    for row in range(task.rows):
+        for number in range(first, last):
+            begin = number * PANEL_OUTPUTS
+            for j in range(row * width + begin, row * width + begin + PANEL_OUTPUTS, LANES):
+                s = splat(0.0)
+                for n in range(task.threads):
+                    s += load(workspace[n], j)
+                store(y, j, s)
+            apply_epilogue(op, y, row * width, begin, begin + PANEL_OUTPUTS, task.residual)

@@ -1,10 +1,9 @@
-"""Attention of one head on Intel's matrix unit, AMX, by one thread; see `amx_floats.py`.
+"""Attention of a prompt on AMX, by bf16x3 (`bf16x3.py`): one head and 16 rows, by one thread.
 
-Keys and values are cut once for all rows of a head. Then 16 rows at a time go through three passes:
-their products with the keys, the softmax, and its products with the values.
+Keys and values are packed once for all rows of a head. Each 16 rows take three passes: the products
+with the keys, the softmax, the products with the values.
 
-Room to work in is flat: 64 x 64 numbers, then what was cut of keys, of values, of queries and of
-the softmax, and the products with the keys.
+The workspace is flat: a square [64, 64]; packed keys, values, queries and softmax; scores.
 """
 
 from __future__ import annotations
@@ -16,172 +15,179 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.cpu.kernels.amx import tile_unit as amx
 from gptx.backends.cpu.kernels.amx.bf16x3 import (
-    PANEL_SIZE,
-    ROWS_SIZE,
-    STEP,
-    cut_panel,
-    cut_row,
+    PANEL_WORDS,
+    ROWS_WORDS,
+    TILE_INPUTS,
     multiply,
-    put_parts,
+    pack_panel,
+    pack_row,
+    store_parts,
 )
-from gptx.backends.cpu.kernels.amx.tile_unit import ROWS, SQUARE
-from gptx.backends.cpu.kernels.gemm import TILE
+from gptx.backends.cpu.kernels.amx.tile_unit import (
+    TILE_ROWS,
+    TILE_WORDS,
+    configure_tiles,
+    release_tiles,
+)
+from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, AttentionTask, Matrix
+from gptx.backends.cpu.kernels.compilation import I32, compiled
 from gptx.backends.cpu.kernels.simd import (
-    I32,
     INTS,
     LANES,
-    compiled,
     exp,
-    get,
-    largest,
+    get_vector,
     load,
+    max_lanes,
     maximum,
-    put,
+    put_vector,
     splat,
+    stack_vectors,
     store,
-    total,
-    vectors,
+    sum_lanes,
 )
 
-BLOCK_SIZE = TILE * TILE
-SUMS = ROWS * TILE  # where those of the softmax are; before them, 16 rows of the result
+SQUARE_SIZE = PANEL_OUTPUTS * PANEL_OUTPUTS  # also holds 16 rows of the result, and then
+SOFTMAX_SUMS = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here
 
 
 @intrinsic
-def _transpose(context: Any, room: Any) -> Any:
-    """Lane i of vector j, of 16 `vectors`, becomes lane j of vector i."""
+def _transpose_vectors(context: Any, vectors: Any) -> Any:
+    """Swap lane i of vector j with lane j of vector i, in `stack_vectors(16)`."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        places = [builder.gep(args[0], [I32(n)]) for n in range(LANES)]
-        rows = [builder.load(place) for place in places]
-        for size in (1, 2, 4, 8):  # of what is exchanged, across the diagonal of twice its size
-            mine = [i if not i & size else LANES + i - size for i in range(LANES)]
-            other = [i + size if not i & size else LANES + i for i in range(LANES)]
+        pointers = [builder.gep(args[0], [I32(n)]) for n in range(LANES)]
+        rows = [builder.load(pointer) for pointer in pointers]
+        for size in (1, 2, 4, 8):  # of the blocks swapped across the diagonal of twice their size
+            upper = [i if not i & size else LANES + i - size for i in range(LANES)]
+            lower = [i + size if not i & size else LANES + i for i in range(LANES)]
             old = rows.copy()
             for n in range(LANES):
                 pair = old[n & ~size], old[n | size]
-                lanes = ir.Constant(INTS, other if n & size else mine)
+                lanes = ir.Constant(INTS, lower if n & size else upper)
                 rows[n] = builder.shuffle_vector(*pair, lanes)
-        for place, row in zip(places, rows, strict=True):
-            builder.store(row, place)
+        for pointer, row in zip(pointers, rows, strict=True):
+            builder.store(row, pointer)
         return context.get_dummy_value()
 
-    return types.void(room), generate
+    return types.void(vectors), generate
 
 
-def room_for(D: int, positions: int) -> int:
-    """Numbers that a head needs to work in."""
-    length = -(-positions // TILE) * TILE
-    cut = ROWS_SIZE * (D + length) + 2 * D * length // TILE * PANEL_SIZE
-    return BLOCK_SIZE + cut + ROWS * length
-
-
-@compiled
-def _places(D: int, length: int) -> tuple[int, int, int, int]:
-    """Where in the room values, queries, softmax and products begin."""
-    values = BLOCK_SIZE + D * length // TILE * PANEL_SIZE
-    queries = values + D * length // TILE * PANEL_SIZE
-    weights = queries + D * ROWS_SIZE
-    return values, queries, weights, weights + length * ROWS_SIZE
+def workspace_size(D: int, capacity: int) -> int:
+    """Return the numbers of a thread's workspace."""
+    length = -(-capacity // PANEL_OUTPUTS) * PANEL_OUTPUTS
+    packed = ROWS_WORDS * (D + length) + 2 * D * length // PANEL_OUTPUTS * PANEL_WORDS
+    return SQUARE_SIZE + packed + TILE_ROWS * length
 
 
 @compiled
-def _copy(source: Any, i: int, D: int, count: int, square: Any) -> None:
-    """64 numbers each of `count` rows, and zeros up to 64 rows."""
-    for r in range(TILE):
-        for j in range(0, TILE, LANES):
+def _workspace_offsets(D: int, length: int) -> tuple[int, int, int, int]:
+    """Return where packed values, packed queries, the packed softmax and the scores begin."""
+    values = SQUARE_SIZE + D * length // PANEL_OUTPUTS * PANEL_WORDS
+    queries = values + D * length // PANEL_OUTPUTS * PANEL_WORDS
+    softmax = queries + D * ROWS_WORDS
+    return values, queries, softmax, softmax + length * ROWS_WORDS
+
+
+@compiled
+def _copy_square(source: Any, i: int, D: int, count: int, square: Any) -> None:
+    """Copy 64 numbers of each of `count` rows to square [64, 64], and fill the rest with zeros."""
+    for r in range(PANEL_OUTPUTS):
+        for j in range(0, PANEL_OUTPUTS, LANES):
             x = load(source, i + r * D + j) if r < count else splat(0.0)
-            store(square, r * TILE + j, x)
+            store(square, r * PANEL_OUTPUTS + j, x)
 
 
 @compiled
 def transpose_square(square: Any) -> None:
-    """Exchange the rows and columns of 64 x 64 numbers."""
-    for i in range(0, TILE, LANES):
+    """Transpose 64 x 64 numbers in place."""
+    for i in range(0, PANEL_OUTPUTS, LANES):
         for j in range(0, i + 1, LANES):
-            above, below = vectors(LANES), vectors(LANES)
+            lower, upper = stack_vectors(LANES), stack_vectors(LANES)
             for r in range(LANES):
-                put(above, r, load(square, (i + r) * TILE + j))
-                put(below, r, load(square, (j + r) * TILE + i))
-            _transpose(above)
-            _transpose(below)
+                put_vector(lower, r, load(square, (i + r) * PANEL_OUTPUTS + j))
+                put_vector(upper, r, load(square, (j + r) * PANEL_OUTPUTS + i))
+            _transpose_vectors(lower)
+            _transpose_vectors(upper)
             for r in range(LANES):
-                store(square, (j + r) * TILE + i, get(above, r))
-                store(square, (i + r) * TILE + j, get(below, r))
+                store(square, (j + r) * PANEL_OUTPUTS + i, get_vector(lower, r))
+                store(square, (i + r) * PANEL_OUTPUTS + j, get_vector(upper, r))
 
 
 @compiled
-def cut_head(keys: Any, values: Any, ki: int, D: int, seen: int, work: Any) -> int:
-    """Cut the first keys and values [seen, D] of a head, filled up with zeros to whole panels.
+def pack_head(task: AttentionTask, cache_start: int, n_keys: int) -> int:
+    """Pack the first keys and values [n_keys, D] of a head, padded with zeros to whole panels.
 
-    Returns how many there are then.
+    Returns the padded number of keys.
     """
-    length = (seen + TILE - 1) // TILE * TILE
-    words, at = work.view(np.uint32), _places(D, length)[0]
-    for s in range(0, seen, TILE):
-        count = min(TILE, seen - s)
-        for d in range(0, D, TILE):
-            first = ki + s * D + d
-            _copy(keys, first, D, count, work)
-            transpose_square(work)
-            here = BLOCK_SIZE + (s // TILE * D + d) * PANEL_SIZE
-            cut_panel(work, 0, TILE, TILE, words, here)
-            _copy(values, first, D, count, work)
-            here = at + (d // TILE * length + s) * PANEL_SIZE
-            cut_panel(work, 0, TILE, TILE, words, here)
+    D, workspace = task.D, task.workspace
+    length = (n_keys + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS
+    words, values = workspace.view(np.uint32), _workspace_offsets(D, length)[0]
+    for s in range(0, n_keys, PANEL_OUTPUTS):
+        count = min(PANEL_OUTPUTS, n_keys - s)
+        for d in range(0, D, PANEL_OUTPUTS):
+            first = cache_start + s * D + d
+            _copy_square(task.keys, first, D, count, workspace)
+            transpose_square(workspace)
+            target = SQUARE_SIZE + (s // PANEL_OUTPUTS * D + d) * PANEL_WORDS
+            pack_panel(workspace, 0, PANEL_OUTPUTS, PANEL_OUTPUTS, words, target)
+            _copy_square(task.values, first, D, count, workspace)
+            target = values + (d // PANEL_OUTPUTS * length + s) * PANEL_WORDS
+            pack_panel(workspace, 0, PANEL_OUTPUTS, PANEL_OUTPUTS, words, target)
     return length
 
 
 @compiled
-def _softmax(row: Any, seen: int, end: int, words: Any, i: int) -> float:
-    """Cut exp(row - its largest number) of the first `seen` numbers; up to `end` there are zeros.
+def _pack_softmax(row: Any, n_keys: int, end: int, words: Any, i: int) -> float:
+    """Pack exp(row - max(row)) of the first `n_keys` scores, with zeros up to `end`.
 
-    Returns their sum.
+    Returns the sum.
     """
-    for s in range(seen, end):
+    for s in range(n_keys, end):
         row[s] = -np.inf
-    top, sums = splat(-np.inf), splat(0.0)
+    highest, sums = splat(-np.inf), splat(0.0)
     for s in range(0, end, LANES):
-        top = maximum(top, load(row, s))
-    top = splat(largest(top))
-    for s in range(0, end, STEP):
-        a, b = exp(load(row, s) - top), exp(load(row, s + LANES) - top)
+        highest = maximum(highest, load(row, s))
+    highest = splat(max_lanes(highest))
+    for s in range(0, end, TILE_INPUTS):
+        a, b = exp(load(row, s) - highest), exp(load(row, s + LANES) - highest)
         sums += a + b
-        put_parts(a, b, words, i + s * ROWS_SIZE, SQUARE)
-    return total(sums)
+        store_parts(a, b, words, i + s * ROWS_WORDS, TILE_WORDS)
+    return sum_lanes(sums)
 
 
 @compiled
-def attend_16(
-    x: Any, x_width: int, first: int, count: int, head: int, D: int, index: Any, length: int,
-    scale: float, y: Any, y_width: int, work: Any,
-) -> None:  # fmt: skip
-    """Rows `first` to `first + count`, at most 16, over what `cut_head` has made."""
-    values, queries, weights, products = _places(D, length)
-    words = work.view(np.uint32)
-    seen = 0
+def prompt_attention(task: AttentionTask, head: int, length: int, first: int, count: int) -> None:
+    """Compute rows [first, first + count) of y, at most 16, for one head.
+
+    `length` is the result of `pack_head`.
+    """
+    x, y, D, workspace = task.x, task.y, task.D, task.workspace
+    values, queries, softmax, scores = _workspace_offsets(D, length)
+    words = workspace.view(np.uint32)
+    n_keys = 0
     for r in range(count):
-        i = (first + r) * x_width + head * D
+        i = (first + r) * task.x_width + head * D
         for d in range(D):
-            work[d] = x[i + d] * scale
-        cut_row(work, D, words[queries:], r)
-        seen = max(seen, index[first + r] + 1)
-    amx.set_up(work)
-    for s in range(0, seen, TILE):
-        here = BLOCK_SIZE + s // TILE * D * PANEL_SIZE
-        multiply(words, queries, words, here, D, work, products + s, length, True)
-    end = (seen + STEP - 1) // STEP * STEP
+            workspace[d] = x[i + d] * task.scale
+        pack_row(workspace, D, words[queries:], r)
+        n_keys = max(n_keys, task.positions[first + r] + 1)
+    configure_tiles(workspace)
+    for s in range(0, n_keys, PANEL_OUTPUTS):
+        panel = SQUARE_SIZE + s // PANEL_OUTPUTS * D * PANEL_WORDS
+        multiply(words, queries, words, panel, D, Matrix(workspace, scores + s, length, 1), True)
+    end = (n_keys + TILE_INPUTS - 1) // TILE_INPUTS * TILE_INPUTS
     for r in range(count):
-        row = work[products + r * length :]
-        work[SUMS + r] = _softmax(row, index[first + r] + 1, end, words, weights + r * LANES)
-    for d in range(0, D, TILE):
-        here = values + d // TILE * length * PANEL_SIZE
-        multiply(words, weights, words, here, end, work, 0, TILE, True)
+        row, packed = workspace[scores + r * length :], softmax + r * LANES
+        total = _pack_softmax(row, task.positions[first + r] + 1, end, words, packed)
+        workspace[SOFTMAX_SUMS + r] = total
+    for d in range(0, D, PANEL_OUTPUTS):
+        panel = values + d // PANEL_OUTPUTS * length * PANEL_WORDS
+        target = Matrix(workspace, 0, PANEL_OUTPUTS, 1)
+        multiply(words, softmax, words, panel, end, target, True)
         for r in range(count):
-            factor = splat(np.float32(1) / work[SUMS + r])
-            i = (first + r) * y_width + head * D + d
-            for j in range(0, TILE, LANES):
-                store(y, i + j, load(work, r * TILE + j) * factor)
-    amx.release()
+            factor = splat(np.float32(1) / workspace[SOFTMAX_SUMS + r])
+            i = (first + r) * task.y_width + head * D + d
+            for j in range(0, PANEL_OUTPUTS, LANES):
+                store(y, i + j, load(workspace, r * PANEL_OUTPUTS + j) * factor)
+    release_tiles()

@@ -1,11 +1,11 @@
-"""Products of several rows with floats on Intel's matrix unit, AMX.
+"""GEMM kernel for float32 on AMX by bf16x3: a float32 is split into the sum of three bfloat16.
 
-The unit multiplies bfloat16, the upper halves of floats, and adds in float32. A float is the sum of
-three of them, without a remainder, and of the nine products between the parts of two floats the six
-largest are all that float32 can tell. That takes half the time of the vectors.
+The unit multiplies bfloat16, the upper halves of float32, and adds in float32. The split is exact.
+Of the nine products between the parts of two numbers the six largest suffice for float32's
+precision. That takes half the time of the vectors.
 
-Two inputs make a word. It does not matter which, so long as both factors pair the same ones: here
-an input and the 16th after it, so that no number has to move to another lane.
+A word holds two inputs: input k and input k + 16 of 32. The order does not matter as long as both
+factors pair the same inputs, and with this one no number has to move to another lane.
 """
 
 from __future__ import annotations
@@ -17,122 +17,114 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.amx.tile_unit import (
-    DEPTH,
-    I64,
-    ROWS,
-    SQUARE,
-    instruction,
-    place,
-    zero,
+    TILE_ROW_BYTES,
+    TILE_ROWS,
+    TILE_WORDS,
+    byte_pointer,
+    emit,
+    zero_tiles,
 )
-from gptx.backends.cpu.kernels.gemm import TILE
-from gptx.backends.cpu.kernels.simd import (
-    FLOATS,
-    INTS,
-    LANES,
-    compiled,
-    floats,
-    int64,
-    ints,
-    load,
-    store,
-)
+from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Matrix
+from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
+from gptx.backends.cpu.kernels.simd import FLOATS, INTS, LANES, floats, ints, load, store
 
-PARTS = 3  # bfloat16 to a float
-STEP = 32  # inputs to a tile
-COLUMNS = TILE // LANES  # tiles side by side
-ROWS_SIZE = PARTS * SQUARE // STEP  # words of 16 rows, for each input
-PANEL_SIZE = COLUMNS * ROWS_SIZE  # words of 64 columns, for each input
+PARTS = 3  # bfloat16 parts of a float32
+TILE_INPUTS = 32  # inputs to a tile register
+PANEL_TILES = PANEL_OUTPUTS // LANES  # tile registers side by side
+ROWS_WORDS = PARTS * TILE_WORDS // TILE_INPUTS  # words to an input of 16 packed rows
+PANEL_WORDS = PANEL_TILES * ROWS_WORDS  # words to an input of a packed panel
 
-UPPER = ir.Constant(INTS, [0xFFFF0000] * LANES)
+UPPER_HALF = ir.Constant(INTS, [0xFFFF0000] * LANES)
 
 
 @intrinsic
-def _upper(context: Any, x: Any) -> Any:
-    """x without the lower half of its bits."""
+def _clear_lower_half(context: Any, x: Any) -> Any:
+    """Return floats x with the lower half of their bits cleared."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.and_(builder.bitcast(args[0], INTS), UPPER), FLOATS)
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], INTS), UPPER_HALF), FLOATS)
 
     return floats(x), generate
 
 
 @intrinsic
-def _pair(context: Any, a: Any, b: Any) -> Any:
-    """Words of the upper halves of a's and of b's bits, b's above."""
+def _pair_upper_halves(context: Any, a: Any, b: Any) -> Any:
+    """Return words with the upper half of a's bits below, and of b's bits above."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         a, b = (builder.bitcast(x, INTS) for x in args)
         a = builder.lshr(a, ir.Constant(INTS, [16] * LANES))
-        return builder.or_(a, builder.and_(b, UPPER))
+        return builder.or_(a, builder.and_(b, UPPER_HALF))
 
     return ints(a, b), generate
 
 
 @compiled
-def put_parts(a: Any, b: Any, words: Any, i: int, size: int) -> None:
-    """The parts of two vectors as words, to words[i], words[i + size] and so on."""
+def store_parts(a: Any, b: Any, words: Any, i: int, stride: int) -> None:
+    """Store the parts of two vectors as words, at words[i], words[i + stride], ..."""
     for part in range(PARTS):
-        store(words, i + part * size, _pair(a, b))
-        a = a - _upper(a)
-        b = b - _upper(b)
+        store(words, i + part * stride, _pair_upper_halves(a, b))
+        a = a - _clear_lower_half(a)
+        b = b - _clear_lower_half(b)
 
 
 @compiled
-def cut_row(row: Any, n_in: int, words: Any, n: int) -> None:
-    """Put a row [I] into `words` as row n: [rows / 16, I / 32, 3, 16, 16]."""
-    i = n // ROWS * ROWS_SIZE * n_in + n % ROWS * LANES
-    for k in range(0, n_in, STEP):
-        put_parts(load(row, k), load(row, k + LANES), words, i + k * ROWS_SIZE, SQUARE)
+def pack_row(row: Any, n_in: int, words: Any, n: int) -> None:
+    """Pack a row [I] as row n of `words`: [rows / 16, I / 32, 3, 16, 16]."""
+    i = n // TILE_ROWS * ROWS_WORDS * n_in + n % TILE_ROWS * LANES
+    for k in range(0, n_in, TILE_INPUTS):
+        store_parts(load(row, k), load(row, k + LANES), words, i + k * ROWS_WORDS, TILE_WORDS)
 
 
 @compiled
-def cut_panel(w: Any, wi: int, stride: int, depth: int, words: Any, i: int) -> None:
-    """Put w [depth, 64], whose rows begin at wi and every `stride` numbers, into words from i on:
-    [depth / 32, 3, 4, 16, 16]."""
-    for k in range(0, depth, STEP):
+def pack_panel(w: Any, wi: int, stride: int, depth: int, words: Any, i: int) -> None:
+    """Pack w [depth, 64] to words[i:]: [depth / 32, 3, 4, 16, 16].
+
+    Rows of w begin at wi and every `stride` numbers.
+    """
+    for k in range(0, depth, TILE_INPUTS):
         for j in range(LANES):
-            for c in range(COLUMNS):
-                at = wi + (k + j) * stride + c * LANES
-                here = i + k * PANEL_SIZE + c * SQUARE + j * LANES
-                a, b = load(w, at), load(w, at + LANES * stride)
-                put_parts(a, b, words, here, COLUMNS * SQUARE)
+            for c in range(PANEL_TILES):
+                source = wi + (k + j) * stride + c * LANES
+                target = i + k * PANEL_WORDS + c * TILE_WORDS + j * LANES
+                a, b = load(w, source), load(w, source + LANES * stride)
+                store_parts(a, b, words, target, PANEL_TILES * TILE_WORDS)
 
 
 @intrinsic
-def _step(context: Any, x: Any, xi: Any, w: Any, wi: Any) -> Any:
-    """Add to tiles 0 to 3 the products of 32 inputs of 16 rows and of 64 columns."""
+def _multiply_tiles(context: Any, x: Any, xi: Any, w: Any, wi: Any) -> Any:
+    """Add to registers 0 to 3 the products of 32 inputs of 16 rows and 64 outputs."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def fetch(tile: int, first: Any, n: int) -> None:
-            here = builder.gep(first, [I64(4 * n * SQUARE)])
-            instruction(builder, "tileloadd64", tile, here, I64(DEPTH))
+        def load_tile(register: int, first: Any, n: int) -> None:
+            address = builder.gep(first, [I64(4 * n * TILE_WORDS)])
+            emit(builder, "tileloadd64", register, address, I64(TILE_ROW_BYTES))
 
-        rows = place(context, builder, sig.args[:2], args[:2])
-        panel = place(context, builder, sig.args[2:], args[2:])
+        rows = byte_pointer(context, builder, sig.args[:2], args[:2])
+        panel = byte_pointer(context, builder, sig.args[2:], args[2:])
         for part in range(PARTS):
-            fetch(4 + part, rows, part)
+            load_tile(4 + part, rows, part)
         for part in range(PARTS):
-            for column in range(COLUMNS):
-                fetch(7, panel, COLUMNS * part + column)
+            for column in range(PANEL_TILES):
+                load_tile(7, panel, PANEL_TILES * part + column)
                 for other in range(PARTS - part):
-                    instruction(builder, "tdpbf16ps", column, 4 + other, 7)
+                    emit(builder, "tdpbf16ps", column, 4 + other, 7)
         return context.get_dummy_value()
 
     return types.void(x, xi, w, wi), generate
 
 
-def _access(name: str) -> Any:
-    """Make an intrinsic that moves tiles 0 to 3 from or to a matrix [16, 64]."""
+def _make_tile_access(name: str) -> Any:
+    """Make an intrinsic that moves registers 0 to 3 from or to a matrix [16, 64]."""
 
     @intrinsic
     def access(context: Any, y: Any, i: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            first = place(context, builder, sig.args, args)
-            stride = builder.mul(int64(context, builder, args[2], sig.args[2]), I64(4))
-            for column in range(COLUMNS):
-                here = builder.gep(first, [I64(4 * LANES * column)])
-                instruction(builder, name, column, here, stride)
+            first = byte_pointer(context, builder, sig.args, args)
+            stride = builder.mul(to_int64(context, builder, args[2], sig.args[2]), I64(4))
+            for column in range(PANEL_TILES):
+                address = builder.gep(first, [I64(4 * LANES * column)])
+                emit(builder, name, column, address, stride)
             return context.get_dummy_value()
 
         return types.void(y, i, width), generate
@@ -140,18 +132,19 @@ def _access(name: str) -> Any:
     return access
 
 
-_fetch, _put = _access("tileloadd64"), _access("tilestored64")
+_load_tiles, _store_tiles = _make_tile_access("tileloadd64"), _make_tile_access("tilestored64")
 
 
 @compiled
-def multiply(
-    x: Any, xi: int, w: Any, wi: int, depth: int, y: Any, yi: int, y_width: int, fresh: bool
-) -> None:
-    """y [16, 64] += x·w, or = x·w: x of `cut_row` and w of `cut_panel`, from xi and wi on."""
-    if fresh:
-        zero(COLUMNS)
+def multiply(x: Any, xi: int, w: Any, wi: int, depth: int, y: Matrix, overwrite: bool) -> None:
+    """Compute y [16, 64] += x·w, or y = x·w to overwrite.
+
+    x is packed by `pack_row` and w by `pack_panel`, from xi and wi on.
+    """
+    if overwrite:
+        zero_tiles(PANEL_TILES)
     else:
-        _fetch(y, yi, y_width)
-    for k in range(0, depth, STEP):
-        _step(x, xi + k * ROWS_SIZE, w, wi + k * PANEL_SIZE)
-    _put(y, yi, y_width)
+        _load_tiles(y.array, y.start, y.row_stride)
+    for k in range(0, depth, TILE_INPUTS):
+        _multiply_tiles(x, xi + k * ROWS_WORDS, w, wi + k * PANEL_WORDS)
+    _store_tiles(y.array, y.start, y.row_stride)

@@ -1,7 +1,7 @@
-"""LINEAR for several rows on Intel's matrix unit, AMX: what one thread does.
+"""The stages of LINEAR for several rows on AMX: one thread's share of each.
 
-Floats take one way and codes another, `amx_floats.py` and `amx_codes.py`. Either cuts the rows
-once for all the outputs.
+`prepare_amx` packs the rows once for all outputs; `run_amx` multiplies them. Float matrices take
+bf16x3 (`bf16x3.py`), quantized ones bytes (`quantized_gemm.py`).
 """
 
 from __future__ import annotations
@@ -10,116 +10,127 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.amx import bf16x3 as amx_floats
-from gptx.backends.cpu.kernels.amx import quantized_linear as amx_codes
-from gptx.backends.cpu.kernels.amx.bf16x3 import PANEL_SIZE, PARTS, ROWS_SIZE, STEP
-from gptx.backends.cpu.kernels.amx.tile_unit import ROWS, release, set_up
-from gptx.backends.cpu.kernels.gemm import TILE, expand_floats
+from gptx.backends.cpu.kernels.amx import bf16x3, quantized_gemm
+from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROWS, configure_tiles, release_tiles
+from gptx.backends.cpu.kernels.arguments import (
+    PANEL_OUTPUTS,
+    LinearTask,
+    Matrix,
+    quantized_matrix,
+)
+from gptx.backends.cpu.kernels.barrier import split_range
+from gptx.backends.cpu.kernels.compilation import float_array, inlined
+from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
+from gptx.backends.cpu.kernels.gemm import expand_float32
 from gptx.backends.cpu.kernels.instructions import (
+    FLOAT32,
+    FLOAT32_TRANSPOSED,
     FORMAT,
-    GROUP,
+    GROUP_SIZE,
     INT8,
-    MATRIX,
     N_IN,
     N_OUT,
-    SCALES,
     SOURCE_WIDTH,
-    STEPS,
-    TABLE,
     TARGET_WIDTH,
     WEIGHT,
-    finish,
-    inlined,
-    norm_row,
-    share,
 )
-from gptx.backends.cpu.kernels.simd import float_array, word_array
 
-DEPTH = 64  # inputs of a panel of floats: 24 KB
-MANY = 64  # rows from which on floats go here: for fewer, vectors read the matrix faster
-CHUNK = 256  # rows that share a panel of floats
+MIN_FLOAT_ROWS = 64  # for fewer rows of a float matrix, vectors read the matrix faster
+PANEL_INPUTS = 64  # inputs of a packed panel of floats: 24 KB
+CHUNK_ROWS = 256  # rows that are multiplied by a panel of floats while it is in the cache
 
-# A thread's room for floats: a panel, and what it is cut from at the end of a matrix.
-EDGE = DEPTH * PANEL_SIZE
-ROOM = EDGE + DEPTH * TILE
-
-
-def size_of_rows(rows: int, n_in: int) -> int:
-    """Numbers that rows take that are cut."""
-    return -(-rows // ROWS) * ROWS * n_in * PARTS // 2
+# Workspace of a thread for floats: a packed panel, and the floats of an incomplete panel.
+INCOMPLETE_PANEL = PANEL_INPUTS * bf16x3.PANEL_WORDS
+WORKSPACE_SIZE = max(INCOMPLETE_PANEL + PANEL_INPUTS * PANEL_OUTPUTS, quantized_gemm.WORKSPACE_SIZE)
 
 
-@inlined
-def fits(op: Any, rows: int) -> bool:
-    """Whether this is for the unit."""
-    if op[FORMAT] == MATRIX:
-        return rows >= MANY and op[N_IN] % STEP == 0
-    return op[FORMAT] != TABLE
+def prepared_size(rows: int, n_in: int) -> int:
+    """Return the numbers that packed rows occupy."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS * n_in * bf16x3.PARTS // 2
 
 
 @inlined
-def cut_rows(
-    op: Any, x: Any, rows: int, step: int, normed: Any, room: Any, t: int, threads: int
-) -> None:
-    """The norm of a share of the rows, cut."""
-    n_in, padded = op[N_IN], (rows + ROWS - 1) // ROWS * ROWS
-    first, last = share(rows, t, threads)
-    for row in range(first, last):
-        norm_row(op, x, ((row + 1) * step - 1) * op[SOURCE_WIDTH], room, 0, 1)
-        if op[FORMAT] == MATRIX:
-            amx_floats.cut_row(room, n_in, normed.view(np.uint32), row)
+def uses_amx(op: Any, rows: int) -> bool:
+    """Return True if several rows of this instruction are multiplied on AMX."""
+    if op[FORMAT] == FLOAT32:
+        return rows >= MIN_FLOAT_ROWS and op[N_IN] % bf16x3.TILE_INPUTS == 0
+    return op[FORMAT] != FLOAT32_TRANSPOSED
+
+
+@inlined
+def prepare_amx(task: LinearTask) -> None:
+    """Normalize and pack a share of the rows."""
+    op, prepared, rows, row = task.op, task.prepared, task.rows, task.workspace[task.thread]
+    n_in, padded_rows = op[N_IN], (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    first, last = split_range(rows, task.thread, task.threads)
+    for n in range(first, last):
+        normalize_row(op, task.x, ((n + 1) * task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
+        if op[FORMAT] == FLOAT32:
+            bf16x3.pack_row(row, n_in, prepared.view(np.uint32), n)
         else:
             bits = 8 if op[FORMAT] == INT8 else 4
-            amx_codes.cut(room, n_in, op[GROUP], bits, normed, row, padded)
+            quantized_gemm.pack_row(row, n_in, op[GROUP_SIZE], bits, prepared, n, padded_rows)
 
 
 @inlined
-def multiply_floats(
-    op: Any, rows: int, normed: Any, y: Any, residual: Any, room: Any, t: int, threads: int
-) -> None:
-    """A share of the outputs of several rows and, if there are many, of those: some inputs for all
-    of them, then the next."""
+def run_amx(task: LinearTask) -> None:
+    """Compute a share of the product: of its panels of outputs, in each chunk of rows."""
+    if task.op[FORMAT] == FLOAT32:
+        _run_float_gemm(task)
+    else:
+        _run_quantized_gemm(task)
+
+
+@inlined
+def _run_float_gemm(task: LinearTask) -> None:
+    """Compute all outputs of the share from some inputs, then from the next."""
+    op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    w = float_array(op[WEIGHT], n_in * (n_out + TILE))
-    x, panel, edge = normed.view(np.uint32), room.view(np.uint32), room[EDGE:]
-    chunks, tiles = (rows + CHUNK - 1) // CHUNK, (n_out + TILE - 1) // TILE
-    first, last = share(tiles * chunks, t, threads)
-    set_up(room)
+    w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
+    x, panel = task.prepared.view(np.uint32), workspace.view(np.uint32)
+    incomplete = workspace[INCOMPLETE_PANEL:]
+    chunks = (rows + CHUNK_ROWS - 1) // CHUNK_ROWS
+    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels * chunks, task.thread, task.threads)
+    configure_tiles(workspace)
     for chunk in range(chunks):
-        here, there = max(first - chunk * tiles, 0), min(last - chunk * tiles, tiles)
-        begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, rows)
-        for k in range(0, n_in, DEPTH):
-            depth = min(DEPTH, n_in - k)
-            for tile in range(here, there):
-                if (tile + 1) * TILE <= n_out:
-                    amx_floats.cut_panel(w, k * n_out + tile * TILE, n_out, depth, panel, 0)
+        first_panel = max(first - chunk * panels, 0)
+        last_panel = min(last - chunk * panels, panels)
+        begin, end = chunk * CHUNK_ROWS, min((chunk + 1) * CHUNK_ROWS, rows)
+        for k in range(0, n_in, PANEL_INPUTS):
+            depth = min(PANEL_INPUTS, n_in - k)
+            for number in range(first_panel, last_panel):
+                j = number * PANEL_OUTPUTS
+                if j + PANEL_OUTPUTS <= n_out:
+                    bf16x3.pack_panel(w, k * n_out + j, n_out, depth, panel, 0)
                 else:
-                    expand_floats(w, n_out, tile, k, depth, edge)
-                    amx_floats.cut_panel(edge, 0, TILE, depth, panel, 0)
-                for row in range(begin, end, ROWS):
-                    xi, yi = (row // ROWS * n_in + k) * ROWS_SIZE, row * width + tile * TILE
-                    amx_floats.multiply(x, xi, panel, 0, depth, y, yi, width, k == 0)
+                    expand_float32(w, n_out, number, k, depth, incomplete)
+                    bf16x3.pack_panel(incomplete, 0, PANEL_OUTPUTS, depth, panel, 0)
+                for row in range(begin, end, TILE_ROWS):
+                    xi = (row // TILE_ROWS * n_in + k) * bf16x3.ROWS_WORDS
+                    target = Matrix(y, row * width + j, width, 1)
+                    bf16x3.multiply(x, xi, panel, 0, depth, target, k == 0)
         for row in range(begin, end):
-            for tile in range(here, there):
-                finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
-    release()
+            for number in range(first_panel, last_panel):
+                j = number * PANEL_OUTPUTS
+                apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
+    release_tiles()
 
 
 @inlined
-def multiply_codes(
-    op: Any, rows: int, normed: Any, y: Any, residual: Any, room: Any, t: int, threads: int
-) -> None:
-    """The same for codes, one panel after the other."""
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    size, bits = n_in * (n_out + TILE), 8 if op[FORMAT] == INT8 else 4
-    codes = word_array(op[WEIGHT], size)
-    scales, steps = word_array(op[SCALES], size), op[STEPS]
-    chunks, tiles = (rows + amx_codes.CHUNK - 1) // amx_codes.CHUNK, (n_out + TILE - 1) // TILE
-    first, last = share(tiles * chunks, t, threads)
-    for task in range(first, last):
-        chunk, tile = task // tiles, task % tiles
-        begin, end = chunk * amx_codes.CHUNK, min((chunk + 1) * amx_codes.CHUNK, rows)
-        amx_codes.multiply(codes, scales, steps, bits, tile, n_in, op[GROUP], normed, rows, begin,
-                           end, y, width, room)  # fmt: skip
+def _run_quantized_gemm(task: LinearTask) -> None:
+    """Compute one panel of outputs after the other."""
+    op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
+    n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], quantized_gemm.CHUNK_ROWS
+    matrix = quantized_matrix(op)
+    chunks = (rows + chunk_rows - 1) // chunk_rows
+    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels * chunks, task.thread, task.threads)
+    for item in range(first, last):
+        chunk, number = item // panels, item % panels
+        begin, end = chunk * chunk_rows, min((chunk + 1) * chunk_rows, rows)
+        j = number * PANEL_OUTPUTS
+        target = Matrix(y, j, width, 1)
+        quantized_gemm.multiply(matrix, number, task.prepared, rows, begin, end, target, workspace)
         for row in range(begin, end):
-            finish(op, y, row * width, tile * TILE, (tile + 1) * TILE, residual)
+            apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)

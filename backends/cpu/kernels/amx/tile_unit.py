@@ -1,7 +1,7 @@
-"""Intel's matrix unit, AMX: its instructions, and who may use it.
+"""Instructions of Intel's matrix unit, AMX, and the permission to use it.
 
-The unit has eight tiles of 16 rows of 64 bytes, which belong to the thread and are named by their
-numbers, 0 to 7. It multiplies two of them at once, of bytes or of bfloat16, and adds to a third.
+The unit has eight tile registers, numbered 0 to 7, for each thread: 16 rows of 64 bytes. One
+instruction multiplies two of them, of bytes or of bfloat16, and adds the product to a third.
 """
 
 from __future__ import annotations
@@ -16,83 +16,88 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.cpu.kernels.cpu_features import X86, has
-from gptx.backends.cpu.kernels.simd import I8, call, compiled, pointer
+from gptx.backends.cpu.kernels.compilation import I8, call, compiled, element_pointer
+from gptx.backends.cpu.kernels.cpu_features import HAS_AMX, X86
 
-ROWS = 16  # of a tile
-DEPTH = 64  # bytes to a row of a tile
-I64 = ir.IntType(64)
-SQUARE = ROWS * ROWS  # 32-bit words of a tile
+TILE_ROWS = 16
+TILE_ROW_BYTES = 64
+TILE_WORDS = TILE_ROWS * TILE_ROW_BYTES // 4  # 32-bit words
 
-# What the processor has; the code is there if so. Whether Linux lets a process use it, `allowed`
-# finds out.
-COMPILED = has("amx-int8") and has("amx-bf16")
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
 
 
 @cache
-def allowed() -> bool:
-    """Ask Linux for the tiles, whose state it has to keep for each thread; False if it refuses."""
-    if not COMPILED or sys.platform != "linux" or not X86:
+def is_allowed() -> bool:
+    """Request the tile registers from Linux, which saves them for each thread.
+
+    Returns
+    -------
+    bool
+        False if the processor has no AMX, or Linux refuses.
+    """
+    if not HAS_AMX or sys.platform != "linux" or not X86:
         return False
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 
 
-def instruction(builder: Any, name: str, *operands: Any) -> None:
-    """An instruction of the unit; numbers are those of tiles.
+def emit(builder: Any, name: str, *operands: Any) -> None:
+    """Emit an AMX instruction; a Python integer operand is the number of a tile register.
 
-    None where there is no such unit: the compiler does not know it, and nobody calls what is made.
+    Emits nothing without AMX: LLVM would reject the instruction, and no caller reaches it.
     """
     values = [I8(x) if isinstance(x, int) else x for x in operands]
-    if COMPILED:
+    if HAS_AMX:
         call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
-def place(context: Any, builder: Any, given: Any, args: Any) -> Any:
-    """Where element args[1] of the array args[0] lies, as an address of bytes."""
-    return builder.bitcast(pointer(context, builder, given, args), I8.as_pointer())
+def byte_pointer(context: Any, builder: Any, kinds: Any, args: Any) -> Any:
+    """Emit the address of element args[1] of the array args[0], as a pointer to bytes."""
+    return builder.bitcast(element_pointer(context, builder, kinds, args), I8.as_pointer())
 
 
 @intrinsic
-def _configure(context: Any, array: Any, i: Any) -> Any:
+def _load_configuration(context: Any, array: Any, i: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        instruction(builder, "ldtilecfg", place(context, builder, sig.args, args))
+        emit(builder, "ldtilecfg", byte_pointer(context, builder, sig.args, args))
         return context.get_dummy_value()
 
     return types.void(array, i), generate
 
 
+@compiled
+def configure_tiles(workspace: Any, row_bytes: int = TILE_ROW_BYTES) -> None:
+    """Configure the tile registers, with full rows unless `row_bytes` is less.
+
+    With less, registers 3 to 5 have rows of `row_bytes` bytes, and register 6 has row_bytes / 4
+    rows. The configuration is written to workspace[:16].
+    """
+    configuration = workspace[:16].view(np.uint8)
+    configuration[:] = 0
+    configuration[0] = 1  # the palette; bytes to a row and rows of each register follow
+    for n in range(8):
+        configuration[16 + 2 * n] = row_bytes if 3 <= n < 6 else TILE_ROW_BYTES
+        configuration[48 + n] = row_bytes // 4 if n == 6 else TILE_ROWS
+    _load_configuration(workspace, 0)
+
+
 @intrinsic
-def release(context: Any) -> Any:
-    """Give the tiles back, which else would be kept for this thread."""
+def release_tiles(context: Any) -> Any:
+    """Release the tile registers, so that Linux does not save them for this thread."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        instruction(builder, "tilerelease")
+        emit(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
 
 
 @intrinsic
-def zero(context: Any, count: Any) -> Any:
-    """Let so many tiles (a constant) be zero, from the first on."""
+def zero_tiles(context: Any, count: Any) -> Any:
+    """Set tile registers 0 to count - 1 to zero; `count` is a constant."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for tile in range(count.literal_value):
-            instruction(builder, "tilezero", tile)
+            emit(builder, "tilezero", tile)
         return context.get_dummy_value()
 
     return (types.void(count), generate) if isinstance(count, types.IntegerLiteral) else None
-
-
-@compiled
-def set_up(room: Any, depth: int = DEPTH) -> None:
-    """Let the tiles be whole; or, for products of fewer bytes, tiles 3 to 5 have rows of `depth`
-    bytes, and tile 6 a quarter as many rows. The setting goes to room[:16]."""
-    setting = room[:16].view(np.uint8)
-    setting[:] = 0
-    setting[0] = 1  # the only palette there is; then bytes to a row, and rows, of each tile
-    for n in range(8):
-        setting[16 + 2 * n] = depth if 3 <= n < 6 else DEPTH
-        setting[48 + n] = depth // 4 if n == 6 else ROWS
-    _configure(room, 0)

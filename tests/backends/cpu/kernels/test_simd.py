@@ -1,4 +1,4 @@
-"""Vectors of 16 floats: what each intrinsic computes, against NumPy and float64."""
+"""Each operation on vectors of 16 against NumPy and float64."""
 
 from __future__ import annotations
 
@@ -12,66 +12,45 @@ pytest.importorskip("numba", reason="the compiled kernels need Numba (pip instal
 
 import numba
 
-from gptx.backends.cpu.kernels import simd
+from gptx.backends.cpu.kernels import compilation, simd
 from gptx.backends.cpu.kernels.simd import LANES, load, store
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
-# Zeros of both signs, infinities, the smallest and the largest numbers, a NaN.
+# Zeros of both signs, infinities, the smallest and the largest numbers, NaN.
 EDGES = np.array([0, -0.0, 1, -1, 1e-45, -1e-45, 1e-38, 3e38, -3e38, INF, -INF, NAN], np.float32)
 
 
-def unary(function: Any) -> Callable[[np.ndarray], np.ndarray]:
-    @numba.njit
-    def each(x: Any, y: Any) -> None:
-        for i in range(0, len(x), LANES):
-            store(y, i, function(load(x, i)))
+@numba.njit
+def _unary_operations(x: Any, y: Any) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, simd.exp(load(x, i)))
+        store(y, len(x) + i, simd.round_to_even(load(x, i)))
+        store(y, 2 * len(x) + i, simd.is_negative(load(x, i)))
 
+
+def _unary(n: int) -> Callable[[np.ndarray], np.ndarray]:
     def call(x: np.ndarray) -> np.ndarray:
         padded = np.zeros(-(-len(x) // LANES) * LANES, np.float32)
         padded[: len(x)] = x
-        y = np.empty_like(padded)
-        each(padded, y)
-        return y[: len(x)]
+        y = np.empty((3, len(padded)), np.float32)
+        _unary_operations(padded, y.reshape(-1))
+        return y[n, : len(x)]
 
     return call
 
 
-def binary(function: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    @numba.njit
-    def each(x: Any, y: Any, z: Any) -> None:
-        for i in range(0, len(x), LANES):
-            store(z, i, function(load(x, i), load(y, i)))
-
-    def call(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        z = np.empty_like(x)
-        each(x, y, z)
-        return z
-
-    return call
+exp, round_to_even, is_negative = _unary(0), _unary(1), _unary(2)
 
 
-def reduction(function: Any) -> Callable[[np.ndarray], float]:
-    @numba.njit
-    def call(x: Any) -> Any:
-        return function(load(x, 0))
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def exp() -> Callable[[np.ndarray], np.ndarray]:
-    return unary(simd.exp)
-
-
-def test_exp_is_exact_within_two_units_in_the_last_place(exp: Any) -> None:
+def test_exp_is_exact_within_two_units_in_the_last_place() -> None:
     x = np.linspace(-87, 88, 1_000_000, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
     ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
     assert np.max(np.abs(exp(x) - exact) / ulp) <= 2
 
 
-def test_exp_beyond_its_range(exp: Any) -> None:
-    """What is far below is next to nothing, what is far above is finite, and a NaN stays one."""
+def test_exp_outside_its_range() -> None:
+    """It is next to 0 far below, finite far above, and NaN for NaN."""
     x = np.array([-INF, -1e30, -87.5, 88.5, 1e30, INF, NAN, -NAN, 0.0, -0.0], np.float32)
     found = exp(x)
     np.testing.assert_array_equal(found[:3], exp(np.full(3, -87, np.float32)))
@@ -82,36 +61,23 @@ def test_exp_beyond_its_range(exp: Any) -> None:
     np.testing.assert_array_equal(found[8:], [1, 1])
 
 
-def test_nearest_goes_to_the_even_one() -> None:
+def test_halves_round_to_even() -> None:
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 0.49999997, 126.7, -3e38, INF, NAN], np.float32)
-    np.testing.assert_array_equal(unary(simd.nearest)(x), np.rint(x))
+    np.testing.assert_array_equal(round_to_even(x), np.rint(x))
 
 
-def test_negative() -> None:
-    np.testing.assert_array_equal(unary(simd.negative)(EDGES), (EDGES < 0).astype(np.float32))
+def test_is_negative() -> None:
+    np.testing.assert_array_equal(is_negative(EDGES), (EDGES < 0).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
-def pairs() -> tuple[np.ndarray, np.ndarray]:
-    """Each of the edges with each."""
+def binary() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of edges x and y, and the results of the binary operations [7, ...]."""
     x, y = (np.ascontiguousarray(a.reshape(-1)) for a in np.meshgrid(EDGES, EDGES))
     assert len(x) % LANES == 0
-    return x, y
-
-
-@pytest.mark.parametrize(("name", "numpy"), [("maximum", np.maximum), ("minimum", np.minimum)])
-def test_the_first_operand_wins_if_one_is_a_nan(name: str, numpy: Any, pairs: Any) -> None:
-    x, y = pairs
-    wanted = np.where(np.isnan(x) | np.isnan(y), x, numpy(x, y))
-    np.testing.assert_array_equal(binary(getattr(simd, name))(x, y), wanted)
-
-
-def test_operators(pairs: Any) -> None:
-    """Infinities and NaN as the standard has them."""
-    x, y = pairs
 
     @numba.njit
-    def each(x: Any, y: Any, z: Any) -> None:
+    def operations(x: Any, y: Any, z: Any) -> None:
         for i in range(0, len(x), LANES):
             a, b = load(x, i), load(y, i)
             store(z, i, a + b)
@@ -121,41 +87,60 @@ def test_operators(pairs: Any) -> None:
             c = a
             c += b
             store(z, 4 * len(x) + i, c)
+            store(z, 5 * len(x) + i, simd.maximum(a, b))
+            store(z, 6 * len(x) + i, simd.minimum(a, b))
 
-    z = np.empty(5 * len(x), np.float32)
-    each(x, y, z)
+    z = np.empty((7, len(x)), np.float32)
+    operations(x, y, z.reshape(-1))
+    return x, y, z
+
+
+@pytest.mark.parametrize(("row", "function"), [(5, np.maximum), (6, np.minimum)])
+def test_the_first_operand_wins_if_one_is_nan(row: int, function: Any, binary: Any) -> None:
+    x, y, found = binary
+    expected = np.where(np.isnan(x) | np.isnan(y), x, function(x, y))
+    np.testing.assert_array_equal(found[row], expected)
+
+
+def test_operators(binary: Any) -> None:
+    """Infinities and NaN as in IEEE 754."""
+    x, y, found = binary
     with np.errstate(all="ignore"):
-        wanted = np.concatenate([x + y, x - y, x * y, x / y, x + y])
-    np.testing.assert_array_equal(np.isnan(z), np.isnan(wanted))
-    np.testing.assert_allclose(z, wanted, rtol=3e-7, atol=1e-44)
+        expected = np.stack([x + y, x - y, x * y, x / y, x + y])
+    np.testing.assert_array_equal(np.isnan(found[:5]), np.isnan(expected))
+    np.testing.assert_allclose(found[:5], expected, rtol=3e-7, atol=1e-44)
 
 
-def test_total_and_largest(random: np.random.Generator) -> None:
-    total, largest = reduction(simd.total), reduction(simd.largest)
+def test_reductions(random: np.random.Generator) -> None:
+    @numba.njit
+    def reductions(x: Any) -> Any:
+        return simd.sum_lanes(load(x, 0)), simd.max_lanes(load(x, 0))
+
     x = random.standard_normal(LANES).astype(np.float32)
-    assert abs(total(x) - x.astype(np.float64).sum()) < 1e-6 * np.abs(x).sum()
-    assert largest(x) == x.max()
+    total, highest = reductions(x)
+    assert abs(total - x.astype(np.float64).sum()) < 1e-6 * np.abs(x).sum()
+    assert highest == x.max()
     for lane in range(LANES):
-        with_one = np.zeros(LANES, np.float32)
-        with_one[lane] = 1
-        assert total(with_one) == largest(with_one) == -largest(-with_one - 1) == 1
-        with_one[lane] = NAN
-        assert np.isnan(total(with_one))
-        with_one[lane] = -INF
-        assert total(with_one) == -INF
-        assert largest(with_one) == 0
+        edge = np.zeros(LANES, np.float32)
+        edge[lane] = 1
+        assert reductions(edge) == (1, 1)
+        assert reductions(-edge - 1)[1] == -1
+        edge[lane] = NAN
+        assert np.isnan(reductions(edge)[0])
+        edge[lane] = -INF
+        assert reductions(edge) == (-INF, 0)
 
 
-def test_totals(random: np.random.Generator) -> None:
-    """Lane n is the total of vector n, and vectors of `vectors` keep what is put there."""
+def test_vectors_on_the_stack(random: np.random.Generator) -> None:
+    """They keep their values, and lane n of `sum_lanes_of_16` is the sum of vector n."""
 
     @numba.njit
     def call(x: Any, y: Any) -> None:
-        room = simd.vectors(16)
+        vectors = simd.stack_vectors(16)
         for n in range(16):
-            simd.put(room, n, load(x, n * LANES))
-        store(y, 0, simd.totals(room))
-        store(y, LANES, simd.get(room, 7))
+            simd.put_vector(vectors, n, load(x, n * LANES))
+        store(y, 0, simd.sum_lanes_of_16(vectors))
+        store(y, LANES, simd.get_vector(vectors, 7))
 
     x = random.standard_normal((16, LANES)).astype(np.float32)
     y = np.empty(2 * LANES, np.float32)
@@ -164,27 +149,26 @@ def test_totals(random: np.random.Generator) -> None:
     np.testing.assert_array_equal(y[LANES:], x[7])
 
 
-def test_load_and_store_at_any_place() -> None:
-    """Neither needs an aligned place, and neither touches its neighbors."""
-
-    @numba.njit
-    def copy(x: Any, i: Any, y: Any, j: Any) -> None:
-        store(y, j, load(x, i))
-
-    for dtype in (np.float32, np.uint32, np.int32):
-        x = np.arange(64).astype(dtype)
-        for i, j in ((0, 0), (1, 3), (47, 48), (5, 17)):
-            y = np.full(64, 99, dtype)
-            copy(x, i, y, j)
-            np.testing.assert_array_equal(y[j : j + LANES], x[i : i + LANES])
-            assert (np.delete(y, np.arange(j, j + LANES)) == 99).all()
+@numba.njit
+def _copy(x: Any, i: Any, y: Any, j: Any) -> None:
+    store(y, j, load(x, i))
 
 
-def test_spread_and_splat() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.int32])
+def test_load_and_store_are_unaligned_and_change_no_other_element(dtype: type) -> None:
+    x = np.arange(64).astype(dtype)
+    for i, j in ((0, 0), (1, 3), (47, 48), (5, 17)):
+        y = np.full(64, 99, dtype)
+        _copy(x, i, y, j)
+        np.testing.assert_array_equal(y[j : j + LANES], x[i : i + LANES])
+        assert (np.delete(y, np.arange(j, j + LANES)) == 99).all()
+
+
+def test_broadcast_and_splat() -> None:
     @numba.njit
     def fill(x: Any, i: Any, y: Any) -> None:
-        simd.prefetch(x, i + 10**6)  # past the end
-        store(y, 0, simd.spread(x, i))
+        simd.prefetch_l1(x, i + 10**6)  # past the end
+        store(y, 0, simd.broadcast(x, i))
         store(y, LANES, simd.splat(2.5))
         store(y, 2 * LANES, simd.splat(x[i]))
         store(y, 3 * LANES, simd.splat(3))
@@ -194,58 +178,49 @@ def test_spread_and_splat() -> None:
     np.testing.assert_array_equal(y.reshape(4, LANES), [[z] * LANES for z in (x[4], 2.5, x[4], 3)])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_where_they_lie(bits: int, random: np.random.Generator) -> None:
-    """As many times too large as their place in the word says, but for the last, which is not."""
-    count = 32 // bits
+@numba.njit
+def _unpack(words: Any, y4: Any, y8: Any, nibbles: Any) -> None:
+    for n in range(8):
+        store(y4, n * LANES, simd.bit_field_as_floats(load(words, 0), n, 4))
+    for n in range(4):
+        store(y8, n * LANES, simd.bit_field_as_floats(load(words, 0), n, 8))
+    store(nibbles, 0, simd.nibbles_as_bytes(load(words, 0), 0))
+    store(nibbles, LANES, simd.nibbles_as_bytes(load(words, 0), 1))
 
-    @numba.njit
-    def each(words: Any, y: Any) -> None:
-        for n in range(count):
-            store(y, n * LANES, simd.code(load(words, 0), n, bits))
 
+def test_bit_fields(random: np.random.Generator) -> None:
+    """A field as a float is multiplied by its place in the word, except the last one."""
     for words in (
         random.integers(0, 2**32, LANES, np.uint32),
         np.full(LANES, 2**32 - 1, np.uint32),
     ):
-        y = np.empty((count, LANES), np.float32)
-        each(words, y.reshape(-1))
-        for n in range(count):
-            codes = (words >> np.uint32(bits * n)) & np.uint32(2**bits - 1)
-            factor = 1 if n == count - 1 else 2.0 ** (bits * n)
-            np.testing.assert_array_equal(y[n], codes * factor)
+        y4, y8 = np.empty((8, LANES), np.float32), np.empty((4, LANES), np.float32)
+        nibbles = np.empty((2, LANES), np.uint32)
+        _unpack(words, y4.reshape(-1), y8.reshape(-1), nibbles.reshape(-1))
+        for bits, y in ((4, y4), (8, y8)):
+            for n in range(len(y)):
+                fields = (words >> np.uint32(bits * n)) & np.uint32(2**bits - 1)
+                factor = 1 if n == len(y) - 1 else 2.0 ** (bits * n)
+                np.testing.assert_array_equal(y[n], fields * factor)
+        fields = words[:, None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
+        np.testing.assert_array_equal(nibbles[0].view(np.uint8).reshape(LANES, 4), fields[:, ::2])
+        np.testing.assert_array_equal(nibbles[1].view(np.uint8).reshape(LANES, 4), fields[:, 1::2])
 
 
-def test_bytes_of_codes_of_four_bits(random: np.random.Generator) -> None:
+def test_ints_become_signed_floats() -> None:
     @numba.njit
-    def each(words: Any, y: Any) -> None:
-        store(y, 0, simd.to_bytes(load(words, 0), 0))
-        store(y, LANES, simd.to_bytes(load(words, 0), 1))
-
-    words = random.integers(0, 2**32, LANES, np.uint32)
-    y = np.empty((2, LANES), np.uint32)
-    each(words, y.reshape(-1))
-    codes = words[:, None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
-    np.testing.assert_array_equal(y[0].view(np.uint8).reshape(LANES, 4), codes[:, ::2])
-    np.testing.assert_array_equal(y[1].view(np.uint8).reshape(LANES, 4), codes[:, 1::2])
-
-
-def test_ints_become_floats() -> None:
-    """They are signed."""
-
-    @numba.njit
-    def each(x: Any, y: Any) -> None:
-        store(y, 0, simd.to_floats(load(x, 0)))
+    def convert(x: Any, y: Any) -> None:
+        store(y, 0, simd.ints_to_floats(load(x, 0)))
 
     x, y = np.arange(-8, 8, dtype=np.int32) * 2**20, np.empty(LANES, np.float32)
-    each(x, y)
+    convert(x, y)
     np.testing.assert_array_equal(y, x)
 
 
 def test_arrays_at_an_address() -> None:
     @numba.njit
     def read(address: Any, words: Any) -> Any:
-        return simd.float_array(address, 3)[2], simd.word_array(words, 3)[1]
+        return compilation.float_array(address, 3)[2], compilation.word_array(words, 3)[1]
 
     x, words = np.array([1, 2, 3.5], np.float32), np.array([1, 2**32 - 1, 3], np.uint32)
     assert read(x.ctypes.data, words.ctypes.data) == (3.5, 2**32 - 1)

@@ -1,0 +1,175 @@
+"""Tuples of arguments that several kernels take, and the sizes of blocks and panels.
+
+Numba passes the fields of a tuple as separate arguments, so a tuple costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gptx.backends.cpu.kernels.compilation import inlined, word_array
+from gptx.backends.cpu.kernels.instructions import (
+    FORMAT,
+    GROUP_SIZE,
+    GROUPS,
+    INT8,
+    N_IN,
+    N_OUT,
+    OFFSET_BITS,
+    WEIGHT,
+)
+
+BLOCK_ROWS = 4  # rows of a block, which a GEMM or an attention kernel computes together
+PANEL_OUTPUTS = 64  # outputs of a panel, and of four packed strips of a quantized matrix
+
+
+class Run(NamedTuple):
+    """The arguments of `interpreter.run_program`, constant during a run.
+
+    Attributes
+    ----------
+    program
+        The instructions, int64 [n, N_COLUMNS].
+    buffers
+        Addresses of the activations.
+    tokens, positions
+        Token ids and positions, int64 [B·T].
+    keys, values
+        Addresses of each layer's cache [B, H, capacity, D].
+    prepared
+        Workspace for the rows that LINEAR prepares for a product, float32.
+    workspace
+        Workspace of each thread, float32 [threads, ...].
+    counter
+        The barrier's counter, int64 [1], 0.
+    B, T, H, D, capacity
+        Sequences, new tokens, heads, head width, positions of the cache.
+    amx
+        True if the process may use AMX (see `amx/tile_unit.py`).
+    float16
+        True if the cache is float16.
+    threads
+        Number of threads.
+    """
+
+    program: Any
+    buffers: Any
+    tokens: Any
+    positions: Any
+    keys: Any
+    values: Any
+    prepared: Any
+    workspace: Any
+    counter: Any
+    B: int
+    T: int
+    H: int
+    D: int
+    capacity: int
+    amx: bool
+    float16: bool
+    threads: int
+
+
+class LinearTask(NamedTuple):
+    """One thread's share of a stage of LINEAR.
+
+    Attributes
+    ----------
+    op
+        The instruction, int64 [N_COLUMNS].
+    x, y, residual
+        Buffers of the source, the target and the residual, float32.
+    rows, stride
+        Number of rows of y; row n is computed from row (n + 1) * stride - 1 of x.
+    prepared, workspace
+        See `Run`.
+    thread, threads
+        Number of this thread, and of all threads of the stage.
+    """
+
+    op: Any
+    x: Any
+    y: Any
+    residual: Any
+    rows: int
+    stride: int
+    prepared: Any
+    workspace: Any
+    thread: int
+    threads: int
+
+
+class AttentionTask(NamedTuple):
+    """One thread's share of a stage of ATTENTION.
+
+    Attributes
+    ----------
+    x, x_width
+        Queries, keys and values of the new tokens, float32, and the length of a row.
+    y, y_width
+        The result, float32, and the length of a row.
+    positions
+        Position of each row, int64 [B·T].
+    keys, values
+        The layer's cache [B, H, capacity, D], flat: float32, or float16 as uint16.
+    T, H, D, capacity
+        See `Run`.
+    scale
+        Factor of the scores.
+    workspace
+        Workspace of the thread, float32.
+    """
+
+    x: Any
+    x_width: int
+    y: Any
+    y_width: int
+    positions: Any
+    keys: Any
+    values: Any
+    T: int
+    H: int
+    D: int
+    capacity: int
+    scale: float
+    workspace: Any
+
+
+class Matrix(NamedTuple):
+    """A matrix in a flat array: its first element and its strides, in elements."""
+
+    array: Any
+    start: int
+    row_stride: int
+    column_stride: int
+
+
+class QuantizedMatrix(NamedTuple):
+    """A packed quantized matrix [O, I] (see `gptx.backends.cpu.quantized`).
+
+    Attributes
+    ----------
+    words
+        Quantized values, uint32, flat [O / 16, I * bits / 32, 16].
+    groups, offset_bits
+        Scales and offsets, uint32, and their encoding (see `group_scales.py`).
+    n_in, group_size, bits
+        Inputs, inputs to a group, bits to a value.
+    """
+
+    words: Any
+    groups: Any
+    offset_bits: int
+    n_in: int
+    group_size: int
+    bits: int
+
+
+@inlined
+def quantized_matrix(op: Any) -> QuantizedMatrix:
+    """Return the quantized matrix of an instruction."""
+    n_in, size = op[N_IN], op[N_IN] * (op[N_OUT] + PANEL_OUTPUTS)
+    words, groups = word_array(op[WEIGHT], size), word_array(op[GROUPS], size)
+    bits = 8 if op[FORMAT] == INT8 else 4
+    return QuantizedMatrix(words, groups, op[OFFSET_BITS], n_in, op[GROUP_SIZE], bits)

@@ -1,0 +1,117 @@
+"""GEMV kernels for quantized weights on AVX-512 VNNI, an instruction that multiplies bytes.
+
+One instruction multiplies 64 bytes by 64 others and adds the products by fours to 16 sums.
+Quantized values are bytes, or become bytes by a mask; the row is split into three bytes to a
+number (`fixed_point.py`). That takes a third of the instructions of `gemv.py`, which converts the
+quantized values to floats, so only memory bandwidth limits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
+from gptx.backends.cpu.kernels.compilation import call, compiled, to_int64
+from gptx.backends.cpu.kernels.fixed_point import DIGITS, measure_row, store_digits
+from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
+from gptx.backends.cpu.kernels.simd import (
+    INTS,
+    LANES,
+    PREFETCH_BYTES,
+    broadcast,
+    get_vector,
+    ints,
+    ints_to_floats,
+    load,
+    nibbles_as_bytes,
+    prefetch_l2,
+    put_vector,
+    round_to_even,
+    splat,
+    stack_vectors,
+    store,
+)
+
+
+@intrinsic
+def _add_byte_products(context: Any, vectors: Any, i: Any, weights: Any, x: Any) -> Any:
+    """Add to the ints in vector i of `stack_vectors`, in each lane, four weights times four x."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.gep(args[0], [to_int64(context, builder, args[1], sig.args[1])])
+        pointer = builder.bitcast(pointer, INTS.as_pointer())
+        sums = builder.load(pointer)
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        builder.store(call(builder, name, INTS, sums, args[2], args[3]), pointer)
+        return context.get_dummy_value()
+
+    return types.void(vectors, i, weights, x), generate
+
+
+@intrinsic
+def _bits_as_ints(context: Any, x: Any) -> Any:
+    """Reinterpret the bits of floats as ints."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], INTS)
+
+    return ints(x), generate
+
+
+@compiled
+def prepare_row(x: Any, n_in: int, group_size: int, bits: int) -> None:
+    """Append to a row x [I] the sum of each group, the row's factor and its digits [3, I]."""
+    n_groups = n_in // group_size
+    factor, inverse = measure_row(x, n_in, group_size, x[n_in:], 1)
+    x[n_in + n_groups] = factor
+    digits = x[n_in + n_groups + 1 :].view(np.int8)
+    for k in range(0, n_in, LANES):
+        store_digits(digits, k, n_in, round_to_even(load(x, k) * splat(inverse)), bits)
+
+
+def _make_quantized_gemv(bits: int) -> Callable[..., None]:
+    per_word = 32 // bits
+
+    @compiled
+    def multiply(matrix: QuantizedMatrix, strip: int, x: Any, y: Any) -> None:
+        """Compute 16 outputs, a strip, of y = W·x; x is the result of `prepare_row`."""
+        words, n_in, group_size = matrix.words, matrix.n_in, matrix.group_size
+        n_groups, digit_stride, digits = n_in // group_size, n_in // 4, x.view(np.uint32)
+        factor, digits_start = broadcast(x, n_in + n_groups), n_in + n_groups + 1
+        result = splat(0.0)
+        for g in range(n_groups):
+            sums = stack_vectors(DIGITS)
+            for d in range(DIGITS):
+                put_vector(sums, d, splat(0.0))  # the bits of the integer 0
+            for k in range(g * group_size, (g + 1) * group_size, per_word):
+                at, i = digits_start + k // 4, (strip * n_in + k) // per_word * LANES
+                prefetch_l2(words, i + PREFETCH_BYTES // 4)
+                packed = load(words, i)
+                if bits == 8:
+                    for d in range(DIGITS):
+                        j = at + d * digit_stride
+                        _add_byte_products(sums, d, packed, broadcast(digits, j))
+                else:
+                    even, odd = nibbles_as_bytes(packed, 0), nibbles_as_bytes(packed, 1)
+                    for d in range(DIGITS):
+                        j = at + d * digit_stride
+                        _add_byte_products(sums, d, even, broadcast(digits, j))
+                        _add_byte_products(sums, d, odd, broadcast(digits, j + 1))
+            record = strip * n_groups + g
+            prefetch_group(matrix.groups, record, matrix.offset_bits)
+            group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
+            group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
+            group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
+            scale, offset = scale_and_offset(matrix.groups, record, matrix.offset_bits)
+            result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
+        store(y, strip * LANES, result)
+
+    return multiply
+
+
+multiply_int8, multiply_int4 = _make_quantized_gemv(8), _make_quantized_gemv(4)

@@ -1,0 +1,229 @@
+"""A program for `kernels.interpreter`: its instruction table, its buffers and its workspace."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numba
+import numpy as np
+
+from gptx.backends.cpu.kernels import attention, interpreter, linear
+from gptx.backends.cpu.kernels import instructions as columns
+from gptx.backends.cpu.kernels.amx import attention as amx_attention
+from gptx.backends.cpu.kernels.amx import linear as amx_linear
+from gptx.backends.cpu.kernels.amx import tile_unit
+from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Run
+from gptx.backends.cpu.kernels.simd import LANES
+from gptx.backends.cpu.memory import allocate_aligned
+from gptx.backends.fusion import ACTIVATIONS, FusedOp
+
+Array = np.ndarray
+
+MAX_KEPT_BYTES = 2**26  # of buffers and workspace that a program keeps for the next call
+
+# One run at a time: the kernels use all threads, and some of Numba's threading layers end the
+# process if two threads enter them.
+_run_lock = threading.Lock()
+
+_NO_INDICES = np.zeros(0, np.int64)
+
+
+class PackedWeight(Protocol):
+    """A quantized matrix [O, I] in the kernels' layout (see `quantized.py`)."""
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    words: Array
+    groups: Array
+    offset_bits: int
+
+
+class Shape(NamedTuple):
+    """The sizes of one run.
+
+    Attributes
+    ----------
+    B, T
+        Sequences and new tokens.
+    H, D, capacity
+        Heads, head width and positions of the cache; 0 without a cache.
+    """
+
+    B: int
+    T: int
+    H: int = 0
+    D: int = 0
+    capacity: int = 0
+
+
+class Program:
+    """An instruction table and the arrays that it refers to.
+
+    Attributes
+    ----------
+    table
+        The instructions, int64 [n, N_COLUMNS]; see `kernels/instructions.py`.
+    widths
+        Greatest number of floats to a row of each buffer.
+    """
+
+    def __init__(self, ops: list[FusedOp], inputs: Sequence[int] = ()) -> None:
+        """Encode fused operations; `inputs` are the widths of the buffers that the caller fills."""
+        self._referenced: list[Array] = []  # arrays whose addresses the table holds
+        self._n_out = dict(enumerate(inputs))  # current numbers to a row of each buffer
+        self.widths = [round_up(n, PANEL_OUTPUTS) for n in inputs]
+        self.widths += [0] * (1 + max(op.target for op in ops) - len(inputs))
+        self.table = np.zeros((len(ops), columns.N_COLUMNS), np.int64)
+        self._kept_for: tuple[Shape, int] | None = None
+        self._kept: list[Array] = []
+        for row, op in zip(self.table, ops, strict=True):
+            self._encode(row, op)
+
+    def run(
+        self,
+        buffers: dict[int, Array],
+        shape: Shape,
+        threads: int | None,
+        ids: Array = _NO_INDICES,
+        positions: Array = _NO_INDICES,
+        cache: Any = None,
+    ) -> None:
+        """Run the program.
+
+        Parameters
+        ----------
+        buffers
+            The caller's buffers by number, float32, with rows padded to `padded_rows`. The program
+            allocates the others.
+        threads
+            Number of threads; None for all.
+        ids, positions
+            Token ids and positions, [B, T].
+        cache
+            The KV cache, for ATTENTION.
+        """
+        most = numba.config.NUMBA_NUM_THREADS
+        threads = min(threads or most, most)
+        keys, values = ([], []) if cache is None else (cache.keys, cache.values)
+        with _run_lock:
+            *own, prepared, workspace = self._allocate(shape, threads, buffers)
+            addresses = _addresses([buffers.get(n, own[n]) for n in range(len(own))])
+            numba.set_num_threads(threads)
+            run = Run(
+                program=self.table,
+                buffers=addresses,
+                tokens=np.ascontiguousarray(ids, np.int64).reshape(-1),
+                positions=np.ascontiguousarray(positions, np.int64).reshape(-1),
+                keys=_addresses(keys),
+                values=_addresses(values),
+                prepared=prepared,
+                workspace=workspace,
+                counter=np.zeros(1, np.int64),
+                **shape._asdict(),
+                amx=tile_unit.is_allowed(),
+                float16=cache is not None and cache.keys[0].dtype == np.float16,
+                threads=threads,
+            )
+            interpreter.run_program(run)
+
+    def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> list[Array]:
+        """Return buffers (empty for those given), rows to prepare and workspace.
+
+        Small ones are kept for the next call of the same shape.
+        """
+        if self._kept_for == (shape, threads):
+            return self._kept
+        rows = shape.B * shape.T
+        arrays = [
+            allocate_aligned((0 if n in given else padded_rows(rows), width), np.float32)
+            for n, width in enumerate(self.widths)
+        ]
+        # A GEMV needs one row for each thread, and as much again for what `prepare_row` appends,
+        # which is less than another row with groups of at least 32.
+        n_in = int(self.table[:, columns.N_IN].max())
+        prepared_size = max(padded_rows(rows), 2 * threads) * n_in
+        matrices = self.table[:, columns.FORMAT] == columns.FLOAT32
+        width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
+        workspace_size = max(
+            linear.workspace_size(rows, width), attention.workspace_size(shape.D, shape.capacity)
+        )
+        if rows > 1 and tile_unit.is_allowed():
+            prepared_size = max(prepared_size, amx_linear.prepared_size(rows, n_in))
+            head_size = amx_attention.workspace_size(shape.D, shape.capacity)
+            workspace_size = max(workspace_size, amx_linear.WORKSPACE_SIZE, head_size)
+        arrays.append(allocate_aligned((prepared_size,), np.float32))
+        arrays.append(allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32))
+        if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
+            self._kept_for, self._kept = (shape, threads), arrays
+        return arrays
+
+    def _encode(self, row: Array, op: FusedOp) -> None:
+        """Fill a row of the table."""
+        row[columns.INSTRUCTION] = ("embed", "linear", "attention").index(op.kind)
+        row[columns.SOURCE] = op.source or 0
+        row[columns.TARGET] = op.target
+        row[columns.RESIDUAL] = -1 if op.residual is None else op.residual
+        row[columns.LAST_ONLY] = op.last
+        row[columns.LAYER] = op.layer
+        row.view(np.float64)[columns.SCALE] = op.scale
+        n_source = self._n_out.get(op.source or 0, 0)
+        n_out = n_source // 3 if op.kind == "attention" else self._encode_weight(row, op)
+        if op.norm is not None:
+            weight, bias, epsilon = op.norm
+            row[columns.NORM_WEIGHT] = self._address(weight)
+            row[columns.NORM_BIAS] = self._address(bias)
+            row.view(np.float64)[columns.EPSILON] = epsilon
+        if op.bias is not None:
+            bias = np.zeros(round_up(n_out, PANEL_OUTPUTS), np.float32)
+            bias[:n_out] = op.bias
+            row[columns.BIAS] = self._address(bias)
+        if op.table is not None:
+            row[columns.POSITION_TABLE] = self._address(op.table)
+        if op.activation is not None:
+            row[columns.ACTIVATION] = 1 + ACTIVATIONS.index(op.activation)
+        row[columns.WORK] = n_source * n_out
+        self._n_out[op.target] = n_out
+        width = round_up(n_out, PANEL_OUTPUTS)
+        row[columns.SOURCE_WIDTH] = round_up(n_source, PANEL_OUTPUTS)
+        row[columns.TARGET_WIDTH] = width
+        self.widths[op.target] = max(self.widths[op.target], width)
+
+    def _encode_weight(self, row: Array, op: FusedOp) -> int:
+        """Fill the columns of the matrix; return the outputs of the instruction."""
+        is_table = op.is_head or op.kind == "embed"
+        if isinstance(op.weight, np.ndarray):
+            row[columns.FORMAT] = columns.FLOAT32_TRANSPOSED if is_table else columns.FLOAT32
+            n_in, n_out = op.weight.shape[::-1] if is_table else op.weight.shape
+            row[columns.WEIGHT] = self._address(op.weight)
+        else:
+            packed: PackedWeight = op.weight
+            row[columns.FORMAT] = columns.INT4 if packed.bits == 4 else columns.INT8
+            row[columns.GROUP_SIZE] = packed.group_size
+            n_out, n_in = packed.shape
+            row[columns.WEIGHT] = self._address(packed.words)
+            row[columns.GROUPS] = self._address(packed.groups)
+            row[columns.OFFSET_BITS] = packed.offset_bits
+        row[columns.N_IN], row[columns.N_OUT] = n_in, n_out
+        return int(n_in if op.kind == "embed" else n_out)
+
+    def _address(self, x: Array) -> int:
+        x = np.ascontiguousarray(x, None if x.dtype.kind == "u" else np.float32)
+        self._referenced.append(x)
+        return x.ctypes.data
+
+
+def padded_rows(rows: int) -> int:
+    """Return the rows of a buffer for `rows` rows: whole tiles of AMX, hence whole blocks."""
+    return round_up(rows, tile_unit.TILE_ROWS)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
+
+
+def _addresses(arrays: Sequence[Array]) -> Array:
+    return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
