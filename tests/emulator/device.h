@@ -106,7 +106,8 @@ DEVICE void unpack_quantized(unsigned word, float (&y)[8]) {
 template <class T> constexpr int ELEMENTS_PER_LOAD = 16 / sizeof(T);
 
 // One exchange instead of five; the order of additions is that of the device.
-template <class F> DEVICE float reduce_warp(const char* operation, float x, emulator::Site site, F f) {
+template <class F>
+DEVICE float reduce_warp(const char* operation, float x, emulator::Site site, F f) {
     return emulator::reduce(operation, site, x, [&](const emulator::Slot* slots, float* result) {
         float all[WARP];
         for (int lane = 0; lane < WARP; lane++) all[lane] = emulator::value_of<float>(slots, lane);
@@ -164,7 +165,8 @@ DEVICE void ldmatrix_as(const char* operation, unsigned (&x)[4], const void* row
 DEVICE void ldmatrix(unsigned (&x)[4], const void* row, emulator::Site site = CALL_SITE) {
     ldmatrix_as<false>("ldmatrix", x, row, site);
 }
-DEVICE void ldmatrix_transposed(unsigned (&x)[4], const void* row, emulator::Site site = CALL_SITE) {
+DEVICE void ldmatrix_transposed(unsigned (&x)[4], const void* row,
+                                emulator::Site site = CALL_SITE) {
     ldmatrix_as<true>("ldmatrix_transposed", x, row, site);
 }
 

@@ -264,7 +264,8 @@ static void check_launch(const unsigned* grid, const unsigned* block) {
     if (!grid[0] || !grid[1] || !grid[2] || grid[0] > INT32_MAX || grid[1] > UINT16_MAX ||
         grid[2] > UINT16_MAX)
         fail({}, "a grid of (%u, %u, %u) blocks", grid[0], grid[1], grid[2]);
-    if (shared_bytes > MAX_SHARED_BYTES) fail({}, "%zu bytes of dynamic shared memory", shared_bytes);
+    if (shared_bytes > MAX_SHARED_BYTES)
+        fail({}, "%zu bytes of dynamic shared memory", shared_bytes);
 }
 
 static void on_signal(int number, siginfo_t* info, void*) {

@@ -69,7 +69,8 @@ void multiply(const float (&a)[16][16], const float (&b)[16][8], float* product)
 
 // Exchange values in a warp: return the values of all 32 lanes.
 template <class T>
-[[gnu::always_inline]] inline const Slot* exchange(const char* operation, Site site, const T& mine) {
+[[gnu::always_inline]] inline const Slot* exchange(const char* operation, Site site,
+                                                   const T& mine) {
     static_assert(sizeof(T) <= sizeof(Slot));
     Slot* slots = current->warp->slot[current->warp->turn % 2];
     memcpy(slots[current->lane].bytes, &mine, sizeof mine);

@@ -49,7 +49,7 @@ inline double ftz(double x) { return x; }
 
 #define ARITHMETIC(name, sign)                                                            \
     template <class T> inline T name(T a, T b) {                                          \
-        if constexpr (IS_INTEGER<T>) return (T)((u64)a sign (u64)b);                           \
+        if constexpr (IS_INTEGER<T>) return (T)((u64)a sign (u64)b);                      \
         else return ftz(ftz(a) sign ftz(b));                                              \
     }
 ARITHMETIC(add_, +)
@@ -118,7 +118,7 @@ template <class T> inline T prmt_(T a, T b, T selector) {  // select bytes of a 
     T y = 0;
     for (int i = 0; i < 4; i++) {
         const u32 number = selector >> 4 * i & 15, byte = both >> 8 * (number & 7) & 255;
-        y |= (number & 8 ? byte >> 7 ? 255u : 0 : byte) << 8 * i;  // 8 and above: copies of the byte's sign
+        y |= (number & 8 ? byte >> 7 ? 255u : 0 : byte) << 8 * i;  // 8 and above: the sign
     }
     return y;
 }
@@ -134,7 +134,7 @@ template <class T, class R> inline void split(T& low, T& high, R x) {
 // Comparisons: false for a NaN; true if the name ends in u (unordered).
 #define COMPARISON(name, sign)                                               \
     template <class T> inline bool name##_(T a, T b) {                       \
-        if constexpr (IS_INTEGER<T>) return a sign b;                             \
+        if constexpr (IS_INTEGER<T>) return a sign b;                        \
         else return !std::isunordered(a, b) && ftz(a) sign ftz(b);           \
     }                                                                        \
     template <class T> inline bool name##u_(T a, T b) {                      \
@@ -233,7 +233,8 @@ template <class T> inline T atom_inc(T* p, T x) { return atomicInc(p, x); }
 static void copy(u32 to, u64 from, u32 n_bytes, u32 n_source_bytes, emulator::Site site) {
     unsigned char* p = at_shared(to, n_bytes, races::WRITE, site);
     const void* q = n_source_bytes ? at_global(from, n_bytes, races::READ, site) : nullptr;
-    if (n_source_bytes && n_source_bytes != n_bytes) emulator::fail(site, "%u bytes of %u", n_source_bytes, n_bytes);
+    if (n_source_bytes && n_source_bytes != n_bytes)
+        emulator::fail(site, "a copy of %u bytes of %u", n_source_bytes, n_bytes);
     defer_copy(p, q, n_bytes, n_source_bytes, site);
 }
 template <int N> void wait_for_copies(emulator::Site site) {

@@ -37,7 +37,7 @@ struct Cell {
     Readers readers;     // the threads with reads that no barrier has followed
 };
 
-static unsigned number_of_thread() {
+static unsigned thread_number() {
     return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
 
@@ -52,16 +52,16 @@ void begin(bool kernel_waits, Pointers fixed, Pointers others) {
     }
     n_atomics.resize(emulator::n_blocks - first_block + 1);
     waits = kernel_waits;
-    threads[number_of_thread()] = {0, 0, false};
+    threads[thread_number()] = {0, 0, false};
 }
 
 void pass_block_barrier() {
-    Thread& thread = threads[number_of_thread()];
+    Thread& thread = threads[thread_number()];
     thread.block_epoch++;
     thread.warp_epoch++;
 }
-void pass_warp_barrier() { threads[number_of_thread()].warp_epoch++; }
-void pass_wait() { threads[number_of_thread()].has_waited = true; }
+void pass_warp_barrier() { threads[thread_number()].warp_epoch++; }
+void pass_wait() { threads[thread_number()].has_waited = true; }
 
 static bool in_order(const Access& a, const Access& b) {
     if (!a.block) return true;
@@ -78,7 +78,8 @@ static bool reads_in_order(const Cell& cell, const Access& mine) {
            read.block_epoch != mine.block_epoch;
 }
 
-[[noreturn]] static void report_race(const Access& a, const Access& b, const void* p, emulator::Site site) {
+[[noreturn]] static void report_race(const Access& a, const Access& b, const void* p,
+                                     emulator::Site site) {
     static const char* const does[] = {"reads", "writes", "changes"};
     emulator::fail(site, "a race: it %s %p, which thread %d of block %d %s at line %d",
                    does[b.kind], p, a.thread, (int)(a.block - first_block), does[a.kind], a.line);
@@ -120,7 +121,7 @@ static void trace(const Access& mine, unsigned long long address, unsigned n_byt
 }
 
 static Access access(Kind kind, emulator::Site site) {
-    const unsigned number = number_of_thread();
+    const unsigned number = thread_number();
     const Thread& thread = threads[number];
     return {emulator::n_blocks, thread.block_epoch, thread.warp_epoch,
             n_atomics.back(), (short)number, kind, site.line};
@@ -149,7 +150,7 @@ static bool is_in_fixed(const void* p) {
 void check_global_access(const void* p, unsigned n_bytes, Kind kind, emulator::Site site) {
     constexpr unsigned PAGE_BYTES = 4096;
     static std::unordered_map<unsigned long long, Cell*> pages;
-    const bool before_sync = waits && !threads[number_of_thread()].has_waited;
+    const bool before_sync = waits && !threads[thread_number()].has_waited;
     if (before_sync && (kind != READ || !is_in_fixed(p)))
         emulator::fail(site, "%p is accessed before grid_dependency_sync", p);
     const Access mine = access(kind, site);

@@ -8,8 +8,8 @@
 // which the kernel reads on the device: one launch serves every length, and an inactive block ends
 // immediately.
 //
-// A group of lanes holds a key, 16 bytes a lane: 8 lanes for 64 numbers of 16 bits. A warp so reads
-// 512 consecutive bytes at a time. A lane loads KEYS keys and values before it uses the first.
+// A group of lanes holds a key, 16 bytes a lane: 8 lanes for 64 numbers of 16 bits. Thus a warp
+// reads 512 consecutive bytes at a time. A lane loads KEYS keys and values before it uses the first.
 // Chunks of positions are distributed round robin over the warps of all blocks.
 
 namespace decode {
@@ -191,12 +191,13 @@ DEVICE Combined combine(const float* partials, int n) {
     return result;
 }
 
-}  // namespace step
+}  // namespace decode
 
-// qkv [B, 3C] -> out [B, C]. Grid (splits of a head, at most 32; H; B), block 256. caches:
-// addresses of the keys of each layer, [n_layer], and of the values, [n_layer]; then S. Keys and
-// values of a layer are [B, H, S, D]. index [B]: position of the new token, which attends to all
-// positions up to that. partial [B, H, gridDim.x, D + 2]: workspace for the results of the splits.
+// qkv [B, 3C] -> out [B, C]. Grid (splits of a head, at most 32; H; B), block 256.
+// caches: addresses of the keys of each layer, [n_layer], and of the values, [n_layer]; then S.
+// Keys and values of a layer are [B, H, S, D].
+// index [B]: position of the new token, which attends to all positions up to that.
+// partial [B, H, gridDim.x, D + 2]: workspace for the results of the splits.
 // arrived [B, H]: zeros before and after a launch.
 extern "C" __global__ void __launch_bounds__(decode::THREADS) attention_decode(
     const REAL* qkv, const long long* caches, int layer, int n_layer, const long long* index,

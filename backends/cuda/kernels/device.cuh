@@ -139,9 +139,10 @@ DEVICE float warp_max(float x) {
 }
 
 // c += a · b for tiles a [16, 16], b [16, 8] and c [16, 8], distributed over a warp by the layout
-// of PTX's mma.m16n8k16. With g = lane / 4 and t = lane % 4, a thread holds a: (g, 2t..2t+1), (g+8,
-// 2t..), (g, 2t+8..), (g+8, 2t+8..); b: (2t..2t+1, g), (2t+8.., g); c: (g, 2t), (g, 2t+1), (g+8,
-// 2t), (g+8, 2t+1).
+// of PTX's mma.m16n8k16. With g = lane / 4 and t = lane % 4, a thread holds
+// a: (g, 2t..2t+1), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..);
+// b: (2t..2t+1, g), (2t+8.., g);
+// c: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16_t) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

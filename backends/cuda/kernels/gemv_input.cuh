@@ -24,7 +24,7 @@ DEVICE unsigned lane() { return thread() % WARP; }
 // one row and the last 4 in place of the other.
 template <int R> struct Inputs {
     Bytes16* x;               // [vectors / 8, PARTS, R, 8]
-    Vec<float, R>* sums;  // of each vector, [vectors]; if quantized
+    Vec<float, R>* sums;      // of each vector, [vectors]; if quantized
 
     DEVICE Bytes16& at(int row, int vector, int part) const {
         const int place = vector % 8 ^ part * (8 / PARTS);

@@ -219,10 +219,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sample(
     };
     u64 best = 0;  // key and complement of the token: the lower of equal tokens wins
     int stride = gridDim.x * blockDim.x;
-    for (int start = blockIdx.x * blockDim.x + threadIdx.x; start < V; start += IN_FLIGHT * stride) {
+    const int first_token = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int start = first_token; start < V; start += IN_FLIGHT * stride) {
         float some[IN_FLIGHT];
 #pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++) some[j] = logits[first + min(start + j * stride, V - 1)];
+        for (int j = 0; j < IN_FLIGHT; j++)
+            some[j] = logits[first + min(start + j * stride, V - 1)];
 #pragma unroll
         for (int j = 0, i = start; j < IN_FLIGHT && i < V; j++, i += stride) {
             float y = adjusted(some[j], i);
