@@ -2,10 +2,10 @@
 
     python -m benchmarks.cpu --size 124M --threads 2
 
-The floor of a decode step is the time to read the weights once. It is measured on the same mapped
-arrays, alternating with decode steps of gptx's engine and of a plain NumPy loop. Import, load and
-peak memory are measured in fresh processes. The file is in the page cache. The weights are random,
-or those of a folder (`--model`, float32).
+The floor of a decode step is the time to read the weights once, at the bandwidth of `gptx bench`.
+It is measured in turns with decode steps of gptx's engine and of a plain NumPy loop. Fresh
+processes measure import, load and peak memory; the file is in the page cache. The weights are
+random, or those of a folder (`--model`, float32).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import threadpoolctl
 
 import gptx
 from benchmarks.compare.peers.plain_numpy import PlainGPT2
-from benchmarks.compare.peers.weights_reader import make_reader
-from gptx.bench.machine import cpu_name
+from gptx.bench.grid import weights_bytes
+from gptx.bench.machine import MIN_READ_BYTES, cpu_name, read_bandwidth
 from gptx.bench.setups import GREEDY
 from gptx.bench.sources import RANDOM, find_source, random_ids, write_source
 from gptx.bench.tables import NOTHING, Column, markdown
@@ -105,7 +105,10 @@ def measure_decoding(
 ) -> dict[str, list[float]]:
     """Return the seconds to read the weights, and of a decode step at each context, in turns."""
     model = gptx.load(folder, threads=threads)
-    measures: dict[str, Callable[[], float]] = {"read weights": make_reader(model)}
+    n_bytes = weights_bytes(model.gpt2)[1]
+    measures: dict[str, Callable[[], float]] = {
+        "read weights": lambda: n_bytes / read_bandwidth(model.backend, MIN_READ_BYTES)
+    }
     for context in contexts:
         measures[f"decode at {context}"] = make_decoder(model, context)
         measures[f"decode at {context}, plain loop"] = make_plain_decoder(model, context, threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -53,7 +52,7 @@ class EngineProcess:
         self.name = name
         self._env = dict.fromkeys(THREAD_VARIABLES, str(threads))
         self._log = work / f"{name}.log"
-        files = work / (TABLE[name].files if name in TABLE else "")
+        files = work / TABLE[name].files
         self._place = {"name": name, "folder": str(folder.resolve()), "threads": threads}
         if not files.exists():
             part = files.with_suffix(".part")
@@ -78,20 +77,11 @@ class EngineProcess:
         try:
             [answer] = worker.run(f"{MODULE}:{task}", **arguments)
         except GptxError as error:
-            code = worker.process.poll()
-            raise self._left_out(str(error) if code is None else self._read_log(code)) from None
+            reason = str(error)
+            if reason.startswith(("ModuleNotFoundError: ", "ImportError: ")):
+                reason = f"{reason.partition(': ')[2]}: pip install {TABLE[self.name].needs}"
+            raise LeftOut(f"{self.name} is left out: {reason}, see {self._log}") from None
         return answer
-
-    def _left_out(self, reason: str) -> LeftOut:
-        if reason.startswith(("ModuleNotFoundError: ", "ImportError: ")) and self.name in TABLE:
-            reason = f"{reason.partition(': ')[2]}: pip install {TABLE[self.name].needs}"
-        return LeftOut(f"{self.name} is left out: {reason}")
-
-    def _read_log(self, code: int) -> str:
-        if code < 0:
-            return f"its process died of {signal.Signals(-code).name}"
-        lines = self._log.read_text(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "its process ended")
 
     def time_whole_process(self, ids: list[int], n_tokens: int) -> float:
         """Return the seconds of a fresh process that loads the model and continues a prompt."""
@@ -102,7 +92,7 @@ class EngineProcess:
         seconds, done = time_process(program.get("command", once), cwd=cwd, env=self._env)
         if done.returncode:
             self._log.write_text(done.stderr)
-            raise self._left_out(self._read_log(done.returncode))
+            raise LeftOut(f"{self.name} is left out: a process failed, see {self._log}")
         return seconds
 
     def close(self) -> None:
@@ -117,19 +107,15 @@ _engine: Any = None
 
 def prepare_engine(name: str, folder: str, threads: int, work: str) -> Iterator[dict[str, Any]]:
     """Convert the model for an engine."""
-    engine_class(name).prepare(Path(folder), Path(work), **_options(name))
+    engine_class(name).prepare(Path(folder), Path(work), **TABLE[name].options)
     yield {}
 
 
 def load_engine(name: str, folder: str, threads: int, work: str) -> Iterator[dict[str, Any]]:
     """Load an engine; the functions below use it."""
     global _engine
-    _engine = engine_class(name)(Path(folder), threads, Path(work), **_options(name))
+    _engine = engine_class(name)(Path(folder), threads, Path(work), **TABLE[name].options)
     yield {"version": _engine.version, "n_bytes": _engine.n_bytes}
-
-
-def _options(name: str) -> dict[str, Any]:
-    return TABLE[name].options if name in TABLE else {}
 
 
 def time_generation(
@@ -162,11 +148,6 @@ def describe_program(ids: list[int], n_tokens: int) -> Iterator[dict[str, Any]]:
     yield {"command": program[0], "cwd": str(program[1])} if program else {}
 
 
-def read_weights() -> Iterator[dict[str, Any]]:
-    """Yield the seconds to read all weights once; see `WeightsReader`."""
-    yield {"seconds": _engine.read()}
-
-
 # In a fresh process
 
 
@@ -175,5 +156,5 @@ def generate_once(
 ) -> None:
     """Load an engine for one call, and continue a prompt."""
     place = Path(folder), threads, Path(work)
-    engine = engine_class(name).for_one_call(n_tokens, *place, **_options(name))
+    engine = engine_class(name).for_one_call(n_tokens, *place, **TABLE[name].options)
     engine.generate([ids], n_tokens, lambda tokens: None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.peers import PRECISIONS, READING, TABLE
+from benchmarks.compare.peers import PRECISIONS, TABLE
 from benchmarks.compare.workloads import WORKLOADS
 from gptx.bench.tables import NOTHING, Column, Goal, markdown, ratio
 
@@ -31,12 +31,15 @@ class Run:
         its logits if it reports them.
     seconds
         By workload and engine, a number for each round; for decoding, the seconds of a step.
+    bandwidth
+        Bytes per second at which the memory was read in each round.
     """
 
     about: dict[str, Any]
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     agreement: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bandwidth: list[float] = field(default_factory=list)
 
     def median(self, workload: str, name: str) -> float | None:
         """Return the seconds of an engine; None if they were not measured."""
@@ -50,17 +53,12 @@ class Run:
         median = self.median(workload, ours)
         return median / min(peers) if median and peers else None
 
-    def bandwidth(self) -> float | None:
-        """Return the bytes per second at which the weights can be read."""
-        seconds = self.median(READING, READING)
-        return self.engines[READING]["n_bytes"] / seconds if seconds else None
-
     def bandwidth_share(self, workload: str, name: str) -> float | None:
         """Return the share of a decode step's time that reading the weights takes."""
-        seconds, bandwidth = self.median(workload, name), self.bandwidth()
-        if not seconds or not bandwidth:
+        seconds = self.median(workload, name)
+        if not seconds or not self.bandwidth:
             return None
-        return float(self.engines[name]["n_bytes"] / bandwidth / seconds)
+        return float(self.engines[name]["n_bytes"] / np.median(self.bandwidth) / seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, for one line of JSON."""
@@ -79,6 +77,7 @@ class Run:
             "engines": self.engines,
             "agreement": self.agreement,
             "seconds": rounded,
+            "bandwidth": self.bandwidth,
             "goals": goals,
         }
 
@@ -91,47 +90,33 @@ COLUMNS = (
     Column("tokens/s", lambda r: r["rate"]),
     Column("× fastest of its precision", lambda r: ratio(r["to_peers"])),
     Column("× fastest", lambda r: ratio(r["to_all"])),
-    Column("of the bandwidth", lambda r: r["share"]),
+    Column("of the bandwidth", lambda r: ratio(r["share"])),
 )
 
 
 def results_table(run: Run, workloads: Iterable[str]) -> str:
-    """Render a row for each workload and engine."""
-    return markdown([row for key in workloads for row in _rows(run, key)] + _reading(run), COLUMNS)
+    """Render a row for each workload and engine, and the bandwidth."""
+    table = markdown([row for key in workloads for row in _rows(run, key)], COLUMNS)
+    if not run.bandwidth:
+        return table
+    low, median, high = np.percentile(run.bandwidth, [25, 50, 75]) / 1e9
+    return f"{table}\n\nmemory read at {median:.1f} GB/s ({low:.1f}–{high:.1f})"
 
 
 def _rows(run: Run, key: str) -> Iterator[dict[str, Any]]:
     workload, seconds = WORKLOADS[key], run.seconds.get(key, {})
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     for name in sorted(medians, key=lambda name: (_rank(name), medians[name])):
-        peers = min(median for other, median in medians.items() if _rank(other) == _rank(name))
-        share = run.bandwidth_share(key, name) if workload.part == "step" else None
-        rate = f"{workload.n_counted / medians[name]:.0f}" if workload.n_counted else NOTHING
+        median = medians[name]
         yield {
             "workload": workload.title,
             "engine": name,
             "quartiles": np.percentile(seconds[name], [25, 50, 75]),
-            "rate": rate,
-            "to_peers": medians[name] / peers,
-            "to_all": medians[name] / min(medians.values()),
-            "share": ratio(share),
+            "rate": f"{workload.n_counted / median:.0f}" if workload.n_counted else NOTHING,
+            "to_peers": median / min(m for x, m in medians.items() if _rank(x) == _rank(name)),
+            "to_all": median / min(medians.values()),
+            "share": run.bandwidth_share(key, name) if workload.part == "step" else None,
         }
-
-
-def _reading(run: Run) -> list[dict[str, Any]]:
-    bandwidth = run.bandwidth()
-    if bandwidth is None:
-        return []
-    row = {
-        "workload": "reading the float32 weights once",
-        "engine": "NumPy",
-        "quartiles": np.percentile(run.seconds[READING][READING], [25, 50, 75]),
-        "rate": NOTHING,
-        "to_peers": None,
-        "to_all": None,
-        "share": f"{bandwidth / 1e9:.1f} GB/s",
-    }
-    return [row]
 
 
 def _rank(name: str) -> int:

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare.engine_process import EngineProcess, LeftOut
-from benchmarks.compare.peers import PRECISIONS, READING, REFERENCE, TABLE
+from benchmarks.compare.peers import PRECISIONS, REFERENCE, TABLE
 from benchmarks.compare.report import Run, list_goals, results_table
 from benchmarks.compare.workloads import WORKLOADS, letter_prompts
 from gptx.bench.machine import cpu_name
 from gptx.bench.sources import RANDOM, find_source, write_source
 from gptx.bench.tables import goals_table
+from gptx.bench.worker import run_task
 from gptx.config import SIZES, GPT2Config
 
 # Largest error of the logits: root mean square, relative to that of the reference. llama.cpp has
@@ -41,6 +42,7 @@ SETTINGS = (
     "tie_word_embeddings",
     "quantization",
 )
+BANDWIDTH_TASK = "gptx.bench.machine:measure_bandwidth"
 BUSY_SHARE = 0.2  # of a core, in a pause
 
 
@@ -136,11 +138,10 @@ def compare(folder: Path, work: Path, names: Sequence[str], args: argparse.Names
     for group in groups if args.apart else [names]:
         with ExitStack() as stack:
             engines = {}
-            for name in [READING, *group]:
+            for name in group:
                 try:
                     engine = start(name, folder, args.threads, work, stack)
-                    if name != READING:
-                        check_model(run, name, sample(engine, config), reference)
+                    check_model(run, name, sample(engine, config), reference)
                     run.engines[name] = engine.about
                     engines[name] = engine
                 except LeftOut as error:
@@ -193,23 +194,21 @@ def measure(
     """Time every workload, the engines in turns; an engine that fails is dropped."""
     for turn in range(args.rounds + 1):
         print(f"round {turn} of {args.rounds}", file=sys.stderr)
+        pause(args.pause)
+        [event] = run_task(BANDWIDTH_TASK, backend="numpy", threads=args.threads)
+        run.bandwidth.append(event["bandwidth"])
         for key in args.workloads:
-            for name, engine in list(engines.items()):
-                if name != READING and key in TABLE[name].skips:
-                    continue
+            for name in [name for name in engines if key not in TABLE[name].skips]:
                 run.about["pauses"] += 1
                 run.about["busy_pauses"] += pause(args.pause)
                 try:
-                    if name == READING:
-                        workload, seconds = READING, engine.ask("read_weights")["seconds"]
-                    else:
-                        workload, seconds = key, WORKLOADS[key].measure(engine, config, turn)
+                    seconds = WORKLOADS[key].measure(engines[name], config, turn)
                 except LeftOut as error:
                     print(error, file=sys.stderr)
                     del engines[name]
                     continue
                 if turn:  # the first round fills caches
-                    run.seconds.setdefault(workload, {}).setdefault(name, []).append(seconds)
+                    run.seconds.setdefault(key, {}).setdefault(name, []).append(seconds)
 
 
 def pause(seconds: float) -> bool:

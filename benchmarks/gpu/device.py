@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends import get_backend
+from gptx.bench.machine import MIN_READ_BYTES, read_bandwidth
+
 Record = dict[str, Any]
 
 # Package -> the part of the benchmark that needs it.
@@ -51,36 +54,29 @@ NODES = 200
 def report_device(until: float, dry_run: bool = False) -> Iterator[Record]:
     """Yield a note about missing packages, the facts of the device, and its upper limits.
 
-    With `dry_run` they are those of the processor.
+    With `dry_run`, the only limit is the bandwidth of the host's memory.
     """
     if text := missing_packages():
         yield {"section": "note", "text": text}
     yield {"section": "device", **facts()}
-    if not dry_run:
-        yield {"section": "device", **gpu_facts()}
-    for name, value in host_rates() if dry_run else gpu_rates():
+    if dry_run:
+        bandwidth = read_bandwidth(get_backend("numpy"), MIN_READ_BYTES)
+        yield {"section": "rates", "name": "read", "value": bandwidth}
+        return
+    yield {"section": "device", **gpu_facts()}
+    for name, value in gpu_rates():
         yield {"section": "rates", "name": name, "value": value}
 
 
 def missing_packages() -> str:
-    """Return a line that names missing packages and how to install them; "" if there are none."""
-    missing = {}
+    """Return a line that names missing packages and their use; "" if there are none."""
+    missing = []
     for name, use in PACKAGES.items():
         try:
             importlib.import_module(name)
         except ImportError as error:
-            missing[name] = f"{name} ({use}: {error})"
-    if not missing:
-        return ""
-    names = {"cupy": "cupy-cuda13x"}
-    packages = " ".join(names.get(name, name.replace("_", "-")) for name in missing)
-    return (
-        f"missing: {', '.join(missing.values())}. On a machine with a network: pip download "
-        "--no-deps --only-binary=:all: "
-        f"--python-version {platform.python_version().rpartition('.')[0]} "
-        f"--platform manylinux_2_28_{platform.machine()} -d wheels {packages}; here: "
-        "pip install --no-index --no-deps wheels/*.whl"
-    )
+            missing.append(f"{name} ({use}: {error})")
+    return f"missing packages: {', '.join(missing)}" if missing else ""
 
 
 def facts() -> dict[str, Any]:
@@ -193,19 +189,3 @@ def _device_seconds(work: Callable[[], Any]) -> float:
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
     return statistics.median(times[1:])
-
-
-def host_rates(n_bytes: int = 2**26) -> Iterator[tuple[str, float]]:
-    """Yield the same names for the processor, with NumPy, for a dry run."""
-    x = np.arange(n_bytes // 4, dtype=np.float32)
-    y = np.empty_like(x)
-    a = np.random.default_rng(0).random((512, 512), np.float32)
-
-    def seconds(work: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    yield "copy", 2 * n_bytes / min(seconds(lambda: np.copyto(y, x)) for _ in range(3))
-    yield "read", n_bytes / min(seconds(x.sum) for _ in range(3))
-    yield "matmul", 2 * 512**3 / min(seconds(lambda: a @ a) for _ in range(3))

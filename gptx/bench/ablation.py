@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gptx.bench import tables
 from gptx.bench.machine import describe
 from gptx.bench.reuse import REUSES, ReuseBackend, generate_greedy
 from gptx.bench.setups import (
@@ -24,7 +25,7 @@ from gptx.bench.setups import (
     token_rates,
 )
 from gptx.bench.sources import open_sources, random_ids
-from gptx.bench.tables import MODEL, RATE, THREADS, Column, duration
+from gptx.bench.tables import Column, duration
 from gptx.bench.worker import Events
 from gptx.generation.engine import TokenGenerator
 from gptx.model import Transformer
@@ -33,10 +34,10 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 19, 20
 ENGINE = "the engine, generic ops"
 
 COLUMNS = (
-    MODEL,
-    THREADS,
+    tables.MODEL,
+    tables.THREADS,
     Column("reused", lambda r: r["rung"], right=False),
-    RATE,
+    tables.RATE,
     Column("a token", lambda r: duration(r["seconds_per_token"])),
     Column("times faster", lambda r: f"{r['speedup']:.2f}"),
     Column("tokens", lambda r: "the same" if r["same_tokens"] else "others", right=False),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from gptx.bench import tables
 from gptx.bench.machine import describe
 from gptx.bench.setups import (
     GREEDY,
@@ -25,7 +26,7 @@ from gptx.bench.setups import (
     plan_setups,
 )
 from gptx.bench.sources import open_sources, random_ids
-from gptx.bench.tables import BACKEND, DTYPE, MODEL, THREADS, Column, count
+from gptx.bench.tables import Column
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
 from gptx.generation.engine import TokenGenerator
@@ -94,7 +95,7 @@ def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetition
         outputs = {}
         for n in prompts:
             name = "with a cache" if cache else "without a cache"
-            yield {"progress": f"output tokens for {count(n, 'input token')}, {name}"}
+            yield {"progress": f"output tokens for {tables.count(n, 'input token')}, {name}"}
             limit = n_positions - n + 1
             counts = [
                 count_steps(steps(model, text[:n], limit), budget, time.perf_counter)
@@ -160,16 +161,16 @@ def columns(records: Sequence[Event]) -> tuple[Column, ...]:
         def text(record: Event) -> str:
             return mark_full(record["outputs"][prompt], record["context"] - int(prompt) + 1)
 
-        return Column(f"outputs for {count(int(prompt), 'input')}", text)
+        return Column(f"outputs for {tables.count(int(prompt), 'input')}", text)
 
     def mark_full(n: int, limit: int) -> str:
         return f"{n} (all)" if n == limit else str(n)
 
     return (
-        MODEL,
-        BACKEND,
-        DTYPE,
-        THREADS,
+        tables.MODEL,
+        tables.BACKEND,
+        tables.DTYPE,
+        tables.THREADS,
         Column("budget", lambda r: f"{r['budget']:g} s"),
         Column("cache", lambda r: "yes" if r["cache"] else "no", right=False),
         Column("inputs for 1 output", lambda r: mark_full(r["inputs"], r["context"])),

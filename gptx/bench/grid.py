@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.bench import worker
+from gptx.bench import tables, worker
 from gptx.bench.machine import count_cores, describe
 from gptx.bench.setups import (
     GREEDY,
@@ -34,20 +34,7 @@ from gptx.bench.setups import (
     token_rates,
 )
 from gptx.bench.sources import Source, open_sources, random_ids
-from gptx.bench.tables import (
-    BACKEND,
-    DTYPE,
-    LOAD,
-    MEMORY,
-    MODEL,
-    NOTHING,
-    RATE,
-    THREADS,
-    Column,
-    duration,
-    megabytes,
-    ratio,
-)
+from gptx.bench.tables import Column, duration
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
 from gptx.generation.engine import TokenGenerator
@@ -306,29 +293,32 @@ def _array_bytes(node: Any) -> int:
 # The table
 
 
+def _format_step(p50: float | None, p99: float | None) -> str:
+    return tables.NOTHING if p50 is None else f"{duration(p50)} ({duration(p99)})"
+
+
+def _step(p50: float | None, p99: float | None) -> str:
+    return tables.NOTHING if p50 is None else f"{duration(p50)} ({duration(p99)})"
+
+
 COLUMNS = (
-    MODEL,
-    Column("size", lambda r: megabytes(r["size"])),
+    tables.MODEL,
+    Column("size", lambda r: tables.megabytes(r["size"])),
     Column("params", lambda r: f"{r['parameters'] / 1e6:,.2f} M"),
-    BACKEND,
-    DTYPE,
-    THREADS,
+    tables.BACKEND,
+    tables.DTYPE,
+    tables.THREADS,
     Column("batch", lambda r: str(r["batch"])),
     Column("test", lambda r: r["test"]),
-    RATE,
+    tables.RATE,
     Column("first token", lambda r: duration(r["time_to_first_token"])),
-    Column(
-        "a step (p99)",
-        lambda r: (
-            f"{duration(r['step_p50'])} ({duration(r['step_p99'])})" if r["output"] else NOTHING
-        ),
-    ),
+    Column("a step (p99)", lambda r: _format_step(r["step_p50"], r["step_p99"])),
     Column("first run", lambda r: duration(r["first_run"])),
-    LOAD,
-    MEMORY,
-    Column("of bandwidth", lambda r: ratio(r["of_bandwidth"])),
+    tables.LOAD,
+    tables.MEMORY,
+    Column("of bandwidth", lambda r: tables.ratio(r["of_bandwidth"])),
 )
-KERNELS = Column("kernels a token", lambda r: str(r["kernels"] or NOTHING))
+KERNELS = Column("kernels a token", lambda r: str(r["kernels"] or tables.NOTHING))
 
 
 def columns(records: Sequence[Event]) -> tuple[Column, ...]:

@@ -74,12 +74,12 @@ def write_random_model(folder: Path, config: GPT2Config) -> Path:
 
     The folder gets its name when it is complete: what a killed process leaves is not taken for it.
     """
-    from gptx.conversions.formats.hugging_face import write_tensors
+    from gptx.conversions.formats.hugging_face import write_folder
 
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    write_tensors(part, config, random_tensors(config))
+    write_folder(part, config, random_tensors(config))
     return part.rename(folder)
 
 

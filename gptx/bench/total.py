@@ -12,15 +12,13 @@ import statistics
 import sys
 from typing import Any
 
-from gptx import errors
 from gptx.backends import get_backend
-from gptx.bench import worker
+from gptx.bench import tables, worker
 from gptx.bench.machine import describe
 from gptx.bench.setups import Settings, Setup, check_context, plan_setups, single_count
 from gptx.bench.sources import open_sources, random_ids, write_source
-from gptx.bench.tables import BACKEND, DTYPE, LOAD, MEMORY, MODEL, THREADS, Column, duration
+from gptx.bench.tables import Column, duration
 from gptx.bench.worker import Events
-from gptx.errors import GptxError
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 19, 20
 
@@ -40,19 +38,19 @@ print(json.dumps([imported - start, loaded - imported, result.time_to_first_toke
 PARTS = ("import_time", "load_time", "time_to_first_token", "other_tokens", "peak_memory")
 
 COLUMNS = (
-    MODEL,
-    BACKEND,
-    DTYPE,
-    THREADS,
+    tables.MODEL,
+    tables.BACKEND,
+    tables.DTYPE,
+    tables.THREADS,
     Column("test", lambda r: f"{r['prompt']} + {r['output']}"),
     Column("whole process", lambda r: duration(r["median"])),
     Column("fastest–slowest", lambda r: f"{r['fastest']:.2f}–{r['slowest']:.2f} s"),
     Column("first run", lambda r: duration(r["first"])),
     Column("import", lambda r: duration(r["import_time"])),
-    LOAD,
+    tables.LOAD,
     Column("first token", lambda r: duration(r["time_to_first_token"])),
     Column("the others", lambda r: duration(r["other_tokens"])),
-    MEMORY,
+    tables.MEMORY,
 )
 
 
@@ -98,7 +96,6 @@ def run_once(setup: Setup, prompt: list[int], output: int) -> dict[str, float]:
     seconds, done = worker.time_process(command)
     if done.returncode > 0:  # a traceback ends with gptx.errors.WeightsError: tensor ...
         name, _, message = done.stderr.strip().rpartition("\n")[2].partition(": ")
-        kind = getattr(errors, name.rpartition(".")[2], GptxError)
-        raise kind(message or name)
+        raise worker.make_error(name.rpartition(".")[2], message)
     worker.check_return_code(done.returncode, "total")
     return {"total": seconds} | dict(zip(PARTS, json.loads(done.stdout), strict=True))

@@ -6,7 +6,7 @@ and of compiled code and the state of the allocator belong to a process, not to 
 A task is a generator function, named "module:function". The parent writes one line of JSON for each
 call to the worker's standard input: {"task": ..., "arguments": {...}}. The worker writes one line
 for each item: {"event": ...}. Its last line is {"done": true} or {"error": class, "message": text}.
-The end of the standard input ends the worker, also during a task.
+Tracebacks go to the standard error. The end of the standard input ends the worker, also in a task.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,7 +84,7 @@ class Worker:
         for line in self.process.stdout:
             answer = json.loads(line)
             if "error" in answer:
-                raise getattr(errors, answer["error"])(answer["message"])
+                raise make_error(answer["error"], answer["message"])
             if "done" in answer:
                 return
             yield answer["event"]
@@ -152,6 +153,14 @@ def time_process(
     return time.perf_counter() - start, done
 
 
+def make_error(name: str, message: str) -> GptxError:
+    """Make the error of gptx with this name, or a GptxError that names another exception."""
+    if hasattr(errors, name):
+        error: GptxError = getattr(errors, name)(message)
+        return error
+    return GptxError(f"{name}: {message}")
+
+
 def check_return_code(code: int, task: str) -> None:
     """Raise an error for a process that failed without a message."""
     if code == KILLED:
@@ -179,6 +188,9 @@ def call(task: str, arguments: dict[str, Any], out: TextIO) -> None:
     except MemoryError as error:
         message = f"memory ran out ({error}): use a smaller model"
         _write(out, error=DeviceOutOfMemory.__name__, message=message)
+    except Exception as error:
+        traceback.print_exc()
+        _write(out, error=type(error).__name__, message=str(error))
     else:
         _write(out, done=True)
 

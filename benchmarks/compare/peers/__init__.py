@@ -106,12 +106,10 @@ TABLE = {
     "llama.cpp Q4_0": _llama("int4", "Q4_0"),
     "llama.cpp Q4_0, fa off": _llama("int4", "Q4_0", flash=False),
 }
-READING = "reading"  # no engine, but it runs like one
 REFERENCE = "NumPy float32"  # the logits of the others are compared with its logits
 
 
 def engine_class(name: str) -> Any:
     """Import the class of an engine."""
-    where = "weights_reader:WeightsReader" if name == READING else TABLE[name].where
-    module, _, cls = where.partition(":")
+    module, _, cls = TABLE[name].where.partition(":")
     return getattr(importlib.import_module(f"benchmarks.compare.peers.{module}"), cls)

@@ -10,8 +10,8 @@ from typing import Any
 Tick = Callable[[list[int]], Any]
 
 
-class Measured:
-    """A loaded model in a worker.
+class Engine(ABC):
+    """A library with a loaded model, in a worker.
 
     Parameters
     ----------
@@ -33,13 +33,9 @@ class Measured:
     version = ""
     n_bytes = 0
 
-    @classmethod
+    @classmethod  # noqa: B027
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
         """Convert the model to `work`, if the library does not read the Hub's format."""
-
-
-class Engine(Measured, ABC):
-    """A library with the model loaded, in one precision."""
 
     @classmethod
     def for_one_call(
