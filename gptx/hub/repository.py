@@ -45,7 +45,7 @@ _PATH_COMPONENT = re.compile(r"\w[\w.-]*")
 
 
 class FileMetadata(NamedTuple):
-    """Promise of the Hub about a file."""
+    """Commit, hash and size of a file, as the Hub promises them."""
 
     commit: str | None
     etag: str  # name of the blob: SHA-256 of the content, or SHA-1 of the git blob

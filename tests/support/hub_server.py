@@ -128,6 +128,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the ACK of its header
 
     def setup(self) -> None:
         super().setup()

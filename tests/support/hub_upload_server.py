@@ -69,6 +69,7 @@ class UploadServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the ACK of its header
 
     def log_message(self, format: str, *args: object) -> None:
         pass
