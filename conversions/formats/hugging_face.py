@@ -132,7 +132,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, dtype: str | None = None) -> 
     write_config(checkpoint, folder, dtype)
 
 
-def write_tensors(
+def write_folder(
     folder: Path,
     config: GPT2Config,
     tensors: Iterable[tuple[str, Array]],

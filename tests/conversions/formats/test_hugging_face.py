@@ -16,7 +16,7 @@ import pytest
 import gptx
 from gptx.conversions import convert, detect, read
 from gptx.conversions.containers.binary import cast
-from gptx.conversions.formats.hugging_face import write_tensors
+from gptx.conversions.formats.hugging_face import write_folder
 from gptx.conversions.verify import compare
 from gptx.errors import ConfigError, GptxError, WeightsError
 from gptx.quantization import Quantization
@@ -134,7 +134,7 @@ def test_a_written_folder_has_the_form_of_the_hub(tmp_path: Path) -> None:
 def test_tensors_one_by_one_make_the_same_folder(tmp_path: Path) -> None:
     convert(source_of("tiny", tmp_path), tmp_path / "converted", dtype="float16")
     (tmp_path / "written").mkdir()
-    write_tensors(tmp_path / "written", CONFIG, random_tensors(CONFIG), dtype="float16")
+    write_folder(tmp_path / "written", CONFIG, random_tensors(CONFIG), dtype="float16")
     for name in ("config.json", "model.safetensors"):
         written, converted = (tmp_path / f / name for f in ("written", "converted"))
         assert written.read_bytes() == converted.read_bytes()
