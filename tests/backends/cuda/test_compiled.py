@@ -93,7 +93,7 @@ def test_the_oldest_graphs_are_deleted_when_workspaces_exceed_the_limit(
     texts = [random_ids(CONFIG, 1, n, 1)[0].tolist() for n in (8, 16, 32)]
     for ids in texts * 2:
         read(model, [ids])
-    sizes = [memory.nbytes for memory, _ in passes.values()]
+    sizes = [workspace.nbytes for workspace, _ in passes.values()]
     assert sizes == sorted(sizes)
     read(model, [texts[0]])
     assert [length for _, length in passes] == [16, 32, 8]
@@ -141,6 +141,7 @@ def test_long_prompts_use_cublas(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     model = make_model(CONFIG, make_backend(name, dtype="float16"))
     in_graph = read(model, PROMPTS)
     monkeypatch.setattr(model.backend, "max_graph_macs", 0)
+    monkeypatch.setattr(module("linear"), "MAX_GEMM_ROWS", 8)
     model.gpt2.forward._prompt._passes.clear()
     with_cublas = read(model, PROMPTS)
     assert not model.gpt2.forward._prompt._passes
