@@ -1,5 +1,7 @@
 """The formats, one row each; detection of a format; `read`, which opens a model of any format.
 
+Imports are lazy: `gptx convert --help` needs the table only.
+
 A format is one module in `formats/`, which reads and writes it, and one row of `FORMATS`. The
 module has
 
@@ -19,11 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from gptx.config import GPT2Config
 from gptx.embedded import EMBEDDED
 from gptx.errors import DataError, NotFoundError, StorageError, TokenizerError, WeightsError
 
 if TYPE_CHECKING:
+    from gptx.config import GPT2Config
     from gptx.conversions.checkpoint import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -174,6 +176,8 @@ def read(
     WeightsError, ConfigError, TokenizerError
         The files are damaged, or contain no GPT-2 that gptx supports.
     """
+    from gptx.config import GPT2Config
+
     path = _find(source, revision, offline)
     if config is not None and not isinstance(config, GPT2Config):
         config = GPT2Config.from_file(config)

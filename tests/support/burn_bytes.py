@@ -1,4 +1,4 @@
-"""A writer of gpt-burn folders: MessagePack as rmp-serde writes it."""
+"""A writer of gpt-burn folders: MessagePack in the form of rmp-serde."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"half::binary16::f16": np.float16, "f32": np.float32, "f64": np.float64
 
 
 def pack(x: Any) -> bytes:
-    """Dicts, lists, strings, None and whole numbers; an array as Burn's tensor."""
+    """Encode dicts, lists, strings, None and integers; an array becomes Burn's tensor."""
     if x is None:
         return b"\xc0"
     if isinstance(x, np.ndarray):
@@ -38,7 +38,7 @@ def pack(x: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Raw:
-    """Bytes that are put there as they are."""
+    """Encoded bytes."""
 
     data: bytes
 
@@ -67,7 +67,7 @@ def numbers(x: np.ndarray) -> bytes:
 
 
 def narrow(config: GPT2Config) -> GPT2Config:
-    """The same sizes with what gpt-burn has: erf, an untied head."""
+    """Return the same sizes with gpt-burn's settings: erf, an untied head."""
     return replace(
         config,
         activation_function="gelu",
@@ -79,7 +79,7 @@ def narrow(config: GPT2Config) -> GPT2Config:
 
 
 def burn_weights(config: GPT2Config, kind: str = "f32") -> dict[str, np.ndarray]:
-    """Random weights in a type of Burn; the biases that it lacks are zero."""
+    """Draw random weights in a type of Burn; the biases that it lacks are zero."""
     weights = {n: x.astype(NAMES[kind]) for n, x in random_weights(narrow(config)).items()}
     for name, x in weights.items():
         if name.endswith(("c_attn.bias", "attn.c_proj.bias")):
@@ -88,7 +88,7 @@ def burn_weights(config: GPT2Config, kind: str = "f32") -> dict[str, np.ndarray]
 
 
 def record(weights: dict[str, np.ndarray], bias: np.ndarray, n_layer: int, kind: str) -> Any:
-    """The nested structs of gpt-burn."""
+    """Nest the structs of gpt-burn."""
     w = weights
 
     def norm(name: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def sizes(config: GPT2Config) -> dict[str, int]:
 def write_burn(
     folder: Path, config: GPT2Config, bias: np.ndarray | None = None, kind: str = "f32"
 ) -> dict[str, np.ndarray]:
-    """Write a random model; its weights under our names, without the bias of its head."""
+    """Write a random model; return its weights under gptx's names, without the head's bias."""
     folder.mkdir(exist_ok=True)
     weights = burn_weights(config, kind)
     bias = np.zeros(config.vocab_size) if bias is None else bias

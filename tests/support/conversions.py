@@ -1,4 +1,4 @@
-"""Models as files of every format, for the tests that hold for all of them."""
+"""Models as files of every format, for the tests of all formats."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from tests.support.random_models import CASES, write_model
 
 WRITTEN = [name for name, row in FORMATS.items() if row.writes]
 BOTH_WAYS = [name for name in WRITTEN if FORMATS[name].reads]
-SIZES = ["124M", "355M", "774M", "1558M"]  # shrunk, see random_models
 
 
 def save(folder: Path, config: GPT2Config, weights: Mapping[str, Any]) -> None:
-    """Write weights that are in memory, quantized or not, as an MLX folder."""
+    """Write weights in memory, quantized or not, as an MLX folder."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {}
     for name, shape in config.tensor_shapes().items():
@@ -39,7 +38,7 @@ def save(folder: Path, config: GPT2Config, weights: Mapping[str, Any]) -> None:
 
 
 def source_of(model: str, tmp_path: Path) -> Path:
-    """A folder with a float32 model: the embedded one, or one of CASES."""
+    """Write a folder with a float32 model: the embedded one, or one of CASES."""
     folder = tmp_path / f"source-{model}"
     if model == "shakespeare":
         convert(EMBEDDED[model], folder, "safetensors", dtype="float32")
@@ -48,25 +47,25 @@ def source_of(model: str, tmp_path: Path) -> Path:
 
 
 def file_name(format: str) -> str:
-    """What an output of this format can be called."""
+    """Return a name for an output of this format."""
     suffix = FORMATS[format].suffix
     return "converted" if suffix == "/" else f"converted{suffix}"
 
 
 def to_format(format: str, source: Path, tmp_path: Path, **options: Any) -> Path:
-    """Convert a folder; the path of what was written."""
+    """Convert a folder; return the path of the output."""
     destination = tmp_path / file_name(format)
     convert(source, destination, format, **options)
     return destination
 
 
 def opened(path: Path, source: Path) -> Checkpoint:
-    """Open what was written of a folder, with its config for formats that do not say it all."""
+    """Open an output with the config of its source, which some formats lack."""
     return read(path, config=source / "config.json")[1]
 
 
 def numbers(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """All tensors, in float32, bit patterns as they are."""
+    """Return all tensors, with bfloat16 as float32."""
     found = {}
     for name, tensor in checkpoint.tensors.items():
         assert not isinstance(tensor, QuantizedTensor)
@@ -75,7 +74,7 @@ def numbers(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def read_all(path: Path, **options: Any) -> Callable[[], None]:
-    """What reads every number of a model, again and again."""
+    """Return a function that reads every number of a model."""
 
     def use() -> None:
         for tensor in read(path, **options)[1].tensors.values():
@@ -85,13 +84,13 @@ def read_all(path: Path, **options: Any) -> Callable[[], None]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file of an output: name -> bytes."""
+    """Read every file of an output: name -> bytes."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {file.name: file.read_bytes() for file in files}
 
 
 class Failing:
-    """In the place of `gptx.files.create`: at the n-th write, do something else."""
+    """A replacement of `gptx.files.create` that calls `fail` at the n-th write."""
 
     def __init__(self, create: Any, at: int, fail: Callable[[], None]) -> None:
         self.create, self.left, self.fail = create, at, fail
@@ -101,7 +100,7 @@ class Failing:
         return _File(file, self)
 
     def count(self) -> None:
-        """One more write."""
+        """Count one write."""
         if self.left == 0:
             self.fail()
         self.left -= 1
@@ -130,7 +129,7 @@ class _File:
 
 
 def in_a_child(use: Callable[[], None]) -> int:
-    """Run `use` in a forked process that ends as it says; its exit code."""
+    """Run `use` in a forked process; return its exit code."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -143,5 +142,5 @@ def in_a_child(use: Callable[[], None]) -> int:
 
 
 def with_header(header: bytes, data: bytes) -> bytes:
-    """A safetensors file of these parts."""
+    """Assemble a safetensors file."""
     return struct.pack("<Q", len(header)) + header + data

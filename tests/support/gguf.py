@@ -1,4 +1,4 @@
-"""GGUF files as their specification says, parsed by a reader of its own; models as checkpoints."""
+"""An independent parser of GGUF, after its specification; random models as checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer
 
-# What each type is called in the files -> what the writer is asked for.
+# Type in the file -> options of the writer.
 TYPES: dict[str, dict[str, Any]] = {
     "F32": {"dtype": "float32"},
     "F16": {"dtype": "float16"},
@@ -30,7 +30,7 @@ BLOCK_BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 30: (1, 2)}  # nu
 
 
 class File:
-    """A GGUF file as its specification says, read by a cursor."""
+    """A parsed GGUF file."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 4
@@ -49,7 +49,7 @@ class File:
         self.raw = {}
         end = 0
         for name, shape, kind, offset in infos:
-            assert offset == end  # one after the other, each at a multiple of 32
+            assert offset == end  # without gaps, each at a multiple of 32
             block, size = BLOCK_BYTES[kind]
             n_bytes = math.prod(shape) // block * size
             self.raw[name] = data[start + offset : start + offset + n_bytes]
@@ -77,7 +77,7 @@ class File:
 
 
 def decoded(raw: bytes, kind: int) -> np.ndarray:
-    """The numbers that the bytes of a tensor stand for, in float64."""
+    """Decode the bytes of a tensor to float64."""
     if kind == 30:
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
     if kind in (0, 1):
@@ -86,11 +86,11 @@ def decoded(raw: bytes, kind: int) -> np.ndarray:
     for start in range(0, len(raw), BLOCK_BYTES[kind][1]):
         (scale,) = struct.unpack_from("<e", raw, start)
         if kind == 8:
-            whole = struct.unpack_from("32b", raw, start + 2)
+            quantized = struct.unpack_from("32b", raw, start + 2)
         else:
             quants = raw[start + 2 : start + 18]
-            whole = tuple([(q & 15) - 8 for q in quants] + [(q >> 4) - 8 for q in quants])
-        numbers += [scale * x for x in whole]
+            quantized = tuple([(q & 15) - 8 for q in quants] + [(q >> 4) - 8 for q in quants])
+        numbers += [scale * x for x in quantized]
     return np.array(numbers)
 
 
@@ -99,7 +99,7 @@ def checkpoint(
     weights: Mapping[str, np.ndarray] | None = None,
     tokenizer: BytePairTokenizer | None = None,
 ) -> Checkpoint:
-    """A model of random weights, or of these."""
+    """Make a checkpoint of weights in memory; random ones by default."""
     weights = random_weights(config) if weights is None else weights
     stored = {name: StoredTensor(w.shape, w.dtype, lambda w=w: w) for name, w in weights.items()}
     return Checkpoint(config, stored, tokenizer)
@@ -112,7 +112,7 @@ def written(
     tokenizer: BytePairTokenizer | None = None,
     type: str = "F32",
 ) -> File:
-    """The file that is written of a model, parsed; it lies in folder/model.gguf."""
+    """Write a model to folder/model.gguf and parse it."""
     path = folder / "model.gguf"
     path.unlink(missing_ok=True)
     write(checkpoint(config, weights, tokenizer), path, **TYPES[type])

@@ -1,7 +1,7 @@
-"""Pickles that do something when they are loaded, seeded: what no reader of files may do.
+"""Pickles that run code when Python loads them, with seeds.
 
-Each makes a file or folder called as it is told to, in one of many ways: another function, another
-instruction that calls it, another place in the file.
+Each makes a file or folder of a given name, in one of many ways: other functions, other
+instructions that call them, other positions in the file.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Callable
 
 from tests.support.torch_files import MACHINE, MAGIC, VERSION, Pickle, Raw, zip_of
 
-EXTENSION = 201  # a code of copyreg that stands for os.mkdir
+EXTENSION = 201  # the code of os.mkdir in copyreg
 
 
 def text(value: str) -> bytes:
-    """Instructions that push a string."""
+    """Return instructions that push a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def name(module: str, attribute: str, rng: random.Random) -> bytes:
-    """Instructions that push what a name stands for."""
+    """Return instructions that push a global."""
     kind = rng.randrange(4)
     if kind == 0 and "." not in attribute:
         return f"c{module}\n{attribute}\n".encode()
-    if kind == 1:  # by way of the memo
+    if kind == 1:  # through the memo
         code = text(attribute) + b"q\xf00" + text(module) + b"q\xf10"
         return code + b"h\xf1h\xf0\x93"
     return text(module) + text(attribute) + b"\x93"
 
 
 def called(function: bytes, arguments: list[bytes], rng: random.Random) -> bytes:
-    """Instructions that call a function, whichever way."""
+    """Return instructions that call a function, in one of several ways."""
     group = b"(" + b"".join(arguments) + b"t"
     kind = rng.randrange(4)
     if kind == 0 and len(arguments) < 4:
@@ -43,7 +43,7 @@ def called(function: bytes, arguments: list[bytes], rng: random.Random) -> bytes
 
 
 def payloads(marker: str, rng: random.Random) -> list[Callable[[], bytes]]:
-    """Ways to make something called `marker`; each gives instructions that leave one value."""
+    """Return functions of instructions that make a file `marker` and leave one value."""
 
     def call(module: str, attribute: str, *arguments: bytes) -> bytes:
         return called(name(module, attribute, rng), list(arguments), rng)
@@ -113,7 +113,7 @@ def payloads(marker: str, rng: random.Random) -> list[Callable[[], bytes]]:
 
 
 def program(marker: str, rng: random.Random) -> bytes:
-    """Instructions that leave one value, and `marker` where somebody runs them."""
+    """Return instructions that leave one value and, if run, make a file `marker`."""
     code = rng.choice(payloads(marker, rng))()
     kind = rng.randrange(5)
     if kind == 0:
@@ -121,17 +121,17 @@ def program(marker: str, rng: random.Random) -> bytes:
     if kind == 1:
         return b"}" + text("k") + code + b"s"
     if kind == 2:
-        return code + b"0" + text("nothing to see")  # done, and dropped
+        return code + b"0" + text("text")  # the result is dropped
     return code
 
 
 def plain(marker: str, rng: random.Random) -> bytes:
-    """A whole pickle, for Python's own loader."""
+    """Return a complete pickle, for Python's own loader."""
     return b"\x80\x04" + program(marker, rng) + b"."
 
 
 def file(marker: str, rng: random.Random) -> bytes:
-    """A file that looks like one of PyTorch, with such a program at one of many places."""
+    """Return a file in PyTorch's form with such instructions at one of many positions."""
     code = program(marker, rng)
     evil = Raw(code)
     storage = ("storage", Raw(b"ctorch\nFloatStorage\n"), "0", "cpu", evil)

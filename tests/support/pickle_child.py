@@ -1,10 +1,10 @@
-"""Run in a process of its own: hostile pickles loaded by Python, and hostile files read by gptx.
+"""Hostile pickles in a separate process: loaded by Python, and read by gptx.
 
 python pickle_child.py load FOLDER COUNT SEED
-    Load plain pickles with `pickle`; print how many left their mark in FOLDER.
+    Load pickles with `pickle`; print the number of those that ran code in FOLDER.
 python pickle_child.py read FOLDER
-    Read each file of FOLDER with gptx; print, as JSON, how many were refused, and everything
-    that CPython's audit hooks saw meanwhile but the reading of the file itself.
+    Read each file of FOLDER with gptx; print as JSON the number of refused ones, and all events of
+    CPython's audit hooks except reads of the file itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.hostile_pickles import EXTENSION, plain
 
 
 def load(folder: str, count: int, seed: int) -> int:
-    """Of `count` pickles, those that did something."""
+    """Load `count` pickles; return the number of those that ran code."""
     os.chdir(folder)
     copyreg.add_extension("os", "mkdir", EXTENSION)
     rng = random.Random(seed)
@@ -40,11 +40,11 @@ def load(folder: str, count: int, seed: int) -> int:
 
 
 def read(folder: str) -> dict[str, Any]:
-    """What happened while the files were read."""
+    """Read the files; return the results and the audit events."""
     os.chdir(folder)
     copyreg.add_extension("os", "mkdir", EXTENSION)
     files = sorted(Path().iterdir())
-    refused(files[0])  # what is imported when it is first needed
+    refused(files[0])  # imports on first use are no events then
     events: list[str] = []
     watched = ""
 
@@ -63,7 +63,7 @@ def read(folder: str) -> dict[str, Any]:
 
 
 def refused(file: Path) -> bool:
-    """Whether both readers refuse it in one line."""
+    """Return True if both readers refuse a file in one line."""
     count = 0
     for module in (nanogpt_file, pytorch_folder):
         module.detect(file)

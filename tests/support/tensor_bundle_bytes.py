@@ -1,4 +1,4 @@
-"""Writes checkpoints as TensorFlow does, for the tests: it shares nothing with gptx's reader.
+"""A writer of TensorFlow's checkpoints, independent of gptx's reader.
 
 After tensorflow/core/util/tensor_bundle and LevelDB's doc/table_format.md.
 """
@@ -19,8 +19,8 @@ MAGIC = bytes.fromhex("57fb808b247547db")
 FLOAT, INT64, BFLOAT16 = 1, 9, 14
 TYPES = {"<f4": FLOAT, "<f8": 2, "<i8": INT64, "<f2": 19, "<u2": BFLOAT16}  # <u2: bfloat16's bits
 
-Damage = Callable[[bytes], bytes]  # of a block, before its checksum is taken
-# Changes the fields of an entry, by their numbers, or the header's under the name "".
+Damage = Callable[[bytes], bytes]  # of a block, before its checksum is computed
+# Changes the fields of an entry, by number; the name "" is the header.
 Change = Callable[[str, dict[int, Any]], None]
 Checksum = Callable[[bytes], int]
 
@@ -38,7 +38,7 @@ TABLE = _table_of_bytes()
 
 
 def slow_crc32c(data: bytes) -> int:
-    """CRC-32C byte by byte, as every textbook has it."""
+    """Compute CRC-32C byte by byte, the textbook's algorithm."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ TABLE[(crc ^ byte) & 255]
@@ -59,8 +59,10 @@ def varint(number: int) -> bytes:
 
 
 def message(fields: Mapping[int, Any]) -> bytes:
-    """A message: int -> varint, bytes -> bytes, a list -> the field again and again; (int,) -> 4
-    bytes. As in proto3, what is 0 is left out."""
+    """Encode a message: int as varint, bytes, (int,) as 4 bytes, a list as a repeated field.
+
+    As in proto3, a field that is 0 is omitted.
+    """
     out = b""
     for number, value in fields.items():
         for one in value if isinstance(value, list) else [value]:
@@ -97,9 +99,9 @@ def table(
     damage: Damage = bytes,
     again: int = 0,
 ) -> bytes:
-    """A file of sorted keys and values, so many of them in a block.
+    """Encode sorted keys and values with `per_block` of them in a block.
 
-    Its index may then list one empty block again and again.
+    The index lists an empty block `again` more times.
     """
     out = b""
 
@@ -130,9 +132,9 @@ def write_bundle(
     checksum: Checksum = slow_crc32c,
     **options: Any,
 ) -> Path:
-    """Write `prefix.index` and the files of numbers; `options` are those of `table`.
+    """Write `prefix.index` and the files of data; return the path of the index.
 
-    Returns the path of the index.
+    `options` are those of `table`.
     """
     header: dict[int, Any] = {1: shards, 3: message({1: 1})}
     change("", header)
@@ -162,7 +164,7 @@ def write_bundle(
 
 
 def variables(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under OpenAI's names, those of its src/model.py, and as it shapes them."""
+    """Return weights under the names and in the shapes of OpenAI's src/model.py."""
     found = {}
     for name, array in weights.items():
         scopes = name.split(".")
@@ -184,7 +186,7 @@ def write_openai(
     tokenizer: BytePairTokenizer | None = None,
     **options: Any,
 ) -> Path:
-    """Write a model as OpenAI published its own; `options` are those of `write_bundle`."""
+    """Write a model in the form of OpenAI's; `options` are those of `write_bundle`."""
     folder.mkdir(exist_ok=True)
     write_bundle(folder / "model.ckpt", variables(weights), **options)
     hparams = {

@@ -1,6 +1,6 @@
-"""A writer of what torch.save writes, without torch: pickles put together by hand, both containers.
+"""A writer of files of torch.save, without torch: pickles of single instructions, both containers.
 
-`tests/golden/torch` has files that PyTorch itself wrote, to hold this one and the reader to.
+`tests/golden/torch` has files of PyTorch itself, for tests of this writer and of the reader.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gptx.stored_weights import is_linear_weight
 from tests.support.random_models import to_bfloat16
 
 STORAGES = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "|b1": "Bool", "<i8": "Long"}
-MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the number that a legacy file begins with
+MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the start of a legacy file
 VERSION = b"\x80\x02M\xe9\x03."
 MACHINE = b"\x80\x02}q\x00X\x0d\x00\x00\x00little_endianq\x01\x88s."
 
 
 @dataclass
 class View:
-    """A tensor that shares its storage: a flat array, and what part of it."""
+    """A tensor as a view of a flat array."""
 
     storage: np.ndarray
     offset: int
@@ -39,22 +39,22 @@ class View:
 
 @dataclass(frozen=True)
 class Raw:
-    """Instructions in the place of a value."""
+    """Instructions instead of a value."""
 
     code: bytes
 
 
 def view(array: np.ndarray, dtype: str = "float32") -> View:
-    """A tensor with a storage of its own."""
+    """Make a tensor with its own storage."""
     if dtype == "bfloat16":
         flat = to_bfloat16(array).astype("<u2").ravel()
     else:
         flat = array.astype({"float32": "<f4", "float16": "<f2", "float64": "<f8"}[dtype]).ravel()
-    return whole(flat, array.shape, bfloat16=dtype == "bfloat16")
+    return contiguous(flat, array.shape, bfloat16=dtype == "bfloat16")
 
 
-def whole(flat: np.ndarray, shape: tuple[int, ...], *, bfloat16: bool = False) -> View:
-    """A flat array in C order."""
+def contiguous(flat: np.ndarray, shape: tuple[int, ...], *, bfloat16: bool = False) -> View:
+    """Make a tensor of a flat array in C order."""
     strides = [1]
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * size)
@@ -62,7 +62,7 @@ def whole(flat: np.ndarray, shape: tuple[int, ...], *, bfloat16: bool = False) -
 
 
 class Pickle:
-    """A pickle of protocol 2, and the storages that it names, by key."""
+    """A pickle of protocol 2; `storages` are those that it names, by key."""
 
     def __init__(self, value: Any, *, legacy: bool = False) -> None:
         self.storages: dict[str, np.ndarray] = {}
@@ -107,7 +107,7 @@ class Pickle:
 
 
 def zip_bytes(value: Any, *, order: str = "little", folder: str = "archive") -> bytes:
-    """What torch.save(value) writes."""
+    """Return the file of torch.save(value)."""
     pickle = Pickle(value)
     return zip_of(pickle.code, pickle.storages, order=order, folder=folder)
 
@@ -119,7 +119,7 @@ def zip_of(
     order: str = "little",
     folder: str = "archive",
 ) -> bytes:
-    """An archive of a pickle and of storages, with the CRC-32 of each."""
+    """Return an archive of a pickle and of storages, with the CRC-32 of each."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{folder}/data.pkl", code)
@@ -132,7 +132,7 @@ def zip_of(
 
 
 def legacy_bytes(value: Any) -> bytes:
-    """What torch.save(value, _use_new_zipfile_serialization=False) writes."""
+    """Return the file of torch.save(value, _use_new_zipfile_serialization=False)."""
     pickle = Pickle(value, legacy=True)
     keys = sorted(pickle.storages)
     parts = [MAGIC, VERSION, MACHINE, pickle.code, Pickle(keys).code]
@@ -148,13 +148,13 @@ CONTAINERS = {"zip": zip_bytes, "legacy": legacy_bytes}
 def state_dict(
     weights: Mapping[str, np.ndarray], dtype: str = "float32", prefix: str = "transformer."
 ) -> dict[str, Any]:
-    """That of transformers: masks among the weights, and the head with the table's storage."""
+    """Make transformers' state_dict: with masks, and a head that shares the table's storage."""
     found = {
         name if name.startswith("lm_head") else prefix + name: view(array, dtype)
         for name, array in weights.items()
     }
     n = weights["wpe.weight"].shape[0]
-    mask = whole(np.tril(np.ones((n, n), np.bool_)).ravel(), (1, 1, n, n))
+    mask = contiguous(np.tril(np.ones((n, n), np.bool_)).ravel(), (1, 1, n, n))
     found[f"{prefix}h.0.attn.bias"] = mask
     found[f"{prefix}h.0.attn.masked_bias"] = view(np.float32(-1e4))
     found.setdefault("lm_head.weight", found[f"{prefix}wte.weight"])
@@ -169,7 +169,7 @@ def nanogpt(
     bias: bool = True,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """What train.py of nanoGPT saves: linear layers [out, in], the optimizer beside the model."""
+    """Make nanoGPT's checkpoint: linear layers [out, in], and an optimizer."""
     model = {}
     for name, array in weights.items():
         if not bias and name.endswith(".bias"):
@@ -193,7 +193,7 @@ def nanogpt(
 def write_folder(
     folder: Path, config: GPT2Config, data: bytes, name: str = "pytorch_model.bin"
 ) -> Path:
-    """A folder with such a file and its config.json."""
+    """Write a folder with such a file and a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""gptx.conversions.containers.safe_pickle: what pickles of tensors say, and hostile ones."""
+"""gptx.conversions.containers.safe_pickle: pickles of tensors, and hostile ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptx.conversions.containers import safe_pickle, torch_file, torch_globals
 from gptx.conversions.containers.safe_pickle import INSTRUCTIONS, MAX_PICKLE_BYTES, Unpickled
 from gptx.conversions.containers.torch_globals import (
     IGNORED,
@@ -28,13 +29,13 @@ from gptx.errors import WeightsError
 from tests.support import hostile_pickles
 from tests.support.torch_files import Pickle, view, zip_of
 
-FILES = 300
+FILES = 100
 SEED = 20
 ROOT = Path(__file__).parents[3]
 
 
 def child(*arguments: object) -> str:
-    """What pickle_child.py prints."""
+    """Run pickle_child.py; return its output."""
     command = [sys.executable, "-m", "tests.support.pickle_child", *arguments]
     done = subprocess.run(
         [str(part) for part in command],
@@ -59,13 +60,13 @@ def test_hostile_files_run_nothing(tmp_path: Path) -> None:
     assert found["refused"] == found["files"] == FILES
 
 
-def test_they_would_be_dangerous_to_load(tmp_path: Path) -> None:
-    """The same programs in Python's own hands, so that the test above means something."""
+def test_hostile_files_are_dangerous_for_python(tmp_path: Path) -> None:
+    """Python's own loader runs the same programs, so the test above is not vacuous."""
     assert int(child("load", tmp_path, FILES, SEED)) > 0.9 * FILES
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_data_is_read_as_python_reads_it(protocol: int) -> None:
+def test_plain_data_equals_that_of_python(protocol: int) -> None:
     value: Any = {
         "numbers": [0, 1, 255, 256, 65536, -1, 2**31, -(2**40), 2**100, 1.5, -0.0, float("inf")],
         "others": (True, False, None, "", "ä€𝄞", "x" * 300, (), (1,), (1, 2), (1, 2, 3)),
@@ -80,7 +81,7 @@ def test_plain_data_is_read_as_python_reads_it(protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_what_no_model_needs_is_nothing(protocol: int) -> None:
+def test_unneeded_values_are_ignored(protocol: int) -> None:
     value = {"set": {1}, "frozen": frozenset([2]), "bytes": b"x" * 300, "number": 2**2000, 3: "x"}
     value["scalar"] = np.float64(1.5)
     value["array"] = bytearray(b"x")
@@ -101,24 +102,24 @@ def test_tensors_are_described() -> None:
 
 
 def deep(count: int) -> bytes:
-    """A list in a list in a list ..."""
+    """Nest lists."""
     return b"]" * (count + 1) + b"a" * count
 
 
 def laughs(count: int) -> bytes:
-    """Each list holds the one before twice: 2 ** count at the end."""
+    """Make lists that contain the one before two times: 2 ** count items."""
     return b"]q\0" + b"0](h\0h\0eq\0" * count
 
 
 def keys(count: int) -> bytes:
-    """Whole numbers that all have one hash."""
+    """Make integers of one hash."""
     step = sys.hash_info.modulus
     numbers = (b"\x8a\x10" + (i * step).to_bytes(16, "little") + b"N" for i in range(count))
     return b"}(" + b"".join(numbers) + b"u"
 
 
 def long_names(count: int) -> bytes:
-    """One key again and again that is another string of the same letters."""
+    """Make many keys that are distinct strings of the same characters."""
     name = b"X" + struct.pack("<I", 2**20) + b"n" * 2**20
     return b"}(" + name + b"q\0N" + name + b"q\1N" + b"h\1N" * count + b"u"
 
@@ -136,13 +137,13 @@ BOMBS = {
 }
 
 
-REFUSED = ("tensor", "storage")  # no place for such things
+REFUSED = ("tensor", "storage")  # these need other values
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("place", ["value", "tensor", "storage", "function"])
 def test_bombs_are_harmless(bomb: str, place: str) -> None:
-    """Read or refused, at once, in memory that the length of the pickle explains."""
+    """They are read or refused at once, in memory proportional to the length of the pickle."""
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     before, after = {
         "value": (b"", b""),
@@ -161,12 +162,12 @@ def test_bombs_are_harmless(bomb: str, place: str) -> None:
 
 @pytest.mark.parametrize("length", [MAX_NAME_LENGTH, MAX_NAME_LENGTH + 1])
 def test_long_names_are_no_keys(length: int) -> None:
-    """Not of a dict, which goes without; and a storage that has one is refused."""
+    """A dict drops such a key; a storage with one is refused."""
     known = length <= MAX_NAME_LENGTH
     name = b"X" + struct.pack("<I", length) + b"n" * length
     assert len(Unpickled(b"\x80\x02}" + name + b"Ns.").value) == known
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + name + b"NK\1tQ."
-    with nullcontext() if known else pytest.raises(WeightsError, match="names a storage in a way"):
+    with nullcontext() if known else pytest.raises(WeightsError, match="has a storage of a form"):
         assert list(Unpickled(b"\x80\x02" + storage).storages) == ["n" * length]
 
 
@@ -177,13 +178,13 @@ def test_long_names_are_no_keys(length: int) -> None:
      b"\x96" + b"\x7f" * 8, b"U\xff", b"\x8a\xff", b"c" + b"x" * 300, b"cx\n"],
 )  # fmt: skip
 def test_lengths_beyond_the_end_are_refused(length: bytes) -> None:
-    with pytest.raises(WeightsError, match="does not end within"):
+    with pytest.raises(WeightsError, match="is truncated: it has no end"):
         Unpickled(b"\x80\x04" + length + b"ab.")
 
 
 def test_a_pickle_that_is_too_long_is_refused() -> None:
     n = MAX_PICKLE_BYTES
-    with pytest.raises(WeightsError, match="does not end within"):
+    with pytest.raises(WeightsError, match="is truncated: it has no end"):
         Unpickled(b"\x80\x02B" + struct.pack("<I", n) + bytes(n) + b".")
     with pytest.raises(WeightsError, match=r"more than \d+ instructions"):
         Unpickled(b"\x80\x02" + b"N0" * 600_000 + b"N.")
@@ -204,22 +205,20 @@ def test_nonsense_is_refused(code: bytes) -> None:
 
 
 def test_every_instruction_is_followed_by_noise(random: np.random.Generator) -> None:
-    """Whatever the machine is given, it ends with a value or a refusal."""
+    """Any program ends with a value or a refusal."""
     codes = list(INSTRUCTIONS)
     refused = 0
-    for _ in range(5000):
+    for _ in range(1000):
         program = bytes(random.choice(codes, 30).tolist()) + random.bytes(3) + b"."
         try:
             Unpickled(program)
         except WeightsError:
             refused += 1
-    assert refused > 100
+    assert refused > 20
 
 
-def test_a_name_is_shown_in_one_short_line() -> None:
-    with pytest.raises(
-        WeightsError, match=r"asks for posix\.system, which no tensor needs"
-    ) as info:
+def test_a_global_is_shown_in_one_short_line() -> None:
+    with pytest.raises(WeightsError, match=r"names posix\.system, which no tensor needs") as info:
         Unpickled(b"\x80\x02cposix\nsystem\n.")
     assert "\n" not in str(info.value)
     long = b"X\xe8\3\0\0" + b"\x1b\n" * 500
@@ -229,14 +228,10 @@ def test_a_name_is_shown_in_one_short_line() -> None:
     assert len(str(info.value)) < 600
 
 
-def test_nothing_of_pickle_is_imported() -> None:
-    """Not even by what the reader imports: Python's own loader is never at hand."""
-    code = (
-        "import sys, numpy; before = set(sys.modules); import gptx.conversions.containers.safe_pickle as u, "
-        "gptx.conversions.containers.torch_file as t; print([m for m in (u, t) if hasattr(m, 'pickle')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_pickle_is_not_imported() -> None:
+    """The modules of the reader have no reference to Python's own loader."""
+    for module in (safe_pickle, torch_file, torch_globals):
+        assert not hasattr(module, "pickle")
 
 
 def test_an_archive_with_two_pickles_is_refused(tmp_path: Path) -> None:
@@ -244,5 +239,5 @@ def test_an_archive_with_two_pickles_is_refused(tmp_path: Path) -> None:
 
     file = tmp_path / "m.bin"
     file.write_bytes(zip_of(Pickle({}).code, {"../b/data.pkl": np.zeros(1)}))
-    with pytest.raises(WeightsError, match=r"2 files in the archive are data\.pkl"):
+    with pytest.raises(WeightsError, match=r"the archive has 2 files data\.pkl"):
         TorchFile(file)

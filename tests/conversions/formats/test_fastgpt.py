@@ -1,4 +1,4 @@
-"""gptx.conversions.formats.fastgpt and fastgpt_dat: the files of GPT-2 in Fortran."""
+"""gptx.conversions.formats.fastgpt and fastgpt_dat: files of GPT-2 in Fortran."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
-from tests.support.fuzz import fuzz, refuse_every_prefix
+from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.gguf import checkpoint
 from tests.support.random_models import CASES
 
@@ -37,7 +37,7 @@ def tokenizer(*more: str) -> BytePairTokenizer:
 
 
 def written(folder: Path, format: str, model: Checkpoint | None = None) -> Path:
-    """The file of a model; by default a small one with a tokenizer."""
+    """Write a model; by default a small one with a tokenizer."""
     path = folder / "converted"
     path.unlink(missing_ok=True)
     MODULES[format].write(model or checkpoint(SMALL, None, tokenizer()), path)
@@ -45,7 +45,7 @@ def written(folder: Path, format: str, model: Checkpoint | None = None) -> Path:
 
 
 def by_fortran(data: bytes) -> dict[str, Any]:
-    """What load_model of fastGPT's driver.f90 reads of version 2, step by step."""
+    """Read version 2 step by step as load_model of fastGPT's driver.f90."""
     (at,) = struct.unpack_from("<i", data, 55)
     mark, version, V, S, C, L, H, *n = struct.unpack_from("<12i", data, at)
     assert (mark, version) == (262477463, 2)
@@ -77,7 +77,7 @@ def by_fortran(data: bytes) -> dict[str, Any]:
     }.items():
         take(name, "<f4", *shape)
     take("decoder_idx", "<i4", n[0])
-    at += 32 - 4 * n[0] % 32  # 32 and not 0 where it is whole
+    at += 32 - 4 * n[0] % 32  # 32 instead of 0 without padding
     take("decoder_txt", "S1", n[1])
     at += -n[1] % 32
     take("vocab_idx", "<i4", n[2])
@@ -90,15 +90,15 @@ def by_fortran(data: bytes) -> dict[str, Any]:
 
 
 def strings(found: dict[str, Any], name: str) -> list[str]:
-    """The strings of a text, as word_idx of fastGPT's tokenizer.f90 finds them."""
+    """Split a text into strings as word_idx of fastGPT's tokenizer.f90."""
     places, text = found[f"{name}_idx"], found[f"{name}_txt"].tobytes()
     return [text[places[i] : places[i + 1]].decode() for i in range(len(places) - 1)]
 
 
-# What is in the files
+# Content of the files
 
 
-def test_the_program_reads_what_is_meant(tmp_path: Path) -> None:
+def test_the_program_reads_the_model(tmp_path: Path) -> None:
     found = by_fortran(written(tmp_path, "fastgpt").read_bytes())
     weights = random_weights(SMALL)
     assert found["sizes"] == (260, 8, 8, 2, 2)
@@ -121,7 +121,7 @@ def test_the_program_reads_what_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", range(260, 269))
-def test_padding_that_the_program_gets_wrong_is_avoided(tmp_path: Path, vocab_size: int) -> None:
+def test_padding_that_the_program_skips_wrongly_is_avoided(tmp_path: Path, vocab_size: int) -> None:
     config = replace(SMALL, vocab_size=vocab_size)
     data = written(tmp_path, "fastgpt", checkpoint(config, None, tokenizer())).read_bytes()
     found = by_fortran(data)
@@ -130,7 +130,7 @@ def test_padding_that_the_program_gets_wrong_is_avoided(tmp_path: Path, vocab_si
     assert read(tmp_path / "converted")[1].config == config
 
 
-def test_the_old_file_is_the_same_without_padding(tmp_path: Path) -> None:
+def test_old_file_has_the_same_data_without_padding(tmp_path: Path) -> None:
     found = by_fortran(written(tmp_path, "fastgpt").read_bytes())
     sizes = found.pop("sizes")
     counts = (found[f"{x}_{y}"].size for x in ("decoder", "vocab") for y in ("idx", "txt"))
@@ -139,11 +139,11 @@ def test_the_old_file_is_the_same_without_padding(tmp_path: Path) -> None:
     assert written(tmp_path, "fastgpt-dat").read_bytes() == expected
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("format", MODULES)
-@pytest.mark.parametrize("case", ["124M", "355M", "774M", "1558M"])
+@pytest.mark.parametrize("case", ["124M", "355M"])
 def test_a_round_trip(tmp_path: Path, format: str, case: str) -> None:
     path = written(tmp_path, format, checkpoint(CASES[case]))
     name, model = read(path)
@@ -178,41 +178,41 @@ def test_version_1_has_a_mark_before_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", MODULES)
-def test_a_config_of_the_users_own(tmp_path: Path, format: str) -> None:
+def test_given_config_replaces_that_of_the_file(tmp_path: Path, format: str) -> None:
     given = replace(SMALL, n_head=4)
     assert read(written(tmp_path, format), config=given)[1].config == given
 
 
-# What cannot be written
+# Unsupported models
 
 
 @pytest.mark.parametrize("format", MODULES)
 @pytest.mark.parametrize("case", ["gelu-erf", "unscaled", "layer-scaled", "n-inner", "untied"])
-def test_what_fastgpt_does_not_compute(tmp_path: Path, format: str, case: str) -> None:
-    with pytest.raises(ConfigError, match=r"is .*, fastGPT has .* alone"):
+def test_unsupported_settings_are_refused(tmp_path: Path, format: str, case: str) -> None:
+    with pytest.raises(ConfigError, match=r"is .*, fastGPT supports only"):
         written(tmp_path, format, checkpoint(CASES[case]))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_width_that_needs_padding(tmp_path: Path) -> None:
     config = replace(SMALL, n_embd=12)
-    with pytest.raises(ConfigError, match="n_embd is 12, but fastGPT reads its tensors without"):
+    with pytest.raises(ConfigError, match="n_embd is 12, expected a multiple of 8"):
         written(tmp_path, "fastgpt", checkpoint(config))
     written(tmp_path, "fastgpt-dat", checkpoint(config))
 
 
-def test_a_token_that_is_no_bytes(tmp_path: Path) -> None:
+def test_a_token_with_a_space(tmp_path: Path) -> None:
     vocab = {token: id for id, token in enumerate([*TOKENS, "two words"])}
     other = BytePairTokenizer.of_vocabulary(vocab, [], {"two words": 259})
     with pytest.raises(TokenizerError, match="has the token 'two words', which is not byte-level"):
         written(tmp_path, "fastgpt", checkpoint(SMALL, None, other))
 
 
-# What is refused
+# Invalid files
 
 
 def with_header(path: Path, at: int, **changes: int) -> None:
-    """Change integers of the header, which begins at `at`."""
+    """Change integers of the header at position `at`."""
     data = path.read_bytes()
     numbers = struct.unpack_from("<10i", data, at)
     header = astuple(replace(fastgpt.Header(*numbers), **changes))
@@ -222,8 +222,8 @@ def with_header(path: Path, at: int, **changes: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_vocab": 261}, "bytes, its header tells of"),
-        ({"n_layer": 2**31 - 1}, "bytes, its header tells of"),
+        ({"n_vocab": 261}, r"bytes, expected \d+ by its"),
+        ({"n_layer": 2**31 - 1}, r"bytes, expected \d+ by its"),
         ({"n_head": 3}, "n_embd 8 is not a multiple of n_head 3"),
         ({"n_ctx": 0}, "is damaged: its header is"),
         ({"n_tokens": -1}, "is damaged: its header is"),
@@ -237,7 +237,7 @@ def test_headers_that_are_damaged(tmp_path: Path, changes: dict[str, int], messa
         fastgpt_dat.read(path)
 
 
-def test_a_header_that_the_tensors_do_not_fit(tmp_path: Path) -> None:
+def test_a_header_of_other_tensors(tmp_path: Path) -> None:
     path = written(tmp_path, "fastgpt")
     (at,) = struct.unpack_from("<i", path.read_bytes(), 55)
     with_header(path, at + 8, n_layer=3)
@@ -256,18 +256,16 @@ def test_other_versions(tmp_path: Path, at: int, message: str) -> None:
         read(path)
 
 
-def test_data_that_the_program_would_not_find(tmp_path: Path) -> None:
+def test_a_wrong_offset_of_the_data(tmp_path: Path) -> None:
     path = written(tmp_path, "fastgpt")
     data = bytearray(path.read_bytes())
     data[55] ^= 32
     path.write_bytes(data)
-    with pytest.raises(WeightsError, match=r"general\.data_offset is not where the header lies"):
+    with pytest.raises(WeightsError, match=r"general\.data_offset is not the offset of the header"):
         read(path)
 
 
-def test_a_list_in_the_place_of_where_the_data_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_instead_of_the_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = gguf_container.encode_header
     monkeypatch.setattr(
         fastgpt, "encode_header", lambda _, infos: encode({fastgpt.OFFSET_KEY: [1, 2]}, infos)
@@ -286,7 +284,7 @@ def test_more_tokens_than_the_model_has(
     changed = replace(header, n_vocab=SMALL.vocab_size), texts
     monkeypatch.setattr(MODULES[format], "prepare", lambda checkpoint: changed)
     path = written(tmp_path, format, model)
-    with pytest.raises(TokenizerError, match="has 262 tokens, but an embedding of 260"):
+    with pytest.raises(TokenizerError, match="has 262 tokens, expected 260 by its embedding"):
         read(path)
 
 
@@ -296,7 +294,7 @@ def test_more_tokens_than_the_model_has(
         ("thĠth", "thĠh\xff", "a token is not UTF-8"),
         ("thĠth", "abĠth", "the merge 't h' makes no token"),
         ("t hĠ th", "t\0hĠ th", "the merge .* makes no token"),
-        ("abcdefg", "aacdefg", "has a token twice"),
+        ("abcdefg", "aacdefg", "has a duplicate token"),
         ("abcdefg", "a cdefg", "token 65 is ' ', not byte-level BPE"),
     ],
 )
@@ -311,17 +309,17 @@ def test_tokens_that_are_damaged(tmp_path: Path, old: str, new: str, message: st
         read(path)
 
 
-def test_the_two_kinds_of_gguf_are_told_apart(tmp_path: Path) -> None:
+def test_two_kinds_of_gguf_are_distinguished(tmp_path: Path) -> None:
     convert("shakespeare", tmp_path / "model.gguf")
     convert("shakespeare", tmp_path / "fortran.gguf", "fastgpt")
     assert detect(tmp_path / "model.gguf") == "gguf"
     assert detect(tmp_path / "fortran.gguf") == "fastgpt"
-    with pytest.raises(WeightsError, match="has no header of 12 integers"):
+    with pytest.raises(WeightsError, match="its header of 12 integers is missing"):
         fastgpt.read(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("format", MODULES)
-def test_other_files_are_not_taken_for_it(tmp_path: Path, format: str) -> None:
+def test_other_files_are_not_detected(tmp_path: Path, format: str) -> None:
     for name, data in {"none": b"", "text": b"a text " * 99, "zeros": bytes(999)}.items():
         (tmp_path / name).write_bytes(data)
         assert not MODULES[format].detect(tmp_path / name)
@@ -333,7 +331,7 @@ def test_other_files_are_not_taken_for_it(tmp_path: Path, format: str) -> None:
 
 
 def use(path: Path, format: str) -> Callable[[], None]:
-    """Opens the model and reads all of it."""
+    """Return a function that opens the model and reads all of it."""
 
     def read_all() -> None:
         model = MODULES[format].read(path)
@@ -345,7 +343,7 @@ def use(path: Path, format: str) -> Callable[[], None]:
 
 
 def in_the_integers(data: bytes, rng: random.Random) -> bytes:
-    """Other sizes in the header, other places of the tokens."""
+    """Change a size in the header, or an offset of a token."""
     start = struct.unpack_from("<i", data, 55)[0] if data[:4] == b"GGUF" else 0
     at = start + 4 * rng.randrange(12)
     if rng.random() < 0.5:
@@ -356,12 +354,14 @@ def in_the_integers(data: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("format", MODULES)
-def test_damaged_files_are_refused(tmp_path: Path, format: str) -> None:
+@damaged_copies
+def test_damaged_files_are_refused(tmp_path: Path, format: str, copies: int) -> None:
     path = written(tmp_path, format)
-    assert fuzz(path, use(path, format), mutations=[in_the_integers]) > 0
+    assert fuzz(path, use(path, format), mutations=[in_the_integers], copies=copies) > 0
 
 
 @pytest.mark.parametrize("format", MODULES)
-def test_no_part_of_a_file_is_read_as_the_whole(tmp_path: Path, format: str) -> None:
+@damaged_copies
+def test_every_prefix_is_refused(tmp_path: Path, format: str, copies: int) -> None:
     path = written(tmp_path, format)
-    refuse_every_prefix(path, use(path, format), step=97)
+    refuse_every_prefix(path, use(path, format), copies=copies, step=97)

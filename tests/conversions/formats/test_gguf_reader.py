@@ -1,4 +1,4 @@
-"""gptx.conversions.formats.gguf, the reader: others' files, and what is refused."""
+"""gptx.conversions.formats.gguf, the reader: files of other programs, and invalid files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
-from tests.support.fuzz import fuzz, refuse_every_prefix
+from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.gguf import IDS, TYPES, checkpoint, written
 from tests.support.random_models import CASES
 
@@ -33,7 +33,7 @@ SMALL = GPT2Config(300, 8, 32, n_layer=1, n_head=2, bos_token_id=None, eos_token
 
 
 def small_tokenizer() -> BytePairTokenizer:
-    """All bytes, one merge, the end of a text, and a token that is found anywhere."""
+    """Make a tokenizer of all bytes, one merge, the end of a text, and an ordinary added token."""
     vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
     vocab |= {"<|endoftext|>": 256, "th": 257, "<br>": 258}
     tokenizer = BytePairTokenizer.of_vocabulary(
@@ -45,7 +45,7 @@ def small_tokenizer() -> BytePairTokenizer:
 
 
 def numbers(model: Checkpoint) -> dict[str, np.ndarray]:
-    """All tensors in float32."""
+    """Return all tensors in float32."""
     found = {}
     for name, tensor in model.tensors.items():
         assert isinstance(tensor, np.ndarray)
@@ -54,7 +54,7 @@ def numbers(model: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def package_file(path: Path, **changes: Any) -> Path:
-    """A file that the package `gguf` writes as llama.cpp's converter does, with changes."""
+    """Write a file with the package `gguf`, as llama.cpp's converter does, with changes."""
     package = pytest.importorskip("gguf")
     weights = {
         gguf_name(name): np.ascontiguousarray(w.T if name.startswith("h.") else w)
@@ -91,7 +91,7 @@ def package_file(path: Path, **changes: Any) -> Path:
     return path
 
 
-# What is read
+# Valid files
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -108,7 +108,7 @@ def test_the_gguf_package_reads_the_same_numbers(tmp_path: Path, type: str) -> N
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
-def test_blocks_are_read_in_pieces(
+def test_blocks_are_read_in_chunks(
     tmp_path: Path, type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path, CONFIG, type=type)
@@ -118,7 +118,7 @@ def test_blocks_are_read_in_pieces(
 
 
 @pytest.mark.parametrize("alignment", [None, 8, 128])
-def test_a_file_of_the_gguf_package(tmp_path: Path, alignment: int | None) -> None:
+def test_files_of_the_gguf_package(tmp_path: Path, alignment: int | None) -> None:
     changes = {} if alignment is None else {"alignment": alignment}
     name, model = read(package_file(tmp_path / "model.gguf", **changes))
     assert name == "gguf"
@@ -128,7 +128,7 @@ def test_a_file_of_the_gguf_package(tmp_path: Path, alignment: int | None) -> No
 
 
 @pytest.mark.parametrize("case", ["n-inner", "untied", "epsilon", "tiny"])
-def test_the_config_is_the_one_that_was_written(tmp_path: Path, case: str) -> None:
+def test_config_round_trips(tmp_path: Path, case: str) -> None:
     written(tmp_path, CASES[case])
     _, model = read(tmp_path / "model.gguf")
     assert model.config == CASES[case]
@@ -136,14 +136,14 @@ def test_the_config_is_the_one_that_was_written(tmp_path: Path, case: str) -> No
     np.testing.assert_equal(numbers(model), random_weights(CASES[case]))
 
 
-def test_a_config_of_the_users_own(tmp_path: Path) -> None:
+def test_given_config_replaces_that_of_the_file(tmp_path: Path) -> None:
     written(tmp_path, CONFIG)
     given = replace(CONFIG, n_head=4, activation_function="gelu")
     assert read(tmp_path / "model.gguf", config=given)[1].config == given
 
 
 @pytest.mark.parametrize("type", TYPES)
-def test_what_type_the_tensors_are_of(tmp_path: Path, type: str) -> None:
+def test_types_of_the_tensors(tmp_path: Path, type: str) -> None:
     written(tmp_path, CONFIG, type=type)
     stored = read(tmp_path / "model.gguf")[1].stored
     expected = {"F16": np.dtype(np.float16), "BF16": BFLOAT16}.get(type, np.dtype(np.float32))
@@ -151,7 +151,7 @@ def test_what_type_the_tensors_are_of(tmp_path: Path, type: str) -> None:
     assert stored["wpe.weight"].dtype == np.float32
 
 
-def test_a_head_that_is_written_twice_is_tied(tmp_path: Path) -> None:
+def test_a_duplicate_head_is_tied(tmp_path: Path) -> None:
     head = random_weights(CONFIG)["wte.weight"]
     path = package_file(tmp_path / "model.gguf", weights={"output.weight": head})
     assert read(path)[1].config.tie_word_embeddings
@@ -217,13 +217,13 @@ def test_a_tokenizer_without_merges_comes_back(tmp_path: Path) -> None:
     assert (model["vocab"], model["merges"]) == (vocab, [])
 
 
-# What is refused
+# Invalid files
 
 
 @pytest.mark.parametrize(
     "key", ["general.architecture", "split.count", "tokenizer.ggml.model", "tokenizer.ggml.pre"]
 )
-def test_a_list_in_the_place_of_one_value(
+def test_lists_instead_of_single_values(
     tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = gguf_container.encode_header
@@ -236,7 +236,7 @@ def test_a_list_in_the_place_of_one_value(
 
 
 @pytest.mark.parametrize(("at", "most"), [(8, 130_000), (16, 65_536)])
-def test_more_than_any_model_has(tmp_path: Path, at: int, most: int) -> None:
+def test_counts_are_bounded(tmp_path: Path, at: int, most: int) -> None:
     data = written(tmp_path, SMALL).data
     path = tmp_path / "model.gguf"
     path.write_bytes(data[:at] + struct.pack("<Q", most + 1) + data[at + 8 :])
@@ -247,19 +247,23 @@ def test_more_than_any_model_has(tmp_path: Path, at: int, most: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"arch": "llama"}, ConfigError, "of the architecture 'llama', gptx reads 'gpt2'"),
-        ({"strings": {"tokenizer.ggml.model": "bert"}}, TokenizerError, "of the kind 'bert', None"),
+        ({"arch": "llama"}, ConfigError, "the architecture 'llama', expected 'gpt2'"),
+        (
+            {"strings": {"tokenizer.ggml.model": "bert"}},
+            TokenizerError,
+            "the tokenizer 'bert', None",
+        ),
         (
             {"strings": {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}},
             TokenizerError,
-            "of the kind 'gpt2', 'llama-bpe'",
+            "the tokenizer 'gpt2', 'llama-bpe'",
         ),
         (
             {"strings": {"tokenizer.ggml.model": "gpt2"}},
             TokenizerError,
-            "without its lists of tokens and merges",
+            "without lists of tokens and merges",
         ),
-        ({"numbers": {"split.count": 3}}, WeightsError, "is one of several files of a model"),
+        ({"numbers": {"split.count": 3}}, WeightsError, "is one of the parts of a split model"),
         ({"numbers": {"general.alignment": 48}}, WeightsError, "is 48, expected a power of two"),
         (
             {"weights": {"rope_freqs.weight": np.ones(4, np.float32)}},
@@ -268,7 +272,7 @@ def test_more_than_any_model_has(tmp_path: Path, at: int, most: int) -> None:
         ),
     ],
 )
-def test_what_is_no_gpt2(tmp_path: Path, changes: Any, error: Any, message: str) -> None:
+def test_other_models_are_refused(tmp_path: Path, changes: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         read(package_file(tmp_path / "model.gguf", **changes))
 
@@ -307,16 +311,20 @@ def test_other_versions(tmp_path: Path, version: int, message: str) -> None:
     [
         ("gpt2.block_count", b"\4\0\0\0\x0f\x27\0\0", "block_count is 9999, expected 1 by"),
         ("gpt2.embedding_length", b"\6\0\0\0\0\0\0\x42", "embedding_length is 32.0, expected a n"),
-        ("gpt2.context_length", b"\4\0\0\0\x63\0\0\0", r"wpe\.weight has shape \[8, 32\], the con"),
+        ("gpt2.context_length", b"\4\0\0\0\x63\0\0\0", r"wpe\.weight has shape \[8, 32\], exp"),
         ("gpt2.attention.head_count", b"\4\0\0\0\5\0\0\0", "32 is not a multiple of n_head 5"),
-        ("gpt2.vocab_size", b"\x0d\0\0\0\0\0\0\0", "'gpt2.vocab_size' are of the unknown type 13"),
-        ("gpt2.vocab_size", b"\x09\0\0\0\x09\0\0\0", "'gpt2.vocab_size' are a list of the type 9"),
+        ("gpt2.vocab_size", b"\x0d\0\0\0\0\0\0\0", "'gpt2.vocab_size' has unknown type 13"),
+        (
+            "gpt2.vocab_size",
+            b"\x09\0\0\0\x09\0\0\0",
+            "'gpt2.vocab_size' is an array of unknown type 9",
+        ),
         (
             "general.file_type",
             b"\x09\0\0\0\4\0\0\0" + b"\xff" * 8,
-            "'general.file_type' should lie",
+            "expected the metadata 'general.file_type' in bytes",
         ),
-        ("general.file_type", b"\x09\0\0\0\x08\0\0\0" + b"\xff" * 8, r"should be \d+ strings"),
+        ("general.file_type", b"\x09\0\0\0\x08\0\0\0" + b"\xff" * 8, r"has the length \d+, longer"),
     ],
 )
 def test_metadata_that_is_damaged(tmp_path: Path, old: str, new: bytes, message: str) -> None:
@@ -331,7 +339,7 @@ def test_metadata_that_is_damaged(tmp_path: Path, old: str, new: bytes, message:
 def test_bytes_after_the_end(tmp_path: Path) -> None:
     data = written(tmp_path, SMALL).data
     (tmp_path / "model.gguf").write_bytes(data + bytes(32))
-    with pytest.raises(WeightsError, match=r"damaged: it has .* bytes, its header tells of"):
+    with pytest.raises(WeightsError, match=r"damaged: it has .* bytes, expected \d+ by its header"):
         read(tmp_path / "model.gguf")
 
 
@@ -340,7 +348,7 @@ def test_bytes_after_the_end(tmp_path: Path) -> None:
 
 @pytest.fixture
 def seed(tmp_path: Path) -> Path:
-    """A small file with a tokenizer and with blocks."""
+    """Write a small file with a tokenizer and with blocks."""
     config = GPT2Config(264, 4, 32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=256)
     path = tmp_path / "seed.gguf"
     write(checkpoint(config, None, small_tokenizer()), path, **TYPES["Q4_0"])
@@ -348,7 +356,7 @@ def seed(tmp_path: Path) -> Path:
 
 
 def use(path: Path) -> Callable[[], None]:
-    """Opens the model and reads all of it."""
+    """Return a function that opens the model and reads all of it."""
 
     def read_all() -> None:
         _, model = read(path)
@@ -360,7 +368,7 @@ def use(path: Path) -> Callable[[], None]:
 
 
 def in_a_string(data: bytes, rng: random.Random) -> bytes:
-    """Another length or another type in the metadata or in the list of tensors."""
+    """Replace a length or a type in the metadata or in the list of tensors."""
     names = [b"gpt2.", b"tokenizer.", b"general.", b"blk.0.", b"token_embd", b"output_norm"]
     places = [at for name in names if (at := data.find(name, rng.randrange(len(data)))) > 8]
     first = rng.choice(places) - 8 if places else 24
@@ -372,16 +380,19 @@ def in_a_string(data: bytes, rng: random.Random) -> bytes:
 
 
 def strings_change_places(data: bytes, rng: random.Random) -> bytes:
-    """Two tensors, keys or tokens of the same length trade their names."""
+    """Exchange the names of two tensors or keys of the same length."""
     words = [b"attn_norm.weight", b"ffn_norm.weight\0", b"bos", b"eos", b"ffn_norm.bias", b"tokens"]
     a, b = rng.sample(words, 2)
     return data.replace(a, b"\0").replace(b, a).replace(b"\0", b, 1)
 
 
-def test_damaged_files_are_refused(seed: Path) -> None:
+@damaged_copies
+def test_damaged_files_are_refused(seed: Path, copies: int) -> None:
     assert detect(seed) == "gguf"
-    assert fuzz(seed, use(seed), mutations=[in_a_string, strings_change_places]) > 0
+    mutations = [in_a_string, strings_change_places]
+    assert fuzz(seed, use(seed), mutations=mutations, copies=copies) > 0
 
 
-def test_no_part_of_a_file_is_read_as_the_whole(seed: Path) -> None:
-    refuse_every_prefix(seed, use(seed), step=37)
+@damaged_copies
+def test_every_prefix_is_refused(seed: Path, copies: int) -> None:
+    refuse_every_prefix(seed, use(seed), copies=copies, step=37)

@@ -1,4 +1,4 @@
-"""gptx.conversions.formats.gpt_burn: records that Burn wrote, and what its own program makes of them."""
+"""gptx.conversions.formats.gpt_burn: records of Burn, and the logits of gpt-burn."""
 
 from __future__ import annotations
 
@@ -14,26 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptx.backends import get_backend
 from gptx.config import GPT2Config
 from gptx.conversions import convert
 from gptx.conversions import read as read_any
 from gptx.conversions.checkpoint import Checkpoint, float_array
-from gptx.conversions.containers import messagepack as mpk
-from gptx.conversions.containers.binary import BinaryFile
-from gptx.conversions.containers.messagepack import Kind, Record
+from gptx.conversions.containers import messagepack
 from gptx.conversions.formats import gpt_burn
 from gptx.errors import ConfigError, NotFoundError, WeightsError
 from tests.support.burn_bytes import Raw, burn_weights, narrow, numbers, pack, record, write_burn
-from tests.support.fuzz import accepted, fuzz, refuse_every_prefix
+from tests.support.fuzz import accepted, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.models import make_model
 from tests.support.random_models import CASES
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "gpt-burn-tiny"
-SIZES = ["124M", "355M", "774M", "1558M"]
 BROAD = replace(CASES["tiny"], vocab_size=7)  # a vocabulary smaller than the width, 8
 SMALL = replace(BROAD, vocab_size=3, n_positions=2, n_embd=4, n_inner=4)
 
@@ -52,7 +47,7 @@ def logits_of(checkpoint: Checkpoint, ids: list[int], layer_norm: Any = None) ->
 
 
 def burns_layer_norm(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.ndarray:
-    """What Burn 0.13 computes: 1e-5 is added to the root, not under it."""
+    """Normalize as Burn 0.13, which adds 1e-5 to the square root."""
     y = x - x.mean(axis=-1, keepdims=True)
     return y / (np.sqrt((y * y).mean(axis=-1, keepdims=True)) + 1e-5) * w + b
 
@@ -64,20 +59,20 @@ def load_all(folder: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A folder of 2 kB, for what is done with it often."""
+    """Write a folder of 2 kB, for tests that read it many times."""
     write_burn(tmp_path / "small", SMALL, kind="half::binary16::f16")
     return tmp_path / "small"
 
 
 @pytest.fixture
 def burn(tmp_path: Path) -> Path:
-    """A folder that gpt-burn wrote."""
+    """Copy a folder that gpt-burn wrote."""
     return shutil.copytree(GOLDEN / "wide", tmp_path / "model")
 
 
 class TestLogits:
     @pytest.mark.parametrize("name", ["wide", "folded"])
-    def test_are_those_of_gpt_burn_but_for_the_layer_norm(self, name: str) -> None:
+    def test_equal_those_of_gpt_burn_except_for_the_layer_norm(self, name: str) -> None:
         golden = json.loads((GOLDEN / name / "logits.json").read_text())
         checkpoint = gpt_burn.read(GOLDEN / name)
         expected = np.reshape(golden["logits"], (len(golden["ids"]), -1))
@@ -86,13 +81,16 @@ class TestLogits:
         found = logits_of(checkpoint, golden["ids"])
         np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
 
-    def test_the_notes_say_what_is_different(self) -> None:
+    def test_notes_list_the_differences(self) -> None:
         wide, folded = (gpt_burn.read(GOLDEN / name).notes for name in ("wide", "folded"))
         assert "layer norm" in folded[0]
-        assert wide == (*folded, "to hold the bias of its head, the model is 16 wide instead of 8")
+        assert wide == (
+            *folded,
+            "the model is 16 wide instead of 8, to contain the bias of its head",
+        )
 
-    @pytest.mark.parametrize("case", [*SIZES, "n-inner", "tiny"])
-    def test_of_a_wide_model_are_the_narrow_ones_and_the_bias(
+    @pytest.mark.parametrize("case", ["124M", "355M", "n-inner", "tiny"])
+    def test_of_a_doubled_model_include_the_bias(
         self, tmp_path: Path, case: str, random: np.random.Generator
     ) -> None:
         config = replace(CASES[case], vocab_size=CASES[case].n_embd + 5)
@@ -104,8 +102,8 @@ class TestLogits:
         expected = logits(narrow(config), weights, ids) + bias.astype(np.float32)
         np.testing.assert_allclose(logits_of(wide, ids), expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("case", SIZES)
-    def test_of_a_folded_model_are_the_narrow_ones_and_the_bias(
+    @pytest.mark.parametrize("case", ["124M", "355M"])
+    def test_of_a_folded_model_include_the_bias(
         self, tmp_path: Path, case: str, random: np.random.Generator
     ) -> None:
         config = replace(CASES[case], vocab_size=CASES[case].n_embd // 2)
@@ -117,9 +115,9 @@ class TestLogits:
         expected = logits(narrow(config), weights, ids) + bias.astype(np.float32)
         np.testing.assert_allclose(logits_of(folded, ids), expected, rtol=1e-4, atol=1e-4)
 
-    def test_a_bias_that_cannot_be_folded_makes_the_model_wide(self, tmp_path: Path) -> None:
+    def test_a_bias_that_cannot_be_folded_doubles_the_width(self, tmp_path: Path) -> None:
         weights = burn_weights(BROAD)
-        weights["lm_head.weight"][1] = weights["lm_head.weight"][0]  # the same, but for the bias
+        weights["lm_head.weight"][1] = weights["lm_head.weight"][0]  # only the bias differs
         for value, width in ((0.0, 8), (0.5, 16), (np.inf, 16)):
             bias = np.zeros(7, np.float32)
             bias[1] = value
@@ -129,9 +127,11 @@ class TestLogits:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("kind", ["half::binary16::f16", "f32", "f64"])
-    @pytest.mark.parametrize("case", SIZES)
-    def test_come_bit_by_bit(self, tmp_path: Path, case: str, kind: str) -> None:
+    @pytest.mark.parametrize(
+        ("case", "kind"),
+        [("124M", "half::binary16::f16"), ("355M", "f32"), ("774M", "f64")],
+    )
+    def test_are_read_bit_for_bit(self, tmp_path: Path, case: str, kind: str) -> None:
         config = replace(CASES[case], vocab_size=50)
         weights = write_burn(tmp_path, config, kind=kind)
         checkpoint = gpt_burn.read(tmp_path)
@@ -142,7 +142,7 @@ class TestTensors:
             if name != "ln_f.bias":  # whose changed values are float32
                 assert found.dtype == weights[name].dtype == checkpoint.stored[name].dtype
 
-    def test_go_into_another_format(self, burn: Path, tmp_path: Path) -> None:
+    def test_convert_to_another_format(self, burn: Path, tmp_path: Path) -> None:
         convert(burn, tmp_path / "folder", "safetensors", dtype="float32")
         name, copy = read_any(tmp_path / "folder")
         assert name == "safetensors"
@@ -151,15 +151,17 @@ class TestTensors:
         for name, found in copy.tensors.items():
             np.testing.assert_array_equal(found, original.tensors[name])
 
-    def test_the_file_alone_is_enough_with_its_config_beside_it(self, burn: Path) -> None:
+    def test_the_file_or_the_folder_can_be_given(self, burn: Path) -> None:
         assert read_any(burn)[0] == read_any(burn / "model.mpk")[0] == "gpt-burn"
 
-    def test_reading_one_takes_its_memory_alone(
+    def test_reading_one_needs_its_memory_only(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write_burn(tmp_path, replace(CASES["tiny"], vocab_size=30_000), kind="half::binary16::f16")
-        size = 2 * 30_000 * 8
-        monkeypatch.setattr(mpk, "CHUNK_NUMBERS", 4096)
+        write_burn(tmp_path, replace(CASES["tiny"], vocab_size=8_000), kind="half::binary16::f16")
+        size = 2 * 8_000 * 8
+        monkeypatch.setattr(messagepack, "CHUNK_NUMBERS", 2048)
+        monkeypatch.setattr(messagepack, "WINDOW_BYTES", 1024)
+        gpt_burn.read(tmp_path)  # imports are not measured
         tracemalloc.start()
         try:
             checkpoint = gpt_burn.read(tmp_path)
@@ -170,63 +172,29 @@ class TestTensors:
         finally:
             tracemalloc.stop()
         assert opened < size / 2
-        assert size < peak < 4.5 * size  # twice as wide, padded from one of the plain size
+        assert size < peak < 4.5 * size  # a tensor of twice the width, padded from the narrow one
 
 
-class TestNumbers:
-    @given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 65535)), min_size=1), st.data())
-    def test_of_any_length_are_found_wherever_a_piece_ends(
-        self, tmp_path_factory: pytest.TempPathFactory, values: list[int], data: Any
-    ) -> None:
-        """The bits of float16 take one, two or three bytes."""
-        path = tmp_path_factory.getbasetemp() / "numbers.mpk"
-        path.write_bytes(pack(np.array(values, np.uint16).view(np.float16)))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mpk, "CHUNK_NUMBERS", data.draw(st.integers(3, 40)))
-            patch.setattr(mpk, "SCALAR_RUN", data.draw(st.integers(1, 8)))
-            found = Record(BinaryFile(path), Kind.TENSOR)
-            bits = found.read(found.tensors[""]).view(np.uint16)
-        assert bits.tolist() == values
-
-    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_of_more_than_a_piece(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
-    ) -> None:
-        values = np.arange(35, dtype=dtype).reshape(5, 7) - 17.25
-        (tmp_path / "x").write_bytes(pack(values))
-        monkeypatch.setattr(mpk, "CHUNK_NUMBERS", 8)
-        found = Record(BinaryFile(tmp_path / "x"), Kind.TENSOR)
-        np.testing.assert_array_equal(found.read(found.tensors[""]), values)
-
-    def test_of_another_type_among_them_are_refused(self, tmp_path: Path) -> None:
-        data = bytearray(pack(np.ones(40, np.float32)))
-        data[data.index(b"\xca", 100)] = 0xCE  # a whole number of as many bytes
-        (tmp_path / "x").write_bytes(data)
-        found = Record(BinaryFile(tmp_path / "x"), Kind.TENSOR)
-        with pytest.raises(WeightsError, match="not a list of numbers of one type"):
-            found.read(found.tensors[""])
-
-
-class TestWhatItIsNot:
-    def test_other_files_are_not_taken_for_it(self, tmp_path: Path) -> None:
+class TestInvalidFolders:
+    def test_other_files_are_not_detected(self, tmp_path: Path) -> None:
         (tmp_path / "x.mpk").write_bytes(b"\x82\xa8metadata")
         for path in (tmp_path, tmp_path / "x.mpk", tmp_path / "absent", GOLDEN):
             assert not gpt_burn.detect(path)
 
     def test_a_pipe_is_not_opened(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "model.mpk")
-        ends = os.open(tmp_path / "model.mpk", os.O_RDWR)  # so that reading would not wait
+        ends = os.open(tmp_path / "model.mpk", os.O_RDWR)  # reading does not wait then
         try:
             os.write(ends, b"\x83\xa8metadata")
             assert not gpt_burn.detect(tmp_path)
         finally:
             os.close(ends)
 
-    def test_its_config_says_all(self, burn: Path) -> None:
-        with pytest.raises(ConfigError, match="leave the other out"):
+    def test_a_second_config_is_refused(self, burn: Path) -> None:
+        with pytest.raises(ConfigError, match="leave out the other config"):
             gpt_burn.read(burn, CASES["tiny"])
 
-    def test_the_config_has_to_be_there(self, burn: Path) -> None:
+    def test_a_missing_config_is_refused(self, burn: Path) -> None:
         (burn / "config.json").unlink()
         with pytest.raises(NotFoundError, match=r"config\.json is missing"):
             gpt_burn.read(burn)
@@ -235,15 +203,17 @@ class TestWhatItIsNot:
         ("change", "message"),
         [
             ({"n_heads": 3}, "d_model 8 is not a multiple of n_heads 3"),
-            ({"n_layers": 3}, "has 2 blocks, its config.json says 3"),
+            ({"n_layers": 3}, "has 2 blocks, expected 3 by its config.json"),
             ({"context_length": 9}, r"positional_embedding.weight has shape \[8, 8\].* \[9, 8\]"),
             ({"d_hidden": 31}, r"pwff.linear_1.weight has shape \[8, 32\].* \[8, 31\]"),
-            ({"d_model": 10**30}, "d_model is '1000.*expected a whole number > 0"),
+            ({"d_model": 10**30}, "d_model is '1000.*expected an integer > 0"),
             ({"vocab_size": True}, "vocab_size is 'True'"),
             ({"vocab_size": None}, "vocab_size is 'None'"),
         ],
     )
-    def test_the_config_has_to_fit(self, burn: Path, change: dict[str, Any], message: str) -> None:
+    def test_a_config_of_another_model_is_refused(
+        self, burn: Path, change: dict[str, Any], message: str
+    ) -> None:
         data = json.loads((burn / "config.json").read_text())
         data["model"] |= change
         (burn / "config.json").write_text(json.dumps(data))
@@ -251,14 +221,14 @@ class TestWhatItIsNot:
             gpt_burn.read(burn)
 
     @pytest.mark.parametrize("text", ["", "[]", '{"model": 3}', "{", "[" * 100_000])
-    def test_the_config_has_to_be_one(self, burn: Path, text: str) -> None:
+    def test_an_invalid_config_is_refused(self, burn: Path, text: str) -> None:
         (burn / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"config\.json"):
             gpt_burn.read(burn)
 
 
 def edited(change: Callable[[Any], object]) -> bytes:
-    """The file of a tiny model, one thing in it being different."""
+    """Encode a tiny model after one change."""
     data = record(burn_weights(BROAD), np.zeros(7, np.float32), 1, "f32")
     change(data)
     return pack(data)
@@ -276,7 +246,7 @@ def tensor(**parts: Any) -> Any:
 EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no such field": (
         lambda x: x["item"].update(norm={"eps": None, "gamma": None, "beta": None}),
-        "item.norm is not a struct of gamma, beta, epsilon alone",
+        "item.norm is not a struct of gamma, beta, epsilon, each once",
     ),
     "a field is missing": (lambda x: x["item"].pop("norm"), "item is not a struct of token_emb"),
     "a bias of the queries": (
@@ -297,7 +267,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda x: x["metadata"].update(float="half::bfloat::bf16"),
         "is of type 'half::bfloat::bf16', expected one of half::binary16::f16, f32, f64",
     ),
-    "not the type that it says": (
+    "a type that differs from the metadata": (
         lambda x: x["metadata"].update(float="f64"),
         "not of type float64",
     ),
@@ -315,11 +285,11 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "more numbers than the file has bytes": (
         lambda x: x["item"]["norm"].update(gamma=tensor(value=Raw(b"\xdd\xff\xff\xff\xff\xca"))),
-        r"item\.norm\.gamma is not there to its end",
+        r"item\.norm\.gamma is not complete",
     ),
-    "more whole numbers than that": (
+    "more integers than the file has bytes": (
         lambda x: x["item"]["norm"].update(gamma=tensor(value=Raw(b"\xdd\xff\xff\xff\xff\x00"))),
-        r"item\.norm\.gamma is not a list of numbers to its end",
+        r"item\.norm\.gamma is not a complete list of numbers",
     ),
     "no numbers": (
         lambda x: x["item"]["norm"].update(gamma=tensor(value=[], shape=[0])),
@@ -327,7 +297,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a shape of other numbers": (
         lambda x: x["item"]["norm"].update(gamma=tensor(shape=[4])),
-        r"item\.norm\.gamma is not of as many numbers as its shape \[4\] says \(8\)",
+        r"item\.norm\.gamma is not a tensor of shape \[4\]: it has 8 numbers",
     ),
     "a shape of many sizes": (
         lambda x: x["item"]["norm"].update(gamma=tensor(shape=[1] * 8 + [8])),
@@ -335,9 +305,9 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a huge shape": (
         lambda x: x["item"]["norm"].update(gamma=tensor(shape=Raw(b"\x91\xcf" + b"\xff" * 8))),
-        "as its shape",
+        "is not a tensor of shape",
     ),
-    "something in the list that is empty": (
+    "an item of the empty list": (
         lambda x: x.update(_b=[1]),
         "_b is not a list of at mo",
     ),
@@ -355,32 +325,36 @@ class TestDamage:
             gpt_burn.read(tmp_path)
         assert not accepted(lambda: load_all(tmp_path), edit)
 
-    def test_of_a_field_that_is_there_twice(self, tmp_path: Path) -> None:
+    def test_of_a_duplicate_field(self, tmp_path: Path) -> None:
         write_burn(tmp_path, BROAD)
         data = (tmp_path / "model.mpk").read_bytes()
         (tmp_path / "model.mpk").write_bytes(data.replace(b"\xa4beta", b"\xa5gamma", 1))
-        with pytest.raises(WeightsError, match="alone, each once"):
+        with pytest.raises(WeightsError, match="each once and no others"):
             gpt_burn.read(tmp_path)
 
-    def test_something_after_the_end_is_refused(self, burn: Path) -> None:
+    def test_bytes_after_the_end_are_refused(self, burn: Path) -> None:
         with open(burn / "model.mpk", "ab") as file:
             file.write(b"\xc0")
-        with pytest.raises(WeightsError, match="has 8640 bytes, but its record ends after 8639"):
+        with pytest.raises(WeightsError, match="has 8640 bytes, expected 8639 by its record"):
             gpt_burn.read(burn)
 
-    def test_every_part_from_the_start_is_refused(self, small: Path) -> None:
-        refuse_every_prefix(small / "model.mpk", lambda: load_all(small))
+    @damaged_copies
+    def test_every_prefix_is_refused(self, copies: int, small: Path) -> None:
+        refuse_every_prefix(small / "model.mpk", lambda: load_all(small), copies=copies)
 
-    def test_of_any_kind_is_refused_or_without_meaning(self, small: Path) -> None:
-        refused = fuzz(small / "model.mpk", lambda: load_all(small), mutations=[other_marker])
-        assert refused > 100
+    @damaged_copies
+    def test_of_any_kind_is_refused_or_without_effect(self, copies: int, small: Path) -> None:
+        file, use = small / "model.mpk", lambda: load_all(small)
+        assert fuzz(file, use, mutations=[other_marker], copies=copies) > copies // 2
 
-    def test_of_the_config_is_refused_or_without_meaning(self, small: Path) -> None:
-        assert fuzz(small / "config.json", lambda: load_all(small), copies=200) > 50
+    @damaged_copies
+    def test_of_the_config_is_refused_or_without_effect(self, copies: int, small: Path) -> None:
+        file, use = small / "config.json", lambda: load_all(small)
+        assert fuzz(file, use, copies=copies) > copies // 4
 
 
 def other_marker(data: bytes, rng: Any) -> bytes:
-    """A marker of MessagePack where one may be, and the number that would come with it."""
+    """Replace a marker of MessagePack and the number after it."""
     out = bytearray(data)
     places = [i for i, byte in enumerate(data) if byte >= 0x80]
     place = rng.choice(places)

@@ -87,11 +87,12 @@ def test_every_kind_of_number_round_trips(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("block", [24, 25, 31, 64, 1000])
+@pytest.mark.parametrize("block", [24, 31, 1000])
 def test_blocks_can_end_anywhere(block: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptx_json, "READ_BYTES", block)
+    found = tensors(tiny)
     for name, weight in random_weights(TINY).items():
-        assert tensors(tiny)[name].tobytes() == weight.tobytes()
+        assert found[name].tobytes() == weight.tobytes()
 
 
 @pytest.mark.parametrize("numbers", [1, 2, 7])

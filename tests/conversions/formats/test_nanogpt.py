@@ -39,7 +39,7 @@ def test_nanogpts_files_give_its_logits(file: Path, tmp_path: Path) -> None:
     assert detect(file) == "nanogpt"
     convert(file, tmp_path / "out")
     golden = np.load(file.with_suffix(".npz"))
-    logits = gptx.load(tmp_path / "out").logits(golden["ids"][0].tolist())
+    logits = gptx.load(tmp_path / "out", compile=False).logits(golden["ids"][0].tolist())
     assert np.abs(logits - golden["logits"][0]).max() < 1e-5
 
 

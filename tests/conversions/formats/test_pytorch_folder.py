@@ -18,8 +18,6 @@ from gptx.config import GPT2Config
 from gptx.conversions import convert, detect, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import torch_file
-from gptx.conversions.containers.binary import BinaryFile
-from gptx.conversions.containers.zip_archive import zip_entries
 from gptx.conversions.formats import pytorch_folder
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
@@ -93,7 +91,7 @@ def test_every_model_and_type_is_read_bit_for_bit(
 
 
 def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) -> None:
-    model = gptx.load("shakespeare")
+    model = gptx.load("shakespeare", compile=False)
     config = model.config
     weights = {
         name: np.asarray(tensor, np.float32)
@@ -105,7 +103,7 @@ def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) ->
     with pytest.raises(NotFoundError, match=r"gptx convert .* DST"):
         locate(source)
     convert(source, tmp_path / "out")
-    converted = gptx.load(tmp_path / "out")
+    converted = gptx.load(tmp_path / "out", compile=False)
     ids = random_ids(config, 1, 20).tolist()[0]
     assert (converted.logits(ids) == model.logits(ids)).all()
     assert converted.encode("All's well") == model.encode("All's well")
@@ -324,18 +322,3 @@ def test_tensors_are_read_on_request(
     assert not taken
     checkpoint.tensors["ln_f.weight"]
     assert taken == ["tensor ln_f.weight"]
-
-
-def test_truncated_field_of_64_bit_numbers_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        info = zipfile.ZipInfo("a/data.pkl")
-        info.extra = b"\1\0\xff\0abc"  # its length is 255 bytes
-        archive.writestr(info, b"text")
-    assert zip_entries(BinaryFile(path))["a/data.pkl"].n_bytes == 4
-    data = bytearray(path.read_bytes())
-    at = data.rindex(b"PK\1\2") + 24
-    data[at : at + 4] = b"\xff" * 4  # the size is in that field
-    path.write_bytes(data)
-    with pytest.raises(WeightsError, match="duplicate or invalid entry"):
-        zip_entries(BinaryFile(path))

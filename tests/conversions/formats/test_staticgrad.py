@@ -14,15 +14,12 @@ import pytest
 from gptx.config import GPT2Config
 from gptx.conversions import convert, detect
 from gptx.conversions.formats import staticgrad
-from gptx.conversions.vocabularies.byte_tokens import recover_merges, tokenizer_from_bytes
+from gptx.conversions.vocabularies.byte_tokens import tokenizer_from_bytes
 from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
-from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
-from gptx.tokenization.bpe import BytePairTokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model
-from tests.support.shared_files import shared
 
 NAMES = ("gpt2_weights.bin", "gpt2_metadata.json", "gpt2_vocab.bin")
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -95,41 +92,6 @@ def test_end_of_text_is_the_tokenizer_s_without_a_config(tmp_path: Path) -> None
     assert found.config.eos_token_id == 0
     assert found.config.n_head == 3  # heads of width 64 are assumed; the model has 6
     assert "no number of heads" in found.notes[0]
-
-
-@pytest.mark.parametrize("model", ["shakespeare", "gpt2"])
-def test_merges_are_the_original_ones(model: str) -> None:
-    folder = EMBEDDED["shakespeare"] if model == "shakespeare" else shared("tokenizer/gpt2")
-    original = BytePairTokenizer({"tokenizer.json": folder / "tokenizer.json"})
-    found = tokenizer_from_bytes([original.token_bytes(id) for id in range(original.vocab_size)])
-    assert found is not None
-    a, b = original.definition(), found.definition()
-    assert a["model"]["vocab"] == b["model"]["vocab"]
-    pairs = [tuple(p.split(" ") if isinstance(p, str) else p) for p in a["model"]["merges"]]
-    assert pairs == [tuple(pair) for pair in b["model"]["merges"]]
-    text = "Thou art 42 naïve <|endoftext|>\n\n  souls, isn't it?"
-    assert original.encode(text) == found.encode(text)
-    assert original.encode(text, allow_special=True) == found.encode(text, allow_special=True)
-
-
-def test_a_merge_is_of_what_is_left_and_not_of_any_two_tokens() -> None:
-    tokens = [b"bc", b"ab", b"abc"]  # ab + c as well; but b and c are merged before
-    assert recover_merges(tokens) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
-
-
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        TOKENS[1:],  # without a byte
-        [*TOKENS, b"the"],  # a token twice
-        [*TOKENS, b"<|endoftext|>"],
-        [*BYTES, b"the", b"th"],  # the part after the whole
-        [*BYTES, b"xyz"],
-    ],
-    ids=["no byte", "twice", "two ends", "order", "no merge"],
-)
-def test_what_is_no_bpe_in_order_is_no_tokenizer(tokens: list[bytes]) -> None:
-    assert tokenizer_from_bytes(tokens) is None
 
 
 def test_tokens_without_merges_give_a_note_and_no_tokenizer(written: Path) -> None:

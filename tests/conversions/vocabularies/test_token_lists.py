@@ -24,14 +24,14 @@ def vocabulary(tokenizer: BytePairTokenizer) -> dict[str, int]:
     return dict(tokenizer.definition()["model"]["vocab"])
 
 
-def test_a_vocabulary_without_tokens_is_fillers_alone() -> None:
+def test_an_empty_vocabulary_has_only_fillers() -> None:
     tokens, kinds, merges = token_lists(BytePairTokenizer.of_vocabulary({}, []), 2, "a program")
     assert (tokens, kinds, merges) == (["[PAD0]", "[PAD1]"], [UNUSED] * 2, [])
     assert vocabulary(tokenizer_from_lists(tokens, merges, kinds, "the test")) == {}
 
 
 @pytest.mark.parametrize("with_kinds", [True, False])
-def test_holes_in_the_ids_stay_holes(with_kinds: bool) -> None:
+def test_gaps_in_the_ids_are_kept(with_kinds: bool) -> None:
     vocab = {letter: id for id, letter in enumerate(LETTERS)} | {"th": 259}
     source = BytePairTokenizer.of_vocabulary(vocab, [("t", "h")])
     tokens, kinds, merges = token_lists(source, 262, "a program")
@@ -42,7 +42,7 @@ def test_holes_in_the_ids_stay_holes(with_kinds: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", [CONTROL, NORMAL])
-def test_what_is_said_to_be_a_token_is_no_filler(kind: int) -> None:
+def test_a_filler_of_another_kind_is_a_token(kind: int) -> None:
     kinds = [NORMAL] * 256 + [kind]
     found = tokenizer_from_lists([*LETTERS, "[PAD256]"], [], kinds, "the test")
     assert vocabulary(found)["[PAD256]"] == 256
@@ -61,7 +61,7 @@ def test_a_filler_of_another_id_is_a_token() -> None:
     ],
     ids=lambda model: model["type"],
 )
-def test_what_is_no_bpe_has_no_lists(model: dict[str, Any]) -> None:
+def test_other_tokenizers_than_bpe_are_refused(model: dict[str, Any]) -> None:
     definition = BytePairTokenizer.of_vocabulary({}, []).definition() | {"model": model}
     tokenizer = BytePairTokenizer({}, definition=json.dumps(definition))
     with pytest.raises(TokenizerError, match=f"is of the type {model['type']}, expected BPE"):

@@ -1,4 +1,4 @@
-"""Nothing is lost: an output appears whole or not at all, whenever the writing ends."""
+"""Outputs are written atomically: a failure at any write leaves the old output."""
 
 from __future__ import annotations
 
@@ -27,10 +27,20 @@ from tests.support.random_models import CASES, write_model
 
 KILLED = 9
 
+# By default one folder and one file; the others are slow.
+SMOKE_TEST = ("safetensors", "fastgpt-dat")
+at_every_write = pytest.mark.parametrize(
+    "format",
+    [
+        name if name in SMOKE_TEST else pytest.param(name, marks=pytest.mark.kill)
+        for name in WRITTEN
+    ],
+)
+
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], Failing]:
-    """Let every writer fail at its n-th write, in the way that is given."""
+    """Return a function that makes every writer call a function at its n-th write."""
     original = gptx.files.create
 
     def patch(at: int, fail: Callable[[], None]) -> Failing:
@@ -46,7 +56,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
 
 
 def prepared(format: str, tmp_path: Path) -> tuple[Path, Path, dict[str, bytes]]:
-    """A new source, an old output where the new one will be, and the bytes of that."""
+    """Write a source and an old output; return their paths and the bytes of the output."""
     old = write_model(tmp_path / "old", CASES["tiny"], random_weights(CASES["tiny"], seed=1))
     (tmp_path / "out").mkdir()
     there = to_format(format, old, tmp_path / "out")
@@ -54,7 +64,7 @@ def prepared(format: str, tmp_path: Path) -> tuple[Path, Path, dict[str, bytes]]
 
 
 def writes_of(format: str, source: Path, tmp_path: Path, failing: Callable[..., Failing]) -> int:
-    """How many writes a conversion takes."""
+    """Count the writes of a conversion."""
     counter = failing(10**9, lambda: None)
     (tmp_path / "count").mkdir()
     to_format(format, source, tmp_path / "count")
@@ -65,7 +75,7 @@ def raise_no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("format", WRITTEN)
+@at_every_write
 def test_a_full_disk_at_any_write_leaves_the_old_output(
     format: str, tmp_path: Path, failing: Callable[..., Failing]
 ) -> None:
@@ -78,7 +88,7 @@ def test_a_full_disk_at_any_write_leaves_the_old_output(
             to_format(format, source, there.parent, overwrite=True)
         assert error.value.exit_code == 74
         assert contents(there) == before
-        assert list(there.parent.iterdir()) == [there], "nothing half-written is left"
+        assert list(there.parent.iterdir()) == [there], "a temporary file is left"
     failing(n, raise_no_space)
     to_format(format, source, there.parent, overwrite=True)
     assert contents(there) != before
@@ -87,7 +97,7 @@ def test_a_full_disk_at_any_write_leaves_the_old_output(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("format", WRITTEN)
+@at_every_write
 def test_a_kill_at_any_write_leaves_the_old_output(
     format: str, tmp_path: Path, failing: Callable[..., Failing]
 ) -> None:
@@ -100,30 +110,30 @@ def test_a_kill_at_any_write_leaves_the_old_output(
         assert contents(there) == before
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-def test_what_is_there_is_replaced_only_if_that_is_asked_for(format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+def test_an_existing_output_is_replaced_only_on_request(format: str, tmp_path: Path) -> None:
     source, there, before = prepared(format, tmp_path)
-    with pytest.raises(ParameterError, match="there already: give another name, or --overwrite"):
+    with pytest.raises(ParameterError, match="already exists: give another name, or --overwrite"):
         to_format(format, source, there.parent)
     assert contents(there) == before
 
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("dear diary")
+    (tmp_path / "notes.txt").write_text("notes")
     for overwrite in (False, True):
         with pytest.raises(ParameterError, match=r"notes\.txt.*would be lost"):
             convert("shakespeare", tmp_path, "safetensors", overwrite=overwrite)
-    assert contents(tmp_path) == {"notes.txt": b"dear diary"}
+    assert contents(tmp_path) == {"notes.txt": b"notes"}
 
 
-def test_a_folder_within_a_folder_is_not_lost_either(tmp_path: Path) -> None:
+def test_a_folder_with_a_folder_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out" / "model.safetensors").mkdir(parents=True)
     with pytest.raises(ParameterError, match="would be lost"):
         convert("shakespeare", tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_link_stays_and_what_it_leads_to_is_replaced(kind: str, tmp_path: Path) -> None:
+def test_a_link_stays_and_its_target_is_replaced(kind: str, tmp_path: Path) -> None:
     format, name = ("safetensors", "real") if kind == "folder" else ("gguf", "real.gguf")
     old = write_model(tmp_path / "old", CASES["tiny"], random_weights(CASES["tiny"], seed=1))
     there, link = tmp_path / "out" / name, tmp_path / "out" / f"link{Path(name).suffix}"
@@ -137,7 +147,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(kind: str, tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([name, link.name])
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     convert("shakespeare", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     convert("shakespeare", tmp_path / "empty")
@@ -145,25 +155,26 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_model_can_replace_itself(tmp_path: Path) -> None:
-    source = source_of("shakespeare", tmp_path)
+    source = source_of("124M", tmp_path)
+    size = (source / "model.safetensors").stat().st_size
     convert(source, source, dtype="float16", overwrite=True)
     read_all(source)()
-    assert (source / "model.safetensors").stat().st_size < 6e6
+    assert (source / "model.safetensors").stat().st_size < 0.6 * size
 
 
-def test_a_source_that_is_refused_leaves_the_old_output(tmp_path: Path) -> None:
+def test_a_damaged_source_leaves_the_old_output(tmp_path: Path) -> None:
     source, there, before = prepared("safetensors", tmp_path)
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(Exception, match="not a whole safetensors file"):
+    with pytest.raises(Exception, match="truncated or not a valid safetensors file"):
         convert(source, there, overwrite=True)
     assert contents(there) == before
 
 
-def test_folders_change_places_where_no_system_call_does_it(
+def test_folders_are_exchanged_without_the_system_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)  # a library without that function
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)  # a C library without that function
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

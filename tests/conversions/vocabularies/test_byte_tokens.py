@@ -1,0 +1,55 @@
+"""gptx.conversions.vocabularies.byte_tokens: merges recovered from the order of the tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptx.conversions.vocabularies.byte_tokens import recover_merges, tokenizer_from_bytes
+from gptx.embedded import EMBEDDED
+from gptx.tokenization.bpe import BytePairTokenizer
+from tests.support.shared_files import shared
+
+BYTES = [bytes([byte]) for byte in range(256)]
+TOKENS = [*BYTES, b"th", b"the", b" the", b"<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("shakespeare", 1024), ("gpt2", 8000), pytest.param("gpt2", 50257, marks=pytest.mark.soak)],
+)
+def test_merges_are_the_original_ones(model: str, size: int) -> None:
+    folder = EMBEDDED["shakespeare"] if model == "shakespeare" else shared("tokenizer/gpt2")
+    original = BytePairTokenizer({"tokenizer.json": folder / "tokenizer.json"})
+    found = tokenizer_from_bytes([original.token_bytes(id) for id in range(size)])
+    assert found is not None
+    a, b = original.definition()["model"], found.definition()["model"]
+    assert {token: id for token, id in a["vocab"].items() if id < size} == b["vocab"]
+    pairs = [tuple(p.split(" ") if isinstance(p, str) else p) for p in a["merges"]]
+    merges = [tuple(pair) for pair in b["merges"]]
+    assert merges == pairs[: len(merges)]
+    assert len(merges) >= size - 257
+    if size == original.vocab_size:
+        text = "Thou art 42 naïve <|endoftext|>\n\n  souls, isn't it?"
+        for special in (False, True):
+            expected = original.encode(text, allow_special=special)
+            assert found.encode(text, allow_special=special) == expected
+
+
+def test_a_merge_is_the_pair_that_earlier_merges_leave() -> None:
+    tokens = [b"bc", b"ab", b"abc"]  # not ab + c: b and c are merged before
+    assert recover_merges(tokens) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TOKENS[1:],  # a byte is missing
+        [*TOKENS, b"the"],  # duplicate
+        [*TOKENS, b"<|endoftext|>"],
+        [*BYTES, b"the", b"th"],  # a token before its part
+        [*BYTES, b"xyz"],
+    ],
+    ids=["no byte", "duplicate", "two ends", "order", "no merge"],
+)
+def test_other_tokens_have_no_tokenizer(tokens: list[bytes]) -> None:
+    assert tokenizer_from_bytes(tokens) is None
