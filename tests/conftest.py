@@ -1,17 +1,18 @@
-"""Fixtures: every backend that is here, small random models, files of models."""
+"""Fixtures: backends, small random models, files of models."""
 # ruff: noqa: E402
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-# pytest rewrites the assertions of test files only; others have to be named before their import.
+# pytest rewrites the assertions of test files, and of the modules registered before their import.
 pytest.register_assert_rewrite("tests.support", "tests.emulator")
 
 import gptx
@@ -27,34 +28,49 @@ from tests.support.random_models import CASES, write_model
 
 @pytest.fixture(autouse=True)
 def no_stand_in_is_left() -> Iterator[None]:
-    """The next test finds the real CuPy, or none."""
+    """Uninstall the stand-in for CuPy after each test."""
     yield
     STAND_IN.close()
 
 
 @pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend in turn; one that is absent is skipped with its reason."""
+    """Each way to run the model; an absent backend is a skip."""
     return make_backend(request.param)
 
 
-INT4 = Quantization(32, 4)
+@pytest.fixture(params=["numpy", "mlx", "cupy", "cupy-cpu", "strict"])
+def library(request: pytest.FixtureRequest) -> Backend:
+    """One backend of each array library."""
+    return make_backend(request.param)
+
+
+# Forward passes that differ: compiled, op by op, generic; each with float or quantized weights.
+FLOATS, INT4 = None, Quantization(32, 4)
 SMALL = [
-    pytest.param((name, how), id=f"{'int4' if how else 'floats'}-{name}")
-    for name in BACKENDS
-    for how in (None, INT4)
-    if how or name != "cupy-cpu"
+    ("numpy", FLOATS),
+    ("numpy", INT4),
+    ("numpy-ops", FLOATS),
+    ("mlx", FLOATS),
+    ("mlx", INT4),
+    ("cupy", FLOATS),
+    ("cupy", INT4),
+    ("cupy-cpu", INT4),
+    ("strict", FLOATS),
 ]
+SMALL_CONFIG = replace(CASES["124M"], n_layer=2, n_head=3)
 
 
-@pytest.fixture(params=SMALL)
+@lru_cache
+def _small_model(name: str, how: Quantization | None) -> Model:
+    return make_model(SMALL_CONFIG, make_backend(name), how=how)
+
+
+@pytest.fixture(params=SMALL, ids=[f"{'int4' if how else 'floats'}-{name}" for name, how in SMALL])
 def small(request: pytest.FixtureRequest) -> Model:
-    """A shrunk 124M on each backend, with float weights and with quantized ones."""
-    name, how = request.param
-    config = CASES["124M"]
-    if name == "cupy-cpu":  # a head takes it long, however narrow
-        config = replace(config, n_layer=2, n_head=3)
-    return make_model(config, make_backend(name), how=how)
+    """A small model; tests of the session share it and do not change it."""
+    make_backend(request.param[0])  # skips the test, or installs the stand-in for CuPy
+    return _small_model(*request.param)
 
 
 @pytest.fixture
@@ -71,13 +87,13 @@ def ptx_path() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shakespeare() -> Model:
-    """The embedded model on NumPy."""
+    """The embedded model on NumPy, shared by all tests."""
     return gptx.load("shakespeare")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """Write a model folder: `folder(case="124M", **options of write_model)`."""
+    """A function that writes a model folder: `folder(case, **options of write_model)`."""
 
     def write(case: str = "tiny", name: str = "model", **options: Any) -> Path:
         config = CASES[case]

@@ -1,4 +1,4 @@
-"""Every override against the generic op, and what the table of backends promises."""
+"""Ops of every backend against float64, overrides, the registry, the runtime."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import pytest
 from gptx.backends import TABLE, Backend, Positions, available, get_backend
 from gptx.backends.base import OPS, OVERRIDABLE
 from gptx.errors import BackendError, DeviceOutOfMemory, ParameterError
-from tests.emulator import cupy_stand_in as cupy_on_cpu
+from tests.emulator import cupy_stand_in
 from tests.support.backends import make_backend
+from tests.support.models import EXACT
 
-# In float64 and with NumPy alone: what every backend is measured by.
-REFERENCE = get_backend("numpy", dtype="float64", generic=True)
-
+# Backends that override ops.
 OVERRIDING = ["numpy", "mlx", "cupy", "cupy-cpu"]
 
 
 def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for each op: plain shapes, odd ones, a batch, a single row."""
+    """Return arguments for each op: plain shapes, odd ones, a batch, a single row."""
 
     def x(*shape: int) -> np.ndarray:
         return random.normal(size=shape) * 2
@@ -35,7 +34,7 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         aligned = bool((last == stop - 1).all() and len(set(counts)) == 1)
         return Positions(index, stop, aligned, np.asarray)
 
-    places = [
+    starts_counts_and_capacities = [
         ([0], [7], 7),
         ([5], [1], 6),
         ([3, 3], [1, 1], 4),
@@ -59,11 +58,12 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         "split_heads": [(x(2, 3, 30), 5), (x(1, 1, 3), 1)],
         "softmax": [(x(2, 3, 7) * 10,), (np.array([[1e4, 0.0, -np.inf]]),)],
         "update_kv": [
-            (x(len(f), 2, S + 2, 3), x(len(f), 2, max(c), 3), positions(f, c)) for f, c, S in places
+            (x(len(f), 2, S + 2, 3), x(len(f), 2, max(c), 3), positions(f, c))
+            for f, c, S in starts_counts_and_capacities
         ],
         "attention": [
             (x(len(f), 2, max(c), 3), x(len(f), 2, S, 3), x(len(f), 2, S, 3), positions(f, c), 0.3)
-            for f, c, S in places
+            for f, c, S in starts_counts_and_capacities
         ],
     }
 
@@ -84,7 +84,7 @@ def run(backend: Backend, op: str, arguments: tuple[Any, ...]) -> list[np.ndarra
 
 
 def consistent(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Repeat in `new` of a ragged write what repeated tokens would give there."""
+    """Repeat the last column of `new` for repeated tokens, as a ragged forward pass does."""
     if op != "update_kv":
         return arguments
     buffer, new, positions = arguments
@@ -101,7 +101,7 @@ def test_op_agrees_with_float64(op: str, backend: Backend, random: np.random.Gen
     for arguments in cases(random)[op]:
         arguments = consistent(op, arguments)
         got = run(backend, op, arguments)
-        expected = run(REFERENCE, op, arguments)
+        expected = run(EXACT, op, arguments)
         assert len(got) == len(expected)
         for g, e in zip(got, expected, strict=True):
             assert g.shape == e.shape
@@ -117,7 +117,7 @@ def test_exact_gelu_against_the_error_function(random: np.random.Generator) -> N
 
     x = np.linspace(-8, 8, 1001)[None, None, :]
     exact = np.array([0.5 * t * (1 + erf(t / 2**0.5)) for t in x.ravel()]).reshape(x.shape)
-    np.testing.assert_allclose(run(REFERENCE, "gelu", (x,))[0], exact, atol=5e-7)
+    np.testing.assert_allclose(run(EXACT, "gelu", (x,))[0], exact, atol=5e-7)
 
 
 @pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
@@ -128,7 +128,7 @@ def test_op_in_16_bits(op: str, dtype: str, name: str, random: np.random.Generat
     eps = {"float16": 2**-10, "bfloat16": 2**-7}[dtype]
     for arguments in cases(random)[op]:
         arguments = consistent(op, arguments)
-        for g, e in zip(run(backend, op, arguments), run(REFERENCE, op, arguments), strict=True):
+        for g, e in zip(run(backend, op, arguments), run(EXACT, op, arguments), strict=True):
             scale = np.abs(e).max() + 1
             np.testing.assert_allclose(g, e, atol=8 * eps * scale)
 
@@ -141,7 +141,7 @@ def test_generic_turns_every_override_off(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OVERRIDING)
-def test_an_override_has_the_same_signature(name: str) -> None:
+def test_an_override_has_the_signature_of_the_generic_op(name: str) -> None:
     import inspect
 
     cls = type(make_backend(name))
@@ -171,7 +171,7 @@ def test_two_backends_side_by_side(random: np.random.Generator) -> None:
     assert other.softmax(other.asarray(x)).dtype == np.float64
 
 
-def test_threads_govern_blas_and_are_put_back() -> None:
+def test_scope_sets_blas_threads_and_restores_them() -> None:
     from threadpoolctl import threadpool_info
 
     def blas() -> list[int]:
@@ -189,22 +189,22 @@ def test_bad_threads(threads: Any) -> None:
         get_backend("numpy", threads=threads)
 
 
-def test_unknown_backend_names_those_there_are() -> None:
+def test_the_error_of_an_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(BackendError, match=r"'tpu'.*'numpy', 'cupy', 'mlx'"):
         get_backend("tpu")
 
 
-def test_what_is_no_namespace() -> None:
+def test_an_object_that_is_not_a_namespace() -> None:
     with pytest.raises(BackendError, match="array-API namespace"):
         get_backend(builtins)
 
 
-def test_numpy_refuses_float16() -> None:
+def test_numpy_does_not_support_float16() -> None:
     with pytest.raises(BackendError, match=r"'float16'.*float32, float64"):
         get_backend("numpy", dtype="float16")
 
 
-def test_a_made_backend_is_taken_as_it_is() -> None:
+def test_an_existing_backend_is_returned_unchanged() -> None:
     backend = get_backend("numpy")
     assert get_backend(backend) is backend
     with pytest.raises(ParameterError, match="existing backend"):
@@ -212,7 +212,7 @@ def test_a_made_backend_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["cupy", "mlx"])
-def test_a_missing_library_is_named_with_its_installation(
+def test_a_missing_library_names_its_installation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = TABLE[name].package.partition(".")[0]
@@ -234,27 +234,27 @@ def test_a_missing_library_is_named_with_its_installation(
     assert "pip install" in status.detail
 
 
-def test_an_old_mlx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_mlx_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     mx = pytest.importorskip("mlx.core")
     monkeypatch.setattr(mx, "__version__", "0.32.2")
     with pytest.raises(BackendError, match=r"0\.32\.2 is too old, expected 0\.32\.3"):
         get_backend("mlx")
 
 
-def test_available_lists_the_table() -> None:
+def test_available_lists_the_registry() -> None:
     statuses = {status.name: status for status in available()}
     assert list(statuses) == list(TABLE)
     assert statuses["numpy"].available
     assert np.__version__ in statuses["numpy"].detail
 
 
-def test_memory_running_out_is_told() -> None:
+def test_out_of_memory_is_a_gptx_error() -> None:
     backend = get_backend("numpy")
     with pytest.raises(DeviceOutOfMemory, match="memory ran out"), backend.scope():
         backend.zeros((2**50,))
 
 
-def test_peak_memory_counts_what_was_used(backend: Backend) -> None:
+def test_peak_memory_includes_temporaries(backend: Backend) -> None:
     with backend.scope():
         x = backend.zeros((4, 1024, 1024)) + 1  # 16 MB
         backend.to_numpy(backend.xp.sum(x))
@@ -262,7 +262,7 @@ def test_peak_memory_counts_what_was_used(backend: Backend) -> None:
 
 
 def test_cupy_devices_are_numbered() -> None:
-    with cupy_on_cpu.installed():
+    with cupy_stand_in.installed():
         assert get_backend("cupy", device=1).device.id == 1
         for device in (2, -1, True, "0"):
             with pytest.raises(BackendError, match=f"device is {device!r}, .*from 0 to 1"):
@@ -271,8 +271,8 @@ def test_cupy_devices_are_numbered() -> None:
             get_backend("cupy", threads=2)
 
 
-def test_cupy_memory_running_out_is_told() -> None:
-    with cupy_on_cpu.installed() as cupy:
+def test_out_of_memory_on_cupy_is_a_gptx_error() -> None:
+    with cupy_stand_in.installed() as cupy:
         backend = get_backend("cupy", device=1)
         with pytest.raises(DeviceOutOfMemory, match="on CUDA device 1"), backend.scope():
             cupy.empty(2**50)

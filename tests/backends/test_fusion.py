@@ -1,4 +1,4 @@
-"""What the tape makes of a forward pass: the instructions, their buffers, and what it refuses."""
+"""Fused operations: those of the model, their buffers, and passes that they do not cover."""
 
 from __future__ import annotations
 
@@ -9,29 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.backends import Positions, get_backend
+from gptx.backends import Positions
 from gptx.backends.fusion import FusedOp, trace_fused
 from gptx.backends.graph import UnsupportedOp
-from gptx.config import GPT2Config
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer, attention, forward, mlp, norm
 from gptx.random_weights import random_weights
 from gptx.weights import to_backend
+from tests.support.models import EXACT, exact_transformer
 from tests.support.random_models import CASES, random_ids
 
-EXACT = get_backend("numpy", dtype="float64", generic=True)
-CONFIG = CASES["124M"]
-
-
-def make(config: GPT2Config) -> Transformer:
-    return Transformer(config, to_backend(random_weights(config), EXACT), EXACT)
+CONFIG = CASES["untied"]
 
 
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_recorded(case: str, last_only: bool) -> None:
-    """One EMBED; for each layer ATTENTION among four LINEAR; the head last, and it alone."""
-    model = make(CASES[case])
+def test_operations_of_the_model(case: str, last_only: bool) -> None:
+    """One "embed"; an "attention" and four "linear" for each layer; the head, which has `last`."""
+    model = exact_transformer(case)
     config, w = model.config, model.weights
     embed, *blocks, head = trace_fused(forward, model, last_only=last_only)
     assert (embed.kind, embed.weight, embed.table) == ("embed", w.wte.weight, w.wpe.weight)
@@ -48,76 +43,78 @@ def test_what_is_recorded(case: str, last_only: bool) -> None:
         for found, part in ((qkv, block.ln_1), (up, block.ln_2)):
             assert found.norm == (part.weight, part.bias, config.layer_norm_epsilon)
         assert project.norm is down.norm is None
-        activations = [i.activation for i in (qkv, project, up, down)]
+        activations = [op.activation for op in (qkv, project, up, down)]
         assert activations == [None, None, config.activation_function, None]
-        assert [i.residual is None for i in (qkv, project, up, down)] == [True, False] * 2
+        assert [op.residual is None for op in (qkv, project, up, down)] == [True, False] * 2
     table = w.wte if config.tie_word_embeddings else w.lm_head
     assert (head.kind, head.weight, head.bias) == ("linear", table.weight, None)
     assert head.norm == (w.ln_f.weight, w.ln_f.bias, config.layer_norm_epsilon)
-    assert [i.is_head for i in (embed, *blocks, head)] == [False] * (1 + len(blocks)) + [True]
-    assert [i.last for i in (embed, *blocks, head)] == [False] * (1 + len(blocks)) + [last_only]
+    assert [op.is_head for op in (embed, *blocks, head)] == [False] * (1 + len(blocks)) + [True]
+    assert [op.last for op in (embed, *blocks, head)] == [False] * (1 + len(blocks)) + [last_only]
 
 
 def run(
-    instructions: list[FusedOp], model: Transformer, ids: Any, positions: Positions, cache: KVCache
+    fused: list[FusedOp], model: Transformer, ids: Any, positions: Positions, cache: KVCache
 ) -> Any:
-    """Do what the instructions say, with the generic ops, and with no other memory than buffers."""
+    """Compute fused operations with the generic ops, and with no other memory than the buffers."""
     ops = model.backend
     buffers: dict[int, Any] = {}
-    for i in instructions:
-        assert i.target not in (i.source, i.residual)  # a kernel would read what it has written
-        x = None if i.source is None else buffers[i.source]
-        if i.kind == "embed":
-            y = ops.embed(ids, i.weight) + ops.embed(positions.index, i.table)
-        elif i.kind == "attention":
+    for op in fused:
+        assert op.target not in (op.source, op.residual)  # a kernel reads while it writes
+        x = None if op.source is None else buffers[op.source]
+        if op.kind == "embed":
+            y = ops.embed(ids, op.weight) + ops.embed(positions.index, op.table)
+        elif op.kind == "attention":
             q, k, v = ops.split_heads(x, model.config.n_head)
-            k, v = cache.update(i.layer, k, v, positions)
-            y = ops.attention(q, k, v, positions, i.scale)
+            k, v = cache.update(op.layer, k, v, positions)
+            y = ops.attention(q, k, v, positions, op.scale)
         else:
-            x = x[:, -1:, :] if i.last else x
-            x = x if i.norm is None else ops.layer_norm(x, *i.norm)
-            y = ops.unembed(x, i.weight) if i.is_head else ops.linear(x, i.weight, i.bias)
-            y = y if i.activation is None else getattr(ops, i.activation)(y)
-            y = y if i.residual is None else y + buffers[i.residual]
-        buffers[i.target] = y
-    return buffers[instructions[-1].target]
+            x = x[:, -1:, :] if op.last else x
+            x = x if op.norm is None else ops.layer_norm(x, *op.norm)
+            y = ops.unembed(x, op.weight) if op.is_head else ops.linear(x, op.weight, op.bias)
+            y = y if op.activation is None else getattr(ops, op.activation)(y)
+            y = y if op.residual is None else y + buffers[op.residual]
+        buffers[op.target] = y
+    return buffers[fused[-1].target]
 
 
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_instructions_are_the_model(case: str, last_only: bool) -> None:
-    """A buffer that was overwritten before it was read would give other logits."""
-    model = make(CASES[case])
-    instructions = trace_fused(forward, model, last_only=last_only)
-    ids = random_ids(model.config, 2, 9)
-    caches = [KVCache(model.config, EXACT, 2, 9) for _ in range(2)]
-    for new in (ids[:, :7], ids[:, 7:8], ids[:, 8:]):
+def test_fused_operations_give_the_logits_of_the_model(case: str, last_only: bool) -> None:
+    """A buffer that is overwritten before it is read gives other logits."""
+    model = exact_transformer(case)
+    fused = trace_fused(forward, model, last_only=last_only)
+    ids = random_ids(model.config, 2, 6)
+    caches = [KVCache(model.config, EXACT, 2, 6) for _ in range(2)]
+    for new in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
         length = new.shape[1]
         positions = [cache.extend([length, length]) for cache in caches]
-        found = run(instructions, model, new, positions[0], caches[0])
+        found = run(fused, model, new, positions[0], caches[0])
         wanted = forward(model, new, positions[1], caches[1], last_only=last_only)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_buffers_are_used_again() -> None:
-    """As many for many layers as for two; the logits, which the caller keeps, have their own."""
+def test_the_number_of_buffers_does_not_depend_on_the_number_of_layers() -> None:
+    """The logits, which the caller keeps, have a separate buffer."""
     counts = set()
     for n_layer in (2, 7):
-        *others, head = trace_fused(
-            forward, make(replace(CONFIG, n_layer=n_layer)), last_only=False
-        )
-        counts.add(len({i.target for i in others}))
-        assert head.target == 1 + max(i.target for i in others)
+        config = replace(CASES["tiny"], n_layer=n_layer)
+        model = Transformer(config, to_backend(random_weights(config), EXACT), EXACT)
+        *others, head = trace_fused(forward, model, last_only=False)
+        counts.add(len({op.target for op in others}))
+        assert head.target == 1 + max(op.target for op in others)
     assert len(counts) == 1
     assert max(counts) <= 4
 
 
-# Forward passes of someone's own: some layers between the embeddings and the head.
+# Other forward passes: some layers between the embeddings and the head
 
 Middle = Callable[[Transformer, Any, Any, Any], Any]
 
 
 def around(middle: Middle) -> Callable[..., Any]:
+    """Return a forward pass of embeddings, `middle` and head."""
+
     def own(model: Transformer, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
         ops, w = model.backend, model.weights
         x = ops.embed(ids, w.wte.weight) + ops.embed(positions.index, w.wpe.weight)
@@ -130,7 +127,7 @@ def around(middle: Middle) -> Callable[..., Any]:
 
 
 def linear(model: Transformer, x: Any) -> Any:
-    """A product that keeps the width."""
+    """Return a product of the width of x."""
     part = model.weights.h[0].attn.c_proj
     return model.backend.linear(x, part.weight, part.bias)
 
@@ -188,7 +185,7 @@ def added_to_itself(model: Transformer, x: Any, positions: Any, cache: Any) -> A
     return y + y
 
 
-def read_before_it_is_activated(model: Transformer, x: Any, positions: Any, cache: Any) -> Any:
+def read_before_activation(model: Transformer, x: Any, positions: Any, cache: Any) -> Any:
     y = linear(model, x)
     return model.backend.relu(y) + linear(model, y)
 
@@ -198,21 +195,21 @@ def activated_twice(model: Transformer, x: Any, positions: Any, cache: Any) -> A
     return model.backend.relu(y) + linear(model, model.backend.gelu(y))
 
 
-def twice_normed(model: Transformer, x: Any, positions: Any, cache: Any) -> Any:
+def normed_twice(model: Transformer, x: Any, positions: Any, cache: Any) -> Any:
     return linear(model, norm(model, model.weights.ln_f, norm(model, model.weights.ln_f, x)))
 
 
-RECORDED: dict[str, Middle] = {
+COVERED: dict[str, Middle] = {
     "nothing": lambda model, x, positions, cache: x,
     "a block": block,
     "two products": lambda model, x, positions, cache: linear(model, linear(model, x)),
     "sum of two products": lambda model, x, positions, cache: linear(model, x) + linear(model, x),
 }
 
-REFUSED: dict[str, Middle] = {
+UNSUPPORTED: dict[str, Middle] = {
     "an unknown op": lambda model, x, positions, cache: model.backend.dropout(x),
-    "an op that has no instruction": lambda model, x, positions, cache: model.backend.softmax(x),
-    "an activation alone": lambda model, x, positions, cache: model.backend.gelu(x),
+    "an op that is not fused": lambda model, x, positions, cache: model.backend.softmax(x),
+    "an activation without a product": lambda model, x, positions, cache: model.backend.gelu(x),
     "an activation of a sum": lambda model, x, _, cache: model.backend.gelu(x + linear(model, x)),
     "another namespace": lambda model, x, positions, cache: np.tanh(x),
     "the backend's namespace": lambda model, x, positions, cache: model.backend.xp.tanh(x),
@@ -222,12 +219,12 @@ REFUSED: dict[str, Middle] = {
     "the first token": lambda model, x, positions, cache: x[:, :1, :],
     "a number as index": lambda model, x, positions, cache: x[0],
     "a sum in the other order": lambda model, x, positions, cache: linear(model, x) + x,
-    "last tokens too early": lambda model, x, positions, cache: linear(model, x[:, -1:, :]),
+    "the last token before the end": lambda model, x, _, cache: linear(model, x[:, -1:, :]),
     "output added twice": added_twice,
     "output added to itself": added_to_itself,
-    "output read before its activation": read_before_it_is_activated,
+    "output read before its activation": read_before_activation,
     "output activated twice": activated_twice,
-    "normed twice": twice_normed,
+    "normed twice": normed_twice,
     "attention over two projections": from_two_projections,
     "attention with keys for values": keys_for_values,
     "attention over two layers": layers_mixed,
@@ -237,22 +234,22 @@ REFUSED: dict[str, Middle] = {
 
 
 @pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize("name", RECORDED)
-def test_a_forward_pass_of_ones_own(name: str, last_only: bool) -> None:
-    model, own = make(CONFIG), around(RECORDED[name])
-    instructions = trace_fused(own, model, last_only=last_only)
+@pytest.mark.parametrize("name", COVERED)
+def test_fused_operations_of_another_pass(name: str, last_only: bool) -> None:
+    model, own = exact_transformer("untied"), around(COVERED[name])
+    fused = trace_fused(own, model, last_only=last_only)
     ids = random_ids(CONFIG, 2, 3)
     caches = [KVCache(CONFIG, EXACT, 2, 3) for _ in range(2)]
-    found = run(instructions, model, ids, caches[0].extend([3, 3]), caches[0])
+    found = run(fused, model, ids, caches[0].extend([3, 3]), caches[0])
     wanted = own(model, ids, caches[1].extend([3, 3]), caches[1], last_only=last_only)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name: str, last_only: bool) -> None:
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_layers(name: str, last_only: bool) -> None:
     with pytest.raises(UnsupportedOp):
-        trace_fused(around(REFUSED[name]), make(CONFIG), last_only=last_only)
+        trace_fused(around(UNSUPPORTED[name]), exact_transformer("untied"), last_only=last_only)
 
 
 def no_positions(
@@ -262,7 +259,7 @@ def no_positions(
     return model.backend.unembed(linear(model, model.backend.embed(ids, table)), table)
 
 
-def positions_alone(
+def positions_only(
     model: Transformer, ids: Any, positions: Any, cache: Any, *, last_only: bool
 ) -> Any:
     w, ops = model.weights, model.backend
@@ -271,7 +268,7 @@ def positions_alone(
 
 
 def no_logits(model: Transformer, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
-    return linear(model, around(RECORDED["nothing"])(model, ids, positions, cache, last_only=False))
+    return linear(model, around(COVERED["nothing"])(model, ids, positions, cache, last_only=False))
 
 
 def logits_and_more(
@@ -280,7 +277,7 @@ def logits_and_more(
     return model.backend.relu(forward(model, ids, positions, cache, last_only=last_only))
 
 
-def the_logits_before(
+def logits_of_an_earlier_pass(
     model: Transformer, ids: Any, positions: Any, cache: Any, *, last_only: bool
 ) -> Any:
     logits = forward(model, ids, positions, cache, last_only=last_only)
@@ -304,20 +301,24 @@ def last_two(model: Transformer, ids: Any, positions: Any, cache: Any, *, last_o
     return ops.unembed(x[:, -2:, :] if last_only else x, w.wte.weight)
 
 
+def nothing(model: Transformer, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
+    return None
+
+
 @pytest.mark.parametrize(
     ("own", "last_only"),
     [
         (no_positions, False),
-        (positions_alone, False),
+        (positions_only, False),
         (no_logits, False),
         (logits_and_more, False),
-        (the_logits_before, False),
-        (always_all, True),  # rows of logits that nobody asked for
+        (logits_of_an_earlier_pass, False),
+        (always_all, True),
         (always_last, False),
         (last_two, True),
-        (lambda model, ids, positions, cache, last_only: None, False),
+        (nothing, False),
     ],
 )
-def test_what_has_other_ends_is_refused(own: Callable[..., Any], last_only: bool) -> None:
+def test_unsupported_inputs_and_outputs(own: Callable[..., Any], last_only: bool) -> None:
     with pytest.raises(UnsupportedOp):
-        trace_fused(own, make(CONFIG), last_only=last_only)
+        trace_fused(own, exact_transformer("untied"), last_only=last_only)

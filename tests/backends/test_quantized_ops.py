@@ -1,4 +1,4 @@
-"""The ops that take quantized matrices: every backend's against the generic op and float64."""
+"""Ops on quantized matrices: every backend against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptx.quantization import GROUP_SIZES, QuantizedTensor, dequantize, quantize
 from tests.support.backends import make_backend
 
 KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
-# n_out, groups a row, the rows of x: one, odd ones, a batch, all together
+# outputs, groups in a row, B and T of x: one row, odd sizes, a batch
 SIZES = [
     (1, 1, (1, 1)),
     (5, 3, (1, 1)),
@@ -32,7 +32,7 @@ def matrix(
 def ops(
     backend: Backend, q: QuantizedTensor, x: np.ndarray, bias: np.ndarray, ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What each op gives for a quantized matrix, on the host."""
+    """Return the result of each op on a quantized matrix, on the host."""
     with backend.scope():
         x, bias, ids = (backend.asarray(a) for a in (x, bias, ids))
         table: Any = backend.pack_quantized(q, table=True)
@@ -44,10 +44,10 @@ def ops(
         return {op: backend.to_numpy(y) for op, y in results.items()}
 
 
-def exactly(
+def exact_ops(
     q: QuantizedTensor, x: np.ndarray, bias: np.ndarray, ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The same in float64 and NumPy's own terms."""
+    """Return the same results in float64 NumPy."""
     w = dequantize(q).astype(np.float64)
     return {"linear": x @ w.T + bias, "unembed": x @ w.T, "embed": w[ids]}
 
@@ -67,7 +67,7 @@ def test_ops_agree_with_float64(
     for n_out, n_groups, rows in SIZES:
         q = matrix(random, n_out, n_groups * group_size, bits, group_size)
         given = arguments(random, q, rows)
-        expected = exactly(q, *given)
+        expected = exact_ops(q, *given)
         for op, got in ops(backend, q, *given).items():
             assert got.shape == expected[op].shape
             np.testing.assert_allclose(got, expected[op], rtol=3e-6, atol=5e-6, err_msg=op)
@@ -82,14 +82,14 @@ def test_ops_in_16_bits(
     eps = {"float16": 2**-10, "bfloat16": 2**-7}[dtype]
     q = matrix(random, 97, 2 * group_size, bits, group_size)
     given = arguments(random, q, (2, 3))
-    expected = exactly(q, *given)
+    expected = exact_ops(q, *given)
     for op, got in ops(backend, q, *given).items():
         scale = np.abs(expected[op]).max() + 1
         np.testing.assert_allclose(got, expected[op], atol=8 * eps * scale, err_msg=op)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_types_are_those_of_the_float_ops(dtype: str, random: np.random.Generator) -> None:
+def test_results_have_the_types_of_the_float_ops(dtype: str, random: np.random.Generator) -> None:
     backend = make_backend("mlx", dtype=dtype)
     x, ids = backend.asarray(random.normal(size=(1, 2, 64))), backend.asarray(np.array([[1, 2]]))
     q = matrix(random, 5, 64, 4, 32)
@@ -103,8 +103,8 @@ def test_types_are_those_of_the_float_ops(dtype: str, random: np.random.Generato
 
 
 @pytest.mark.parametrize("name", ["numpy-generic", "strict", "mlx-generic"])
-def test_generic_gives_floats(name: str, random: np.random.Generator) -> None:
-    """[in, out] for a linear layer, as the Hub has it, and [out, in] for a table."""
+def test_generic_packs_floats(name: str, random: np.random.Generator) -> None:
+    """The layout is [in, out] for a linear layer, as on the Hub, and [out, in] for a table."""
     q = matrix(random, 5, 64, 8, 32)
     backend = make_backend(name)
     linear, table = (backend.to_numpy(backend.pack_quantized(q, table=t)) for t in (False, True))
@@ -112,7 +112,7 @@ def test_generic_gives_floats(name: str, random: np.random.Generator) -> None:
     np.testing.assert_array_equal(table, dequantize(q))
 
 
-def test_mlx_keeps_the_codes(random: np.random.Generator) -> None:
+def test_mlx_stores_quantized_values(random: np.random.Generator) -> None:
     q = matrix(random, 5, 64, 4, 32)
     held = make_backend("mlx").pack_quantized(q)
     assert sum(x.nbytes for x in held if hasattr(x, "nbytes")) == q.nbytes

@@ -1,4 +1,4 @@
-"""A device that runs ahead computes the next step while the engine looks at the last."""
+"""An asynchronous device computes the next step while the engine reads the tokens of this one."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ PARAMS = {
 }
 
 
-class Coming(NamedTuple):
-    """What the device has begun to compute."""
+class Started(NamedTuple):
+    """An array that the device has started to copy to the host."""
 
     x: Any
 
 
 class Asynchronous(NumpyBackend):
-    """NumPy that pretends to be a device: what was started comes by `to_numpy` alone. `events` says
-    in which order the engine asks for things."""
+    """NumPy in the role of an asynchronous device; `events` is the order of passes and reads."""
 
     asynchronous = True
 
@@ -57,16 +56,16 @@ class Asynchronous(NumpyBackend):
         return super().embed(ids, table)
 
     def copy_to_host_async(self, x: Any) -> Any:
-        return Coming(x.copy())
+        return Started(x.copy())
 
     def to_numpy(self, x: Any) -> Any:
-        assert isinstance(x, Coming), "nobody has begun to compute this"
+        assert isinstance(x, Started), "a read of an array whose copy was not started"
         self.events.append("read")
         return x.x
 
 
 def steps_of(model: Model, finish: dict[int, int], prompts: Any, **options: Any) -> Any:
-    """All steps of a run in which `finish[step]` is finished from outside, and the run itself."""
+    """Return all steps of a run; the caller finishes sequence `finish[step]` after a step."""
     params = options.pop("params")
     run = TokenGenerator(model.gpt2, prompts, params, **options)
     steps = []
@@ -84,8 +83,8 @@ def model_on(backend: Backend) -> Model:
 AHEAD, BEHIND = model_on(Asynchronous()), model_on(make_backend("numpy-ops"))
 
 
-def alike(found: list[list[Token]], expected: list[list[Token]]) -> None:
-    """The same tokens; log-probabilities to rounding: a product of more rows adds otherwise."""
+def assert_equal_steps(found: list[list[Token]], expected: list[list[Token]]) -> None:
+    """Compare tokens, and log-probabilities up to rounding: the order of a sum may differ."""
     plain = [
         [[replace(t, logprob=None) for t in step] for step in run] for run in (found, expected)
     ]
@@ -103,8 +102,8 @@ def alike(found: list[list[Token]], expected: list[list[Token]]) -> None:
     logprobs=st.booleans(),
     finish=st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=3),
 )
-@settings(max_examples=100, deadline=None)
-def test_every_step_is_what_it_is_without(
+@settings(max_examples=60, deadline=None)
+def test_steps_are_equal_to_those_of_a_synchronous_backend(
     params: str, overflow: Any, max_tokens: int | None, finish: dict[int, int], **options: Any
 ) -> None:
     if overflow == "slide":
@@ -112,11 +111,11 @@ def test_every_step_is_what_it_is_without(
     elif overflow == "error" and max_tokens is not None:
         max_tokens = min(max_tokens, 16)
     options |= {"params": PARAMS[params], "overflow": overflow, "max_tokens": max_tokens}
-    alike(steps_of(AHEAD, finish, **options), steps_of(BEHIND, finish, **options))
+    assert_equal_steps(steps_of(AHEAD, finish, **options), steps_of(BEHIND, finish, **options))
 
 
 @pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
-def test_on_backends_that_run_ahead(name: str) -> None:
+def test_steps_of_asynchronous_backends(name: str) -> None:
     backend = make_backend(name)
     assert backend.asynchronous
     model = model_on(backend)
@@ -129,42 +128,42 @@ def test_on_backends_that_run_ahead(name: str) -> None:
     }
     ahead = steps_of(model, {4: 1}, prompts, **options)
     backend.asynchronous = False
-    alike(ahead, steps_of(model, {4: 1}, prompts, **options))
+    assert_equal_steps(ahead, steps_of(model, {4: 1}, prompts, **options))
 
 
 def events_of(model: Model, finish: dict[int, int], **options: Any) -> str:
-    """f for a forward pass, r for tokens that were read."""
+    """Return the events of a run: f for a forward pass, r for a read of tokens."""
     model.backend.events.clear()  # type: ignore[attr-defined]
     steps_of(model, finish, params=PARAMS["greedy"], **options)
     return "".join(event[0] for event in model.backend.events)  # type: ignore[attr-defined]
 
 
-def test_the_next_step_is_begun_before_the_last_is_read() -> None:
-    # The first tokens come as early as they can; after the last there is nothing to begin.
+def test_the_next_step_starts_before_the_tokens_are_read() -> None:
+    # No step delays the first tokens; no step follows the last ones.
     assert events_of(AHEAD, {}, prompts=[[1], [2, 3]], max_tokens=6) == "fr" + "f" + "fr" * 4 + "r"
 
 
-def test_nothing_is_begun_that_is_known_to_be_of_no_use() -> None:
-    # The second prompt has room for three tokens; the other goes on without it.
+def test_no_step_starts_if_the_counts_show_that_a_sequence_ends() -> None:
+    # The second prompt leaves three tokens; the first one continues without it.
     prompts = [[1] * (N_CONTEXT - 14), [2] * (N_CONTEXT - 2)]
     found = events_of(AHEAD, {}, prompts=prompts, max_tokens=None, overflow="truncate")
     assert found == "fr" + "f" + "fr" + "r" + "f" + "fr" * 11 + "r"
-    # With its 13th token the context is full, and its newer half is computed anew.
+    # With its 13th token the context is full: its newer half is computed again.
     found = events_of(AHEAD, {}, prompts=prompts[1:], max_tokens=14, overflow="slide")
     assert found == "fr" + "f" + "fr" * 11 + "r" + "f" + "r"
 
 
-def test_one_step_is_lost_when_all_are_finished() -> None:
+def test_one_step_is_dropped_when_the_caller_finishes_all() -> None:
     assert events_of(AHEAD, {2: 0}, prompts=[[1]], max_tokens=9) == "fr" + "f" + "fr" * 2
 
 
-def test_a_device_that_does_not_run_ahead_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronous_device_does_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Asynchronous, "asynchronous", False)
     assert events_of(AHEAD, {}, prompts=[[1], [2, 3]], max_tokens=4) == "fr" * 4
 
 
 @pytest.mark.parametrize("name", [None, "mlx", "cupy", "cupy-cpu"])
-def test_a_number_that_is_not_finite_stops_at_its_own_step(name: str | None) -> None:
+def test_a_number_that_is_not_finite_is_an_error_of_its_step(name: str | None) -> None:
     weights = {name: x.copy() for name, x in WEIGHTS.items()}
     weights["wpe.weight"][5] = np.nan
     model = make_model(SMALL, make_backend(name) if name else Asynchronous(), weights)
@@ -172,10 +171,10 @@ def test_a_number_that_is_not_finite_stops_at_its_own_step(name: str | None) -> 
     steps = []
     with pytest.raises(NonFiniteError):
         steps.extend(run)
-    assert len(steps) == 3  # the tokens at 3, 4 and 5, of which the last spoils the next
+    assert len(steps) == 3  # the pass at position 5, which makes the fourth token, fails
 
 
-def test_an_interrupt_loses_no_token_that_was_read() -> None:
+def test_an_interrupt_keeps_the_tokens_read_before() -> None:
     class Interrupted(Asynchronous):
         def to_numpy(self, x: Any) -> Any:
             if self.events.count("read") == 3:
@@ -189,7 +188,7 @@ def test_an_interrupt_loses_no_token_that_was_read() -> None:
     assert len(steps) == 3
 
 
-def test_the_time_of_the_first_step_is_taken_before_the_second_begins() -> None:
+def test_prefill_seconds_end_before_the_second_step_starts() -> None:
     run = TokenGenerator(AHEAD.gpt2, [[1, 2]], PARAMS["greedy"], max_tokens=9)
     AHEAD.backend.events.clear()  # type: ignore[attr-defined]
     next(iter(run))
@@ -197,6 +196,6 @@ def test_the_time_of_the_first_step_is_taken_before_the_second_begins() -> None:
     assert run.prefill_seconds > 0
 
 
-def test_what_was_started_arrives(backend: Backend) -> None:
+def test_a_copy_to_the_host(backend: Backend) -> None:
     x = backend.asarray(np.arange(3))
     assert np.asarray(backend.to_numpy(backend.copy_to_host_async(x + x))).tolist() == [0, 2, 4]

@@ -1,4 +1,4 @@
-"""Draws: one token per random number, as often as it is probable; the numbers are Philox."""
+"""Draws: a token for each random number, with its probability; the numbers are Philox."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LARGEST_U = (2**24 - 1) / 2**24
 # The draw
 
 
-def test_draw_inverts_the_distribution(backend: Backend, random: np.random.Generator) -> None:
+def test_draw_inverts_the_distribution(library: Backend, random: np.random.Generator) -> None:
     x = random.normal(0, 3, (400, 300)).astype(np.float32)
     u = random.integers(0, 2**24, 400) / 2**24
     cdf = np.cumsum(np.stack([softmax(row) for row in x]), axis=-1)
-    clear = np.abs(cdf - u[:, None]).min(axis=-1) > 1e-5  # where float32 cannot decide otherwise
+    clear = np.abs(cdf - u[:, None]).min(axis=-1) > 1e-5  # float32 gives the same token there
     assert clear.sum() > 300
     expected = [np.searchsorted(row, at, side="right") for row, at in zip(cdf, u, strict=True)]
-    np.testing.assert_array_equal(run_draw(backend, x, u)[clear], np.array(expected)[clear])
+    np.testing.assert_array_equal(run_draw(library, x, u)[clear], np.array(expected)[clear])
 
 
 def test_draw_from_a_whole_vocabulary(random: np.random.Generator) -> None:
@@ -36,7 +36,6 @@ def test_draw_from_a_whole_vocabulary(random: np.random.Generator) -> None:
         assert row[token - 1] - 1e-4 < at < row[token] + 1e-4
 
 
-@pytest.mark.parametrize("u", [0.0, 2**-24, 0.5, LARGEST_U])
 @pytest.mark.parametrize(
     "row",
     [
@@ -45,35 +44,34 @@ def test_draw_from_a_whole_vocabulary(random: np.random.Generator) -> None:
         [-INF, 3.0, -INF, 3.0, -INF],
         [-INF, -INF, -INF, 0.0],
         [0.0, -INF, -INF, -INF],
-        [-300.0, 5.0, -300.0],  # whose probabilities are 0 in float32
+        [-300.0, 5.0, -300.0],  # the probability of -300 is 0 in float32
         [-INF, *[0.1 * (i % 7) for i in range(1000)], -INF, -INF],
     ],
 )
-def test_no_token_without_probability_is_drawn(
-    backend: Backend, row: list[float], u: float
-) -> None:
-    x = np.array([row], np.float32)
-    (token,) = run_draw(backend, x, np.array([u]))
-    assert softmax(x[0]).astype(np.float32)[token] > 0
+def test_no_token_without_probability_is_drawn(library: Backend, row: list[float]) -> None:
+    u = np.array([0.0, 2**-24, 0.5, LARGEST_U])
+    x = np.array([row] * len(u), np.float32)
+    probabilities = softmax(x[0]).astype(np.float32)
+    assert all(probabilities[token] > 0 for token in run_draw(library, x, u))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_they_are_probable(backend: Backend, temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_tokens_are_drawn_with_their_probabilities(library: Backend, temperature: float) -> None:
     logits = np.array([1.0, 0.0, 2.0, -1.0, 1.5, 0.5, 0.25, -0.5])
-    n = 4000
-    sampler = make_sampler(backend, (n, len(logits)), temperature=temperature, seed=3)
+    n = 2000
+    sampler = make_sampler(library, (n, len(logits)), temperature=temperature, seed=3)
     found = step(sampler, np.tile(logits, (n, 1)))
     expected = n * softmax(logits / temperature)
     counts = np.bincount(found, minlength=len(logits))
     chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert chi_square < 24.3  # 7 degrees of freedom: exceeded once in a thousand seeds
+    assert chi_square < 24.3  # 7 degrees of freedom: one seed in a thousand exceeds it
 
 
 # Random numbers
 
 
 def philox(seed: int, stream: int, count: int) -> float:
-    """Philox4x64-10, written from the paper (Salmon et al., SC 2011, section 3.3)."""
+    """Return a number of Philox4x64-10, from the paper (Salmon et al., SC 2011, section 3.3)."""
     mask = 2**64 - 1
     # NumPy advances the counter before it uses it.
     a, b, c, d = count + 1, 0, 0, 0
@@ -98,7 +96,7 @@ def philox(seed: int, stream: int, count: int) -> float:
         (2**64 - 1, 0, 0, 3941665),
     ],
 )
-def test_seeds_keep_their_meaning(seed: int, stream: int, count: int, numerator: int) -> None:
+def test_pinned_numbers_of_seeds(seed: int, stream: int, count: int, numerator: int) -> None:
     assert uniform(seed, stream, count) == numerator / 2**24
 
 
@@ -115,7 +113,7 @@ def test_uniform_is_philox(seed: int, stream: int, count: int) -> None:
     assert float(np.float32(u)) == u
 
 
-def test_uniform_knows_no_order() -> None:
+def test_uniform_does_not_depend_on_the_order_of_calls() -> None:
     forward = [uniform(5, stream, count) for stream in range(4) for count in range(8)]
     backward = [
         uniform(5, stream, count) for stream in range(3, -1, -1) for count in range(7, -1, -1)
@@ -137,4 +135,5 @@ def test_uniform_is_uniform(along: str) -> None:
         "steps": [(9, 0, i) for i in range(4096)],
     }
     counts, _ = np.histogram([uniform(*key) for key in keys[along]], bins=16, range=(0, 1))
-    assert ((counts - 256) ** 2 / 256).sum() < 37.7  # 15 degrees of freedom: once in a thousand
+    # 15 degrees of freedom: one seed in a thousand exceeds it
+    assert ((counts - 256) ** 2 / 256).sum() < 37.7

@@ -9,9 +9,9 @@ import pytest
 
 from gptx.backends import Backend, get_backend
 from gptx.errors import BackendError
-from tests.emulator import cupy_stand_in as cupy_on_cpu
+from tests.emulator import cupy_stand_in
 
-# Each way to run the one model: name -> arguments of get_backend.
+# Each way to run the model: name -> arguments of get_backend.
 BACKENDS: dict[str, dict[str, Any]] = {
     "numpy": {"backend": "numpy"},
     "numpy-ops": {"backend": "numpy", "compile": False},
@@ -23,19 +23,19 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "strict": {"backend": "array_api_strict"},
 }
 
-STAND_IN = ExitStack()  # what is there instead of CuPy until the end of a test
+STAND_IN = ExitStack()  # uninstalls the stand-in for CuPy at the end of a test
 
 
 def make_backend(name: str, **options: Any) -> Backend:
-    """A backend by its name above, or a visible skip with the reason that it gives."""
+    """Return a backend by its name in `BACKENDS`; skip the test if it is not available."""
     arguments = BACKENDS[name] | options
     if name == "cupy-cpu":
-        STAND_IN.enter_context(cupy_on_cpu.installed())
+        STAND_IN.enter_context(cupy_stand_in.installed())
     if arguments["backend"] == "array_api_strict":
         arguments["backend"] = pytest.importorskip("array_api_strict")
     try:
         return get_backend(**arguments)
     except BackendError as error:
-        if name == "cupy-cpu":  # nothing is absent
+        if name == "cupy-cpu":  # the stand-in is always available
             raise
         pytest.skip(str(error))

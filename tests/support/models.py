@@ -1,13 +1,14 @@
-"""Models of random weights, without files."""
+"""Models with random weights, without files."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptx.backends import Backend
+from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.generation.text_model import Model
 from gptx.model import Transformer
@@ -15,25 +16,43 @@ from gptx.model_files import ModelFiles
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.random_weights import random_weights
 from gptx.stored_weights import TABLES
-from gptx.weights import load_arrays
+from gptx.weights import load_arrays, to_backend
+from tests.support.random_models import CASES
+
+EXACT = get_backend("numpy", dtype="float64", generic=True)
+
+_drawn = lru_cache(maxsize=32)(random_weights)
 
 
 def make_model(
     config: GPT2Config, backend: Backend, weights: Any = None, how: Quantization | None = None
 ) -> Model:
-    """A model of random weights (or the given ones), quantized if `how` says so, without files and
-    without a tokenizer."""
-    found = random_weights(config) if weights is None else weights
-    nowhere = Path("random")
-    files = ModelFiles("random", nowhere, nowhere, (), {}, None)
+    """Return a model without files and tokenizer; by default its weights are random.
+
+    `how` quantizes the weights.
+    """
+    found = _drawn(config) if weights is None else weights
+    folder = Path("random")
+    files = ModelFiles("random", folder, folder, (), {}, None)
     loaded = load_arrays(found, config, backend, quantization=how)
-    with backend.scope():
-        gpt2 = Transformer(loaded.config, loaded.tree, backend)
-    return Model(gpt2, files, loaded.fingerprint)
+    return Model(Transformer(loaded.config, loaded.tree, backend), files, loaded.fingerprint)
+
+
+@lru_cache
+def exact_transformer(case: str) -> Transformer:
+    """Return the model of a case on the generic ops in float64; tests share it."""
+    config = CASES[case]
+    return Transformer(config, to_backend(_drawn(config), EXACT), EXACT)
+
+
+@lru_cache
+def float32_logits(config: GPT2Config, ids: tuple[int, ...]) -> np.ndarray:
+    """Return the logits [T, V] of the random model of a config on NumPy; tests share them."""
+    return make_model(config, get_backend("numpy")).logits(ids)
 
 
 def floats_of(weights: Any) -> dict[str, np.ndarray]:
-    """The weights of a quantized model as floats, in the Hub's layout."""
+    """Return the weights of a quantized model as floats, in the Hub's layout."""
     floats = {}
     for name, x in weights.items():
         if isinstance(x, QuantizedTensor):

@@ -1,4 +1,4 @@
-"""The sampling filters as plain float64 definitions, and gptx's run on host arrays."""
+"""The definitions of the sampling filters in float64, and gptx's filters on host arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.floating[Any]]
 INF = math.inf
 NUMPY = get_backend("numpy")
 
-# The definitions, in float64 NumPy, for one row.
+# The definitions, in float64 NumPy, of one row.
 
 
 def softmax(x: Floats) -> Floats:
@@ -28,8 +28,8 @@ def softmax(x: Floats) -> Floats:
 def top_k(x: Floats, k: int) -> Floats:
     if k == 0:
         return x
-    worst = sorted(x, reverse=True)[min(k, len(x)) - 1]
-    return np.where(x < worst, -INF, x)
+    least = sorted(x, reverse=True)[min(k, len(x)) - 1]
+    return np.where(x < least, -INF, x)
 
 
 def top_p(x: Floats, p: float) -> Floats:
@@ -37,11 +37,11 @@ def top_p(x: Floats, p: float) -> Floats:
         return x
     probs = softmax(x)
     total = 0.0
-    for worst in sorted(probs, reverse=True):
-        total += worst
+    for least in sorted(probs, reverse=True):
+        total += least
         if total >= p:
             break
-    return np.where(probs < worst, -INF, x)
+    return np.where(probs < least, -INF, x)
 
 
 def min_p(x: Floats, p: float) -> Floats:
@@ -52,13 +52,13 @@ def min_p(x: Floats, p: float) -> Floats:
 def run_filter(
     keep: Callable[[Backend, Any, Any], Any], backend: Backend, x: Floats, at: float
 ) -> Floats:
-    """One of gptx's filters on host logits [B, V]."""
+    """Return the result of a filter of gptx on host logits [B, V]."""
     kept = keep(backend, backend.asarray(x.astype(np.float32), "float32"), at)
     return np.asarray(backend.to_numpy(kept))
 
 
 def run_draw(backend: Backend, x: Floats, u: Floats) -> NDArray[np.integer[Any]]:
-    """`draw` on host logits [B, V] and host numbers [B]."""
+    """Return the result of `draw` on host logits [B, V] and host numbers [B]."""
     logits = backend.asarray(x.astype(np.float32), "float32")
     return np.asarray(backend.to_numpy(draw(backend, logits, backend.asarray(u, "float32"))))
 
