@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,10 @@ class FastGptEngine(Engine):
 
 
 def program_path() -> str:
-    """Return the path of the program; end this process with an error if it is missing."""
+    """Return the path of the program; raise an error if it is missing."""
     path = os.environ.get("FASTGPT", "")
     if not (os.path.isabs(path) and os.path.isfile(path)):
-        sys.exit(f"FASTGPT is {path!r}, expected the absolute path of the program gpt2")
+        raise FileNotFoundError(
+            f"FASTGPT is {path!r}, expected the absolute path of the program gpt2"
+        )
     return path
