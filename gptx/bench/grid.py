@@ -69,8 +69,8 @@ class Trial:
 def run(settings: Settings) -> Events:
     """Measure the grid; yield progress, and the records of each setup when it is done.
 
-    The memory bandwidth is measured once for each backend and number of threads, in this run but in
-    another worker, so that its buffer does not count as memory of the model.
+    The memory bandwidth is measured once for each backend and number of threads. A separate worker
+    does it, so that its buffer does not count as memory of the model.
     """
     bandwidths: dict[tuple[str, int | None], float] = {}
     with open_sources(settings.models, offline=settings.offline) as sources:

@@ -1,7 +1,7 @@
 """Workers: fresh Python processes that run benchmark tasks, and timed runs of whole processes.
 
-A measurement needs a process of its own. The load time, the peak of the memory, the threads of BLAS
-and of compiled code and the state of the allocator belong to a process, not to a model.
+Each measurement needs a fresh process: load time, peak memory, threads of BLAS and of compiled
+code, and the state of the allocator belong to a process, not to a model.
 
 A task is a generator function, named "module:function". The parent writes one line of JSON for each
 call to the worker's standard input: {"task": ..., "arguments": {...}}. The worker writes one line
@@ -79,7 +79,7 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         request = json.dumps({"task": task, "arguments": arguments})
-        with contextlib.suppress(BrokenPipeError):  # the return code below says why
+        with contextlib.suppress(BrokenPipeError):  # the return code is checked below
             print(request, file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             answer = json.loads(line)

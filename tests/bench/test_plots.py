@@ -83,7 +83,7 @@ def test_labels_of_lines_name_what_differs(drawn: Path) -> None:
 
 
 def test_a_single_point(tmp_path: Path) -> None:
-    """Of the context alone, where there are no threads; the same for the same record."""
+    """Without threads, only the plot by context is drawn; equal records give equal files."""
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
     contents = []
