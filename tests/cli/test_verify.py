@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from gptx.backends import get_backend
 from tests.support.cli import run
 from tests.support.conversions import source_of
+
+
+@pytest.fixture(autouse=True)
+def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the logits op by op: a compilation takes long, and is reported on standard error."""
+    monkeypatch.setattr("gptx.conversions.verify.get_backend", partial(get_backend, compile=False))
 
 
 def test_identical_models(tmp_path: Path) -> None:
