@@ -42,7 +42,7 @@ class NumpyBackend(Backend):
         self._weights = Pool()
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
-        # Quantized weights have imported Numba, whose start is most of the cost of compiling.
+        # Quantized weights have imported Numba, which is most of the cost of compiling.
         worthwhile = self.compiles or self._has_quantized_weights
         if self.dtype == "float32" and worthwhile and (compiled := _import_if_numba("compiled")):
             try:

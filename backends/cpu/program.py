@@ -72,7 +72,7 @@ class Program:
 
     def __init__(self, ops: list[FusedOp], inputs: Sequence[int] = ()) -> None:
         """Encode fused operations; `inputs` are the widths of the buffers that the caller fills."""
-        self._referenced: list[Array] = []  # arrays whose addresses the table holds
+        self._referenced: list[Array] = []  # the table holds their addresses
         self._n_out = dict(enumerate(inputs))  # current numbers to a row of each buffer
         self.widths = [round_up(n, PANEL_OUTPUTS) for n in inputs]
         self.widths += [0] * (1 + max(op.target for op in ops) - len(inputs))
@@ -130,19 +130,29 @@ class Program:
             interpreter.run_program(run)
 
     def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> list[Array]:
-        """Return buffers (empty for those given), rows to prepare and workspace.
+        """Return buffers (empty for those given), workspace for prepared rows, and workspace.
 
-        Small ones are kept for the next call of the same shape.
+        Small arrays are kept for the next call of the same shape.
         """
         if self._kept_for == (shape, threads):
             return self._kept
-        rows = shape.B * shape.T
+        rows = padded_rows(shape.B * shape.T)
         arrays = [
-            allocate_aligned((0 if n in given else padded_rows(rows), width), np.float32)
+            allocate_aligned((0 if n in given else rows, width), np.float32)
             for n, width in enumerate(self.widths)
         ]
-        # A GEMV needs one row for each thread, and as much again for what `prepare_row` appends,
-        # which is less than another row with groups of at least 32.
+        prepared_size, workspace_size = self._workspace_sizes(shape, threads)
+        arrays.append(allocate_aligned((prepared_size,), np.float32))
+        arrays.append(allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32))
+        if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
+            self._kept_for, self._kept = (shape, threads), arrays
+        return arrays
+
+    def _workspace_sizes(self, shape: Shape, threads: int) -> tuple[int, int]:
+        """Return the floats that prepared rows need, and those that each thread needs."""
+        rows = shape.B * shape.T
+        # A GEMV needs two rows for each thread: the row, and less than another one that
+        # `prepare_row` appends with groups of at least 32.
         n_in = int(self.table[:, columns.N_IN].max())
         prepared_size = max(padded_rows(rows), 2 * threads) * n_in
         matrices = self.table[:, columns.FORMAT] == columns.FLOAT32
@@ -154,11 +164,7 @@ class Program:
             prepared_size = max(prepared_size, amx_linear.prepared_size(rows, n_in))
             head_size = amx_attention.workspace_size(shape.D, shape.capacity)
             workspace_size = max(workspace_size, amx_linear.WORKSPACE_SIZE, head_size)
-        arrays.append(allocate_aligned((prepared_size,), np.float32))
-        arrays.append(allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32))
-        if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
-            self._kept_for, self._kept = (shape, threads), arrays
-        return arrays
+        return prepared_size, workspace_size
 
     def _encode(self, row: Array, op: FusedOp) -> None:
         """Fill a row of the table."""

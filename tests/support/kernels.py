@@ -12,14 +12,14 @@ from gptx.quantization import QuantizedTensor
 
 def with_encoded_scales(q: QuantizedTensor) -> QuantizedTensor:
     """Return q with the rounded scales of the kernels, to exclude that rounding from errors."""
-    words = encode_words(q.scales, q.biases, q.bits)
+    words = encode_words(q.scales, q.offsets, q.bits)
     assert words is not None
-    scales, biases = decode_lanes(words[..., None], np.zeros(len(words), int), q.bits)
-    return replace(q, scales=scales, biases=biases)
+    scales, offsets = decode_lanes(words[..., None], np.zeros(len(words), int), q.bits)
+    return replace(q, scales=scales, offsets=offsets)
 
 
 def with_float16_scales(q: QuantizedTensor) -> QuantizedTensor:
     """Return q with scales and offsets rounded to float16, which the kernels keep as floats."""
-    scales, biases = (x.astype(np.float16).astype(np.float32) for x in (q.scales, q.biases))
-    assert encode_words(scales, biases, q.bits) is None
-    return replace(q, scales=scales, biases=biases)
+    scales, offsets = (x.astype(np.float16).astype(np.float32) for x in (q.scales, q.offsets))
+    assert encode_words(scales, offsets, q.bits) is None
+    return replace(q, scales=scales, offsets=offsets)

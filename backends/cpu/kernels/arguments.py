@@ -116,7 +116,7 @@ class AttentionTask(NamedTuple):
     T, H, D, capacity
         See `Run`.
     scale
-        Factor of the scores.
+        Factor of the scores, float32.
     workspace
         Workspace of the thread, float32.
     """
@@ -132,7 +132,7 @@ class AttentionTask(NamedTuple):
     H: int
     D: int
     capacity: int
-    scale: float
+    scale: Any
     workspace: Any
 
 

@@ -120,8 +120,8 @@ def embed_tokens(op: Any, tokens: Any, positions: Any, y: Any) -> None:
                 value = numbers[token * n_in + k]
             else:
                 if k % group_size == 0:
-                    record = (strip * n_in + k) // group_size
-                    scales, offsets = scale_and_offset(groups, record, offset_bits)
+                    entry = (strip * n_in + k) // group_size
+                    scales, offsets = scale_and_offset(groups, entry, offset_bits)
                     scale, offset = extract_lane(scales, column), extract_lane(offsets, column)
                 word = words[(strip * n_in + k) // per_word * LANES + column]
                 quantized = word >> np.uint32(k % per_word * bits)

@@ -150,8 +150,8 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
                 i = (strip * n_in + k) // per_word * LANES
                 prefetch_l1(words, i + PREFETCH_BYTES // 4)
                 packed = load(words, i)
-                record = strip * (n_in // group_size) + k // group_size
-                scale, offset = scale_and_offset(matrix.groups, record, matrix.offset_bits)
+                entry = strip * (n_in // group_size) + k // group_size
+                scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
                 for n in range(per_word):
                     weights = bit_field_as_floats(packed, n, bits) * broadcast(factors, n)
                     at = (k + n - first) * PANEL_OUTPUTS + LANES * c

@@ -78,12 +78,12 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
                     weights = bit_field_as_floats(packed, n, bits)
                     partial_sum = get_vector(sums, n % 4) + weights * broadcast(x, k + n)
                     put_vector(sums, n % 4, partial_sum)
-            record = strip * n_groups + g
-            prefetch_group(matrix.groups, record, matrix.offset_bits)
+            entry = strip * n_groups + g
+            prefetch_group(matrix.groups, entry, matrix.offset_bits)
             group_sum = get_vector(sums, 0)
             for n in range(1, 4):
                 group_sum += get_vector(sums, n)
-            scale, offset = scale_and_offset(matrix.groups, record, matrix.offset_bits)
+            scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
             result += scale * group_sum + offset * broadcast(x, n_in + g)
         store(y, strip * LANES, result)
 

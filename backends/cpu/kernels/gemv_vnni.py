@@ -102,12 +102,12 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
                         j = at + d * digit_stride
                         _add_byte_products(sums, d, even, broadcast(digits, j))
                         _add_byte_products(sums, d, odd, broadcast(digits, j + 1))
-            record = strip * n_groups + g
-            prefetch_group(matrix.groups, record, matrix.offset_bits)
+            entry = strip * n_groups + g
+            prefetch_group(matrix.groups, entry, matrix.offset_bits)
             group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
             group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
             group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
-            scale, offset = scale_and_offset(matrix.groups, record, matrix.offset_bits)
+            scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
             result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
         store(y, strip * LANES, result)
 

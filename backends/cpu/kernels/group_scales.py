@@ -1,10 +1,10 @@
 """Scale and offset of each group of quantized weights, encoded for the kernels.
 
-A record holds those of one group of 16 outputs side by side: 16 float scales and 16 float offsets,
+An entry holds those of one group of 16 outputs side by side: 16 float scales and 16 float offsets,
 or 16 words. A word holds a scale and the offset as a whole number of scales, since `mx.quantize`
 and compatible quantizers make the offset a multiple of the scale. Words reduce the memory traffic
-by a tenth with 4 bits to a weight, and by a twentieth with 8. Files whose scales and offsets were
-rounded to 16 bits keep floats.
+by a tenth with 4 bits to a weight, and by a twentieth with 8. Scales and offsets that a file rounds
+to 16 bits stay floats.
 
 The bits of a word, from the highest: the scale's sign, 5 bits of its exponent, its fraction, and
 the number of scales to subtract, in as many bits as a quantized value. With 4 bits the fraction
@@ -63,7 +63,7 @@ def encode_words(scales: Array, offsets: Array, bits: int) -> Array | None:
 
 
 def decode_lanes(groups: Array, lanes: Array, offset_bits: int) -> tuple[Array, Array]:
-    """Return scales and offsets [..., G] of one output each from records [..., G, 16 or 32]."""
+    """Return scales and offsets [..., G] of one output each from entries [..., G, 16 or 32]."""
     lanes = lanes[..., None, None]
     words = np.take_along_axis(groups, lanes, -1)[..., 0]
     if not offset_bits:
@@ -108,7 +108,7 @@ def _multiples(context: Any, words: Any, offset_bits: Any) -> Any:
 
 @compiled
 def scale_and_offset(groups: Any, n: int, offset_bits: int) -> tuple[Any, Any]:
-    """Return scales and offsets of 16 outputs, as floats, from record n of `groups` (uint32)."""
+    """Return scales and offsets of 16 outputs, as floats, from entry n of `groups` (uint32)."""
     if offset_bits == 0:
         numbers, i = groups.view(np.float32), 2 * LANES * n
         return load(numbers, i), load(numbers, i + LANES)
@@ -119,7 +119,7 @@ def scale_and_offset(groups: Any, n: int, offset_bits: int) -> tuple[Any, Any]:
 
 @compiled
 def prefetch_group(groups: Any, n: int, offset_bits: int) -> None:
-    """Prefetch the record that is needed some records after n."""
+    """Prefetch the entry that is needed some entries after n."""
     if offset_bits == 0:
         prefetch_l2(groups, 2 * LANES * n + PREFETCH_BYTES // 8)
         prefetch_l2(groups, 2 * LANES * n + LANES + PREFETCH_BYTES // 8)

@@ -314,7 +314,7 @@ max_lanes = _make_reduction("llvm.vector.reduce.fmax.v16f32", None)
 
 @intrinsic
 def sum_lanes_of_16(context: Any, vectors: Any) -> Any:
-    """Return floats whose lane n is the sum of the lanes of vector n of `stack_vectors(16)`.
+    """Return the sum of the lanes of vector n of `stack_vectors(16)` in lane n.
 
     Halving all vectors together takes a third of the instructions of 16 calls of `sum_lanes`.
     """

@@ -21,7 +21,7 @@ from gptx.backends.cpu.program import Program, Shape
 def test_products_with_floats(
     n_in: int, n_out: int, is_head: bool, unit: str, random: np.random.Generator
 ) -> None:
-    """With as many rows as the threads split the inputs for, and one more; weights unaligned."""
+    """Numbers of rows on both sides of each limit of split-K; unaligned weights."""
     shape = (n_out, n_in) if is_head else (n_in, n_out)
     weight = np.empty(n_in * n_out * 4 + 8, np.uint8)[8:].view(np.float32).reshape(shape)
     weight[:] = random.standard_normal(shape)

@@ -226,8 +226,8 @@ def multiply(
                 begin = ((first_strip + c) * n_in + g * group_size) // 8 * LANES
                 _unpack(matrix.words, begin, group_size, unpacked, UNPACKED + c * stride)
         for c in range(PANEL_STRIPS):
-            record = (first_strip + c) * n_groups + g
-            put_vector(scales, c, scale_and_offset(matrix.groups, record, offset_bits)[0])
+            entry = (first_strip + c) * n_groups + g
+            put_vector(scales, c, scale_and_offset(matrix.groups, entry, offset_bits)[0])
         for row in range(first, last, TILE_ROWS):
             i = (row * n_in + g * group_size * TILE_ROWS) * DIGITS
             count = min(TILE_ROWS, last - row)
@@ -253,8 +253,8 @@ def multiply(
         for begin in range(0, n_groups, WORKSPACE_GROUPS):
             count = min(WORKSPACE_GROUPS, n_groups - begin)
             for g in range(count):
-                record = (first_strip + c) * n_groups + begin + g
-                offset = scale_and_offset(matrix.groups, record, offset_bits)[1]
+                entry = (first_strip + c) * n_groups + begin + g
+                offset = scale_and_offset(matrix.groups, entry, offset_bits)[1]
                 store(workspace, g * LANES, offset)
             source = Matrix(workspace, 0, LANES, 1)
             for row in range(first, last, BLOCK_ROWS):

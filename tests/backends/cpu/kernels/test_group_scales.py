@@ -21,13 +21,13 @@ def test_words_encode_the_scales_of_quantize(
     w = (size * random.standard_normal((200, 3 * group_size))).astype(np.float32)
     w[7] = 0
     q = quantize(w, bits, group_size)
-    words = encode_words(q.scales, q.biases, bits)
+    words = encode_words(q.scales, q.offsets, bits)
     assert words is not None
     assert words.dtype == np.uint32
     scales, offsets = decode_lanes(words[..., None], np.zeros(200, int), bits)
     lost = bits - 3  # of a fraction of 23 bits
     np.testing.assert_allclose(scales, q.scales, rtol=2.0 ** (lost - 24))
-    np.testing.assert_allclose(offsets, q.biases, rtol=2.0 ** (lost - 23) + 2**-22)
+    np.testing.assert_allclose(offsets, q.offsets, rtol=2.0 ** (lost - 23) + 2**-22)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -61,13 +61,13 @@ def test_a_scale_rounded_up_to_the_next_exponent(sign: int, bits: int) -> None:
 def test_other_scales_stay_floats(
     scale: float, offset: float | None, bits: int, random: np.random.Generator
 ) -> None:
-    scales, biases = (np.full((16, 2), x, np.float32) for x in (0.1, -0.1 * (2**bits - 1)))
-    assert encode_words(scales, biases, bits) is not None
+    scales, offsets = (np.full((16, 2), x, np.float32) for x in (0.1, -0.1 * (2**bits - 1)))
+    assert encode_words(scales, offsets, bits) is not None
     offset = -scale * 2**bits if offset is None else offset
-    scales[5, 1], biases[5, 1] = scale, offset
-    assert encode_words(scales, biases, bits) is None
+    scales[5, 1], offsets[5, 1] = scale, offset
+    assert encode_words(scales, offsets, bits) is None
     words = random.integers(0, 2**32, (16, 2 * bits), np.uint32)
-    weight = QuantizedWeight(QuantizedTensor(words, scales, biases, 32, bits))
+    weight = QuantizedWeight(QuantizedTensor(words, scales, offsets, 32, bits))
     assert weight.offset_bits == 0
     got = weight.groups.view(np.float32)[0, 1, 5::16]
     np.testing.assert_array_equal(got, np.float32([scale, offset]))

@@ -111,7 +111,7 @@ def test_transpose_square(random: np.random.Generator) -> None:
 
 @njit
 def attend(task: AttentionTask) -> None:
-    """Compute the second of two heads, whose keys and values are all of the cache."""
+    """Compute the second of two heads; the cache has only its keys and values."""
     count = len(task.positions)
     length = attention.pack_head(task, 0, task.positions.max() + 1)
     for first in range(0, count, TILE_ROWS):
