@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.compare.peers import PRECISIONS, TABLE
 from benchmarks.compare.workloads import WORKLOADS
-from gptx.bench.tables import NOTHING, Column, Goal, markdown, ratio
+from benchmarks.goals import Goal
+from gptx.bench.tables import NOTHING, Column, markdown, ratio
 
 FASTGPT_SECONDS = 0.84  # fastGPT's whole process with 2 threads, on another machine
 PAIRS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # precision of gptx -> of llama.cpp

@@ -23,9 +23,9 @@ from benchmarks.compare.engine_process import EngineProcess, LeftOut
 from benchmarks.compare.peers import PRECISIONS, REFERENCE, TABLE
 from benchmarks.compare.report import Run, list_goals, results_table
 from benchmarks.compare.workloads import WORKLOADS, letter_prompts
+from benchmarks.goals import goals_table
 from gptx.bench.machine import cpu_name
 from gptx.bench.sources import RANDOM, find_source, write_source
-from gptx.bench.tables import goals_table
 from gptx.bench.worker import run_task
 from gptx.config import SIZES, GPT2Config
 

@@ -7,17 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.goals import Goal, goals_table
 from benchmarks.gpu.times import GPTX, PLAIN, TRANSFORMERS
-from gptx.bench.tables import (
-    NOTHING,
-    Column,
-    Goal,
-    duration,
-    goals_table,
-    markdown,
-    megabytes,
-    ratio,
-)
+from gptx.bench.tables import NOTHING, Column, duration, markdown, megabytes, ratio
 
 Record = dict[str, Any]
 PEERS = (*PLAIN, *TRANSFORMERS)

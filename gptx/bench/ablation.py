@@ -13,18 +13,8 @@ import numpy as np
 from gptx.bench import tables
 from gptx.bench.machine import describe
 from gptx.bench.reuse import REUSES, ReuseBackend, generate_greedy
-from gptx.bench.setups import (
-    GREEDY,
-    Settings,
-    Setup,
-    check_context,
-    measure_setup,
-    number_setups,
-    plan_setups,
-    single_count,
-    token_rates,
-)
-from gptx.bench.sources import open_sources, random_ids
+from gptx.bench.setups import GREEDY, Settings, Setup, run_setups, single_count, token_rates
+from gptx.bench.sources import random_ids
 from gptx.bench.tables import Column, duration
 from gptx.bench.worker import Events
 from gptx.generation.engine import TokenGenerator
@@ -48,20 +38,15 @@ def run(settings: Settings) -> Events:
     """Measure each model and number of threads; yield a record for each rung."""
     prompt = single_count(settings.prompts, PROMPT_TOKENS, "-p")
     output = single_count(settings.outputs, OUTPUT_TOKENS, "-n")
-    with open_sources(settings.models, offline=settings.offline) as sources:
-        for source in sources.values():
-            check_context(source, prompt + output - 1, f"{prompt} + {output} tokens")
-        plan = plan_setups(replace(settings, generic=True), sources.values())
-        for title, setup in number_setups(plan):
-            yield from measure_setup(
-                "gptx.bench.ablation:measure",
-                title,
-                setup,
-                sources[setup.model],
-                prompt=prompt,
-                output=output,
-                repetitions=settings.repetitions,
-            )
+    yield from run_setups(
+        "gptx.bench.ablation:measure",
+        [replace(settings, generic=True)],
+        prompt + output - 1,
+        f"{prompt} + {output} tokens",
+        prompt=prompt,
+        output=output,
+        repetitions=settings.repetitions,
+    )
 
 
 def measure(setup: dict[str, Any], prompt: int, output: int, repetitions: int) -> Events:

@@ -16,16 +16,8 @@ from typing import Any
 
 from gptx.bench import tables
 from gptx.bench.machine import describe
-from gptx.bench.setups import (
-    GREEDY,
-    Settings,
-    Setup,
-    check_context,
-    measure_setup,
-    number_setups,
-    plan_setups,
-)
-from gptx.bench.sources import open_sources, random_ids
+from gptx.bench.setups import GREEDY, Settings, Setup, run_setups
+from gptx.bench.sources import random_ids
 from gptx.bench.tables import Column
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
@@ -44,24 +36,15 @@ def run(settings: Settings) -> Events:
         raise ParameterError(f"-p has {min(prompts)}, this preset expects at least 1 input token")
     if not 0 < settings.budget < math.inf:
         raise ParameterError(f"budget is {settings.budget}, expected seconds, more than 0")
-    with open_sources(settings.models, offline=settings.offline) as sources:
-        for source in sources.values():
-            check_context(source, max(prompts), f"an input of {max(prompts)} tokens")
-        plan = [
-            setup
-            for generic in (False, True)
-            for setup in plan_setups(replace(settings, generic=generic), sources.values())
-        ]
-        for title, setup in number_setups(plan):
-            yield from measure_setup(
-                "gptx.bench.budget:measure",
-                title,
-                setup,
-                sources[setup.model],
-                prompts=prompts,
-                budget=settings.budget,
-                repetitions=settings.repetitions,
-            )
+    yield from run_setups(
+        "gptx.bench.budget:measure",
+        [replace(settings, generic=generic) for generic in (False, True)],
+        max(prompts),
+        f"an input of {max(prompts)} tokens",
+        prompts=prompts,
+        budget=settings.budget,
+        repetitions=settings.repetitions,
+    )
 
 
 def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetitions: int) -> Events:

@@ -12,7 +12,7 @@ import numpy as np
 from gptx.backends import get_backend
 from gptx.bench import worker
 from gptx.bench.machine import count_cores
-from gptx.bench.sources import Source, write_source
+from gptx.bench.sources import Source, open_sources, write_source
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
 from gptx.generation.api import load
@@ -168,6 +168,24 @@ def single_count(numbers: tuple[int, ...] | None, default: int, option: str) -> 
         given = ",".join(map(str, numbers))
         raise ParameterError(f"{option} is {given}, this preset expects one number of at least 1")
     return numbers[0]
+
+
+def run_setups(
+    task: str, variants: Sequence[Settings], needed: int, what: str, **arguments: Any
+) -> Events:
+    """Run a task with the setups of all variants, whose models are the same.
+
+    Parameters
+    ----------
+    needed, what
+        Tokens of context that the task needs, and their description for the error.
+    """
+    with open_sources(variants[0].models, offline=variants[0].offline) as sources:
+        for source in sources.values():
+            check_context(source, needed, what)
+        setups = [x for settings in variants for x in plan_setups(settings, sources.values())]
+        for title, setup in number_setups(setups):
+            yield from measure_setup(task, title, setup, sources[setup.model], **arguments)
 
 
 def number_setups(setups: Sequence[Setup]) -> Iterator[tuple[str, Setup]]:

@@ -8,7 +8,6 @@ import pytest
 
 from gptx.bench import grid, tables
 from gptx.bench.grid import Trial, add_bandwidth, trial_figures
-from gptx.bench.tables import Goal, goals_table
 from gptx.bench.worker import Event
 from tests.support.bench import parse, parse_table
 
@@ -129,12 +128,3 @@ def test_durations(seconds: float | None, text: str) -> None:
 def test_a_bar_in_a_name_does_not_break_the_table() -> None:
     text = tables.render([make_record(Trial(2, 0), 1.0, model="a|b")], grid.COLUMNS, "md")
     assert "| a\\|b " in text
-
-
-def test_goals() -> None:
-    goals = [Goal("a", "≥", 4500, 5000.4), Goal("b", "≤", 0.8, 0.9), Goal("c", "≤", 1, None)]
-    assert [tuple(row.values()) for row in parse_table(goals_table(goals))] == [
-        ("a", "≥ 4,500", "5,000", "met"),
-        ("b", "≤ 0.80", "0.90", "missed"),
-        ("c", "≤ 1.00", "–", "not measured"),
-    ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.goals import Goal, goals_table
 from benchmarks.gpu import report
 from tests.support.bench import parse_table
 
@@ -70,7 +71,7 @@ def test_rows_are_compared_with_the_floor_and_with_the_fastest_peer_of_their_job
     }
 
 
-def test_goals() -> None:
+def test_goals_of_an_h200() -> None:
     records = [
         *RATES,
         make_record("gptx", 1 / 5000),
@@ -100,3 +101,12 @@ def test_wrong_results_and_failures_are_listed() -> None:
     assert "- a: torch graph 124M bfloat16 1 16: E: full" in text
     assert "- b: killed: it took too long" in text
     assert report.render_tables([]) == ""
+
+
+def test_verdicts_of_goals() -> None:
+    goals = [Goal("a", "≥", 4500, 5000.4), Goal("b", "≤", 0.8, 0.9), Goal("c", "≤", 1, None)]
+    assert [tuple(row.values()) for row in parse_table(goals_table(goals))] == [
+        ("a", "≥ 4,500", "5,000", "met"),
+        ("b", "≤ 0.80", "0.90", "missed"),
+        ("c", "≤ 1.00", "–", "not measured"),
+    ]
