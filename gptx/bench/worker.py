@@ -93,9 +93,11 @@ class Worker:
     def close(self) -> None:
         """End the worker and wait for its end."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def kill(self) -> None:
         """Kill the worker and the processes that it has started."""
@@ -112,8 +114,6 @@ class Worker:
         if kind is not None:
             self.kill()
         self.close()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 def run_task(task: str, **arguments: Any) -> Events:
