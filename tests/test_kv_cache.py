@@ -1,7 +1,8 @@
-"""The KV cache: positions, growth, rows, and travel between backends."""
+"""The KV cache: positions, growth, rows, and files that any backend reads."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,23 @@ def next_logits(model: Model, cache: KVCache, ids: list[list[int]]) -> np.ndarra
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_extend_counts_on(steps: list[list[int]]) -> None:
+def test_positions_continue_at_the_lengths(steps: list[list[int]]) -> None:
     cache = KVCache(CONFIG, get_backend("numpy"), 3, 40)
-    held = [0, 0, 0]
+    lengths = [0, 0, 0]
     for counts in steps:
         positions = cache.extend(counts)
         T = max(counts)
         assert positions.index.shape == (3, T)
         for b, n in enumerate(counts):
-            expected = [held[b] + min(t, n - 1) for t in range(T)]
+            expected = [lengths[b] + min(t, n - 1) for t in range(T)]
             assert positions.index[b].tolist() == expected
-            held[b] += n
-        assert cache.lengths.tolist() == held
-        assert positions.stop == max(held)
-        assert positions.aligned == (len(set(held)) == 1 and len(set(counts)) == 1)
+            lengths[b] += n
+        assert cache.lengths.tolist() == lengths
+        assert positions.stop == max(lengths)
+        assert positions.aligned == (len(set(lengths)) == 1 and len(set(counts)) == 1)
 
 
-def test_a_full_cache_refuses() -> None:
+def test_a_full_cache_is_an_error() -> None:
     cache = KVCache(CONFIG, get_backend("numpy"), 1, 5)
     cache.extend([5])
     with pytest.raises(ParameterError, match=r"6 tokens do not fit a cache of 5"):
@@ -79,8 +80,8 @@ def test_keep_drops_and_reorders(small: Model) -> None:
     assert cache.lengths.tolist() == [6, 4]
     got = next_logits(small, cache, [[3], [5]])
     for row, (prompt, new) in enumerate(((prompts[2], 3), (prompts[0], 5))):
-        alone = next_logits(small, filled(small, [prompt], 20), [[new]])
-        np.testing.assert_allclose(got[row], alone[0], rtol=0, atol=5e-5)
+        single = next_logits(small, filled(small, [prompt], 20), [[new]])
+        np.testing.assert_allclose(got[row], single[0], rtol=0, atol=5e-5)
 
 
 def test_prefix_is_a_copy(small: Model) -> None:
@@ -97,27 +98,28 @@ def test_prefix_is_a_copy(small: Model) -> None:
     np.testing.assert_allclose(next_logits(small, again, [[3]]), expected, rtol=0, atol=5e-5)
 
 
-KINDS = [name for name in BACKENDS if "generic" not in name and name != "cupy-cpu"]
-PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b]
-PAIRS += [("numpy", "cupy-cpu"), ("cupy-cpu", "numpy")]
+# Each backend writes a file once and reads a file of another one; NumPy does so with each.
+NAMES = [name for name in BACKENDS if "generic" not in name]
+PAIRS = [("numpy", name) for name in NAMES[1:]] + [(name, "numpy") for name in NAMES[1:]]
+PAIRS += [("mlx", "strict"), ("strict", "mlx"), ("mlx", "cupy"), ("cupy", "mlx")]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_saved_on_one_backend_continues_on_another(
+def test_a_cache_saved_on_one_backend_continues_on_another(
     source: str, target: str, tmp_path: Path
 ) -> None:
-    config = CASES["124M"]
+    config = replace(CASES["124M"], n_layer=2, n_head=3)
     one, other = (make_model(config, make_backend(name)) for name in (source, target))
     prompt = random_ids(config, 1, 12, 4)[0].tolist()
     one.prefill(prompt).save(tmp_path / "cache")
     cache = other.load_cache(tmp_path / "cache")
     assert cache.tokens == [prompt]
-    options: Any = {"max_tokens": 20, "ignore_eos": True}
+    options: Any = {"max_tokens": 8, "ignore_eos": True}
     continued = other.generate([*prompt, 1, 2, 3], cache=cache, **options)
     assert continued.tokens == one.generate([*prompt, 1, 2, 3], **options).tokens
 
 
-def test_what_is_shared_is_not_computed_again() -> None:
+def test_shared_tokens_are_not_computed_again() -> None:
     model = make_model(CASES["124M"], get_backend("numpy"))
     computed = []
     real = model.gpt2.forward
@@ -135,7 +137,7 @@ def test_what_is_shared_is_not_computed_again() -> None:
         assert result.tokens == model.generate(prompt, max_tokens=3, ignore_eos=True).tokens
 
 
-def test_a_ragged_cache_travels(small: Model, tmp_path: Path) -> None:
+def test_a_saved_ragged_cache(small: Model, tmp_path: Path) -> None:
     prompts = [random_ids(small.config, 1, n, n)[0].tolist() for n in (4, 9, 1)]
     cache = filled(small, prompts, 12)
     cache.save(tmp_path / "cache")
@@ -147,7 +149,7 @@ def test_a_ragged_cache_travels(small: Model, tmp_path: Path) -> None:
     np.testing.assert_allclose(next_logits(small, loaded, more), expected, rtol=0, atol=2e-5)
 
 
-def test_16_bit_cache_travels(tmp_path: Path) -> None:
+def test_a_16_bit_cache_loads_as_float32(tmp_path: Path) -> None:
     half = make_model(CASES["124M"], make_backend("mlx", dtype="bfloat16"))
     half.prefill([1, 2, 3]).save(tmp_path / "cache")
     full = make_model(CASES["124M"], get_backend("numpy"))
@@ -155,7 +157,7 @@ def test_16_bit_cache_travels(tmp_path: Path) -> None:
     np.testing.assert_allclose(k, full.prefill([1, 2, 3]).prefix(3, 64).keys[0], atol=0.1)
 
 
-def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_another_model_is_an_error(tmp_path: Path) -> None:
     models = [make_model(CASES[name], get_backend("numpy")) for name in ("124M", "tiny")]
     models[0].prefill([1, 2]).save(tmp_path / "cache")
     with pytest.raises(DataError, match=r"another model: expected 1 layers"):
@@ -164,17 +166,17 @@ def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
         models[1].generate([1, 2], cache=models[0].prefill([1, 2]))
 
 
-def test_a_cache_of_another_backend_is_refused() -> None:
+def test_a_cache_of_another_backend_is_an_error() -> None:
     one, other = (make_model(CONFIG, get_backend("numpy", generic=g)) for g in (False, True))
     with pytest.raises(ParameterError, match="another model or backend: save it"):
         other.generate([1, 2], cache=one.prefill([1, 2]), max_tokens=1)
 
 
-def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_other_weights_is_an_error(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     backend = get_backend("numpy")
     one = make_model(CONFIG, backend, weights)
-    name = "h.0.attn.c_attn.weight"  # as after a LoRA, which leaves biases and norms alone
+    name = "h.0.attn.c_attn.weight"  # a LoRA changes matrices only
     other = make_model(CONFIG, backend, {**weights, name: weights[name] * 1.5})
     cache = one.prefill([1, 2, 3])
     with pytest.raises(ParameterError, match="another model"):
@@ -185,7 +187,7 @@ def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
     assert one.load_cache(tmp_path / "cache").tokens == [[1, 2, 3]]
 
 
-def test_a_cache_goes_with_one_prompt() -> None:
+def test_a_cache_with_several_prompts_is_an_error() -> None:
     model = make_model(CONFIG, get_backend("numpy"))
     cache = model.prefill([1, 2, 3])
     with pytest.raises(ParameterError, match="one prompt"):
@@ -213,7 +215,7 @@ def test_damaged_and_missing_caches(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(DataError):
             model.load_cache(path)
-    for at in range(0, len(data), 7):  # any flipped byte is refused, or changes numbers only
+    for at in range(0, len(data), 7):  # a flipped byte is an error or changes a number
         path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
         try:
             cache = model.load_cache(path)
@@ -222,7 +224,7 @@ def test_damaged_and_missing_caches(tmp_path: Path) -> None:
         assert cache.lengths.tolist() == [3]
 
 
-def test_save_is_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
     cache = make_model(CONFIG, get_backend("numpy")).prefill([1, 2, 3])
     with pytest.raises(StorageError, match="nowhere"):
         cache.save(tmp_path / "nowhere" / "cache")

@@ -21,7 +21,11 @@ from tests.support.random_models import CASES
 
 EXACT = get_backend("numpy", dtype="float64", generic=True)
 
-_drawn = lru_cache(maxsize=32)(random_weights)
+
+@lru_cache
+def drawn_weights(config: GPT2Config) -> dict[str, np.ndarray]:
+    """Return `random_weights(config)`; tests share them and do not change them."""
+    return random_weights(config)
 
 
 def make_model(
@@ -31,7 +35,7 @@ def make_model(
 
     `how` quantizes the weights.
     """
-    found = _drawn(config) if weights is None else weights
+    found = drawn_weights(config) if weights is None else weights
     folder = Path("random")
     files = ModelFiles("random", folder, folder, (), {}, None)
     loaded = load_arrays(found, config, backend, quantization=how)
@@ -42,7 +46,7 @@ def make_model(
 def exact_transformer(case: str) -> Transformer:
     """Return the model of a case on the generic ops in float64; tests share it."""
     config = CASES[case]
-    return Transformer(config, to_backend(_drawn(config), EXACT), EXACT)
+    return Transformer(config, to_backend(drawn_weights(config), EXACT), EXACT)
 
 
 @lru_cache
