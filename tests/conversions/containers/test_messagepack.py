@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.conversions.containers import messagepack
@@ -17,6 +17,7 @@ from gptx.errors import WeightsError
 from tests.support.burn_bytes import pack
 
 
+@settings(max_examples=40)
 @given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 65535)), min_size=1), st.data())
 def test_numbers_of_any_length_are_found_in_chunks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, values: list[int], data: Any
