@@ -13,8 +13,6 @@ import click
 from gptx.cli.options import config_option, group_size_option, offline_option, revision_option
 from gptx.config import GPT2Config
 from gptx.conversions import DTYPES, FORMATS, QUANTIZED_TYPES, read
-from gptx.conversions import convert as convert_model
-from gptx.conversions.verify import check
 from gptx.hub.resolve import importing_hub
 
 
@@ -95,6 +93,8 @@ def convert(
     if check_source is not None:
         if source is not None:
             raise click.UsageError("--check SRC takes no other arguments: leave out SRC and DST")
+        from gptx.conversions.verify import check
+
         places = {name: options[name] for name in ("config", "tokenizer", "revision", "offline")}
         name, checkpoint = read(check_source, **places)
         _print_notes(checkpoint.notes)
@@ -111,6 +111,8 @@ def convert(
         with importing_hub():
             from gptx.hub import upload as hub_upload
         hub_upload.check_repository(upload)  # before the conversion, which takes long
+    from gptx.conversions import convert as convert_model
+
     with _progress_bar() as progress:
         checkpoint = convert_model(source, destination, progress=progress, **options)
     _print_notes(checkpoint.notes)
