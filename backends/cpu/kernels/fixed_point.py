@@ -24,7 +24,7 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes,
 )
 
-DIGITS = 3  # bytes to an integer
+N_DIGITS = 3  # bytes to an integer
 MAX_INTEGER = np.float32(127 * 2**16)  # fits three digits of -128 to 127, also if rounded up
 
 
@@ -51,7 +51,7 @@ def store_digits(context: Any, array: Any, i: Any, stride: Any, x: Any, bits: An
         digits = builder.xor(builder.add(builder.fptosi(args[3], INTS), middle), middle)
         permuted = builder.shuffle_vector(digits, digits, ir.Constant(INTS, order))
         digits = builder.select(even_first, permuted, digits)
-        for n in range(DIGITS):
+        for n in range(N_DIGITS):
             digit = builder.lshr(digits, constant(8 * n))
             values = builder.trunc(digit, ir.VectorType(I8, LANES))
             builder.store(values, builder.bitcast(pointer, values.type.as_pointer()), align=1)

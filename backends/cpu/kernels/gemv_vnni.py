@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import call, compiled, to_int64
-from gptx.backends.cpu.kernels.fixed_point import DIGITS, measure_row, store_digits
+from gptx.backends.cpu.kernels.fixed_point import N_DIGITS, measure_row, store_digits
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     INTS,
@@ -85,20 +85,20 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
         factor, digits_start = broadcast(x, n_in + n_groups), n_in + n_groups + 1
         result = splat(0.0)
         for g in range(n_groups):
-            sums = stack_vectors(DIGITS)
-            for d in range(DIGITS):
+            sums = stack_vectors(N_DIGITS)
+            for d in range(N_DIGITS):
                 put_vector(sums, d, splat(0.0))  # the bits of the integer 0
             for k in range(g * group_size, (g + 1) * group_size, per_word):
                 at, i = digits_start + k // 4, (strip * n_in + k) // per_word * LANES
                 prefetch_l2(words, i + PREFETCH_BYTES // 4)
                 packed = load(words, i)
                 if bits == 8:
-                    for d in range(DIGITS):
+                    for d in range(N_DIGITS):
                         j = at + d * digit_stride
                         _add_byte_products(sums, d, packed, broadcast(digits, j))
                 else:
                     even, odd = nibbles_as_bytes(packed, 0), nibbles_as_bytes(packed, 1)
-                    for d in range(DIGITS):
+                    for d in range(N_DIGITS):
                         j = at + d * digit_stride
                         _add_byte_products(sums, d, even, broadcast(digits, j))
                         _add_byte_products(sums, d, odd, broadcast(digits, j + 1))

@@ -48,7 +48,7 @@ from gptx.backends.cpu.kernels.simd import (
 )
 
 SQUARE_SIZE = PANEL_OUTPUTS * PANEL_OUTPUTS  # also holds 16 rows of the result, and then
-SOFTMAX_SUMS = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here
+SOFTMAX_SUMS_START = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here
 
 
 @intrinsic
@@ -180,13 +180,13 @@ def prompt_attention(task: AttentionTask, head: int, length: int, first: int, co
     for r in range(count):
         row, packed = workspace[scores + r * length :], softmax + r * LANES
         total = _pack_softmax(row, task.positions[first + r] + 1, end, words, packed)
-        workspace[SOFTMAX_SUMS + r] = total
+        workspace[SOFTMAX_SUMS_START + r] = total
     for d in range(0, D, PANEL_OUTPUTS):
         panel = values + d // PANEL_OUTPUTS * length * PANEL_WORDS
         target = Matrix(workspace, 0, PANEL_OUTPUTS, 1)
         multiply(words, softmax, words, panel, end, target, True)
         for r in range(count):
-            factor = splat(np.float32(1) / workspace[SOFTMAX_SUMS + r])
+            factor = splat(np.float32(1) / workspace[SOFTMAX_SUMS_START + r])
             i = (first + r) * task.y_width + head * D + d
             for j in range(0, PANEL_OUTPUTS, LANES):
                 store(y, i + j, load(workspace, r * PANEL_OUTPUTS + j) * factor)

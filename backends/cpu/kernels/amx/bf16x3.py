@@ -28,10 +28,10 @@ from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Matrix
 from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
 from gptx.backends.cpu.kernels.simd import FLOATS, INTS, LANES, floats, ints, load, store
 
-PARTS = 3  # bfloat16 parts of a float32
+N_PARTS = 3  # bfloat16 parts of a float32
 TILE_INPUTS = 32  # inputs to a tile register
 PANEL_TILES = PANEL_OUTPUTS // LANES  # tile registers side by side
-ROWS_WORDS = PARTS * TILE_WORDS // TILE_INPUTS  # words to an input of 16 packed rows
+ROWS_WORDS = N_PARTS * TILE_WORDS // TILE_INPUTS  # words to an input of 16 packed rows
 PANEL_WORDS = PANEL_TILES * ROWS_WORDS  # words to an input of a packed panel
 
 UPPER_HALF = ir.Constant(INTS, [0xFFFF0000] * LANES)
@@ -62,7 +62,7 @@ def _pair_upper_halves(context: Any, a: Any, b: Any) -> Any:
 @compiled
 def store_parts(a: Any, b: Any, words: Any, i: int, stride: int) -> None:
     """Store the parts of two vectors as words, at words[i], words[i + stride], ..."""
-    for part in range(PARTS):
+    for part in range(N_PARTS):
         store(words, i + part * stride, _pair_upper_halves(a, b))
         a = a - _clear_lower_half(a)
         b = b - _clear_lower_half(b)
@@ -102,12 +102,12 @@ def _multiply_tiles(context: Any, x: Any, xi: Any, w: Any, wi: Any) -> Any:
 
         rows = byte_pointer(context, builder, sig.args[:2], args[:2])
         panel = byte_pointer(context, builder, sig.args[2:], args[2:])
-        for part in range(PARTS):
+        for part in range(N_PARTS):
             load_tile(4 + part, rows, part)
-        for part in range(PARTS):
+        for part in range(N_PARTS):
             for column in range(PANEL_TILES):
                 load_tile(7, panel, PANEL_TILES * part + column)
-                for other in range(PARTS - part):
+                for other in range(N_PARTS - part):
                     emit(builder, "tdpbf16ps", column, 4 + other, 7)
         return context.get_dummy_value()
 

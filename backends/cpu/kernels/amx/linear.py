@@ -36,17 +36,19 @@ from gptx.backends.cpu.kernels.instructions import (
 )
 
 MIN_FLOAT_ROWS = 64  # for fewer rows of a float matrix, vectors read the matrix faster
-PANEL_INPUTS = 64  # inputs of a packed panel of floats: 24 KB
-CHUNK_ROWS = 256  # rows that are multiplied by a panel of floats while it is in the cache
+PACKED_PANEL_INPUTS = 64  # inputs of a packed panel of floats: 24 KB
+FLOAT_CHUNK_ROWS = 256  # rows that are multiplied by a panel of floats while it is in the cache
 
 # Workspace of a thread for floats: a packed panel, and the floats of an incomplete panel.
-INCOMPLETE_PANEL = PANEL_INPUTS * bf16x3.PANEL_WORDS
-WORKSPACE_SIZE = max(INCOMPLETE_PANEL + PANEL_INPUTS * PANEL_OUTPUTS, quantized_gemm.WORKSPACE_SIZE)
+INCOMPLETE_PANEL_START = PACKED_PANEL_INPUTS * bf16x3.PANEL_WORDS
+WORKSPACE_SIZE = max(
+    INCOMPLETE_PANEL_START + PACKED_PANEL_INPUTS * PANEL_OUTPUTS, quantized_gemm.WORKSPACE_SIZE
+)
 
 
 def prepared_size(rows: int, n_in: int) -> int:
     """Return the numbers that packed rows occupy."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS * n_in * bf16x3.PARTS // 2
+    return -(-rows // TILE_ROWS) * TILE_ROWS * n_in * bf16x3.N_PARTS // 2
 
 
 @inlined
@@ -88,17 +90,17 @@ def _run_float_gemm(task: LinearTask) -> None:
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
     x, panel = task.prepared.view(np.uint32), workspace.view(np.uint32)
-    incomplete = workspace[INCOMPLETE_PANEL:]
-    chunks = (rows + CHUNK_ROWS - 1) // CHUNK_ROWS
+    incomplete = workspace[INCOMPLETE_PANEL_START:]
+    chunks = (rows + FLOAT_CHUNK_ROWS - 1) // FLOAT_CHUNK_ROWS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
     first, last = split_range(panels * chunks, task.thread, task.threads)
     configure_tiles(workspace)
     for chunk in range(chunks):
         first_panel = max(first - chunk * panels, 0)
         last_panel = min(last - chunk * panels, panels)
-        begin, end = chunk * CHUNK_ROWS, min((chunk + 1) * CHUNK_ROWS, rows)
-        for k in range(0, n_in, PANEL_INPUTS):
-            depth = min(PANEL_INPUTS, n_in - k)
+        begin, end = chunk * FLOAT_CHUNK_ROWS, min((chunk + 1) * FLOAT_CHUNK_ROWS, rows)
+        for k in range(0, n_in, PACKED_PANEL_INPUTS):
+            depth = min(PACKED_PANEL_INPUTS, n_in - k)
             for number in range(first_panel, last_panel):
                 j = number * PANEL_OUTPUTS
                 if j + PANEL_OUTPUTS <= n_out:
@@ -121,7 +123,7 @@ def _run_float_gemm(task: LinearTask) -> None:
 def _run_quantized_gemm(task: LinearTask) -> None:
     """Compute one panel of outputs after the other."""
     op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
-    n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], quantized_gemm.CHUNK_ROWS
+    n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], quantized_gemm.QUANTIZED_CHUNK_ROWS
     matrix = quantized_matrix(op)
     chunks = (rows + chunk_rows - 1) // chunk_rows
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS

@@ -32,7 +32,7 @@ from gptx.backends.cpu.kernels.arguments import (
     QuantizedMatrix,
 )
 from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
-from gptx.backends.cpu.kernels.fixed_point import DIGITS, measure_row, store_digits
+from gptx.backends.cpu.kernels.fixed_point import N_DIGITS, measure_row, store_digits
 from gptx.backends.cpu.kernels.gemm import outer_product_4x1
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
@@ -55,14 +55,14 @@ from gptx.backends.cpu.kernels.simd import (
 
 PANEL_STRIPS = PANEL_OUTPUTS // LANES  # strips of outputs that are multiplied together
 MAX_GROUP_SIZE = 128
-CHUNK_ROWS = 128  # rows that `multiply` computes at most
+QUANTIZED_CHUNK_ROWS = 128  # rows that `multiply` computes at most
 
 # A thread's workspace: integer sums of a group, unpacked weights of 4 bits, float sums. After the
 # last group it holds offsets instead, of at most WORKSPACE_GROUPS groups.
-INT_SUMS_SIZE = PANEL_STRIPS * DIGITS * TILE_WORDS
-UNPACKED = INT_SUMS_SIZE
-SUMS = UNPACKED + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
-WORKSPACE_SIZE = SUMS + CHUNK_ROWS * PANEL_OUTPUTS
+INT_SUMS_SIZE = PANEL_STRIPS * N_DIGITS * TILE_WORDS
+UNPACKED_START = INT_SUMS_SIZE
+SUMS_START = UNPACKED_START + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
+WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
 WORKSPACE_GROUPS = WORKSPACE_SIZE // LANES
 
 
@@ -74,16 +74,16 @@ def pack_row(row: Any, n_in: int, group_size: int, bits: int, x: Any, n: int, ro
     the groups, [rows / 4, G, 4]. For 4 bits the even inputs of eight precede the odd ones, as in
     the unpacked weights.
     """
-    factors, depth = DIGITS * rows * n_in // 4, min(group_size, TILE_ROW_BYTES)
+    factors, depth = N_DIGITS * rows * n_in // 4, min(group_size, TILE_ROW_BYTES)
     sums = factors + rows + n // BLOCK_ROWS * BLOCK_ROWS * (n_in // group_size) + n % BLOCK_ROWS
     factor, inverse = measure_row(row, n_in, group_size, x[sums:], BLOCK_ROWS)
     x[factors + n] = factor
     factor_inverse = splat(inverse)
     digits = x.view(np.int8)
-    i = DIGITS * (n // TILE_ROWS * n_in * TILE_ROWS + n % TILE_ROWS * depth)
+    i = N_DIGITS * (n // TILE_ROWS * n_in * TILE_ROWS + n % TILE_ROWS * depth)
     for k in range(0, n_in, depth):
         for j in range(0, depth, LANES):
-            at = i + k * DIGITS * TILE_ROWS + j
+            at = i + k * N_DIGITS * TILE_ROWS + j
             integers = round_to_even(load(row, k + j) * factor_inverse)
             store_digits(digits, at, depth, integers, bits)
 
@@ -172,9 +172,9 @@ def _make_group_product(count: int) -> Callable[..., None]:
             zero_tiles(count)
             for k in range(0, group_size, depth):
                 if c == 0 or depth < group_size:
-                    load_digits(digits, i + k * DIGITS * TILE_ROWS, depth)
+                    load_digits(digits, i + k * N_DIGITS * TILE_ROWS, depth)
                 add_products(words, wi + c * stride + k // 4 * LANES)
-            store_sums(int_sums, c * DIGITS * TILE_WORDS)
+            store_sums(int_sums, c * N_DIGITS * TILE_WORDS)
 
     return multiply_group
 
@@ -188,7 +188,7 @@ def _add_scaled(
 ) -> None:
     """Add scale * int_sums [rows, 3, 16] to 16 of the 64 outputs of each row, or overwrite them."""
     for r in range(rows):
-        k, n = i + r * DIGITS * LANES, j + r * PANEL_OUTPUTS
+        k, n = i + r * N_DIGITS * LANES, j + r * PANEL_OUTPUTS
         low, middle = load(int_sums, k), load(int_sums, k + LANES)
         scaled = _join_digits(low, middle, load(int_sums, k + 2 * LANES)) * scale
         store(sums, n, scaled if overwrite else load(sums, n) + scaled)
@@ -209,7 +209,7 @@ def multiply(
     padded_rows = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     digits, int_sums = x.view(np.int8), workspace.view(np.int32)
     unpacked = workspace.view(np.uint32)
-    factors, first_strip = x[DIGITS * padded_rows * n_in // 4 :], number * PANEL_STRIPS
+    factors, first_strip = x[N_DIGITS * padded_rows * n_in // 4 :], number * PANEL_STRIPS
     scales = stack_vectors(PANEL_STRIPS)
     configure_tiles(workspace, depth)
     for g in range(n_groups):
@@ -221,30 +221,30 @@ def multiply(
                 for line in range(begin, begin + group_size // 4 * LANES, LANES):
                     prefetch_l1(matrix.words, line + PREFETCH_BYTES // 4)
         else:
-            words, wi, stride = unpacked, UNPACKED, group_size // 4 * LANES
+            words, wi, stride = unpacked, UNPACKED_START, group_size // 4 * LANES
             for c in range(PANEL_STRIPS):
                 begin = ((first_strip + c) * n_in + g * group_size) // 8 * LANES
-                _unpack(matrix.words, begin, group_size, unpacked, UNPACKED + c * stride)
+                _unpack(matrix.words, begin, group_size, unpacked, UNPACKED_START + c * stride)
         for c in range(PANEL_STRIPS):
             entry = (first_strip + c) * n_groups + g
             put_vector(scales, c, scale_and_offset(matrix.groups, entry, offset_bits)[0])
         for row in range(first, last, TILE_ROWS):
-            i = (row * n_in + g * group_size * TILE_ROWS) * DIGITS
+            i = (row * n_in + g * group_size * TILE_ROWS) * N_DIGITS
             count = min(TILE_ROWS, last - row)
-            if count > TILE_ROWS * 2 // DIGITS:
+            if count > TILE_ROWS * 2 // N_DIGITS:
                 _multiply_3(digits, i, words, wi, stride, group_size, depth, int_sums)
-            elif count > TILE_ROWS // DIGITS:
+            elif count > TILE_ROWS // N_DIGITS:
                 _multiply_2(digits, i, words, wi, stride, group_size, depth, int_sums)
             else:
                 _multiply_1(digits, i, words, wi, stride, group_size, depth, int_sums)
-            j = SUMS + (row - first) * PANEL_OUTPUTS
+            j = SUMS_START + (row - first) * PANEL_OUTPUTS
             for c in range(PANEL_STRIPS):
-                scale, sums_of_strip = get_vector(scales, c), c * DIGITS * TILE_WORDS
+                scale, sums_of_strip = get_vector(scales, c), c * N_DIGITS * TILE_WORDS
                 _add_scaled(int_sums, sums_of_strip, count, scale, workspace, j + c * LANES, g == 0)
     release_tiles()
     for row in range(first, last):
         factor, j = broadcast(factors, row), y.start + row * y.row_stride
-        i = SUMS + (row - first) * PANEL_OUTPUTS
+        i = SUMS_START + (row - first) * PANEL_OUTPUTS
         for c in range(0, PANEL_OUTPUTS, LANES):
             store(y.array, j + c, load(workspace, i + c) * factor)
 

@@ -42,7 +42,7 @@ def pack_rows(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e35])
 def test_the_parts_of_a_row_add_up_to_it(magnitude: float, random: np.random.Generator) -> None:
     rows = (random.standard_normal((21, 96)) * magnitude).astype(np.float32)
-    tiles = pack_rows(rows).reshape(2, 3, bf16x3.PARTS, TILE_ROWS, 16)
+    tiles = pack_rows(rows).reshape(2, 3, bf16x3.N_PARTS, TILE_ROWS, 16)
     found = unpack(tiles).sum(axis=2)  # [2, 3, 16, 32]
     found = found.swapaxes(1, 2).reshape(32, 96)[:21]
     np.testing.assert_array_equal(found.astype(np.float32), rows)
@@ -52,7 +52,7 @@ def test_the_parts_of_a_panel_add_up_to_it(random: np.random.Generator) -> None:
     w = random.standard_normal((64, 100)).astype(np.float32)
     words = np.zeros(64 * bf16x3.PANEL_WORDS, np.uint32)
     bf16x3.pack_panel(w.reshape(-1), 7, 100, 64, words, 0)
-    tiles = words.reshape(2, bf16x3.PARTS, 4, 16, 16).transpose(0, 1, 2, 4, 3)
+    tiles = words.reshape(2, bf16x3.N_PARTS, 4, 16, 16).transpose(0, 1, 2, 4, 3)
     found = unpack(tiles).sum(axis=1)  # [2, 4, 16 columns, 32]
     found = found.transpose(0, 3, 1, 2).reshape(64, 64)
     np.testing.assert_array_equal(found.astype(np.float32), w[:, 7 : 7 + PANEL_OUTPUTS])

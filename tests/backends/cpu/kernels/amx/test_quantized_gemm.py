@@ -19,7 +19,7 @@ from gptx.backends.cpu.kernels.arguments import (
     Matrix,
     QuantizedMatrix,
 )
-from gptx.backends.cpu.kernels.fixed_point import DIGITS
+from gptx.backends.cpu.kernels.fixed_point import N_DIGITS
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import with_encoded_scales
 
@@ -39,7 +39,7 @@ class PackedRows:
     def __post_init__(self) -> None:
         count, n_in = self.rows.shape
         self.padded = -(-count // TILE_ROWS) * TILE_ROWS
-        size = DIGITS * self.padded * n_in // 4
+        size = N_DIGITS * self.padded * n_in // 4
         # NaN and bytes of -1 show a read of what no kernel wrote.
         self.x = np.full(size + self.padded * (1 + n_in // self.group_size), np.nan, np.float32)
         self.x[:size].view(np.int8)[:] = -1
@@ -52,11 +52,11 @@ class PackedRows:
         """Return the digits [3, R, I], the lowest first, in the order of the inputs."""
         count, n_in = self.rows.shape
         depth = min(self.group_size, TILE_ROW_BYTES)
-        tiles = self.bytes.reshape(-1, n_in // depth, TILE_ROWS, DIGITS, depth)
-        digits = tiles.transpose(3, 0, 2, 1, 4).reshape(DIGITS, -1, n_in)[:, :count]
+        tiles = self.bytes.reshape(-1, n_in // depth, TILE_ROWS, N_DIGITS, depth)
+        digits = tiles.transpose(3, 0, 2, 1, 4).reshape(N_DIGITS, -1, n_in)[:, :count]
         if self.bits == 4:  # of eight inputs, first the even ones, then the odd ones
-            words = digits.reshape(DIGITS, count, n_in // 8, 2, 4)
-            digits = words.swapaxes(-1, -2).reshape(DIGITS, count, n_in)
+            words = digits.reshape(N_DIGITS, count, n_in // 8, 2, 4)
+            digits = words.swapaxes(-1, -2).reshape(N_DIGITS, count, n_in)
         return digits.astype(np.int64)
 
     def numbers(self) -> np.ndarray:
