@@ -114,7 +114,7 @@ def test_a_cache_saved_on_one_backend_continues_on_another(
     one.prefill(prompt).save(tmp_path / "cache")
     cache = other.load_cache(tmp_path / "cache")
     assert cache.tokens == [prompt]
-    options: Any = {"max_tokens": 8, "ignore_eos": True}
+    options: Any = {"max_tokens": 5, "ignore_eos": True}
     continued = other.generate([*prompt, 1, 2, 3], cache=cache, **options)
     assert continued.tokens == one.generate([*prompt, 1, 2, 3], **options).tokens
 

@@ -38,14 +38,10 @@ def run(model: Model, prompts: list[list[int]], cache: KVCache, last_only: bool 
         return backend.to_numpy(forward(model.gpt2, ids, positions, cache, last_only=last_only))
 
 
-# Every case in each library; the three larger sizes only once in each.
-ONE_SIZE = {"numpy-ops", "numpy-generic", "mlx-generic", "cupy-cpu"}
-GOLDEN_RUNS = [
-    (case, name)
-    for case in CASES
-    for name in BACKENDS
-    if name not in ONE_SIZE or case not in ("355M", "774M", "1558M")
-]
+# Every case in each library, the larger sizes only in the fast ones; `test_backends_agree` compares
+# the other ways to run the model with NumPy's.
+GOLDEN_RUNS = [(case, name) for case in CASES for name in ("numpy", "mlx", "cupy")]
+GOLDEN_RUNS += [(case, name) for case in list(CASES)[3:] for name in ("cupy-cpu", "strict")]
 
 
 @pytest.mark.parametrize(("case", "name"), GOLDEN_RUNS)
@@ -63,7 +59,7 @@ def test_logits_equal_those_of_transformers(case: str, name: str, golden: Any) -
 def test_backends_agree(name: str, case: str) -> None:
     """The bound is 1e-5, and one unit in the last place of logits as large as 13."""
     config = CASES[case]
-    ids = random_ids(config, 1, 40, 3)[0].tolist()
+    ids = random_ids(config, 1, 20, 3)[0].tolist()
     logits = float32_logits(config, tuple(ids))
     other = make_model(config, make_backend(name)).logits(ids)
     assert np.abs(logits).max() > 1
@@ -114,7 +110,7 @@ def test_last_only_is_the_last_row(small: Model) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_are_close(dtype: str, name: str) -> None:
     config = replace(CASES["124M"], n_layer=2, n_head=3)
-    ids = random_ids(config, 1, 24, 3)[0].tolist()
+    ids = random_ids(config, 1, 10, 3)[0].tolist()
     exact = make_model(config, get_backend("numpy", dtype="float64")).logits(ids)
     ours = make_model(config, make_backend(name, dtype=dtype)).logits(ids)
     assert ours.dtype == np.float32
