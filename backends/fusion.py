@@ -1,8 +1,8 @@
 """Fused operations: the graph of a forward pass as a few operations on numbered buffers.
 
-An operation is "embed" (token and position embeddings and their sum), "linear" (layer norm,
-product, bias, activation and residual) or "attention" (new keys and values written to the cache,
-then attention over the cache). Compiled passes of the backends replay them.
+There are three kinds. "embed" is the sum of token and position embeddings. "linear" is layer norm,
+product, bias, activation and residual. "attention" writes new keys and values to the cache, then
+computes attention over the cache. The compiled passes of the backends replay the operations.
 """
 
 from __future__ import annotations

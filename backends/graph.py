@@ -4,9 +4,9 @@
 ids and positions are inputs of the graph; weights and numbers are constants in it. The graph is not
 fused: `fusion.py` makes the operations of a compiled replay from it.
 
-Nodes that are not ops of the backend: "ids" and "index" (the inputs), "add", "last" (the last token
-of each sequence), "query", "key" and "value" (the results of `split_heads`), "keys" and "values"
-(the results of `KVCache.update`).
+Some nodes are not ops of the backend. "ids" and "index" are the inputs; "last" is the last token of
+each sequence; "add" is a sum. "query", "key" and "value" are the results of `split_heads`, "keys"
+and "values" those of `KVCache.update`.
 """
 
 from __future__ import annotations

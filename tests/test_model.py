@@ -112,9 +112,9 @@ def test_16_bits_are_close(dtype: str, name: str) -> None:
     config = replace(CASES["124M"], n_layer=2, n_head=3)
     ids = random_ids(config, 1, 10, 3)[0].tolist()
     exact = make_model(config, get_backend("numpy", dtype="float64")).logits(ids)
-    ours = make_model(config, make_backend(name, dtype=dtype)).logits(ids)
-    assert ours.dtype == np.float32
-    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    found = make_model(config, make_backend(name, dtype=dtype)).logits(ids)
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert error < {"float16": 0.01, "bfloat16": 0.08}[dtype]
 
 

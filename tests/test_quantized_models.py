@@ -111,8 +111,8 @@ def test_each_quantization_has_a_fingerprint() -> None:
 def test_16_bits_are_close(dtype: str) -> None:
     ids = random_ids(CONFIG, 1, 20, 3)[0].tolist()
     exact = make_model(CONFIG, get_backend("numpy", dtype="float64"), how=INT4).logits(ids)
-    ours = make_model(CONFIG, make_backend("mlx", dtype=dtype), how=INT4).logits(ids)
-    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    found = make_model(CONFIG, make_backend("mlx", dtype=dtype), how=INT4).logits(ids)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert error < {"float16": 0.02, "bfloat16": 0.12}[dtype]
 
 

@@ -1,7 +1,7 @@
 """The engine: prompts of token ids in, token ids out, one step at a time, without text.
 
 A batch of prompts of different lengths is one ragged prefill, then one decode step for each token.
-Each sequence gets the tokens that it would get alone. Finished sequences leave the batch.
+Each sequence gets the tokens of a separate run. Finished sequences leave the batch.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class TokenGenerator:
     def _may_run_ahead(self, windows: list[list[int]]) -> bool:
         """Return True if the device can start the next step before this one's tokens are read.
 
-        That is so if this step ends no sequence, as far as the counts tell. The first tokens come
+        That is so if this step ends no sequence, as far as the counts show. The first tokens come
         first: no later step delays them.
         """
         return (
@@ -211,7 +211,7 @@ def fit_prompt(
 def streams_of(prompts: list[list[int]]) -> list[int]:
     """Return the stream of random numbers of each prompt: 0, and n for the n-th copy of a prompt.
 
-    So a prompt gets the same tokens in a batch as alone, and copies of one prompt differ.
+    So a prompt gets the same tokens in every batch, and copies of one prompt differ.
     """
     copies: Counter[tuple[int, ...]] = Counter()
     streams = []

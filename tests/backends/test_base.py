@@ -146,8 +146,8 @@ def test_an_override_has_the_signature_of_the_generic_op(name: str) -> None:
 
     cls = type(make_backend(name))
     for op in OVERRIDABLE:
-        ours, generic = (inspect.signature(getattr(c, op)) for c in (cls, Backend))
-        assert list(ours.parameters) == list(generic.parameters)
+        override, generic = (inspect.signature(getattr(c, op)) for c in (cls, Backend))
+        assert list(override.parameters) == list(generic.parameters)
 
 
 def test_round_trip_of_arrays(backend: Backend, random: np.random.Generator) -> None:

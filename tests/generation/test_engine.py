@@ -140,20 +140,20 @@ def test_a_ragged_batch_equals_single_runs(small: Model, params: SamplingParams)
             run.finish(1)  # the others continue without it
     assert [len(ids) for ids in batch] == [5, 3, 5, 5]
     for prompt, ids in zip(prompts, batch, strict=True):
-        alone = TokenGenerator(small.gpt2, [prompt], params, max_tokens=len(ids))
-        assert tokens_of(alone) == [ids]
+        single = TokenGenerator(small.gpt2, [prompt], params, max_tokens=len(ids))
+        assert tokens_of(single) == [ids]
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
 def test_the_same_seed_gives_the_same_tokens_on_every_backend(name: str) -> None:
     config = replace(CASES["124M"], n_layer=2, n_head=3)
     prompt = random_ids(config, 1, 10, 0)[0].tolist()
-    ours, other = (
+    expected, other = (
         tokens_of(TokenGenerator(make_model(config, b).gpt2, [prompt], WARM, max_tokens=12))
         for b in (get_backend("numpy"), make_backend(name))
     )
-    assert other == ours
-    assert len(set(ours[0])) > 6
+    assert other == expected
+    assert len(set(expected[0])) > 6
 
 
 def test_copies_of_a_prompt_differ_and_the_first_equals_a_single_run(small: Model) -> None:
@@ -163,8 +163,8 @@ def test_copies_of_a_prompt_differ_and_the_first_equals_a_single_run(small: Mode
     assert len({tuple(a), tuple(c), tuple(d)}) == 3
     assert tokens_of(TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=6)) == [a]
     assert tokens_of(TokenGenerator(small.gpt2, [other], WARM, max_tokens=6)) == [b]
-    alone = TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=6, streams=[2])
-    assert tokens_of(alone) == [d]
+    single = TokenGenerator(small.gpt2, [prompt], WARM, max_tokens=6, streams=[2])
+    assert tokens_of(single) == [d]
 
 
 def test_streams_number_the_copies() -> None:

@@ -218,10 +218,10 @@ def test_rows_that_stay_get_the_tokens_that_they_get_alone(
     sampler.sampler.keep([3, 1])
     found += [step(sampler, x[[3, 1]]) for x in logits[3:]]
     for i, row in enumerate([3, 1]):
-        alone = make_sampler(
+        single = make_sampler(
             library, (1, 31), prompts=[prompts[row]], streams=[streams[row]], seed=2, **ALL
         )
-        expected = [step(alone, x[[row]])[0] for x in logits]
+        expected = [step(single, x[[row]])[0] for x in logits]
         assert [tokens[row] for tokens in found[:3]] + [t[i] for t in found[3:]] == expected
 
 

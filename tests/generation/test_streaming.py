@@ -67,8 +67,8 @@ def test_only_the_possible_start_of_a_stop_string_is_held_back(
 @given(text=st.text("ab", max_size=20), stop=st.text("ab", min_size=1, max_size=5), data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_the_split_into_pieces_does_not_matter(text: str, stop: str, data: st.DataObject) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    bounds = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *bounds], [*bounds, len(text)], strict=True)]
     shown, _ = feed_all(pieces, [stop])
     assert "".join(shown) == text.partition(stop)[0]
 

@@ -102,9 +102,9 @@ def test_numbers_of_a_result(shakespeare: Model) -> None:
 def test_stop_strings_end_the_text(shakespeare: Model, stop: Any) -> None:
     whole = shakespeare.generate("ROMEO:", max_tokens=60).text
     assert whole is not None
-    cut = min(whole.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in whole)
+    end = min(whole.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in whole)
     result = shakespeare.generate("ROMEO:", max_tokens=60, stop=stop)
-    assert result.text == whole[:cut]
+    assert result.text == whole[:end]
     assert result.finish_reason == "stop"
     streamed = "".join(map(str, shakespeare.stream("ROMEO:", max_tokens=60, stop=stop)))
     assert streamed == result.text
@@ -331,8 +331,8 @@ def test_generic_ops_give_the_same_text(shakespeare: Model) -> None:
 def test_any_namespace_is_a_backend(shakespeare: Model) -> None:
     strict = pytest.importorskip("array_api_strict")
     options: Any = {"max_tokens": 8, "repetition_penalty": 1.2, "min_p": 0.01, "logprobs": True}
-    ours = gptx.generate("O", model="shakespeare", backend=strict, **options, **WARM)
-    assert ours.tokens == shakespeare.generate("O", **options, **WARM).tokens
+    found = gptx.generate("O", model="shakespeare", backend=strict, **options, **WARM)
+    assert found.tokens == shakespeare.generate("O", **options, **WARM).tokens
 
 
 def test_the_number_of_threads_does_not_change_the_tokens(shakespeare: Model) -> None:
