@@ -37,7 +37,8 @@ constexpr int RUNS = BITS ? SLICE / RUN : 0;                // scales of a row i
 
 // Tile of a block: M outputs and N rows. MS x NS warps divide the tile; KS such groups divide the
 // inputs.
-template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_> struct Tile {
+template <int M_, int N_, int MS_, int NS_, int KS_, int STAGES_>
+struct TileShape {
     static constexpr int M = M_, N = N_, MS = MS_, NS = NS_, KS = KS_, STAGES = STAGES_;
     static constexpr int THREADS = MS * NS * KS * WARP;
     static constexpr int TM = M / MS / 16, TN = N / NS / 8;  // mma tiles of a warp
@@ -64,25 +65,26 @@ template <int NUMBER_BITS, int KS> DEVICE int swizzled(int slice, int row, int s
 
 // Copy slices `first` to first + KS - 1 of rows first_row to first_row + ROWS - 1 to [KS, ROWS,
 // SLICE] asynchronously, with zeros past the ends.
-template <int ROWS, int NUMBER_BITS, class S>
+template <int ROWS, int NUMBER_BITS, class Shape>
 DEVICE void copy_slices(
     unsigned char* to, const void* from, int first_row, int n_rows, int first, int n_in
 ) {
     constexpr int VECTORS = SLICE * NUMBER_BITS / 128;  // of 16 bytes in a row of a slice
-    constexpr int ALL = ROWS * S::KS * VECTORS;
+    constexpr int ALL = ROWS * Shape::KS * VECTORS;
     const int row_vectors = n_in * NUMBER_BITS / 128;
 #pragma unroll
-    for (int j = 0; j < (ALL + S::THREADS - 1) / S::THREADS; j++) {
-        const int i = j * S::THREADS + threadIdx.x;
-        if (ALL % S::THREADS && i >= ALL) break;
-        const int row = i / (S::KS * VECTORS), slice = i / VECTORS % S::KS, vector = i % VECTORS;
+    for (int j = 0; j < (ALL + Shape::THREADS - 1) / Shape::THREADS; j++) {
+        const int i = j * Shape::THREADS + threadIdx.x;
+        if (ALL % Shape::THREADS && i >= ALL) break;
+        const int row = i / (Shape::KS * VECTORS), slice = i / VECTORS % Shape::KS;
+        const int vector = i % VECTORS;
         const int at = (first + slice) * VECTORS + vector;
         const bool valid = first_row + row < n_rows && at < row_vectors;
         const long long source = valid ? (first_row + row) * (long long)row_vectors + at : 0;
         const int span = vector / (VECTORS / SPANS), rest = vector % (VECTORS / SPANS);
         unsigned char* target = to + slice * (ROWS * VECTORS * 16);
         copy_async(
-            target + swizzled<NUMBER_BITS, S::KS>(slice, row, span, rest * 16),
+            target + swizzled<NUMBER_BITS, Shape::KS>(slice, row, span, rest * 16),
             (const Bytes16*)from + source, valid
         );
     }
@@ -90,17 +92,17 @@ DEVICE void copy_slices(
 
 #if BITS
 // Copy scales or offsets of the same slices to [KS, RUNS, M] asynchronously.
-template <class S>
+template <class Shape>
 DEVICE void copy_scales(
     unsigned char* to, const float* from, int first_row, int n_rows, int first, int n_in
 ) {
-    constexpr int N = S::KS * RUNS;
+    constexpr int N = Shape::KS * RUNS;
 #pragma unroll
-    for (int i = threadIdx.x; i < S::M * N; i += S::THREADS) {
+    for (int i = threadIdx.x; i < Shape::M * N; i += Shape::THREADS) {
         const int row = i / N, run = i % N, input = first * SLICE + run * RUN;
         const bool valid = first_row + row < n_rows && input < n_in;
         const int at = valid ? (first_row + row) * (n_in / GROUP) + input / GROUP : 0;
-        copy_async_4(to + (run * S::M + row) * 4, from + at, valid);
+        copy_async_4(to + (run * Shape::M + row) * 4, from + at, valid);
     }
 }
 #endif
@@ -128,13 +130,13 @@ DEVICE Terms<X_TERMS> read_terms(const unsigned char* from, int row, int span, i
     return y;
 }
 
-template <class S>
+template <class Shape>
 DEVICE Terms<WEIGHT_TERMS> read_weights(
     const unsigned char* from, int slice, int row, int span, int t
 ) {
 #if BITS
     constexpr int N = 32 / BITS;  // quantized values in a word
-    const unsigned char* at = from + swizzled<BITS, S::KS>(slice, row, span, t * BITS);
+    const unsigned char* at = from + swizzled<BITS, Shape::KS>(slice, row, span, t * BITS);
     const auto words = *(const Vec<unsigned, 8 / N>*)at;
     float y[8 / N][N];
 #pragma unroll
@@ -168,47 +170,48 @@ template <int M, int N> DEVICE void multiply_span(
 }
 
 // Multiply this warp's part of a stage; sum: [TM, TN] tiles of outputs and rows.
-template <class S>
-DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* stage) {
+template <class Shape>
+DEVICE void multiply_stage(float (&sum)[Shape::TM][Shape::TN][4], const unsigned char* stage) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    const int slice = warp / (S::MS * S::NS);
-    const int first_m = warp % S::MS * (S::TM * 16) + g;
-    const int first_n = warp / S::MS % S::NS * (S::TN * 8) + g;
-    const unsigned char* weights = stage + slice * (S::WEIGHT_BYTES / S::KS);
-    const unsigned char* x_slice = stage + S::WEIGHT_BYTES + slice * (S::X_BYTES / S::KS);
+    const int slice = warp / (Shape::MS * Shape::NS);
+    const int first_m = warp % Shape::MS * (Shape::TM * 16) + g;
+    const int first_n = warp / Shape::MS % Shape::NS * (Shape::TN * 8) + g;
+    const unsigned char* weights = stage + slice * (Shape::WEIGHT_BYTES / Shape::KS);
+    const unsigned char* x_slice =
+        stage + Shape::WEIGHT_BYTES + slice * (Shape::X_BYTES / Shape::KS);
     constexpr int SPANS_PER_SUM = BITS ? RUN / SPAN : 1;  // spans with a separate sum
 #pragma unroll
     for (int run = 0; run < SPANS / SPANS_PER_SUM; run++) {
-        Terms<X_TERMS> x[SPANS_PER_SUM][S::TN];
+        Terms<X_TERMS> x[SPANS_PER_SUM][Shape::TN];
 #pragma unroll
         for (int i = 0; i < SPANS_PER_SUM; i++)
 #pragma unroll
-            for (int n = 0; n < S::TN; n++)
+            for (int n = 0; n < Shape::TN; n++)
                 x[i][n] = read_terms(x_slice, first_n + n * 8, run * SPANS_PER_SUM + i, t);
 #if BITS
-        float sum_x[S::TN][4] = {};
+        float sum_x[Shape::TN][4] = {};
         const unsigned one = pack<MMA_TYPE>(1.0f, 1.0f);
         const Terms<1> ones = {{{one, one, one, one}}};
 #pragma unroll
         for (int i = 0; i < SPANS_PER_SUM; i++)
 #pragma unroll
-            for (int n = 0; n < S::TN; n++) multiply_span(sum_x[n], ones, ones, x[i][n]);
-        const float* scales =
-            (const float*)(stage + S::WEIGHT_BYTES + S::X_BYTES) + (slice * RUNS + run) * S::M;
-        const float* offsets = scales + S::SCALE_BYTES / 4;
+            for (int n = 0; n < Shape::TN; n++) multiply_span(sum_x[n], ones, ones, x[i][n]);
+        const float* scales = (const float*)(stage + Shape::WEIGHT_BYTES + Shape::X_BYTES) +
+                              (slice * RUNS + run) * Shape::M;
+        const float* offsets = scales + Shape::SCALE_BYTES / 4;
 #endif
 #pragma unroll
-        for (int m = 0; m < S::TM; m++) {
+        for (int m = 0; m < Shape::TM; m++) {
             const int row = first_m + m * 16;
-            float separate[S::TN][4] = {};
+            float separate[Shape::TN][4] = {};
             auto& product = BITS || IS_FLOAT32 ? separate : sum[m];
 #pragma unroll
             for (int i = 0; i < SPANS_PER_SUM; i++) {
                 const int span = run * SPANS_PER_SUM + i;
-                const auto low = read_weights<S>(weights, slice, row, span, t);
-                const auto high = read_weights<S>(weights, slice, row + 8, span, t);
+                const auto low = read_weights<Shape>(weights, slice, row, span, t);
+                const auto high = read_weights<Shape>(weights, slice, row + 8, span, t);
 #pragma unroll
-                for (int n = 0; n < S::TN; n++) multiply_span(product[n], low, high, x[i][n]);
+                for (int n = 0; n < Shape::TN; n++) multiply_span(product[n], low, high, x[i][n]);
             }
 #if BITS
 #pragma unroll
@@ -216,13 +219,13 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
                 const float scale = scales[row + i / 2 * 8];
                 const float offset = offsets[row + i / 2 * 8] - ZERO * scale;
 #pragma unroll
-                for (int n = 0; n < S::TN; n++)
+                for (int n = 0; n < Shape::TN; n++)
                     sum[m][n][i] += scale * product[n][i] + offset * sum_x[n][i];
             }
 #else
             if constexpr (IS_FLOAT32)
 #pragma unroll
-                for (int n = 0; n < S::TN; n++)
+                for (int n = 0; n < Shape::TN; n++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) sum[m][n][i] += product[n][i];
 #endif
@@ -231,33 +234,33 @@ DEVICE void multiply_stage(float (&sum)[S::TM][S::TN][4], const unsigned char* s
 }
 
 // Epilogue: add the sums of all warps, apply bias, activation and residual -> out.
-template <class S>
+template <class Shape>
 DEVICE void write_output(
-    const float (&sum)[S::TM][S::TN][4], float* sums, int first_output, int first_row,
+    const float (&sum)[Shape::TM][Shape::TN][4], float* sums, int first_output, int first_row,
     const REAL* bias, const float* residual, void* out, int n_rows, int n_out, int activation,
     int float32_out
 ) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    const int first_m = warp % S::MS * (S::TM * 16) + g;
-    const int first_n = warp / S::MS * (S::TN * 8) + 2 * t;  // from N on: of the next split
+    const int first_m = warp % Shape::MS * (Shape::TM * 16) + g;
+    const int first_n = warp / Shape::MS * (Shape::TN * 8) + 2 * t;  // from N on: of the next split
 #pragma unroll
-    for (int m = 0; m < S::TM; m++)
+    for (int m = 0; m < Shape::TM; m++)
 #pragma unroll
-        for (int n = 0; n < S::TN; n++)
+        for (int n = 0; n < Shape::TN; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                sums[(first_n + n * 8 + i % 2) * S::STRIDE + first_m + m * 16 + i / 2 * 8] =
+                sums[(first_n + n * 8 + i % 2) * Shape::STRIDE + first_m + m * 16 + i / 2 * 8] =
                     sum[m][n][i];
     __syncthreads();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < S::M * S::N; i += S::THREADS) {
-        const int m = i % S::M, n = i / S::M, output = first_output + m;
+    for (int i = threadIdx.x; i < Shape::M * Shape::N; i += Shape::THREADS) {
+        const int m = i % Shape::M, n = i / Shape::M, output = first_output + m;
         if (output >= n_out || first_row + n >= n_rows) continue;
         const long long at = (long long)(first_row + n) * n_out + output;
         float y = bias ? to_float(bias[output]) : 0.0f;
 #pragma unroll
-        for (int part = 0; part < S::KS; part++)
-            y += sums[(part * S::N + n) * S::STRIDE + m];
+        for (int part = 0; part < Shape::KS; part++)
+            y += sums[(part * Shape::N + n) * Shape::STRIDE + m];
         y = apply_activation(y, activation);
         if (residual) y += residual[at];
         if (float32_out) ((float*)out)[at] = y;
@@ -265,52 +268,52 @@ DEVICE void write_output(
     }
 }
 
-template <class S>
+template <class Shape>
 DEVICE void multiply(
     const REAL* x, const void* weight, const float* scales, const float* offsets,
     const REAL* bias, const float* residual, void* out, int n_rows, int n_in, int n_out,
     int activation, int float32_out
 ) {
     DYNAMIC_SHARED(shared);
-    const int first_row = blockIdx.x * S::N, first_output = blockIdx.y * S::M;
-    const int n_steps = (n_in + S::KS * SLICE - 1) / (S::KS * SLICE);
+    const int first_row = blockIdx.x * Shape::N, first_output = blockIdx.y * Shape::M;
+    const int n_steps = (n_in + Shape::KS * SLICE - 1) / (Shape::KS * SLICE);
 
-    const auto stage = [&](int step) { return shared + step % S::STAGES * S::STAGE_BYTES; };
+    const auto stage = [&](int step) { return shared + step % Shape::STAGES * Shape::STAGE_BYTES; };
     const auto copy_weights = [&](int step) {
         if (step >= n_steps) return;
-        const int first = step * S::KS;
+        const int first = step * Shape::KS;
         unsigned char* to = stage(step);
-        copy_slices<S::M, WEIGHT_BITS, S>(to, weight, first_output, n_out, first, n_in);
+        copy_slices<Shape::M, WEIGHT_BITS, Shape>(to, weight, first_output, n_out, first, n_in);
 #if BITS
-        to += S::WEIGHT_BYTES + S::X_BYTES;
-        copy_scales<S>(to, scales, first_output, n_out, first, n_in);
-        copy_scales<S>(to + S::SCALE_BYTES, offsets, first_output, n_out, first, n_in);
+        to += Shape::WEIGHT_BYTES + Shape::X_BYTES;
+        copy_scales<Shape>(to, scales, first_output, n_out, first, n_in);
+        copy_scales<Shape>(to + Shape::SCALE_BYTES, offsets, first_output, n_out, first, n_in);
 #endif
     };
     const auto copy_x = [&](int step) {
         if (step < n_steps)
-            copy_slices<S::N, X_BITS, S>(
-                stage(step) + S::WEIGHT_BYTES, x, first_row, n_rows, step * S::KS, n_in
+            copy_slices<Shape::N, X_BITS, Shape>(
+                stage(step) + Shape::WEIGHT_BYTES, x, first_row, n_rows, step * Shape::KS, n_in
             );
         copy_async_commit();  // one group for each step, even if empty
     };
 
-    for (int step = 0; step < S::STAGES - 1; step++) copy_weights(step);
+    for (int step = 0; step < Shape::STAGES - 1; step++) copy_weights(step);
     trigger_dependent_launch();
     grid_dependency_sync();
-    for (int step = 0; step < S::STAGES - 1; step++) copy_x(step);
+    for (int step = 0; step < Shape::STAGES - 1; step++) copy_x(step);
 
-    float sum[S::TM][S::TN][4] = {};
+    float sum[Shape::TM][Shape::TN][4] = {};
     for (int step = 0; step < n_steps; step++) {
-        copy_async_wait<S::STAGES - 2>();
+        copy_async_wait<Shape::STAGES - 2>();
         __syncthreads();  // no thread reads the stage that is overwritten next
-        copy_weights(step + S::STAGES - 1);
-        copy_x(step + S::STAGES - 1);
-        multiply_stage<S>(sum, stage(step));
+        copy_weights(step + Shape::STAGES - 1);
+        copy_x(step + Shape::STAGES - 1);
+        multiply_stage<Shape>(sum, stage(step));
     }
     copy_async_wait<0>();
     __syncthreads();
-    write_output<S>(
+    write_output<Shape>(
         sum, (float*)shared, first_output, first_row, bias, residual, out, n_rows, n_out,
         activation, float32_out
     );
@@ -329,7 +332,7 @@ DEVICE void multiply(
         const REAL* bias, const float* residual, void* out, int n_rows, int n_in, int n_out,      \
         int activation, int float32_out                                                           \
     ) {                                                                                           \
-        gemm::multiply<gemm::Tile<M, N, MS, NS, KS, STAGES>>(                                     \
+        gemm::multiply<gemm::TileShape<M, N, MS, NS, KS, STAGES>>(                                \
             x, weight, scales, offsets, bias, residual, out, n_rows, n_in, n_out, activation,     \
             float32_out                                                                           \
         );                                                                                        \

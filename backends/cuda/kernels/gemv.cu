@@ -141,7 +141,7 @@ template <int R> struct LoadedWeights {
             } else {
                 float product[R][O] = {};
 #pragma unroll
-                for (int part = 0; part < PARTS; part++) {
+                for (int part = 0; part < VECTOR_PARTS; part++) {
                     float w[O][4], x[4];
 #pragma unroll
                     for (int o = 0; o < O; o++) unpack_part(vector[d][o], part, w[o]);
@@ -196,7 +196,7 @@ DEVICE void multiply(
     __shared__ float partial[2][MAX_WARPS][N];
     const int team = blockDim.x, warp = thread() / WARP;
     const int first_row = blockIdx.x * R, n_here = min(R, n_rows - first_row);
-    const int x_bytes = (m.n_vectors + 7) / 8 * 8 * PARTS * R * sizeof(Bytes16);
+    const int x_bytes = (m.n_vectors + 7) / 8 * 8 * VECTOR_PARTS * R * sizeof(Bytes16);
     const Inputs<R> inputs = {(Bytes16*)shared, (Vec<float, R>*)(shared + x_bytes)};
 
     // Thread i of a team writes sum i: of row i / OUTPUTS and output i % OUTPUTS.

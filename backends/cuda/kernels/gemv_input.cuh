@@ -1,15 +1,15 @@
 // Input of gemv.cu: load rows of x to shared memory, with or without layer norm. Each block loads
 // and normalizes all of its rows.
 //
-// A vector of weights is multiplied by PARTS parts of x of 16 bytes. Equal parts for 8 consecutive
-// vectors are adjacent, so reads have no bank conflict. They are rotated by the number of the part,
-// so writes have none either.
+// A vector of weights is multiplied by VECTOR_PARTS parts of x of 16 bytes. Equal parts for 8
+// consecutive vectors are adjacent, so reads have no bank conflict. They are rotated by the number
+// of the part, so writes have none either.
 
 namespace gemv {
 
 constexpr bool USE_MMA = BITS == 0 && sizeof(REAL) == 2;  // else x is converted to float32
 constexpr int NUMBERS = 128 / (BITS ? BITS : 8 * (int)sizeof(REAL));  // weights in a vector
-constexpr int PARTS = NUMBERS / (USE_MMA ? 8 : 4);  // of x for a vector
+constexpr int VECTOR_PARTS = NUMBERS / (USE_MMA ? 8 : 4);  // of x for a vector
 constexpr int MAX_WARPS = 12;
 
 using Float4 = Vec<float, 4>;
@@ -23,12 +23,12 @@ DEVICE unsigned lane() { return thread() % WARP; }
 // elements of a vector of two rows; or, if R is 1, the first 4 elements of the vector in place of
 // one row and the last 4 in place of the other.
 template <int R> struct Inputs {
-    Bytes16* x;               // [vectors / 8, PARTS, R, 8]
+    Bytes16* x;               // [vectors / 8, VECTOR_PARTS, R, 8]
     Vec<float, R>* sums;      // of each vector, [vectors]; if quantized
 
     DEVICE Bytes16& at(int row, int vector, int part) const {
-        const int place = vector % 8 ^ part * (8 / PARTS);
-        return x[((vector / 8 * PARTS + part) * R + row) * 8 + place];
+        const int place = vector % 8 ^ part * (8 / VECTOR_PARTS);
+        return x[((vector / 8 * VECTOR_PARTS + part) * R + row) * 8 + place];
     }
 
     // Store elements 4i to 4i + 3 of a row, if `valid`; consecutive lanes have consecutive i.
@@ -41,14 +41,14 @@ template <int R> struct Inputs {
                 pairs[first + 2] = {from_float<REAL>(y.x[2]), from_float<REAL>(y.x[3])};
             }
         } else if (valid) {
-            *(Float4*)&at(row, i / PARTS, i % PARTS) = y;
+            *(Float4*)&at(row, i / VECTOR_PARTS, i % VECTOR_PARTS) = y;
         }
         if constexpr (BITS > 0) {
             float sum = y.x[0] + y.x[1] + y.x[2] + y.x[3];
 #pragma unroll
-            for (int other = 1; other < PARTS; other *= 2)
+            for (int other = 1; other < VECTOR_PARTS; other *= 2)
                 sum += __shfl_xor_sync(FULL_MASK, sum, other);
-            if (valid && i % PARTS == 0) sums[i / PARTS].x[row] = sum;
+            if (valid && i % VECTOR_PARTS == 0) sums[i / VECTOR_PARTS].x[row] = sum;
         }
     }
 };
