@@ -13,6 +13,7 @@ import pytest
 
 from gptx.bench import plots
 from gptx.bench.grid import Trial
+from gptx.bench.plots import PLOTS
 from gptx.bench.worker import Event
 from gptx.errors import ParameterError
 from tests.bench.test_tables import make_record
@@ -51,10 +52,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw every plot of `many`; a folder."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("drawn")
+    generating = [record for record in many() if record["output"]]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plots, "PNG_DPI", 60)  # faster
-        written = plots.draw(many(), folder)
-    names = [f"{plot.file}.{ending}" for plot in plots.PLOTS for ending in ("png", "svg")]
+        monkeypatch.setattr(plots, "PNG_DPI", 60)  # this and one panel instead of two save time
+        monkeypatch.setattr(plots, "PLOTS", PLOTS[:2])
+        written = plots.draw(generating, folder)
+        monkeypatch.setattr(plots, "PLOTS", PLOTS[2:])
+        written += plots.draw(many(), folder)
+    names = [f"{plot.file}.{ending}" for plot in PLOTS for ending in ("png", "svg")]
     assert [path.name for path in written] == names
     return folder
 
