@@ -139,8 +139,21 @@ class SafetensorsTensor:
 
 
 def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]:
-    """Map the tensors of a model into memory; see `open_weights`."""
-    return {name: tensor.map() for name, tensor in open_weights(paths, config).items()}
+    """Map the tensors of a model into memory; see `open_weights`.
+
+    Raises
+    ------
+    WeightsError
+        The config has a quantization, but no tensor is quantized.
+    """
+    paths = list(paths)
+    found = open_weights(paths, config)
+    if config.quantization and all(tensor.quantization is None for tensor in found.values()):
+        raise WeightsError(
+            f"{_location(paths)}: no tensor is quantized, but the config has "
+            f"{config.quantization}: fetch the model again"
+        )
+    return {name: tensor.map() for name, tensor in found.items()}
 
 
 def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, SafetensorsTensor]:
@@ -184,9 +197,12 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
         if config is not None:
             check_weights(found, config)
     except WeightsError as error:
-        where = paths[0] if len(paths) == 1 else paths[0].parent
-        raise WeightsError(f"{where}: {error}") from None
+        raise WeightsError(f"{_location(paths)}: {error}") from None
     return found
+
+
+def _location(paths: list[Path]) -> Path:
+    return paths[0] if len(paths) == 1 else paths[0].parent
 
 
 def _assembled(
@@ -270,11 +286,9 @@ def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2C
         raise WeightsError(f"{_names(missing)} missing: the weights do not fit the config")
     if unknown := [name for name in found if name not in expected]:
         raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
-    quantized = False
     for name, expected_shape in expected.items():
         shape, dtype, quantization = _described(name, found[name])
         if quantization is not None:
-            quantized = True
             allowed = config.quantization if _may_be_quantized(name) else None
             if quantization != allowed:
                 raise WeightsError(
@@ -287,11 +301,6 @@ def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2C
                 f"tensor {name} has shape {list(shape)}, expected {list(expected_shape)}: "
                 "the weights do not fit the config"
             )
-    if config.quantization and not quantized:
-        raise WeightsError(
-            f"no tensor is quantized, but the config has {config.quantization}: "
-            "fetch the model again"
-        )
 
 
 def _described(

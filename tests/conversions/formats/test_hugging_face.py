@@ -263,12 +263,6 @@ FAULTS: dict[str, tuple[dict[str, Any], int, Callable[[Path], object], str]] = {
         lambda folder: edit_config(folder, n_head=3),
         "n_embd 8 is not a multiple of n_head 3",
     ),
-    "floats with a quantized config": (
-        {},
-        1,
-        lambda folder: edit_config(folder, quantization=INT4),
-        "no tensor is quantized, but the config has int4 in groups of 32",
-    ),
 }
 
 
@@ -293,6 +287,16 @@ def test_load_and_convert_have_the_same_message(fault: str, tmp_path: Path) -> N
     checked = run("convert", "--check", str(folder))
     assert checked.err == f"Error: {message}\n"
     assert checked.code == loaded.value.exit_code
+
+
+def test_convert_reads_floats_whose_config_has_a_quantization(tmp_path: Path) -> None:
+    """`load` refuses them; a conversion repairs the config."""
+    config = replace(CASES["355M"], quantization=Quantization(64, 8))
+    source = write_model(tmp_path / "s", config, random_weights(config))
+    with pytest.raises(WeightsError, match="no tensor is quantized, but the config has int8"):
+        gptx.load(source)
+    convert(source, tmp_path / "out", quantize="int8")
+    assert read(tmp_path / "out")[1].stored["wte.weight"].quantization == Quantization(64, 8)
 
 
 # Damaged files
