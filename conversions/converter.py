@@ -120,7 +120,7 @@ def _target_format(to: str | None, destination: Path, quantize: str | None) -> s
         if row.by_suffix and row.suffix == destination.suffix:
             return name
     raise ParameterError(
-        f"{destination} has a suffix of no format: give --to and one of {', '.join(writers)}"
+        f"{destination} has an unknown suffix: give --to with one of {', '.join(writers)}"
     )
 
 

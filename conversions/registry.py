@@ -139,8 +139,8 @@ def detect(path: Path) -> str:
                 return name
     except PermissionError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from error
-    titles = ", ".join(row.title for row in FORMATS.values() if row.reads)
-    raise WeightsError(f"{path} has none of the supported formats: {titles}")
+    names = ", ".join(name for name, row in FORMATS.items() if row.reads)
+    raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list")
 
 
 def read(

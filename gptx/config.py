@@ -189,7 +189,7 @@ class GPT2Config:
             A value is invalid or not supported.
         """
         if not isinstance(data, dict):
-            raise ConfigError(f"the contents are a {type(data).__name__}, expected a JSON object")
+            raise ConfigError(f"the file holds a {type(data).__name__}, expected a JSON object")
         _check_supported(data)
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}

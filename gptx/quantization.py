@@ -68,8 +68,8 @@ class Quantization:
         if quantize is None:
             if group_size != GROUP_SIZE:
                 raise ParameterError(
-                    f"group_size is {group_size!r}, but nothing is quantized: "
-                    f"give quantize={_alternatives(BITS)}, too"
+                    f"group_size is {group_size!r}, but quantize is missing: "
+                    f"give quantize={_alternatives(BITS)}"
                 )
             return None
         if not isinstance(quantize, str) or quantize not in BITS:
@@ -89,8 +89,8 @@ class Quantization:
             raise ConfigError(f'{name} is {data!r}, expected {{"group_size": ..., "bits": ...}}')
         if "quant_method" in data:
             raise ConfigError(
-                f"{name} is that of {data['quant_method']!r}, gptx reads the one of MLX: "
-                "take the model's float weights, and load them with quantize='int4'"
+                f"{name} is of the method {data['quant_method']!r}, expected MLX's: "
+                "load the model's float weights with quantize='int4'"
             )
         if data.get("mode", "affine") != "affine":
             raise ConfigError(f"{name} has the mode {data['mode']!r}, gptx reads 'affine'")
@@ -183,7 +183,11 @@ def check_group_size(n_in: int, group_size: int, name: str) -> None:
         fit = [size for size in GROUP_SIZES if n_in % size == 0]
         raise ParameterError(
             f"group_size is {group_size}, but {name} has {n_in} inputs: "
-            + (f"give {' or '.join(map(str, fit))}" if fit else "no group size divides that")
+            + (
+                f"give {' or '.join(map(str, fit))}"
+                if fit
+                else f"expected a multiple of {min(GROUP_SIZES)}"
+            )
         )
 
 
@@ -232,7 +236,9 @@ def quantize(
         negative = np.abs(low) > np.abs(high)
         edge = np.where(negative, low, high)
         if not (np.abs(edge) <= MAX_MAGNITUDE).all():  # False for a NaN
-            raise WeightsError(f"{name} holds a NaN, an infinity or a number beyond 1e30")
+            raise WeightsError(
+                f"{name} holds a NaN, an infinity or a number beyond 1e30: fetch it again"
+            )
         scale = np.maximum((high - low) / np.float32(2**bits - 1), MIN_SCALE)
         scale = np.where(negative, scale, -scale)
         steps = np.rint(edge / scale)  # from zero to the edge

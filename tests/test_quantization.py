@@ -94,7 +94,7 @@ GOOD = {"group_size": 64, "bits": 4}
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config has 'load_in_8bit'"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "quantization_config is that of 'bitsandbytes', gptx reads the one of MLX",
+            "quantization_config is of the method 'bitsandbytes', expected MLX's",
         ),
         (
             {"quantization": GOOD, "quantization_config": {**GOOD, "bits": 8}},
@@ -287,7 +287,7 @@ def test_the_result_of_mlx(kind: str, bits: int, group_size: int) -> None:
         (192, 128, "group_size is 128, but the head has 192 inputs: give 32 or 64"),
         (1600, 128, "but the head has 1600 inputs: give 32 or 64"),
         (96, 64, "but the head has 96 inputs: give 32"),
-        (80, 32, "but the head has 80 inputs: no group size divides that"),
+        (80, 32, "but the head has 80 inputs: expected a multiple of 32"),
         (128, 48, "group_size is 48, expected 32, 64 or 128"),
     ],
 )

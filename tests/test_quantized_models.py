@@ -127,7 +127,7 @@ def test_16_bits_are_close(dtype: str) -> None:
         ({"quantize": ["int4"]}, "quantize is ['int4'], expected"),
         ({"quantize": "int4", "group_size": 48}, "group_size is 48, expected 32, 64 or 128"),
         ({"quantize": "int4", "group_size": None}, "group_size is None, expected"),
-        ({"group_size": 32}, "group_size is 32, but nothing is quantized: give quantize='int8'"),
+        ({"group_size": 32}, "group_size is 32, but quantize is missing: give quantize='int8'"),
     ],
 )
 def test_invalid_options_are_errors_before_the_search_for_a_model(
@@ -141,7 +141,7 @@ def test_invalid_options_are_errors_before_the_search_for_a_model(
     ("args", "message"),
     [
         (("--quantize", "int5"), "quantize is 'int5', expected 'int8' or 'int4'"),
-        (("--group-size", "32"), "group_size is 32, but nothing is quantized"),
+        (("--group-size", "32"), "group_size is 32, but quantize is missing"),
         (("--quantize", "int4", "--group-size", "48"), "expected 32, 64 or 128"),
         (
             ("--quantize", "int4", "--group-size", "128"),

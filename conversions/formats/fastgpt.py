@@ -226,7 +226,7 @@ def _tokenizer(
     tokens = _split_strings(file, array("idx"), array("decoder_txt"))
     merges = _split_strings(file, array("vocab_idx"), array("vocab_txt"))
     if (array("byte_decoder") != _byte_letters()).any():
-        raise TokenizerError(f"{file.path} is damaged: its letters of the bytes are not GPT-2's")
+        raise TokenizerError(f"{file.path} is damaged: its byte_decoder is not GPT-2's")
     if not tokens:
         return None
     if len(tokens) > header.n_vocab:

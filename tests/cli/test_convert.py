@@ -55,7 +55,7 @@ def test_quantize(tmp_path: Path) -> None:
         (("shakespeare", "{out}/a/b"), 74, "its folder does not exist"),
         (("shakespeare", "{out}", "--config", "/nowhere.json"), 74, "/nowhere.json"),
         (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 66, "tokenizer"),
-        (("--check", "{empty}"), 65, "none of the supported formats"),
+        (("--check", "{empty}"), 65, "in no supported format"),
         (("shakespeare", "--check", "shakespeare"), 2, "leave out SRC and DST"),
         (("shakespeare", "{out}", "--private"), 2, "add --upload OWNER/NAME"),
     ],
