@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ WITH_FLOAT16 = [name for name in BACKENDS if name != "strict"]  # the standard h
 
 @lru_cache
 def _float16_model(name: str, config: GPT2Config, how: Quantization | None) -> Model:
+    if name == "cupy-cpu":  # the emulator is slow
+        config = replace(config, n_layer=1)
     return make_model(config, make_backend(name, cache_dtype="float16"), how=how)
 
 
@@ -36,15 +39,16 @@ def float16_model(request: pytest.FixtureRequest) -> Any:
     return lambda config, how=None: _float16_model(request.param, config, how)
 
 
-# Heads 8, 4, 8 and 8 wide; 64 wide, as in OpenAI's models; 80 wide, which is no whole panel
-CONFIGS = [CASES[case] for case in ("124M", "355M", "1558M", "tiny")]
-CONFIGS += [GPT2Config(1000, 300, 192, 2, 3), GPT2Config(65, 80, 160, 1, 2)]
+# Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, no whole panel
+CONFIGS = [CASES[case] for case in ("124M", "355M", "tiny")]
+CONFIGS += [GPT2Config(200, 94, 192, 2, 3), GPT2Config(65, 94, 160, 1, 2)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.n_head}x{c.n_embd // c.n_head}")
 def test_the_error_of_logits_is_that_of_float16(config: GPT2Config, float16_model: Any) -> None:
     ids = random_ids(config, 1, min(70, config.n_positions - 24))[0].tolist()
-    error = np.abs(float16_model(config).logits(ids) - float32_logits(config, tuple(ids))).max()
+    model: Model = float16_model(config)
+    error = np.abs(model.logits(ids) - float32_logits(model.config, tuple(ids))).max()
     assert 1e-6 < error < 0.02  # of logits as large as 13
 
 
@@ -76,9 +80,9 @@ def test_the_embedded_model_generates_the_same_text(name: str, shakespeare: Mode
 def test_decoding_step_by_step_agrees_with_the_prompt(float16_model: Any) -> None:
     """Except for rounding to another float16."""
     model: Model = float16_model(CASES["124M"])
-    ids = random_ids(CASES["124M"], 1, 30)[0].tolist()
+    ids = random_ids(CASES["124M"], 1, 18)[0].tolist()
     expected = model.logits(ids)
-    cache = KVCache(model.config, model.backend, 1, 30)
+    cache = KVCache(model.config, model.backend, 1, 18)
     with model.backend.scope():
         for n, id in enumerate(ids):
             step = model.backend.asarray(np.array([[id]]))
@@ -90,8 +94,8 @@ def test_decoding_step_by_step_agrees_with_the_prompt(float16_model: Any) -> Non
 def test_a_ragged_batch_gives_the_tokens_of_single_prompts(float16_model: Any) -> None:
     model: Model = float16_model(CASES["124M"], Quantization(32, 8))
     prompts = [random_ids(CASES["124M"], 1, n, seed=n)[0].tolist() for n in (3, 9, 1)]
-    expected = [model.generate(prompt, max_tokens=10).tokens for prompt in prompts]
-    assert [r.tokens for r in model.generate(prompts, max_tokens=10)] == expected
+    expected = [model.generate(prompt, max_tokens=6).tokens for prompt in prompts]
+    assert [r.tokens for r in model.generate(prompts, max_tokens=6)] == expected
 
 
 def test_the_cache_takes_half_of_the_memory() -> None:
@@ -108,7 +112,7 @@ def test_a_saved_cache_continues_in_another_dtype(tmp_path: Path, float16_model:
     ids = random_ids(CASES["124M"], 1, 12)[0].tolist()
     model.prefill(ids).save(tmp_path / "cache")
     assert (tmp_path / "cache").stat().st_size < 4 * 12 * 4 * 96 + 4000  # 2 bytes a number
-    float32 = make_model(CASES["124M"], get_backend("numpy"))
+    float32 = make_model(model.config, get_backend("numpy"))
     expected = float32.generate([*ids, 7], max_tokens=8).tokens
     for other in (model, float32):
         cache = other.load_cache(tmp_path / "cache")
@@ -138,7 +142,7 @@ def test_a_library_without_float16_is_an_error() -> None:
 
 
 def test_cache_dtype_with_a_backend_object_is_an_error() -> None:
-    with pytest.raises(ParameterError, match="cache_dtype belong"):
+    with pytest.raises(ParameterError, match="cache_dtype were given with an existing backend"):
         gptx.load("shakespeare", backend=get_backend("numpy"), cache_dtype="float16")
 
 

@@ -1,13 +1,34 @@
-"""Quantized tensors as the NumPy backend's kernels encode them."""
+"""Single kernels of the NumPy backend, cached on disk, and tensors as the kernels encode them."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numba
 import numpy as np
 
+from gptx.backends.cpu import kernels
 from gptx.backends.cpu.kernels.group_scales import decode_lanes, encode_words
 from gptx.quantization import QuantizedTensor
+
+_FOLDER = Path(kernels.__file__).parent
+_SOURCES = b"".join(path.read_bytes() for path in sorted(_FOLDER.rglob("*.py")))
+# Numba detects a change of the function's own file only, hence a folder for each checksum.
+_CACHE = _FOLDER / "__pycache__" / f"tests-{zlib.crc32(_SOURCES):08x}"
+
+
+def cached(kernel: Any) -> Any:
+    """Compile a kernel, or a function of a test, separately, and cache it on disk."""
+    options = {"nogil": True, "fastmath": False, "error_model": "python"}
+    if hasattr(kernel, "py_func"):
+        options = {key: kernel.targetoptions.get(key, value) for key, value in options.items()}
+        kernel = kernel.py_func
+    with mock.patch.object(numba.config, "CACHE_DIR", str(_CACHE)):
+        return numba.njit(cache=True, **options)(kernel)
 
 
 def with_encoded_scales(q: QuantizedTensor) -> QuantizedTensor:

@@ -27,7 +27,7 @@ GENERIC = get_backend("numpy", generic=True, threads=1)
 
 CONFIGS = {
     "heads of 8": GPT2Config(97, 80, 32, 2, 4),  # half a vector
-    "heads of 64": GPT2Config(1000, 300, 192, 2, 3),
+    "heads of 64": GPT2Config(500, 80, 192, 2, 3),
     "heads of 80": GPT2Config(65, 80, 160, 1, 2),
     "untied, n_inner": GPT2Config(70, 40, 64, 2, 2, n_inner=96, tie_word_embeddings=False),
     "gelu": GPT2Config(70, 40, 64, 1, 4, activation_function="gelu"),
@@ -105,7 +105,7 @@ def assert_same_results(
 def test_compiled_and_generic_passes_agree(case: str, bits: int | None, unit: str) -> None:
     pair = make_pair(CONFIGS[case], bits, threads=2)
     for name, calls in CALLS.items():
-        for last_only in (False, True):
+        for last_only in (False, True) if len(calls[0][0]) > 1 else (False,):
             message = f"{name}, last_only={last_only}"
             assert_same_results(*pair, calls, last_only, message=message)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from gptx.backends.cpu.kernels import gemv, gemv_vnni
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
 from gptx.backends.cpu.quantized import QuantizedWeight
-from tests.support.kernels import with_encoded_scales, with_float16_scales
+from tests.support.kernels import cached, with_encoded_scales, with_float16_scales
+
+
+@cache
+def _kernels(module: Any) -> tuple[Any, Any, Any]:
+    return cached(module.prepare_row), cached(module.multiply_int8), cached(module.multiply_int4)
 
 
 @pytest.fixture(params=["vectors", "VNNI"])
@@ -25,13 +31,14 @@ def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, QuantizedWe
     if request.param == "VNNI" and not HAS_VNNI:
         pytest.skip("this processor has no AVX-512 VNNI")
     module = gemv if request.param == "vectors" else gemv_vnni
+    prepare_row, multiply_int8, multiply_int4 = _kernels(module)
 
     def multiply(row: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
         n_out, n_in = weight.shape
         x = np.full(2 * n_in, np.nan, np.float32)  # NaN shows a read of what no kernel wrote
         x[:n_in] = row
-        module.prepare_row(x, n_in, weight.group_size, weight.bits)
-        multiply_strip: Any = module.multiply_int8 if weight.bits == 8 else module.multiply_int4
+        prepare_row(x, n_in, weight.group_size, weight.bits)
+        multiply_strip = multiply_int8 if weight.bits == 8 else multiply_int4
         matrix = QuantizedMatrix(
             weight.words.reshape(-1), weight.groups.reshape(-1), weight.offset_bits,
             n_in, weight.group_size, weight.bits,

@@ -10,17 +10,16 @@ import pytest
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
-import numba
-
 from gptx.backends.cpu.kernels import compilation, simd
 from gptx.backends.cpu.kernels.simd import LANES, load, store
+from tests.support.kernels import cached
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 # Zeros of both signs, infinities, the smallest and the largest numbers, NaN.
 EDGES = np.array([0, -0.0, 1, -1, 1e-45, -1e-45, 1e-38, 3e38, -3e38, INF, -INF, NAN], np.float32)
 
 
-@numba.njit
+@cached
 def _unary_operations(x: Any, y: Any) -> None:
     for i in range(0, len(x), LANES):
         store(y, i, simd.exp(load(x, i)))
@@ -76,7 +75,7 @@ def binary() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x, y = (np.ascontiguousarray(a.reshape(-1)) for a in np.meshgrid(EDGES, EDGES))
     assert len(x) % LANES == 0
 
-    @numba.njit
+    @cached
     def operations(x: Any, y: Any, z: Any) -> None:
         for i in range(0, len(x), LANES):
             a, b = load(x, i), load(y, i)
@@ -112,7 +111,7 @@ def test_operators(binary: Any) -> None:
 
 
 def test_reductions(random: np.random.Generator) -> None:
-    @numba.njit
+    @cached
     def reductions(x: Any) -> Any:
         return simd.sum_lanes(load(x, 0)), simd.max_lanes(load(x, 0))
 
@@ -134,7 +133,7 @@ def test_reductions(random: np.random.Generator) -> None:
 def test_vectors_on_the_stack(random: np.random.Generator) -> None:
     """They keep their values, and lane n of `sum_lanes_of_16` is the sum of vector n."""
 
-    @numba.njit
+    @cached
     def call(x: Any, y: Any) -> None:
         vectors = simd.stack_vectors(16)
         for n in range(16):
@@ -149,7 +148,7 @@ def test_vectors_on_the_stack(random: np.random.Generator) -> None:
     np.testing.assert_array_equal(y[LANES:], x[7])
 
 
-@numba.njit
+@cached
 def _copy(x: Any, i: Any, y: Any, j: Any) -> None:
     store(y, j, load(x, i))
 
@@ -165,7 +164,7 @@ def test_load_and_store_are_unaligned_and_change_no_other_element(dtype: type) -
 
 
 def test_broadcast_and_splat() -> None:
-    @numba.njit
+    @cached
     def fill(x: Any, i: Any, y: Any) -> None:
         simd.prefetch_l1(x, i + 10**6)  # past the end
         store(y, 0, simd.broadcast(x, i))
@@ -178,7 +177,7 @@ def test_broadcast_and_splat() -> None:
     np.testing.assert_array_equal(y.reshape(4, LANES), [[z] * LANES for z in (x[4], 2.5, x[4], 3)])
 
 
-@numba.njit
+@cached
 def _unpack(words: Any, y4: Any, y8: Any, nibbles: Any) -> None:
     for n in range(8):
         store(y4, n * LANES, simd.bit_field_as_floats(load(words, 0), n, 4))
@@ -208,7 +207,7 @@ def test_bit_fields(random: np.random.Generator) -> None:
 
 
 def test_ints_become_signed_floats() -> None:
-    @numba.njit
+    @cached
     def convert(x: Any, y: Any) -> None:
         store(y, 0, simd.ints_to_floats(load(x, 0)))
 
@@ -218,7 +217,7 @@ def test_ints_become_signed_floats() -> None:
 
 
 def test_arrays_at_an_address() -> None:
-    @numba.njit
+    @cached
     def read(address: Any, words: Any) -> Any:
         return compilation.float_array(address, 3)[2], compilation.word_array(words, 3)[1]
 

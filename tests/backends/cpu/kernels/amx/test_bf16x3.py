@@ -7,8 +7,6 @@ import pytest
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
 
-from numba import njit
-
 from gptx.backends.cpu.kernels.amx import attention, bf16x3
 from gptx.backends.cpu.kernels.amx.tile_unit import (
     TILE_ROWS,
@@ -17,6 +15,10 @@ from gptx.backends.cpu.kernels.amx.tile_unit import (
     release_tiles,
 )
 from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, AttentionTask, Matrix
+from tests.support.kernels import cached
+
+pack_row, pack_panel = cached(bf16x3.pack_row), cached(bf16x3.pack_panel)
+transpose_square = cached(attention.transpose_square)
 
 needs_amx = pytest.mark.skipif(
     not is_allowed(), reason="this processor has no AMX, or the system does not permit it"
@@ -35,7 +37,7 @@ def pack_rows(rows: np.ndarray) -> np.ndarray:
     count, n_in = rows.shape
     words = np.full(-(-count // TILE_ROWS) * bf16x3.ROWS_WORDS * n_in, 0x7FC00000, np.uint32)
     for n, row in enumerate(rows):
-        bf16x3.pack_row(row, n_in, words, n)
+        pack_row(row, n_in, words, n)
     return words
 
 
@@ -51,14 +53,14 @@ def test_the_parts_of_a_row_add_up_to_it(magnitude: float, random: np.random.Gen
 def test_the_parts_of_a_panel_add_up_to_it(random: np.random.Generator) -> None:
     w = random.standard_normal((64, 100)).astype(np.float32)
     words = np.zeros(64 * bf16x3.PANEL_WORDS, np.uint32)
-    bf16x3.pack_panel(w.reshape(-1), 7, 100, 64, words, 0)
+    pack_panel(w.reshape(-1), 7, 100, 64, words, 0)
     tiles = words.reshape(2, bf16x3.N_PARTS, 4, 16, 16).transpose(0, 1, 2, 4, 3)
     found = unpack(tiles).sum(axis=1)  # [2, 4, 16 columns, 32]
     found = found.transpose(0, 3, 1, 2).reshape(64, 64)
     np.testing.assert_array_equal(found.astype(np.float32), w[:, 7 : 7 + PANEL_OUTPUTS])
 
 
-@njit
+@cached
 def product(x: np.ndarray, w: np.ndarray, depth: int, y: np.ndarray, overwrite: bool) -> None:
     workspace = np.zeros(16, np.float32)
     configure_tiles(workspace)
@@ -69,7 +71,7 @@ def product(x: np.ndarray, w: np.ndarray, depth: int, y: np.ndarray, overwrite: 
 def multiply(rows: np.ndarray, w: np.ndarray, y: np.ndarray, overwrite: bool) -> None:
     depth = len(w)
     words = np.zeros(depth * bf16x3.PANEL_WORDS, np.uint32)
-    bf16x3.pack_panel(w.reshape(-1), 0, PANEL_OUTPUTS, depth, words, 0)
+    pack_panel(w.reshape(-1), 0, PANEL_OUTPUTS, depth, words, 0)
     product(pack_rows(rows), words, depth, y.reshape(-1), overwrite)
 
 
@@ -105,11 +107,11 @@ def test_a_non_finite_number_affects_its_row_or_column(bad: float) -> None:
 def test_transpose_square(random: np.random.Generator) -> None:
     x = random.standard_normal((PANEL_OUTPUTS, PANEL_OUTPUTS)).astype(np.float32)
     found = x.copy()
-    attention.transpose_square(found.reshape(-1))
+    transpose_square(found.reshape(-1))
     np.testing.assert_array_equal(found, x.T)
 
 
-@njit
+@cached
 def attend(task: AttentionTask) -> None:
     """Compute the second of two heads; the cache has only its keys and values."""
     count = len(task.positions)

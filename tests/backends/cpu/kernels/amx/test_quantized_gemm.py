@@ -21,7 +21,9 @@ from gptx.backends.cpu.kernels.arguments import (
 )
 from gptx.backends.cpu.kernels.fixed_point import N_DIGITS
 from gptx.backends.cpu.quantized import QuantizedWeight
-from tests.support.kernels import with_encoded_scales
+from tests.support.kernels import cached, with_encoded_scales
+
+pack_row = cached(quantized_gemm.pack_row)
 
 # Greatest error, of a row's largest magnitude (about 2**23 units): half a unit by rounding to
 # integers, and half a unit each by the factor, by its inverse and by the product with that.
@@ -44,7 +46,7 @@ class PackedRows:
         self.x = np.full(size + self.padded * (1 + n_in // self.group_size), np.nan, np.float32)
         self.x[:size].view(np.int8)[:] = -1
         for n, row in enumerate(self.rows):
-            quantized_gemm.pack_row(row, n_in, self.group_size, self.bits, self.x, n, self.padded)
+            pack_row(row, n_in, self.group_size, self.bits, self.x, n, self.padded)
         self.bytes, rest = self.x[:size].view(np.int8), self.x[size:]
         self.factors, self.sums = rest[: self.padded], rest[self.padded :]
 
