@@ -139,5 +139,5 @@ def test_greedy_text_equals_that_of_transformers(shakespeare: Model, greedy: Any
 )
 def test_greedy_text_is_the_same_on_every_backend(name: str, n: int, greedy: Any) -> None:
     model = gptx.load("shakespeare", backend=make_backend(name))
-    results = model.generate([g["ids"] for g in greedy[:4]], max_tokens=n, ignore_eos=True)
-    assert [r.tokens for r in results] == [g["tokens"][:n] for g in greedy[:4]]
+    results = model.generate([g["ids"] for g in greedy[:2]], max_tokens=n, ignore_eos=True)
+    assert [r.tokens for r in results] == [g["tokens"][:n] for g in greedy[:2]]

@@ -61,9 +61,11 @@ def arguments(
 
 
 @pytest.mark.parametrize(("bits", "group_size"), KINDS)
+@pytest.mark.parametrize("name", ["numpy", "numpy-generic", "mlx", "cupy", "cupy-cpu", "strict"])
 def test_ops_agree_with_float64(
-    bits: int, group_size: int, backend: Backend, random: np.random.Generator
+    name: str, bits: int, group_size: int, random: np.random.Generator
 ) -> None:
+    backend = make_backend(name)
     for n_out, n_groups, rows in SIZES:
         q = matrix(random, n_out, n_groups * group_size, bits, group_size)
         given = arguments(random, q, rows)
