@@ -68,12 +68,12 @@ def test_a_processor_without_float16_runs_op_by_op(monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(model.logits([1, 2]), expected, atol=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_FLOAT16 if name != "cupy-cpu"])  # slow
+@pytest.mark.parametrize("name", ["numpy", "numpy-ops", "mlx", "cupy"])
 def test_the_embedded_model_generates_the_same_text(name: str, shakespeare: Model) -> None:
     model = gptx.load("shakespeare", backend=make_backend(name, cache_dtype="float16"))
     ids = shakespeare.encode("ROMEO: It is the east, and Juliet is the sun")
     np.testing.assert_allclose(model.logits(ids), shakespeare.logits(ids), atol=0.01)
-    found, expected = (m.generate(ids, max_tokens=25).tokens for m in (model, shakespeare))
+    found, expected = (m.generate(ids, max_tokens=20).tokens for m in (model, shakespeare))
     assert found == expected
 
 
