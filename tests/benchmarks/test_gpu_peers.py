@@ -15,6 +15,7 @@ from tests.support.random_models import CASES
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within PyTorch
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames a parameter
 @pytest.mark.parametrize("name", [*PLAIN, *TRANSFORMERS])
 def test_peers_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
