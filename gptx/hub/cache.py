@@ -45,7 +45,7 @@ class RepositoryCache:
         return Path(found) if isinstance(found, str) else None
 
     def lacks(self, filename: str, revision: str) -> bool:
-        """Check whether the cache has a mark that the commit lacks a file."""
+        """Test for the cache's mark that the commit lacks a file."""
         found = self._load(filename, revision)
         return found is not None and not isinstance(found, str)
 
@@ -95,7 +95,7 @@ class RepositoryCache:
 
 
 def _link_or_copy(source: Path, link: Path) -> None:
-    if not getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):  # an old version lacks it
+    if not getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):  # older versions lack it
         with suppress(OSError):  # Windows refuses without developer mode
             link.symlink_to(os.path.relpath(source, link.parent))
             return

@@ -26,7 +26,7 @@ MAX_WAIT_SECONDS = 8
 def download(
     url: str, path: Path, *, size: int | None = None, label: str = "", token: str | None = None
 ) -> None:
-    """Complete a partial file, and flush it to the disk.
+    """Download the rest of a file, and flush the file to the disk.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ def download(
     path
         Partial file, or a file that does not exist. After an error it keeps the bytes that arrived.
     size
-        Expected size in bytes, None if unknown. It saves a request if the file is complete; the
-        caller compares.
+        Expected size in bytes, None if unknown. A file of this size needs no request. The caller
+        compares the final size.
     label
         Name in the progress bar, which appears only on a terminal.
     token
@@ -63,7 +63,7 @@ def download(
                     raise
             time.sleep(min(2 ** (failures - 1), MAX_WAIT_SECONDS))
         file.flush()
-        os.fsync(file.fileno())  # after a crash, a published name must not lead to less
+        os.fsync(file.fileno())  # else a crash could truncate a file that is published later
 
 
 def _append(url: str, file: BinaryIO, size: int | None, label: str, token: str | None) -> None:
@@ -104,7 +104,7 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[byte
 
 
 def _is_transient(error: Exception) -> bool:
-    """Check that another attempt can succeed."""
+    """Test for an error after which another attempt can succeed."""
     status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500

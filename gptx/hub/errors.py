@@ -39,7 +39,7 @@ def translated(repository: str, revision: str, filename: str) -> Iterator[None]:
     except GptxError:
         raise
     except Exception as error:
-        raise _translate(error, repository, f"{filename} of {repository}@{revision}") from error
+        raise _translate(error, repository, revision, filename) from error
 
 
 def no_such_file(subject: str) -> NoSuchFileError:
@@ -58,8 +58,9 @@ def wrong_content(subject: str) -> IntegrityError:
     )
 
 
-def _translate(error: Exception, repository: str, subject: str) -> GptxError:
+def _translate(error: Exception, repository: str, revision: str, filename: str) -> GptxError:
     hub = constants.ENDPOINT
+    subject = f"{filename} of {repository}@{revision}"
     response = getattr(error, "response", None)
     status = status_of(error)
     has_token = response is not None and "authorization" in response.request.headers
@@ -67,8 +68,8 @@ def _translate(error: Exception, repository: str, subject: str) -> GptxError:
 
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFoundError(
-            f"{subject} does not exist on {hub}: the repository lacks this revision, expected a "
-            "branch, a tag or a commit hash"
+            f"revision {revision} does not exist in {repository} on {hub}: give a branch, a tag or "
+            "a commit hash"
         )
     if isinstance(error, errors.RepositoryNotFoundError) and not gated:
         # Without a valid token, the Hub gives the same answer for a private and a missing one.
@@ -102,7 +103,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def is_connection_fault(error: Exception) -> bool:
-    """Check that the connection failed, without an HTTP status."""
+    """Test for a failed connection, without an HTTP status."""
     if status_of(error) is not None:
         return False
     origins = [kind.__module__ for kind in type(error).__mro__]
@@ -112,7 +113,7 @@ def is_connection_fault(error: Exception) -> bool:
 
 
 def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
-    """Check that the disk failed."""
+    """Test for an error of the disk."""
     return (
         isinstance(error, OSError)
         and error.errno is not None
@@ -122,7 +123,7 @@ def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
 
 
 def reason(error: Exception) -> str:
-    """Describe a connection error briefly, without the token."""
+    """Describe a connection error in at most 250 characters, without the token."""
     if (status := status_of(error)) is not None:
         return f"HTTP status {status}"
     text = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""One repository of the Hub at one commit: find files in the cache, download those it lacks.
+"""One repository of the Hub at one commit: find files in the cache, download missing ones.
 
 A file gets its published name only after its content had the promised hash. `hf_hub_download` does
-not hash, and deletes interrupted downloads; the download itself is therefore `download.py`.
+not hash, and deletes interrupted downloads; `download.py` replaces it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FileMetadata(NamedTuple):
 
 
 class Repository:
-    """A repository at one commit.
+    """A repository at one commit, which the constructor requests from the Hub.
 
     Parameters
     ----------
@@ -72,6 +72,11 @@ class Repository:
     ----------
     revision
         Commit hash that every file is taken from.
+
+    Raises
+    ------
+    GptxError
+        See `gptx.hub.resolve.locate`, for each method too.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class Repository:
         self.revision = self._resolve()
 
     def find(self, filename: str) -> Path | None:
-        """Return the path of a file, None if the repository lacks it."""
+        """Return the path of an optional file, None if the repository lacks it."""
         try:
             return self.need(filename)
         except NoSuchFileError:
@@ -97,7 +102,7 @@ class Repository:
         except HubUnavailableError as error:
             if self._hub_answered:
                 raise
-            self._hub_error = error  # the cached files must do
+            self._hub_error = error  # continue with the files in the cache
             return None
 
     def need(self, filename: str) -> Path:
@@ -206,7 +211,7 @@ class Repository:
         return self._metadata[filename]
 
     def _path_component(self, value: str | None, filename: str) -> str:
-        """Check an answer of the Hub that becomes part of a path."""
+        """Return an answer of the Hub that becomes part of a path; refuse an unsafe one."""
         if value is None or not _PATH_COMPONENT.fullmatch(value):
             raise HubUnavailableError(
                 f"{constants.ENDPOINT} sent no valid commit and ETag for "
@@ -232,7 +237,7 @@ class Repository:
         return path
 
     def _fill(self, partial: Path, filename: str, metadata: FileMetadata) -> None:
-        """Complete a partial download; start again if its content does not fit."""
+        """Complete a partial download; start again if its hash is wrong."""
         resumed = partial.exists()
         try:
             self._receive(partial, filename, metadata)
@@ -281,7 +286,7 @@ class Repository:
 
 
 def is_repository_name(name: str) -> bool:
-    """Check that a name follows the Hub's rules for repositories."""
+    """Test for a name that follows the Hub's rules for repositories."""
     try:
         validate_repo_id(name)
     except errors.HFValidationError:

@@ -1,6 +1,6 @@
 """Resolve the name of a model to files: embedded models, folders, the Hugging Face Hub.
 
-`locate` opens no tensor. It imports huggingface_hub only for a name that leads to the Hub.
+`locate` reads no tensor. It imports huggingface_hub only for a name that leads to the Hub.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def locate(
     Returns
     -------
     ModelFiles
-        Paths. Each file that this call downloaded has the hash that the Hub promised.
+        Paths of the files. Each file that this call downloaded has the hash that the Hub promised.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Partial downloads: one writer at a time, and resumable by a later process."""
+"""Partial downloads: one process at a time writes, and a later one resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_LOCKS_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def staging(path: Path, lock_file: Path) -> Iterator[Path]:
     path
         Published path of a file or a folder.
     lock_file
-        Locked meanwhile. huggingface_hub locks the same files in the same way.
+        File to lock meanwhile. huggingface_hub locks the same files in the same way.
 
     Yields
     ------
@@ -71,7 +71,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Check that no other process has deleted the lock file while this one waited."""
+    """Test that no other process has deleted the lock file while this one waited."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False
@@ -96,7 +96,7 @@ else:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in _LOCKS_NOT_SUPPORTED:
                 raise
             return False
         return True

@@ -152,7 +152,9 @@ class TestRefusals:
             "repository does not exist",
             "token",
         )
-        check(revision, NotFoundError, "org/model", "v9", "revision")
+        check(
+            revision, NotFoundError, "revision v9 does not exist in org/model on", "give a branch"
+        )
         check(file, NotFoundError, "org/empty", "main", "config.json")
         check(pickles, NotFoundError, "pytorch_model.bin", "gptx convert")
         check(bare, NotFoundError, "org/bare", "gptx convert")

@@ -85,7 +85,7 @@ def test_process_killed_at_each_chunk(server: HubServer, client: Client, size: i
 
 
 class TestLocks:
-    def test_threads_take_turns(self, tmp_path: Path) -> None:
+    def test_threads_hold_the_lock_one_at_a_time(self, tmp_path: Path) -> None:
         inside: list[int] = []
         overlaps: list[int] = []
 

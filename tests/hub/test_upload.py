@@ -24,7 +24,7 @@ from gptx.hub.upload import upload
 from tests.support.hub import hub_settings
 from tests.support.hub_upload_server import TOKEN, UploadServer
 
-# huggingface_hub 2.4 calls its HTTP library so.
+# huggingface_hub 2.4 passes a deprecated argument to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 FILES = {
