@@ -297,10 +297,6 @@ def _format_step(p50: float | None, p99: float | None) -> str:
     return tables.NOTHING if p50 is None else f"{duration(p50)} ({duration(p99)})"
 
 
-def _step(p50: float | None, p99: float | None) -> str:
-    return tables.NOTHING if p50 is None else f"{duration(p50)} ({duration(p99)})"
-
-
 COLUMNS = (
     tables.MODEL,
     Column("size", lambda r: tables.megabytes(r["size"])),

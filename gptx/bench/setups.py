@@ -13,6 +13,7 @@ from gptx.backends import get_backend
 from gptx.bench import worker
 from gptx.bench.machine import count_cores
 from gptx.bench.sources import Source, open_sources, write_source
+from gptx.bench.tables import count
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError
 from gptx.generation.api import load
@@ -76,7 +77,7 @@ class Setup:
     def __str__(self) -> str:
         parts = [self.model, self.backend, "generic" if self.generic else "", self.dtype]
         if self.threads:
-            parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}")
+            parts.append(count(self.threads, "thread"))
         if self.batch > 1:
             parts.append(f"batch {self.batch}")
         return " ".join(part for part in parts if part)

@@ -60,7 +60,7 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
     help="Model names, folders, Hub ids, or random:124M (random weights of that size).  "
     "[default: shakespeare]",
 )
-@_list("-b", "--backend", "backends", help="Backends.  [default: numpy]")
+@_list("-b", "--backend", "backends", help="Array libraries: numpy, cupy, mlx.  [default: numpy]")
 @_list(
     "--dtype",
     "dtypes",
@@ -89,20 +89,32 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
 @click.option(
     "-r",
     "--repetitions",
+    metavar="N",
     type=click.IntRange(min=1),
     help="Measured runs of each test, after a warm-up.  [default: 5]",
 )
 @click.option("--generic", is_flag=True, default=None, help="Run without the backend's own ops.")
-@click.option("--preset", type=click.Choice(PRESETS), help="Another table instead of the grid.")
-@click.option("--budget", type=float, help="Seconds for a call; for --preset budget.  [default: 1]")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    type=click.Choice(PRESETS),
+    help=f"Another table instead of the grid: {', '.join(PRESETS[:-1])} or {PRESETS[-1]}.",
+)
+@click.option(
+    "--budget",
+    metavar="SECONDS",
+    type=float,
+    help="Time of a call, for --preset budget.  [default: 1]",
+)
 @click.option(
     "-o",
     "--output",
     "output_format",
+    metavar="FORMAT",
     type=click.Choice(FORMATS),
     default="md",
     show_default=True,
-    help="Format of the output.",
+    help=f"Format of the output: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
 )
 @click.option("--plot", metavar="DIR", help="Also draw plots: PNG and SVG files in this folder.")
 @offline_option
@@ -111,17 +123,22 @@ def bench(
 ) -> None:
     """Measure the speed of models: reading a prompt (pp) and generating (tg).
 
-    Options that take a list take values separated by commas; all combinations make a grid. Each
-    setup runs in a fresh process.
+    A LIST has values separated by commas; all combinations make a grid. Each setup runs in a
+    fresh process.
 
     \b
-    gptx bench -m random:124M -t 1,2 --dtype float32,int8,int4 -d 0,900
-    gptx bench -b numpy,mlx -p 19 -n 20 -o json
-    gptx bench -b cupy --dtype bfloat16,int4/bfloat16 --batch 1,128
-    gptx bench --preset ablation        gain of each result that a step reuses
-    gptx bench --preset threads         1, 2, 4 ... threads
-    gptx bench --preset budget          tokens that fit a second, per setup
-    gptx bench --preset total           a whole process, import and load included
+    Presets:
+      ablation  gain of each result that a step reuses, such as keys and values
+      threads   the grid over 1, 2, 4 ... threads, up to the number of cores
+      budget    tokens that fit --budget seconds, with and without a cache
+      total     time of a whole process: import, load, first token, other tokens
+
+    \b
+    Examples:
+      gptx bench -m random:124M -t 1,2 --dtype float32,int8,int4 -d 0,900
+      gptx bench -b numpy,mlx -p 19 -n 20 -o json
+      gptx bench -b cupy --dtype bfloat16,int4/bfloat16 --batch 1,128
+      gptx bench -m gpt2 --preset threads --plot plots
     """
     # Imported here: `gptx bench --help` starts faster without.
     from gptx.bench.plots import draw, prepare_folder

@@ -25,11 +25,9 @@ from gptx.bench.reuse import (
     generate_greedy,
 )
 from gptx.bench.setups import Settings
-from gptx.errors import ParameterError
 from gptx.generation.text_model import Model
 from gptx.model import Transformer
 from tests.support.bench import records, run_in_process
-from tests.support.cli import raises_error
 from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
 
@@ -170,19 +168,3 @@ def test_the_preset(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
         assert len(record["samples"]) == 2
         assert (record["prompt"], record["output"], record["generic"]) == (3, 4, True)
         assert record["same_tokens"] is True or "table" in record["rung"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompts": (60,)}, "60 + 20 tokens needs 79 tokens of context"),
-        ({"prompts": (0,)}, "-p is 0, this preset expects one number of at least 1"),
-        ({"prompts": (1, 2)}, "-p is 1,2"),
-        ({"outputs": (0,)}, "-n is 0"),
-    ],
-)
-def test_invalid_settings(
-    settings: dict[str, Any], message: str, folder: Callable[..., Path]
-) -> None:
-    with raises_error(ParameterError, message):
-        list(ablation.run(Settings(models=(str(folder()),), **settings)))

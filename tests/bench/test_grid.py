@@ -18,14 +18,12 @@ from gptx.bench.setups import GREEDY, Settings
 from gptx.bench.sources import Source
 from gptx.config import GPT2Config
 from gptx.conversions import convert
-from gptx.errors import ParameterError
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from tests.emulator import cupy_stand_in as cupy_on_cpu
 from tests.support.backends import make_backend
 from tests.support.bench import records, run_in_process
-from tests.support.cli import raises_error
 from tests.support.models import make_model
 from tests.support.random_models import CASES
 
@@ -204,19 +202,6 @@ def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trial", "name"),
-    [
-        (Trial(512, 0), "pp512"),
-        (Trial(0, 128), "tg128"),
-        (Trial(16, 0, 100), "pp16 @ d100"),
-        (Trial(0, 128, 1000), "tg128 @ d1000"),
-    ],
-)
-def test_names_of_trials_are_those_of_llama_bench(trial: Trial, name: str) -> None:
-    assert str(trial) == name
-
-
-@pytest.mark.parametrize(
     ("settings", "source", "names"),
     [
         ({}, LARGE, ["pp512", "tg128"]),
@@ -232,21 +217,6 @@ def test_names_of_trials_are_those_of_llama_bench(trial: Trial, name: str) -> No
 )
 def test_trials(settings: dict[str, Any], source: Source, names: list[str]) -> None:
     assert [str(trial) for trial in plan_trials(Settings(**settings), source)] == names
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompts": (65,)}, "pp65 needs 65 tokens of context, small has 64"),
-        ({"outputs": (64,)}, "tg64 needs 65 tokens of context, small has 64"),
-        ({"outputs": (10,), "depths": (0, 60)}, "tg10 @ d60 needs 71 tokens"),
-        ({"depths": (64,)}, "a depth of 64 needs 65 tokens of context"),
-        ({"prompts": (0,), "outputs": (0,)}, "nothing to measure"),
-    ],
-)
-def test_invalid_trials(settings: dict[str, Any], message: str) -> None:
-    with raises_error(ParameterError, message):
-        plan_trials(Settings(**settings), SMALL)
 
 
 def test_the_grid_is_complete(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:

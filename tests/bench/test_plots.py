@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import struct
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,9 +13,7 @@ from gptx.bench import plots
 from gptx.bench.grid import Trial
 from gptx.bench.plots import PLOTS
 from gptx.bench.worker import Event
-from gptx.errors import ParameterError
 from tests.bench.test_tables import make_record
-from tests.support.cli import raises_error
 
 
 def many(threads: tuple[int, ...] = (1, 2, 4), depths: tuple[int, ...] = (0, 512)) -> list[Event]:
@@ -105,17 +101,3 @@ def test_labels_of_ticks_do_not_overlap() -> None:
     assert plots._thin_out([1]) == [1]
     assert plots._thin_out([1, 2, 4, 8]) == [8, 4, 2, 1]
     assert plots._thin_out([1, 2, 4, 8, 16, 32, 64, 96, 128]) == [128, 96, 64, 32, 16, 8]
-
-
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **options: Any) -> Any:
-        if name == "matplotlib":
-            raise ModuleNotFoundError("No module named 'matplotlib'")
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with raises_error(ParameterError, "--plot needs matplotlib", "pip install 'gptx[plot]'"):
-        plots.prepare_folder(str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from gptx import bench
 from gptx.backends import get_backend
 from gptx.bench import budget, presets, total
 from gptx.bench.setups import Settings
-from gptx.errors import DeviceOutOfMemory, GptxError, ParameterError, WeightsError
+from gptx.errors import DeviceOutOfMemory, GptxError, WeightsError
 from tests.support.bench import records, run_in_process
 from tests.support.cli import raises_error
 from tests.support.models import make_model
@@ -120,23 +119,6 @@ def test_the_preset_budget(monkeypatch: pytest.MonkeyPatch, folder: Callable[...
         assert record["outputs"] == {"60": 5, "64": 1}
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"budget": 0.0}, "budget is 0.0, expected seconds, more than 0"),
-        ({"budget": float("nan")}, "budget is nan"),
-        ({"budget": float("inf")}, "budget is inf"),
-        ({"prompts": (0,)}, "-p has 0"),
-        ({"prompts": (19, 65)}, "an input of 65 tokens needs 65 tokens of context"),
-    ],
-)
-def test_invalid_budgets(
-    settings: dict[str, Any], message: str, folder: Callable[..., Path]
-) -> None:
-    with raises_error(ParameterError, message):
-        list(budget.run(Settings(models=(str(folder()),), **settings)))
-
-
 def test_the_preset_total(folder: Callable[..., Path]) -> None:
     settings = Settings(
         models=(str(folder()),), threads=(1,), prompts=(3,), outputs=(2,), repetitions=1,
@@ -196,4 +178,3 @@ def test_the_registry_is_complete() -> None:
     known = {field.name for field in fields(Settings)} | {"plot"}
     for preset in (presets.GRID, *presets.TABLE.values()):
         assert preset.takes <= known
-    json.dumps(bench.FORMATS)

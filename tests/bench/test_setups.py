@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +16,11 @@ from gptx.bench.machine import count_cores
 from gptx.bench.setups import Settings, Setup, plan_setups
 from gptx.bench.sources import Source, open_sources, random_ids, write_source
 from gptx.config import GPT2Config
-from gptx.errors import BackendError, NotFoundError, ParameterError, StorageError
+from gptx.errors import BackendError, NotFoundError, StorageError
 from gptx.random_weights import random_weights
 from tests.support.cli import raises_error
 
 SMALL = Source("small", Path("small"), GPT2Config(n_positions=64))
-LARGE = Source("large", Path("large"), GPT2Config())
-
-
-def test_setups_are_every_combination() -> None:
-    settings = Settings(
-        dtypes=("float32", "float64", "int8", "int4"), threads=(1, 2), batches=(1, 8)
-    )
-    found = plan_setups(settings, [SMALL, LARGE])
-    expected = product(("small", "large"), settings.dtypes, (1, 2), (1, 8))
-    assert [(s.model, s.dtype, s.threads, s.batch) for s in found] == list(expected)
 
 
 def test_threads_are_one_for_each_core() -> None:
@@ -50,25 +38,6 @@ def test_a_backend_without_threads_runs_once() -> None:
     ]
     with raises_error(BackendError, "threads is 2, but the mlx backend has no setting for threads"):
         plan_setups(Settings(backends=("mlx",), threads=(2,)), [SMALL])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"backends": ("jax",)}, "backend is 'jax'"),
-        ({"dtypes": ("float32", "float8")}, "dtype is 'float8'"),
-        ({"dtypes": ("float16",)}, "dtype is 'float16', the numpy backend computes in float32"),
-        ({"dtypes": ("int8/float16",)}, "dtype is 'float16', the numpy backend computes in"),
-    ],
-)
-def test_invalid_setups(settings: dict[str, Any], message: str) -> None:
-    with raises_error(BackendError, message):
-        plan_setups(Settings(**settings), [SMALL])
-
-
-def test_only_quantized_weights_have_another_type() -> None:
-    with raises_error(ParameterError, "dtype is 'float32/float64': before the slash, expected"):
-        plan_setups(Settings(dtypes=("float32/float64",)), [SMALL])
 
 
 @pytest.mark.parametrize(
@@ -112,19 +81,6 @@ def test_random_weights_need_disk_space(monkeypatch: pytest.MonkeyPatch) -> None
         raises_error(StorageError, "0.0 GB left, the weights of random:124M take 0.5 GB", "TMPDIR"),
     ):
         write_source(found["random:124M"])
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("random:9M", ParameterError, "expected one of random:124M, random:355M"),
-        ("random:", ParameterError, "model is 'random:'"),
-        ("./no-such-folder", NotFoundError, "does not exist"),
-    ],
-)
-def test_missing_models(name: str, kind: Any, message: str) -> None:
-    with raises_error(kind, message), open_sources([name]):
-        pass
 
 
 def test_temporary_files_are_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

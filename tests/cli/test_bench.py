@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,9 @@ import pytest
 
 from gptx.bench import PRESETS, grid, plots, total, worker
 from gptx.bench.worker import Events
+from tests.cli.test_exit_codes import DISK_FULL, closed_pipe, full_disk, needs_dev_full
 from tests.support.bench import BOTH, READ, parse, parse_table, run_in_process
-from tests.support.cli import error_lines, posix, run, start
+from tests.support.cli import error_lines, posix, run, run_into, start
 
 
 @pytest.fixture
@@ -61,12 +61,6 @@ def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:
     assert batches == [[2, 1], [2, 1]]
 
 
-def test_the_other_commands_start_without_it() -> None:
-    code = "import sys, gptx.cli; print([m for m in sys.modules if m.startswith('gptx.bench.')])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -78,6 +72,7 @@ def test_the_other_commands_start_without_it() -> None:
         (("-n", "1.5"), 2, "'1.5' is not a list"),
         (("-n", "256"), 2, "tg256 needs 257 tokens of context"),
         (("-p", "0", "-n", "0"), 2, "nothing to measure"),
+        (("-n", "10", "-d", "0,250"), 2, "tg10 @ d250 needs 261 tokens"),
         (("-d", "256"), 2, "a depth of 256 needs 257 tokens"),
         (("-d", "x"), 2, "'x' is not a list"),
         (("-t", "0"), 2, "'0' is not a list of whole numbers of at least 1"),
@@ -88,20 +83,28 @@ def test_the_other_commands_start_without_it() -> None:
         (("-b", "numpy,"), 2, "'numpy,' has an empty name"),
         (("--dtype", "int7"), 2, "dtype is 'int7'"),
         (("--dtype", "float32,float16"), 2, "dtype is 'float16', the numpy backend computes in"),
+        (("--dtype", "int8/float16"), 2, "dtype is 'float16', the numpy backend computes in"),
+        (("--dtype", "float32/float64"), 2, "dtype is 'float32/float64': before the slash"),
         (("-m", "./no-such-folder"), 66, "does not exist"),
         (("-m", ""), 2, "'' has an empty name"),
         (("-m", "random:9M"), 2, "model is 'random:9M', expected one of random:124M"),
+        (("-m", "random:"), 2, "model is 'random:'"),
         (("-o", "xml"), 2, "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
         (("--preset", "speed"), 2, "'speed' is not one of 'ablation', 'threads'"),
         (("--budget", "1"), 2, "--budget does not apply to the grid: leave it out"),
         (("--preset", "ablation", "-b", "mlx"), 2, "--backend does not apply to --preset ablation"),
         (("--preset", "ablation", "--batch", "2"), 2, "--batch does not apply"),
         (("--preset", "ablation", "-p", "1,2"), 2, "-p is 1,2, this preset expects one number"),
+        (("--preset", "ablation", "-p", "0"), 2, "this preset expects one number of at least 1"),
+        (("--preset", "ablation", "-p", "250"), 2, "250 + 20 tokens needs 269 tokens of context"),
         (("--preset", "threads", "-t", "1"), 2, "--threads does not apply to --preset threads"),
         (("--preset", "budget", "--generic"), 2, "--generic does not apply to --preset budget"),
         (("--preset", "budget", "-n", "3"), 2, "--n-gen does not apply to --preset budget"),
         (("--preset", "budget", "--budget", "0"), 2, "budget is 0.0, expected seconds"),
         (("--preset", "budget", "--budget", "nan"), 2, "budget is nan"),
+        (("--preset", "budget", "--budget", "inf"), 2, "budget is inf"),
+        (("--preset", "budget", "-p", "0"), 2, "-p has 0"),
+        (("--preset", "budget", "-p", "19,257"), 2, "an input of 257 tokens needs 257 tokens"),
         (("--preset", "total", "--plot", "x"), 2, "--plot does not apply to --preset total"),
         (("--preset", "total", "-n", "0"), 2, "-n is 0, this preset expects one number"),
         (("--nonsense",), 2, "--nonsense"),
@@ -158,13 +161,6 @@ def test_each_preset_ends_in_a_table(
         assert {"outputs for 2 inputs", "outputs for 60 inputs"} <= set(rows[0])
 
 
-def test_a_preset_as_json(tiny: str) -> None:
-    args = ("--preset", "ablation", "-t", "1", "-r", "1", "-p", "2", "-n", "2", "-o", "json")
-    done = run("bench", "-m", tiny, *args)
-    records = parse(done.out, "json")
-    assert all(record["same_tokens"] for record in records if "table" not in record["rung"])
-
-
 def test_plots(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:1])
@@ -193,7 +189,9 @@ def test_without_matplotlib_nothing_is_measured(
     done = run("bench", "--plot", str(tmp_path / "new"))
     assert (done.code, done.out) == (2, "")
     [line] = done.err.splitlines()
+    assert line.startswith("Error: --plot needs matplotlib")
     assert "pip install 'gptx[plot]'" in line
+    assert not (tmp_path / "new").exists()
 
 
 def test_progress_is_for_terminals(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,15 +241,21 @@ def test_ctrl_c_prints_the_finished_rows(
     assert done.err.strip() == "Interrupted"  # click ends the line that shows ^C
 
 
-# Processes. All but one measure in the process of the command, which saves time.
+def test_a_worker_measures(folder: Callable[..., Path]) -> None:
+    done = run("bench", "-m", str(folder()), *READ, "-o", "json")
+    assert done.code == 0
+    [record] = parse(done.out, "json")
+    assert record["test"] == "pp3"
 
+
+# Measures in the process of the command, which saves time, and waits before the second setup.
 IN_ONE_PROCESS = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from gptx.bench import grid, worker
 def run_task(task, **arguments):
     for event in grid.measure(**arguments):
-        if WAITS and arguments["setup"]["batch"] == 2:
+        if arguments["setup"]["batch"] == 2:
             signal.pause()
         yield event
 worker.run_task = run_task
@@ -260,19 +264,12 @@ main()
 """
 
 
-def test_a_worker_measures(folder: Callable[..., Path]) -> None:
-    done = run("bench", "-m", str(folder()), *READ, "-o", "json")
-    assert done.code == 0
-    [record] = parse(done.out, "json")
-    assert record["test"] == "pp3"
-
-
 @posix
 def test_a_line_of_jsonl_comes_at_once_and_ctrl_c_ends_the_command(
     folder: Callable[..., Path],
 ) -> None:
     args = ("bench", "-m", str(folder()), *READ, "--batch", "1,2", "-o", "jsonl")
-    with start(*args, program=f"WAITS = True\n{IN_ONE_PROCESS}") as process:
+    with start(*args, program=IN_ONE_PROCESS) as process:
         assert process.stdout is not None
         [record] = parse(process.stdout.readline().decode(), "jsonl")
         assert record["batch"] == 1
@@ -283,25 +280,14 @@ def test_a_line_of_jsonl_comes_at_once_and_ctrl_c_ends_the_command(
 
 
 @posix
-def test_a_closed_pipe(folder: Callable[..., Path]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    args, program = ("bench", "-m", str(folder()), *READ), f"WAITS = False\n{IN_ONE_PROCESS}"
-    with start(*args, program=program, stdout=writer) as process:
-        os.close(writer)
-        _, err = process.communicate(timeout=120)
-    assert len(error_lines(err)) <= 1
-    assert process.returncode == 141
+def test_a_closed_pipe(tiny: str) -> None:
+    assert run_into(closed_pipe(), "bench", "-m", tiny, *READ).code == 141
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk(folder: Callable[..., Path]) -> None:
-    args, program = ("bench", "-m", str(folder()), *READ), f"WAITS = False\n{IN_ONE_PROCESS}"
-    with open("/dev/full", "wb") as full:
-        process = start(*args, program=program, stdout=full.fileno())
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 74
-    assert error_lines(err) == [b"Error: standard output: No space left on device"]
+@needs_dev_full
+def test_a_full_disk(tiny: str) -> None:
+    done = run_into(full_disk(), "bench", "-m", tiny, *READ)
+    assert done == (74, "", f"{DISK_FULL}\n")
 
 
 def test_the_mlx_backend(tiny: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def _parse_field(field: str) -> Any:
 def parse_table(text: str) -> list[dict[str, str]]:
     """Parse the rows of the only markdown table in a text."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
     header, rule, *rows = cells
     assert {len(row) for row in cells} == {len(header)}
     assert all(set(cell) <= {"-", ":"} and len(cell) >= 3 for cell in rule)
