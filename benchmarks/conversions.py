@@ -45,15 +45,17 @@ def copy(source: Path, destination: Path) -> None:
 def measure(model: Path, work: Path, rounds: int) -> Samples:
     """Return the seconds of each round: of copies, and to each format and back."""
     config = model / "config.json"
-    there, back = work / "there", work / "back"
+    converted, restored = work / "converted", work / "restored"
     actions: dict[str, dict[str, Callable[[], Any]]] = {
-        "copy": {"to": partial(copy, model / "model.safetensors", there)}
+        "copy": {"to": partial(copy, model / "model.safetensors", converted)}
     }
     for name, row in FORMATS.items():
         if row.writes:
-            actions[name] = {"to": partial(convert, model, there, name)}
+            actions[name] = {"to": partial(convert, model, converted, name)}
         if row.writes and row.reads:
-            actions[name]["back"] = partial(convert, there, back, "safetensors", config=config)
+            actions[name]["back"] = partial(
+                convert, converted, restored, "safetensors", config=config
+            )
     samples: Samples = {name: {way: [] for way in ways} for name, ways in actions.items()}
     for turn in range(rounds + 1):
         for name, ways in actions.items():
@@ -65,7 +67,7 @@ def measure(model: Path, work: Path, rounds: int) -> Samples:
                 action()
                 if turn:
                     samples[name][way].append(time.perf_counter() - start)
-            for path in (there, back):
+            for path in (converted, restored):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
     return samples
 

@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def prepare_folders(model: Path | None, size: str, work: Path) -> tuple[Path, Path]:
-    """Return the folder of the model, random weights being written once, and of conversions."""
+    """Return the folders of the model and of conversions; write random weights if missing."""
     work.mkdir(parents=True, exist_ok=True)
     if model is None:
         source = find_source(RANDOM + size, work)
@@ -118,8 +118,9 @@ def compare(folder: Path, work: Path, names: Sequence[str], args: argparse.Names
     """Check and time all engines that can be loaded."""
     config = GPT2Config.from_file(folder / "config.json")
     for setting in SETTINGS:
-        if getattr(config, setting) != getattr(GPT2Config, setting):
-            sys.exit(f"{setting} is {getattr(config, setting)!r}: not all engines support it")
+        given, expected = getattr(config, setting), getattr(GPT2Config, setting)
+        if given != expected:
+            sys.exit(f"{setting} is {given!r}, expected {expected!r}: engines support only that")
     run = Run(
         {
             "model": folder.name,
@@ -170,7 +171,7 @@ def sample(engine: EngineProcess, config: GPT2Config) -> dict[str, Any]:
 
 
 def check_model(run: Run, name: str, ours: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Store how close an engine is to the reference; raise LeftOut if it is another model."""
+    """Store the distance of an engine from the reference; raise LeftOut if it is too large."""
     tokens = reference["tokens"]
     if len(ours["tokens"]) != len(tokens):
         raise LeftOut(f"{name} is left out: it made {len(ours['tokens'])} of {len(tokens)} tokens")
@@ -212,9 +213,9 @@ def measure(
 
 
 def pause(seconds: float) -> bool:
-    """Wait until the threads of the last engine stop spinning; return True if others work then.
+    """Wait until the threads of the last engine stop spinning; return True if programs run then.
 
-    Another thread costs more than its share: two threads that spin wait for each other.
+    Another program costs more than its share: an engine's threads spin until the last one is done.
     """
     time.sleep(seconds * 2 / 3)
     before = cpu_seconds()

@@ -23,11 +23,11 @@ class Workload:
         "first": from the prompts to the first token of each. "step": from each token to the next,
         the mean over `n_tokens` - 1 steps. "process": a fresh process from its start to its end.
     n_counted
-        Tokens of a rate: those read or generated in that time; 0 for no rate.
+        Number of tokens read or generated in that time, for a rate; 0 for no rate.
     known
-        The prompt is the same in each round: the engine may keep its keys and values.
+        True if the prompt is the same in each round: the engine may keep its keys and values.
     times
-        Runs in a turn; the median counts, without the first one, which wakes the threads.
+        Number of runs in a turn; the median counts, without the first, which wakes the threads.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Workload:
     times: int = 1
 
     def measure(self, engine: EngineProcess, config: GPT2Config, seed: int) -> float:
-        """Return the seconds of one turn; the prompts of another seed are others."""
+        """Return the seconds of one turn; each seed has other prompts."""
         prompts = letter_prompts(config, self.n_prompts, self.n_prompt, 0 if self.known else seed)
         if self.part == "process":
             return engine.time_whole_process(prompts[0], self.n_tokens)

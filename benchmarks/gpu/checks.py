@@ -76,7 +76,7 @@ class Target:
         return dtype if self.backend == "cupy" else "float32"
 
 
-def reference() -> Backend:
+def make_reference() -> Backend:
     """Make the backend of the generic ops in float64."""
     return get_backend("numpy", dtype="float64", generic=True)
 
@@ -84,9 +84,9 @@ def reference() -> Backend:
 # The ops
 
 
-def ops(target: Target, dtype: str) -> Iterator[Finding]:
+def check_ops(target: Target, dtype: str) -> Iterator[Finding]:
     """Check each op."""
-    backend, exact = target.make(dtype), reference()
+    backend, exact = target.make(dtype), make_reference()
     for op, cases in _cases(np.random.default_rng(0)).items():
         errors = [
             relative_error(_run(backend, op, host), _run(exact, op, _rounded(backend, host)))
@@ -170,7 +170,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 # The forward pass
 
 
-def forward(
+def check_forward(
     target: Target,
     dtype: str,
     how: Quantization | None = None,
@@ -193,7 +193,7 @@ def forward(
 
 @cache
 def _expected(config: GPT2Config, lengths: tuple[int, ...]) -> np.ndarray:
-    return _logits(_make_model(config, _random_weights(config), reference()), lengths)
+    return _logits(_make_model(config, _random_weights(config), make_reference()), lengths)
 
 
 @cache
@@ -259,10 +259,10 @@ class Embedded:
             return backend.to_numpy(model.forward(ids, positions, cache)).astype(np.float64)
 
 
-def embedded(target: Target) -> Iterator[Finding]:
+def check_embedded(target: Target) -> Iterator[Finding]:
     """Check greedy and sampled tokens against NumPy's in float32, and logits in every type."""
     model, numpy = Embedded(), get_backend("numpy", generic=True)
-    exact = model.logits(reference())
+    exact = model.logits(make_reference())
     greedy = model.tokens(numpy, SamplingParams(seed=0))
     for name, backend in (
         ("compiled", target.make()),
@@ -282,11 +282,11 @@ def embedded(target: Target) -> Iterator[Finding]:
     yield "logits, float16 cache", error, TRAINED_LIMITS["float16"]
 
 
-def embedded_quantized(target: Target) -> Iterator[Finding]:
+def check_embedded_quantized(target: Target) -> Iterator[Finding]:
     """Check logits and greedy tokens with quantized weights."""
     for how in (Quantization(64, 8), Quantization(64, 4)):
         model, numpy = Embedded(how), get_backend("numpy", generic=True)
-        exact = model.logits(reference())
+        exact = model.logits(make_reference())
         error = float(np.abs(model.logits(target.make()) - exact).max())
         yield f"logits, {how}", error, 1e-4
         greedy = SamplingParams(seed=0)
@@ -302,7 +302,7 @@ def _share_differing(got: list[list[int]], expected: list[list[int]]) -> float:
 # Memory
 
 
-def memory(target: Target) -> Iterator[Finding]:
+def check_memory(target: Target) -> Iterator[Finding]:
     """Check that memory that runs out is DeviceOutOfMemory, and that the next call works."""
     backend = target.make()
     try:
@@ -320,36 +320,36 @@ def memory(target: Target) -> Iterator[Finding]:
 Group = tuple[str, Callable[[], Iterator[Finding]]]  # title, and generator of findings
 
 
-def first(target: Target) -> Iterator[Group]:
+def first_groups(target: Target) -> Iterator[Group]:
     """Return the checks without which times are meaningless."""
-    yield "embedded model", partial(embedded, target)
+    yield "embedded model", partial(check_embedded, target)
     for dtype in ("bfloat16", "float32"):
-        yield f"forward pass {dtype}", partial(forward, target, dtype)
-    yield "out of memory", partial(memory, target)
+        yield f"forward pass {dtype}", partial(check_forward, target, dtype)
+    yield "out of memory", partial(check_memory, target)
 
 
-def rest(target: Target) -> Iterator[Group]:
+def other_groups(target: Target) -> Iterator[Group]:
     """Return the checks of every other kernel and variant."""
     for dtype in ("float32", "bfloat16", "float16"):
-        yield f"ops {dtype}", partial(ops, target, dtype)
-    yield "embedded model, quantized", partial(embedded_quantized, target)
+        yield f"ops {dtype}", partial(check_ops, target, dtype)
+    yield "embedded model, quantized", partial(check_embedded_quantized, target)
     for group_size, bits in ((64, 4), (64, 8), (32, 4), (128, 4)):
         how = Quantization(group_size, bits)
-        yield f"forward pass {how}", partial(forward, target, "bfloat16", how)
-    yield "forward pass float16", partial(forward, target, "float16")
-    yield "float16 cache", partial(forward, target, "float32", cache_dtype="float16")
-    yield "op by op", partial(forward, target, "bfloat16", compile=False)
-    yield "narrow heads", partial(forward, target, "float32", config=NARROW)
-    yield "int8 float32", partial(forward, target, "float32", Quantization(64, 8))
+        yield f"forward pass {how}", partial(check_forward, target, "bfloat16", how)
+    yield "forward pass float16", partial(check_forward, target, "float16")
+    yield "float16 cache", partial(check_forward, target, "float32", cache_dtype="float16")
+    yield "op by op", partial(check_forward, target, "bfloat16", compile=False)
+    yield "narrow heads", partial(check_forward, target, "float32", config=NARROW)
+    yield "int8 float32", partial(check_forward, target, "float32", Quantization(64, 8))
 
 
 def run_checks(until: float, which: str, backend: str = "cupy") -> Iterator[dict[str, Any]]:
     """Run the groups "first" or "rest"; yield a record for each finding."""
-    groups = {"first": first, "rest": rest}[which](Target(backend))
-    yield from find(groups, until)
+    groups = {"first": first_groups, "rest": other_groups}[which](Target(backend))
+    yield from run_groups(groups, until)
 
 
-def find(groups: Iterable[Group], until: float) -> Iterator[dict[str, Any]]:
+def run_groups(groups: Iterable[Group], until: float) -> Iterator[dict[str, Any]]:
     """Yield a record for each finding; an exception is a failed check."""
     for title, check in groups:
         if time.time() > until:

@@ -47,8 +47,9 @@ extern "C" __global__ void read_all(const uint4* x, long long n, unsigned* out) 
 }
 """
 ROUNDS = 9
-LAUNCHES = 1000
-NODES = 200
+BUFFER_BYTES = 2**32  # more than any cache
+N_LAUNCHES = 1000
+N_GRAPH_NODES = 200
 
 
 def report_device(until: float, dry_run: bool = False) -> Iterator[Record]:
@@ -113,7 +114,7 @@ def gpu_facts() -> dict[str, Any]:
     }
 
 
-def gpu_rates(n_bytes: int = 2**32) -> Iterator[tuple[str, float]]:
+def gpu_rates() -> Iterator[tuple[str, float]]:
     """Yield name and value: bytes per second, operations per second, or seconds.
 
     - `copy`: device to device, bytes read and bytes written.
@@ -128,6 +129,7 @@ def gpu_rates(n_bytes: int = 2**32) -> Iterator[tuple[str, float]]:
 
     module = cupy.RawModule(code=KERNELS)
     read_all, nothing = module.get_function("read_all"), module.get_function("nothing")
+    n_bytes = BUFFER_BYTES
     x = cupy.arange(n_bytes // 4, dtype=cupy.uint32) * np.uint32(2654435761)
     y, out = cupy.empty_like(x), cupy.zeros(1, cupy.uint32)
     blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * 8
@@ -160,16 +162,16 @@ def _overheads(nothing: Any, out: Any) -> Iterator[tuple[str, float]]:
     nothing((1,), (32,), ())
     cupy.cuda.Device().synchronize()
     start = time.perf_counter()
-    for _ in range(LAUNCHES):
+    for _ in range(N_LAUNCHES):
         nothing((1,), (32,), ())
-    yield "launch", (time.perf_counter() - start) / LAUNCHES
+    yield "launch", (time.perf_counter() - start) / N_LAUNCHES
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        for _ in range(NODES):
+        for _ in range(N_GRAPH_NODES):
             nothing((1,), (32,), ())
         graph = stream.end_capture()
-    yield "graph_node", _device_seconds(graph.launch) / NODES
+    yield "graph_node", _device_seconds(graph.launch) / N_GRAPH_NODES
     start = time.perf_counter()
     for _ in range(100):
         out.get()
@@ -178,14 +180,16 @@ def _overheads(nothing: Any, out: Any) -> Iterator[tuple[str, float]]:
 
 def _device_seconds(work: Callable[[], Any]) -> float:
     """Return the median seconds on the device's clock, after a run that compiles."""
+    return statistics.median([event_seconds(work) for _ in range(ROUNDS + 1)][1:])
+
+
+def event_seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds between CuPy's events before and after some work on the device."""
     import cupy
 
-    times = []
-    for _ in range(ROUNDS + 1):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
-    return statistics.median(times[1:])
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3

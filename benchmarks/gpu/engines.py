@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.device import event_seconds
 from gptx.backends import get_backend
 from gptx.bench.grid import weights_bytes
 from gptx.bench.setups import GREEDY
@@ -136,20 +137,15 @@ class GptxEngine(Engine):
             return self.elapsed(first), self.elapsed(steps) / max(n - 1, 1)
 
     def _compute(self, ids: Any) -> None:
-        """Make a lazy library compute; CuPy's events do."""
+        """Make a lazy library compute; with CuPy, the end event waits."""
         if self._cupy is None:
             self.backend.to_numpy(ids)
 
     def elapsed(self, work: Callable[[], None]) -> float:
         if self._cupy is None:
             return super().elapsed(work)
-        start, end = (self._cupy.cuda.Event() for _ in range(2))
         self.backend.synchronize()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
+        return event_seconds(work)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         with self.backend.scope():

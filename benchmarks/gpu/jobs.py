@@ -46,8 +46,8 @@ class Job:
 # (batch, prompt tokens, new tokens)
 SHORT, DEEP, PREFILL, BATCH = (1, 16, 128), (1, 1000, 25), (1, 1024, 1), (128, 128, 128)
 PROMPTS = [(1, n, 1) for n in (128, 512, 1000)] + [(8, n, 1) for n in (512, 1000)]
-PDL = ("gptx", "gptx pdl", "gptx no pdl")  # programmatic dependent launch
-BESIDE = ("gptx", "torch graph")
+PDL_ENGINES = ("gptx", "gptx pdl", "gptx no pdl")  # programmatic dependent launch
+GOAL_ENGINES = ("gptx", "torch graph")
 
 
 def plan(dry_run: bool) -> list[Job]:
@@ -61,11 +61,11 @@ def _goal_jobs() -> list[Job]:
     return [
         Job("device", DEVICE, 40),
         Job("checks", CHECKS, 120, {"which": "first"}),
-        times("124M", (*BESIDE, "transformers"), [SHORT, BATCH, PREFILL, DEEP], 90),
-        times("124M", PDL, [SHORT, BATCH, PREFILL, DEEP], 60, "pdl"),
+        times("124M", (*GOAL_ENGINES, "transformers"), [SHORT, BATCH, PREFILL, DEEP], 90),
+        times("124M", PDL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60, "pdl"),
         times("124M", ("gptx", "torch compile"), [SHORT, PREFILL, BATCH, DEEP], 150, "compiled"),
-        times("1558M", BESIDE, [SHORT, DEEP], 100),
-        times("1558M", PDL, [SHORT, DEEP], 60, "pdl"),
+        times("1558M", GOAL_ENGINES, [SHORT, DEEP], 100),
+        times("1558M", PDL_ENGINES, [SHORT, DEEP], 60, "pdl"),
         times("124M", ("gptx", "gptx cublas"), PROMPTS, 40, "prompts"),
         times("1558M", ("gptx", "gptx cublas"), PROMPTS[:3], 60, "prompts"),
         times("124M", ("gptx", "gptx cublas"), PROMPTS[:2], 40, "prompts", dtype="float32"),
@@ -77,8 +77,8 @@ def _goal_jobs() -> list[Job]:
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int4"),
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int8"),
         Job("other checks", CHECKS, 150, {"which": "rest"}),
-        times("355M", BESIDE, [SHORT, BATCH, PREFILL, DEEP], 60),
-        times("774M", BESIDE, [SHORT, BATCH, PREFILL, DEEP], 60),
+        times("355M", GOAL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60),
+        times("774M", GOAL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60),
         times("124M", ("gptx", "torch compile graph"), [SHORT, BATCH], 90, "compiled graph"),
         times("124M", ("gptx", "transformers compile"), [SHORT, BATCH], 120, "transformers"),
         times("1558M", ("gptx",), [SHORT, DEEP], 90, quantize="int4"),
@@ -90,17 +90,18 @@ def _goal_jobs() -> list[Job]:
 def _grid_jobs() -> list[Job]:
     """Return the jobs of sizes × precisions × batches × prompts, for the time that is left."""
     batches = [(8, 16, 128), (32, 128, 128), (8, 128, 128), (8, 1000, 25), (32, 1000, 25)]
-    jobs = [times("124M", BESIDE, batches, 60, "batches")]
+    jobs = [times("124M", GOAL_ENGINES, batches, 60, "batches")]
     jobs += [
-        times("124M", BESIDE, [SHORT, DEEP, BATCH], 60, dtype=x) for x in ("float16", "float32")
+        times("124M", GOAL_ENGINES, [SHORT, DEEP, BATCH], 60, dtype=x)
+        for x in ("float16", "float32")
     ]
     mlx = times("124M", ("gptx on MLX",), [SHORT], 60)
     jobs += [Job("mlx", mlx.task, mlx.seconds, mlx.arguments)]
     for size in ("1558M", "355M", "774M"):
         rows = [*batches, BATCH] if size == "1558M" else batches
-        jobs.append(times(size, BESIDE, rows, 120, "batches"))
+        jobs.append(times(size, GOAL_ENGINES, rows, 120, "batches"))
         for dtype in ("float16", "float32"):
-            jobs.append(times(size, BESIDE, [SHORT, DEEP], 90, dtype=dtype))
+            jobs.append(times(size, GOAL_ENGINES, [SHORT, DEEP], 90, dtype=dtype))
         for quantize in ("int8", "int4"):
             rows = [SHORT, DEEP, BATCH]
             jobs.append(times(size, ("gptx",), rows, 90, "more", quantize=quantize))

@@ -1,4 +1,7 @@
-"""The preset `ablation`: the reuses of `reuse.py` switched on one by one, beside the engine."""
+"""The preset `ablation`: the reuses of `reuse.py` switched on one after the other.
+
+Each state is a rung; the last ones are the engine with its cache, and GELU from a table.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +53,9 @@ def run(settings: Settings) -> Events:
 
 
 def measure(setup: dict[str, Any], prompt: int, output: int, repetitions: int) -> Events:
-    """Yield a record for each rung; they take turns, and the first turn is a warm-up.
+    """Read `prompt` tokens and generate `output` tokens; yield a record for each rung.
 
-    Parameters
-    ----------
-    setup
-        The fields of a `Setup` on NumPy with the generic ops.
-    prompt, output
-        Numbers of tokens to read, and to generate after them.
+    The rungs take turns, and the first turn is a warm-up.
     """
     chosen = Setup(**setup)
     model = chosen.load()

@@ -1,8 +1,8 @@
 """The preset `budget`: the tokens that fit a fixed time for each call, for several setups.
 
 It answers two questions. How many input tokens leave time for one output token? How many output
-tokens are there for a given input? Each is answered with a cache and without (each new token reads
-the whole text again), with the backend's own ops and with the generic ones. Loading does not count.
+tokens fit after a given input? Each is answered with a cache and without (each new token reads the
+whole text again), with the backend's own ops and with the generic ones. Loading does not count.
 """
 
 from __future__ import annotations
@@ -48,18 +48,9 @@ def run(settings: Settings) -> Events:
 
 
 def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetitions: int) -> Events:
-    """Yield a record with a cache and one without.
+    """Yield a record with a cache and one without, for `prompts` input tokens and `budget` seconds.
 
-    Parameters
-    ----------
-    setup
-        The fields of a `Setup`.
-    prompts
-        Numbers of input tokens.
-    budget
-        Seconds for a call.
-    repetitions
-        Number of runs; their median time is compared with the budget, their median count reported.
+    The median time of the `repetitions` is compared with the budget; the median count is reported.
     """
     chosen = Setup(**setup)
     model = chosen.load()

@@ -8,8 +8,8 @@ past the end of a text. All trials read the same random text: at depth d the cac
 tokens, whichever trial ran before.
 
 Trials take turns, so that a slow minute of the machine affects all of them. The first turns fill
-caches and compile; they are kept apart. The peak of the memory is that of the process, or on a
-device of the library's pool, with the largest of the trials.
+caches and compile; the figures leave them out. Peak memory is that of the process, or of the
+library's pool on a device, and covers all trials of a setup.
 """
 
 from __future__ import annotations
@@ -83,14 +83,15 @@ def run(settings: Settings) -> Events:
                 task = "gptx.bench.machine:measure_bandwidth"
                 for event in worker.run_task(task, backend=setup.backend, threads=setup.threads):
                     bandwidths[where] = event["bandwidth"]
-            arguments = {
-                "trials": [astuple(trial) for trial in chosen],
-                "repetitions": settings.repetitions,
-            }
-            source = sources[setup.model]
-            for event in measure_setup(
-                "gptx.bench.grid:measure", title, setup, source, **arguments
-            ):
+            events = measure_setup(
+                "gptx.bench.grid:measure",
+                title,
+                setup,
+                sources[setup.model],
+                trials=[astuple(trial) for trial in chosen],
+                repetitions=settings.repetitions,
+            )
+            for event in events:
                 yield event if "progress" in event else add_bandwidth(event, bandwidths.get(where))
 
 

@@ -142,7 +142,7 @@ def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "how", "size", "read"),
+    ("case", "quantization", "size", "read"),
     [
         ("tiny", None, 4, "all but wpe"),
         ("untied", None, 4, "all but wpe and wte"),
@@ -150,10 +150,12 @@ def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
     ],
 )
 def test_bytes_of_the_weights(
-    case: str, how: Quantization | None, size: int | None, read: str
+    case: str, quantization: Quantization | None, size: int | None, read: str
 ) -> None:
     config = CASES[case]
-    model = make_model(config, make_backend("mlx" if how else "numpy"), how=how)
+    model = make_model(
+        config, make_backend("mlx" if quantization else "numpy"), quantization=quantization
+    )
     shapes = config.tensor_shapes()
     whole, step = weights_bytes(model.gpt2)
     skipped = 4 * int(np.prod(shapes["wpe.weight"]))
@@ -166,19 +168,17 @@ def test_bytes_of_the_weights(
         assert 0.75 * config.n_parameters < whole < 1.5 * config.n_parameters
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4/float64"])
-def test_the_dtype_of_quantized_weights(folder: Callable[..., Path], dtype: str) -> None:
-    path, generic = str(folder("355M")), {"model": "m", "threads": 1, "generic": True}
-    event = list(grid.measure({"folder": path, "dtype": dtype, **generic}, [[2, 0, 0]], 1))[-1]
-    assert event["dtype"] == dtype
-
-
-def test_the_dtype_of_quantized_files(folder: Callable[..., Path], tmp_path: Path) -> None:
-    path = tmp_path / "quantized"
-    convert(folder("355M"), path, quantize="int8")
-    setup = {"model": "m", "folder": str(path), "threads": 1, "generic": True}
-    event = list(grid.measure(setup, [[2, 0, 0]], repetitions=1))[-1]
-    assert event["dtype"] == "int8"
+def test_the_dtype_of_quantized_weights(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Quantize floats to the type of the setup, and keep the type of quantized files."""
+    floats, int8 = folder("355M"), tmp_path / "quantized"
+    convert(floats, int8, quantize="int8")
+    for path, given, dtype in (
+        (floats, "int8", "int8"),
+        (floats, "int4/float64", "int4/float64"),
+        (int8, "float32", "int8"),
+    ):
+        setup = {"model": "m", "folder": str(path), "dtype": given, "threads": 1, "generic": True}
+        assert list(grid.measure(setup, [[2, 0, 0]], 1))[-1]["dtype"] == dtype
 
 
 def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:

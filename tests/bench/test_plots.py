@@ -25,7 +25,7 @@ def many(threads: tuple[int, ...] = (1, 2, 4), depths: tuple[int, ...] = (0, 512
 
 
 def check(path: Path) -> None:
-    """A PNG of the size it promises, or an SVG with text in it."""
+    """Check that a PNG is complete and not tiny, or that an SVG has text."""
     data = path.read_bytes()
     if path.suffix == ".png":
         assert data[:8] == b"\x89PNG\r\n\x1a\n"

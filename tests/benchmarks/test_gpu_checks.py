@@ -54,12 +54,12 @@ SMALL = replace(checks.NARROW, vocab_size=101, n_embd=24, n_head=3, n_layer=1)
 
 
 def findings(groups: Any) -> list[dict[str, Any]]:
-    return list(checks.find(groups, math.inf))
+    return list(checks.run_groups(groups, math.inf))
 
 
 def test_every_op_is_checked() -> None:
     here = checks.Target("numpy")
-    found = findings([("ops", lambda: checks.ops(here, "float32"))])
+    found = findings([("ops", lambda: checks.check_ops(here, "float32"))])
     assert sorted(r["check"] for r in found) == sorted(f"{op} float32" for op in OPS)
     assert all(record["ok"] for record in found)
 
@@ -73,14 +73,14 @@ def test_a_wrong_kernel_is_found(wrong: Any, monkeypatch: pytest.MonkeyPatch) ->
     x = np.linspace(-4, 4, 100)
     monkeypatch.setattr(checks, "_cases", lambda _: {"relu": [(x,)], "gelu_new": [(x,)]})
     target = checks.Target("numpy")
-    found = findings([("ops", lambda: checks.ops(target, "float32"))])
+    found = findings([("ops", lambda: checks.check_ops(target, "float32"))])
     assert [r["check"] for r in found if not r["ok"]] == ["gelu_new float32"]
-    found = findings([("pass", lambda: checks.forward(target, "float32", config=SMALL))])
+    found = findings([("pass", lambda: checks.check_forward(target, "float32", config=SMALL))])
     assert found
     assert not any(r["ok"] for r in found)
 
 
-def test_a_check_that_raises_is_one_that_failed() -> None:
+def test_an_exception_is_a_failed_check() -> None:
     def broken() -> Iterator[Any]:
         yield "this", 0.5, 1.0
         raise RuntimeError("an illegal memory access\nwas encountered")
@@ -92,17 +92,17 @@ def test_a_check_that_raises_is_one_that_failed() -> None:
         ("second", False),
     ]
     assert found[1]["error"] == "RuntimeError: an illegal memory access"
-    assert list(checks.find([("late", broken)], 0)) == []
+    assert list(checks.run_groups([("late", broken)], 0)) == []
 
 
 def test_the_forward_pass_is_checked_in_batches() -> None:
     here = checks.Target("numpy")
-    found = list(checks.forward(here, "float32", config=SMALL, compile=False))
+    found = list(checks.check_forward(here, "float32", config=SMALL, compile=False))
     assert len(found) == len(checks.BATCHES)
     assert max(error / limit for _, error, limit in found) < 1
 
 
 def test_memory_that_runs_out_is_checked() -> None:
-    found = list(checks.memory(checks.Target("numpy")))
+    found = list(checks.check_memory(checks.Target("numpy")))
     assert "memory ran out" in found[0][0]
     assert [error for _, error, _ in found] == [0, 0]

@@ -1,4 +1,4 @@
-"""The jobs of the GPU benchmark, and the run that survives their failures."""
+"""The jobs of the GPU benchmark, and a run that continues after failures."""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gptx.bench import PRESETS, grid, plots, total, worker
+from gptx.bench import grid, plots, total, worker
 from gptx.bench.worker import Events
 from tests.cli.test_exit_codes import DISK_FULL, closed_pipe, full_disk, needs_dev_full
 from tests.support.bench import BOTH, READ, parse, parse_table, run_in_process
@@ -132,31 +133,31 @@ def test_a_damaged_model_after_finished_rows(
     assert "is truncated or not a valid safetensors file" in line
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "args", "column", "cells"),
+    [
+        ("ablation", "-t 1 -p 2 -n 2", "reused", ["no cache", "+ keys and values"]),
+        ("threads", "-p 2 -n 0 --generic", "threads", ["1", "2", "3"]),
+        ("budget", "-t 1 -p 2,60 --budget 0.02 --dtype float64", "cache", ["yes", "no", "yes"]),
+        ("total", "-t 1 -p 2 -n 2 --generic", "test", ["2 + 2"]),
+    ],
+)
 def test_each_preset_ends_in_a_table(
-    preset: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+    preset: str,
+    args: str,
+    column: str,
+    cells: list[str],
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(grid, "count_cores", lambda: 3)
     seconds = dict.fromkeys(("total", *total.PARTS), 1.0)
     monkeypatch.setattr(total, "run_once", lambda *_: seconds)
-    args = {
-        "ablation": ("-t", "1", "-p", "2", "-n", "2"),
-        "threads": ("-p", "2", "-n", "0", "--generic"),
-        "budget": ("-t", "1", "-p", "2,60", "--budget", "0.02", "--dtype", "float64"),
-        "total": ("-t", "1", "-p", "2", "-n", "2", "--generic"),
-    }[preset]
-    done = run("bench", "-m", tiny, "--preset", preset, "-r", "1", *args)
+    done = run("bench", "-m", tiny, "--preset", preset, "-r", "1", *args.split())
     assert (done.code, done.err) == (0, "")
     rows = parse_table(done.out)
     assert {row["model"] for row in rows} == {tiny}
-    columns = {
-        "ablation": ["no cache", "+ keys and values", "+ linear layers"],
-        "threads": ["1", "2", "3"],
-        "budget": ["yes", "no", "yes"],
-        "total": ["2 + 2"],
-    }[preset]
-    name = {"ablation": "reused", "threads": "threads", "budget": "cache", "total": "test"}[preset]
-    assert [row[name] for row in rows][:3] == columns
+    assert [row[column] for row in rows][: len(cells)] == cells
     if preset == "budget":
         assert {"outputs for 2 inputs", "outputs for 60 inputs"} <= set(rows[0])
 
@@ -196,30 +197,14 @@ def test_without_matplotlib_nothing_is_measured(
 
 def test_progress_is_for_terminals(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["gptx.cli.bench"]
-    printed: list[str] = []
-
-    class Terminal:
-        def isatty(self) -> bool:
-            return True
-
-        def write(self, text: str) -> int:
-            printed.append(text)
-            return len(text)
-
-        def flush(self) -> None:
-            pass
-
-    monkeypatch.setattr(module, "sys", type("sys", (), {"stderr": Terminal()}))
-    monkeypatch.setattr(
-        module.click, "echo", lambda text="", err=False, nl=True: err and printed.append(text)
-    )
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(module, "sys", SimpleNamespace(stderr=terminal))
+    monkeypatch.setattr("click.utils.should_strip_ansi", lambda *_: False)
     monkeypatch.setenv("COLUMNS", "200")
-    module.bench.main(["-m", tiny, *READ], standalone_mode=False)
-    texts = [text.removeprefix(module.CLEAR_LINE) for text in printed]
+    done = run("bench", "-m", tiny, *READ)
     title = f"[1/1] {tiny} numpy generic float32 1 thread: "
-    steps = ("loading", "pp3, warm-up", "pp3, round 1 of 1")
-    assert texts == [*(title + step for step in steps), ""]
-    assert all(text.startswith(module.CLEAR_LINE) for text in printed)
+    texts = [title + step for step in ("loading", "pp3, warm-up", "pp3, round 1 of 1")]
+    assert done.err == "".join(module.CLEAR_LINE + text for text in [*texts, ""])
 
 
 @pytest.mark.parametrize("output_format", ["md", "csv"])

@@ -16,7 +16,7 @@ class Engine(ABC):
     Parameters
     ----------
     folder
-        The model as the Hub keeps it: config.json and model.safetensors in float32.
+        Folder of the model in the Hub's format: config.json and model.safetensors in float32.
     threads
         Number of threads of the computation, set by the engine's own means.
     work

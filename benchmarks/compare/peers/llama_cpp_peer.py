@@ -14,7 +14,7 @@ from benchmarks.compare.peers.base import Engine, Tick, best
 from gptx.conversions import convert
 
 FILE = "model.gguf"
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F32": "float32", "F16": "float16"}
 BLOCKS = {"Q8_0": "int8", "Q4_0": "int4"}
 BATCH_CONTEXT = 128  # tokens of each sequence in a batch
 

@@ -20,10 +20,6 @@ class PlainGPT2:
         self.k = np.zeros(shape, np.float32)
         self.v = np.zeros(shape, np.float32)
 
-    def step(self, token: int, position: int) -> int:
-        """Return the best next token after `token` at `position`."""
-        return int(np.argmax(self.logits([token], position)))
-
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
         """Return the logits [V] after the last of `tokens`, which begin at position `start`.
 
