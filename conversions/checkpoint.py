@@ -21,8 +21,8 @@ from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
 from gptx.errors import ConfigError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
-from gptx.safetensors_file import BFLOAT16, widen_bfloat16
-from gptx.stored_weights import is_linear_weight
+from gptx.safetensors_file import widen_bfloat16
+from gptx.stored_weights import check_weights, is_linear_weight
 from gptx.tokenization.bpe import BytePairTokenizer
 
 Array = np.ndarray
@@ -107,7 +107,7 @@ class Checkpoint:
     Raises
     ------
     WeightsError
-        A tensor is missing or unknown, or has another shape, or has no float type.
+        See `gptx.stored_weights.check_weights`.
     """
 
     config: GPT2Config
@@ -116,21 +116,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        expected = self.config.tensor_shapes()
-        for name, shape in expected.items():
-            if name not in self.stored:
-                raise WeightsError(f"tensor {name} is missing: the weights do not fit the config")
-            found = self.stored[name]
-            if found.shape != shape:
-                raise WeightsError(
-                    f"tensor {name} has shape {list(found.shape)}, "
-                    f"expected {list(shape)} by the config"
-                )
-            if found.dtype.kind != "f" and found.dtype != BFLOAT16:
-                raise WeightsError(f"tensor {name} is of type {found.dtype}, expected a float type")
-        if unknown := [name for name in self.stored if name not in expected]:
-            raise WeightsError(f"tensor {unknown[0]} is unknown: the weights do not fit the config")
-        ordered = {name: self.stored[name] for name in expected}
+        check_weights(self.stored, self.config)
+        ordered = {name: self.stored[name] for name in self.config.tensor_shapes()}
         object.__setattr__(self, "stored", ordered)
         if not any(tensor.quantization for tensor in ordered.values()):
             # A config.json can name a quantization that the tensors do not have.

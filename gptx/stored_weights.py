@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -62,6 +63,22 @@ def _may_be_quantized(name: str) -> bool:
 
 
 # Reading
+
+
+class DescribedTensor(Protocol):
+    """A tensor in a file, described before it is read; see `SafetensorsTensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as in `GPT2Config.tensor_shapes`."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the array; float32 for a quantized matrix."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Quantization of the matrix; None for floats."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +287,7 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype == BFLOAT16
 
 
-def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2Config) -> None:
+def check_weights(found: Mapping[str, Tensor | DescribedTensor], config: GPT2Config) -> None:
     """Check names, shapes and types of all tensors of a model against its config.
 
     In a quantized model some matrices may be floats: mlx-lm does not quantize a matrix with inputs
@@ -304,7 +321,7 @@ def check_weights(found: Mapping[str, Tensor | SafetensorsTensor], config: GPT2C
 
 
 def _described(
-    name: str, tensor: Tensor | SafetensorsTensor
+    name: str, tensor: Tensor | DescribedTensor
 ) -> tuple[tuple[int, ...], np.dtype, Quantization | None]:
     """Return the shape in the Hub's layout, the type of floats, and the quantization."""
     if isinstance(tensor, np.ndarray):

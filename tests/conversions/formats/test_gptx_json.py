@@ -169,7 +169,7 @@ DATA = json.dumps(model_dict()["ln_f.bias"]["data"])[1:-1]
         ),
         (
             edited(lambda d: d["ln_f.bias"].update(shape=[1, 2])),
-            r"shape \[1, 2\], expected \[2\] by the",
+            r"shape \[1, 2\], expected \[2\]: the weights do not fit the config",
         ),
         (edited(lambda d: d["ln_f.bias"].update(shape=[2**58, 2**58])), "has 2 numbers, expected"),
         (edited(lambda d: d["ln_f.bias"].update(shape=[])), "not one or two positive integers"),

@@ -142,7 +142,7 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (changed(n_head=3), ConfigError, "n_embd 8 is not a multiple of n_head 3"),
         (changed(n_layer=True), ConfigError, "n_layer of its model_args is not an integer"),
         (changed(n_layer=9999), WeightsError, "tensors for 9999 layers"),
-        (changed(n_layer=2), WeightsError, "tensor h.1.ln_1.weight is missing"),
+        (changed(n_layer=2), WeightsError, "tensors h.1.ln_1.weight, .* and 9 more are missing"),
         (changed(block_size=9), WeightsError, r"wpe.weight has shape \[8, 8\].*\[9, 8\]"),
         (nanogpt(CONFIG, WEIGHTS) | {"model_args": []}, ConfigError, "model_args is not a dict"),
         (nanogpt(CONFIG, WEIGHTS) | {"model": None}, WeightsError, "no dict of tensors"),
