@@ -311,7 +311,7 @@ def check_memory(target: Target) -> Iterator[Finding]:
         raised = ""
     except DeviceOutOfMemory as error:
         raised = str(error)
-    yield f"out of memory ({raised})", float("memory ran out" not in raised), EXACT
+    yield f"out of memory ({raised})", float("out of memory" not in raised), EXACT
     with backend.scope():
         ones = backend.to_numpy(backend.zeros((1000,)) + 1)
     yield "the call after it", float(np.abs(ones - 1).max()), EXACT

@@ -199,14 +199,15 @@ def _checks_table(results: Results) -> str:
         shares = [c["error"] / c["limit"] for c in checks if c["ok"] and c["limit"]]
         bad = [f"{c['check']}: {_error(c)}" for c in checks if not c["ok"]]
         verdict = "WRONG: " + "; ".join(bad) if bad else "right"
-        rows.append((group, len(checks), max(shares, default=0.0), verdict))
+        share = max(shares, default=0.0)
+        rows.append({"group": group, "n": len(checks), "share": share, "verdict": verdict})
     columns = (
-        Column("checked", lambda r: r["row"][0], right=False),
-        Column("findings", lambda r: str(r["row"][1])),
-        Column("largest share of the limit", lambda r: ratio(r["row"][2])),
-        Column("", lambda r: r["row"][3], right=False),
+        Column("checked", lambda r: r["group"], right=False),
+        Column("findings", lambda r: str(r["n"])),
+        Column("largest share of the limit", lambda r: ratio(r["share"])),
+        Column("", lambda r: r["verdict"], right=False),
     )
-    return markdown([{"row": row} for row in rows], columns) if rows else ""
+    return markdown(rows, columns) if rows else ""
 
 
 def _error(check: Record) -> str:

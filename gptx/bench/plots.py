@@ -35,49 +35,41 @@ PNG_DPI = 200
 PANELS = {"prompt": "reading a prompt", "output": "generating"}
 
 
+def _rate(record: Event) -> float:
+    return float(record["tokens_per_second"])
+
+
+def _rate_deviation(record: Event) -> float | None:
+    deviation: float | None = record["tokens_per_second_sd"]
+    return deviation
+
+
 @dataclass(frozen=True)
 class Plot:
     """A plot: its file, its labels, the field on the x axis, and the number on the y axis."""
 
     file: str
     title: str
-    x: str
-    x_label: str
-    y_label: str
-    y: Callable[[Event], float]
+    x: str = "threads"
+    x_label: str = "threads"
+    y_label: str = "tokens per second"
+    y: Callable[[Event], float] = _rate
     deviation: Callable[[Event], float | None] = lambda record: None
     relative: bool = False  # to the first point of each line; the ideal line is y = x
 
 
-def _rate(record: Event) -> float:
-    return float(record["tokens_per_second"])
-
-
 PLOTS = (
-    Plot(
-        "tokens-per-second-by-threads",
-        "Speed by number of threads",
-        "threads",
-        "threads",
-        "tokens per second",
-        _rate,
-        lambda r: r["tokens_per_second_sd"],
-    ),
+    Plot("tokens-per-second-by-threads", "Speed by number of threads", deviation=_rate_deviation),
     Plot(
         "seconds-per-token-by-threads",
         "Time of a token by number of threads",
-        "threads",
-        "threads",
-        "milliseconds per token",
-        lambda r: 1e3 * r["seconds_per_token"],
+        y_label="milliseconds per token",
+        y=lambda r: 1e3 * r["seconds_per_token"],
     ),
     Plot(
         "speedup-by-threads",
         "Speedup by number of threads",
-        "threads",
-        "threads",
-        "times as fast",
-        _rate,
+        y_label="times as fast",
         relative=True,
     ),
     Plot(
@@ -85,9 +77,7 @@ PLOTS = (
         "Speed by length of the context",
         "depth",
         "tokens in the cache before",
-        "tokens per second",
-        _rate,
-        lambda r: r["tokens_per_second_sd"],
+        deviation=_rate_deviation,
     ),
 )
 

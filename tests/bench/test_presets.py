@@ -18,7 +18,7 @@ from gptx.backends import get_backend
 from gptx.bench import budget, presets, total
 from gptx.bench.setups import Settings
 from gptx.errors import DeviceOutOfMemory, GptxError, WeightsError
-from tests.support.bench import records, run_in_process
+from tests.support.bench import Clock, records, run_in_process
 from tests.support.cli import raises_error
 from tests.support.models import make_model
 from tests.support.random_models import CASES
@@ -37,29 +37,6 @@ def test_the_largest_that_fits(limit: int, answer: int) -> None:
     assert all(1 <= n <= limit for n in tried)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "n"),
-    [
-        ([], 0),
-        ([2.0], 0),
-        ([1.0], 1),
-        ([0.4, 0.4, 0.2], 3),
-        ([0.4, 0.4, 0.3, 0.1], 2),
-        ([0.0] * 50, 50),
-    ],
-)
-def test_steps_are_counted_by_the_clock(seconds: list[float], n: int) -> None:
-    now = 100.0
-
-    def steps() -> Iterator[None]:
-        nonlocal now
-        for step in seconds:
-            now += step
-            yield
-
-    assert budget.count_steps(steps(), 1.0 + 1e-9, lambda: now) == n
-
-
 def test_the_tokens_are_the_same_without_a_cache() -> None:
     model = make_model(CASES["124M"], get_backend("numpy", generic=True, threads=1))
     ids = [3, 1, 4, 1, 5]
@@ -68,13 +45,8 @@ def test_the_tokens_are_the_same_without_a_cache() -> None:
     assert last == [*ids, *cached]
 
 
-# A machine that takes a second for each token that it computes.
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
+class FakeMachine(Clock):
+    """A machine that takes a second for each token that it computes."""
 
     def cached_steps(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
         for work in [len(ids), *itertools.repeat(1, n - 1)]:
@@ -90,10 +62,10 @@ class FakeClock:
 def test_the_budget_on_a_fake_machine(
     monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
 ) -> None:
-    clock = FakeClock()
-    monkeypatch.setattr(budget, "time", clock)
-    monkeypatch.setattr(budget, "_cached_steps", clock.cached_steps)
-    monkeypatch.setattr(budget, "_uncached_steps", clock.uncached_steps)
+    machine = FakeMachine()
+    monkeypatch.setattr(budget, "time", machine)
+    monkeypatch.setattr(budget, "_cached_steps", machine.cached_steps)
+    monkeypatch.setattr(budget, "_uncached_steps", machine.uncached_steps)
     setup = {"model": "m", "folder": str(folder("124M")), "threads": 1, "generic": True}
     events = budget.measure(setup, prompts=[5, 30, 50], budget=45.0, repetitions=3)
     with_cache, without = records(events)

@@ -13,17 +13,8 @@ import pytest
 from benchmarks.gpu import engines, times
 from gptx.bench.sources import random_ids
 from gptx.random_weights import random_weights
+from tests.support.bench import Clock
 from tests.support.random_models import CASES
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    time = perf_counter
 
 
 class FakeEngine(engines.Engine):

@@ -37,6 +37,18 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+class Clock:
+    """A stand-in for the module `time`, set by the test."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    time = perf_counter
+
+
 def records(events: Events) -> list[Event]:
     """Return the events without the progress."""
     return [event for event in events if "progress" not in event]
