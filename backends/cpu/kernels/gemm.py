@@ -46,6 +46,7 @@ def _make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
 
         x is packed [depth, rows] from xi on, w is [depth, 16·vectors], y is [rows, 16·vectors].
         """
+        weights, result = w.array, y.array
         sums = stack_vectors(size)
         for r in range(rows):
             for c in range(vectors):
@@ -53,13 +54,13 @@ def _make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
                     put_vector(sums, r * vectors + c, splat(0.0))
                 else:
                     yi = y.start + r * y.row_stride + 16 * c
-                    put_vector(sums, r * vectors + c, load(y.array, yi))
+                    put_vector(sums, r * vectors + c, load(result, yi))
         for k in range(depth):
             for c in range(vectors):
                 if rows == 1:  # bound by memory latency
                     ahead = min(k + PREFETCH_INPUTS, depth - 1)
-                    prefetch_l1(w.array, w.start + ahead * w.row_stride + 16 * c)
-                column = load(w.array, w.start + k * w.row_stride + 16 * c)
+                    prefetch_l1(weights, w.start + ahead * w.row_stride + 16 * c)
+                column = load(weights, w.start + k * w.row_stride + 16 * c)
                 for r in range(rows):
                     n = r * vectors + c
                     product = column * broadcast(x, xi + k * rows + r)
@@ -67,7 +68,7 @@ def _make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
         for r in range(rows):
             for c in range(vectors):
                 yi = y.start + r * y.row_stride + 16 * c
-                store(y.array, yi, get_vector(sums, r * vectors + c))
+                store(result, yi, get_vector(sums, r * vectors + c))
 
     return outer_product
 
@@ -143,7 +144,8 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
     @compiled
     def expand(matrix: QuantizedMatrix, number: int, first: int, depth: int, panel: Any) -> None:
         """Dequantize inputs [first, first + depth) of panel `number` to panel [depth, 64]."""
-        words, n_in, group_size = matrix.words, matrix.n_in, matrix.group_size
+        words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
+        n_in, group_size = matrix.n_in, matrix.group_size
         for c in range(4):
             strip = 4 * number + c
             for k in range(first, first + depth, per_word):
@@ -151,7 +153,7 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
                 prefetch_l1(words, i + PREFETCH_BYTES // 4)
                 packed = load(words, i)
                 entry = strip * (n_in // group_size) + k // group_size
-                scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
+                scale, offset = scale_and_offset(groups, entry, offset_bits)
                 for n in range(per_word):
                     weights = bit_field_as_floats(packed, n, bits) * broadcast(factors, n)
                     at = (k + n - first) * PANEL_OUTPUTS + LANES * c

@@ -58,34 +58,36 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
     per_word = 32 // bits
 
     @compiled
-    def multiply(matrix: QuantizedMatrix, strip: int, x: Any, y: Any) -> None:
-        """Compute 16 outputs, a strip, of y = W·x; x is the result of `prepare_row`.
+    def multiply(matrix: QuantizedMatrix, first: int, last: int, x: Any, y: Any) -> None:
+        """Compute strips [first, last) of y = W·x; x is the result of `prepare_row`.
 
         One strip at a time: two or four reached a lower memory bandwidth.
         """
-        words, n_in, group_size = matrix.words, matrix.n_in, matrix.group_size
+        words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
+        n_in, group_size = matrix.n_in, matrix.group_size
         n_groups = n_in // group_size
-        result = splat(0.0)
-        for g in range(n_groups):
-            sums = stack_vectors(4)  # independent, so that additions overlap
-            for n in range(4):
-                put_vector(sums, n, splat(0.0))
-            for k in range(g * group_size, (g + 1) * group_size, per_word):
-                i = (strip * n_in + k) // per_word * LANES
-                prefetch_l2(words, i + PREFETCH_BYTES // 4)
-                packed = load(words, i)
-                for n in range(per_word):
-                    weights = bit_field_as_floats(packed, n, bits)
-                    partial_sum = get_vector(sums, n % 4) + weights * broadcast(x, k + n)
-                    put_vector(sums, n % 4, partial_sum)
-            entry = strip * n_groups + g
-            prefetch_group(matrix.groups, entry, matrix.offset_bits)
-            group_sum = get_vector(sums, 0)
-            for n in range(1, 4):
-                group_sum += get_vector(sums, n)
-            scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
-            result += scale * group_sum + offset * broadcast(x, n_in + g)
-        store(y, strip * LANES, result)
+        for strip in range(first, last):
+            result = splat(0.0)
+            for g in range(n_groups):
+                sums = stack_vectors(4)  # independent, so that additions overlap
+                for n in range(4):
+                    put_vector(sums, n, splat(0.0))
+                for k in range(g * group_size, (g + 1) * group_size, per_word):
+                    i = (strip * n_in + k) // per_word * LANES
+                    prefetch_l2(words, i + PREFETCH_BYTES // 4)
+                    packed = load(words, i)
+                    for n in range(per_word):
+                        weights = bit_field_as_floats(packed, n, bits)
+                        partial_sum = get_vector(sums, n % 4) + weights * broadcast(x, k + n)
+                        put_vector(sums, n % 4, partial_sum)
+                entry = strip * n_groups + g
+                prefetch_group(groups, entry, offset_bits)
+                group_sum = get_vector(sums, 0)
+                for n in range(1, 4):
+                    group_sum += get_vector(sums, n)
+                scale, offset = scale_and_offset(groups, entry, offset_bits)
+                result += scale * group_sum + offset * broadcast(x, n_in + g)
+            store(y, strip * LANES, result)
 
     return multiply
 

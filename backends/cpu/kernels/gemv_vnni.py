@@ -78,38 +78,40 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
     per_word = 32 // bits
 
     @compiled
-    def multiply(matrix: QuantizedMatrix, strip: int, x: Any, y: Any) -> None:
-        """Compute 16 outputs, a strip, of y = W·x; x is the result of `prepare_row`."""
-        words, n_in, group_size = matrix.words, matrix.n_in, matrix.group_size
+    def multiply(matrix: QuantizedMatrix, first: int, last: int, x: Any, y: Any) -> None:
+        """Compute strips [first, last) of y = W·x; x is the result of `prepare_row`."""
+        words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
+        n_in, group_size = matrix.n_in, matrix.group_size
         n_groups, digit_stride, digits = n_in // group_size, n_in // 4, x.view(np.uint32)
         factor, digits_start = broadcast(x, n_in + n_groups), n_in + n_groups + 1
-        result = splat(0.0)
-        for g in range(n_groups):
-            sums = stack_vectors(N_DIGITS)
-            for d in range(N_DIGITS):
-                put_vector(sums, d, splat(0.0))  # the bits of the integer 0
-            for k in range(g * group_size, (g + 1) * group_size, per_word):
-                at, i = digits_start + k // 4, (strip * n_in + k) // per_word * LANES
-                prefetch_l2(words, i + PREFETCH_BYTES // 4)
-                packed = load(words, i)
-                if bits == 8:
-                    for d in range(N_DIGITS):
-                        j = at + d * digit_stride
-                        _add_byte_products(sums, d, packed, broadcast(digits, j))
-                else:
-                    even, odd = nibbles_as_bytes(packed, 0), nibbles_as_bytes(packed, 1)
-                    for d in range(N_DIGITS):
-                        j = at + d * digit_stride
-                        _add_byte_products(sums, d, even, broadcast(digits, j))
-                        _add_byte_products(sums, d, odd, broadcast(digits, j + 1))
-            entry = strip * n_groups + g
-            prefetch_group(matrix.groups, entry, matrix.offset_bits)
-            group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
-            group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
-            group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
-            scale, offset = scale_and_offset(matrix.groups, entry, matrix.offset_bits)
-            result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
-        store(y, strip * LANES, result)
+        for strip in range(first, last):
+            result = splat(0.0)
+            for g in range(n_groups):
+                sums = stack_vectors(N_DIGITS)
+                for d in range(N_DIGITS):
+                    put_vector(sums, d, splat(0.0))  # the bits of the integer 0
+                for k in range(g * group_size, (g + 1) * group_size, per_word):
+                    at, i = digits_start + k // 4, (strip * n_in + k) // per_word * LANES
+                    prefetch_l2(words, i + PREFETCH_BYTES // 4)
+                    packed = load(words, i)
+                    if bits == 8:
+                        for d in range(N_DIGITS):
+                            j = at + d * digit_stride
+                            _add_byte_products(sums, d, packed, broadcast(digits, j))
+                    else:
+                        even, odd = nibbles_as_bytes(packed, 0), nibbles_as_bytes(packed, 1)
+                        for d in range(N_DIGITS):
+                            j = at + d * digit_stride
+                            _add_byte_products(sums, d, even, broadcast(digits, j))
+                            _add_byte_products(sums, d, odd, broadcast(digits, j + 1))
+                entry = strip * n_groups + g
+                prefetch_group(groups, entry, offset_bits)
+                group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
+                group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
+                group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
+                scale, offset = scale_and_offset(groups, entry, offset_bits)
+                result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
+            store(y, strip * LANES, result)
 
     return multiply
 

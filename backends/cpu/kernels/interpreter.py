@@ -74,11 +74,11 @@ cache_array = float16_array if HAS_FLOAT16 else float_array
 @inlined
 def _write_cache(task: AttentionTask, B: int, thread: int, threads: int) -> None:
     """Copy the keys and values of the new tokens to the cache, for a share of the heads."""
-    x, keys, values, D = task.x, task.keys, task.values, task.D
+    x, keys, values, positions, D = task.x, task.keys, task.values, task.positions, task.D
     first, last = split_range(B * task.H, thread, threads)
     for head in range(first, last):
         for n in range(head // task.H * task.T, (head // task.H + 1) * task.T):
-            i = (head * task.capacity + task.positions[n]) * D
+            i = (head * task.capacity + positions[n]) * D
             j = n * task.x_width + head % task.H * D
             for d in range(0, D - 15, 16):
                 store(keys, i + d, load(x, j + task.H * D + d))

@@ -104,12 +104,11 @@ def run_gemv(task: LinearTask) -> None:
             quantized_gemv.prepare_row(row, n_in, group_size, 4)
         strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
         first, last = split_range(strips, thread, threads)
-        for strip in range(first, last):
-            if op[FORMAT] == INT8:
-                quantized_gemv.multiply_int8(matrix, strip, row, y)
-            else:
-                quantized_gemv.multiply_int4(matrix, strip, row, y)
-            apply_epilogue(op, y, 0, strip * LANES, (strip + 1) * LANES, task.residual)
+        if op[FORMAT] == INT8:
+            quantized_gemv.multiply_int8(matrix, first, last, row, y)
+        else:
+            quantized_gemv.multiply_int4(matrix, first, last, row, y)
+        apply_epilogue(op, y, 0, first * LANES, last * LANES, task.residual)
 
 
 # GEMM

@@ -204,7 +204,8 @@ def multiply(
     x holds `rows` rows packed by `pack_row`. y begins at the panel, and must have space for a whole
     block of rows after the last.
     """
-    n_in, group_size, offset_bits = matrix.n_in, matrix.group_size, matrix.offset_bits
+    n_in, group_size = matrix.n_in, matrix.group_size
+    packed, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
     n_groups, depth = n_in // group_size, min(group_size, TILE_ROW_BYTES)
     padded_rows = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     digits, int_sums = x.view(np.int8), workspace.view(np.int32)
@@ -213,21 +214,21 @@ def multiply(
     scales = stack_vectors(PANEL_STRIPS)
     configure_tiles(workspace, depth)
     for g in range(n_groups):
-        words, stride = matrix.words, n_in // 4 * LANES
+        words, stride = packed, n_in // 4 * LANES
         wi = (first_strip * n_in + g * group_size) // 4 * LANES
         if matrix.bits == 8:
             for c in range(PANEL_STRIPS):
                 begin = wi + c * stride
                 for line in range(begin, begin + group_size // 4 * LANES, LANES):
-                    prefetch_l1(matrix.words, line + PREFETCH_BYTES // 4)
+                    prefetch_l1(packed, line + PREFETCH_BYTES // 4)
         else:
             words, wi, stride = unpacked, UNPACKED_START, group_size // 4 * LANES
             for c in range(PANEL_STRIPS):
                 begin = ((first_strip + c) * n_in + g * group_size) // 8 * LANES
-                _unpack(matrix.words, begin, group_size, unpacked, UNPACKED_START + c * stride)
+                _unpack(packed, begin, group_size, unpacked, UNPACKED_START + c * stride)
         for c in range(PANEL_STRIPS):
             entry = (first_strip + c) * n_groups + g
-            put_vector(scales, c, scale_and_offset(matrix.groups, entry, offset_bits)[0])
+            put_vector(scales, c, scale_and_offset(groups, entry, offset_bits)[0])
         for row in range(first, last, TILE_ROWS):
             i = (row * n_in + g * group_size * TILE_ROWS) * N_DIGITS
             count = min(TILE_ROWS, last - row)
@@ -254,7 +255,7 @@ def multiply(
             count = min(WORKSPACE_GROUPS, n_groups - begin)
             for g in range(count):
                 entry = (first_strip + c) * n_groups + begin + g
-                offset = scale_and_offset(matrix.groups, entry, offset_bits)[1]
+                offset = scale_and_offset(groups, entry, offset_bits)[1]
                 store(workspace, g * LANES, offset)
             source = Matrix(workspace, 0, LANES, 1)
             for row in range(first, last, BLOCK_ROWS):

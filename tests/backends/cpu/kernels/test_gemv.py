@@ -38,14 +38,14 @@ def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, QuantizedWe
         x = np.full(2 * n_in, np.nan, np.float32)  # NaN shows a read of what no kernel wrote
         x[:n_in] = row
         prepare_row(x, n_in, weight.group_size, weight.bits)
-        multiply_strip = multiply_int8 if weight.bits == 8 else multiply_int4
+        multiply_strips = multiply_int8 if weight.bits == 8 else multiply_int4
         matrix = QuantizedMatrix(
             weight.words.reshape(-1), weight.groups.reshape(-1), weight.offset_bits,
             n_in, weight.group_size, weight.bits,
         )  # fmt: skip
         y = np.full(weight.words.shape[0] * 16, np.nan, np.float32)
-        for strip in range(len(y) // 16):
-            multiply_strip(matrix, strip, x, y)
+        multiply_strips(matrix, 0, 1, x, y)
+        multiply_strips(matrix, 1, len(y) // 16, x, y)
         return y[:n_out]
 
     return multiply
