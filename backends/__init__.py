@@ -113,14 +113,20 @@ def get_backend(
     BackendError
         The backend is unknown, is not installed, or does not support an option.
     ParameterError
-        `threads` is not a positive whole number, or options were given with a `Backend`.
+        `threads` is not a positive whole number, or an option is set with an existing `Backend`.
     """
     if isinstance(backend, Backend):
-        given = (dtype, device, threads, cache_dtype)
-        if any(x is not None for x in given) or generic or not compile:
+        is_given = {
+            "dtype": dtype is not None,
+            "device": device is not None,
+            "threads": threads is not None,
+            "generic": generic,
+            "compile": not compile,
+            "cache_dtype": cache_dtype is not None,
+        }
+        if names := ", ".join(name for name in is_given if is_given[name]):
             raise ParameterError(
-                "dtype, device, threads, generic, compile or cache_dtype were given with an "
-                "existing backend: give them to get_backend() when it is made"
+                f"{names} cannot be set on an existing Backend: pass them to get_backend()"
             )
         return backend
     if threads is not None and not _is_count(threads):
@@ -162,8 +168,8 @@ def available() -> list[BackendStatus]:
 
 
 def _compiler() -> str:
-    """Return the part of `detail` about Numba; its import, which takes long, is not needed."""
-    from importlib import metadata  # takes long, too
+    """Return the part of `detail` about Numba, without its import, which takes half a second."""
+    from importlib import metadata  # not needed, and slow to import, for `import gptx`
 
     try:
         return f", compiled with Numba {metadata.version('numba')}"

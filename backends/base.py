@@ -438,7 +438,7 @@ class Backend:
             if isinstance(error, DeviceOutOfMemory):
                 raise
             raise DeviceOutOfMemory(
-                f"memory ran out on the {self.name} backend ({error}): "
+                f"out of memory on the {self.name} backend ({error}): "
                 "use a smaller model, batch or context"
             ) from error
 

@@ -1,8 +1,9 @@
-"""Fused operations: the graph of a forward pass as a few operations on numbered buffers.
+"""Fused operations: the graph of a forward pass as operations on numbered buffers.
 
-There are three kinds. "embed" is the sum of token and position embeddings. "linear" is layer norm,
-product, bias, activation and residual. "attention" writes new keys and values to the cache, then
-computes attention over the cache. The compiled passes of the backends replay the operations.
+An operation has one of three kinds. "embed" is the sum of token and position embeddings. "linear"
+is layer norm, product, bias, activation and residual. "attention" writes new keys and values to the
+cache, then computes attention over the cache. The compiled passes of the backends replay the
+operations.
 """
 
 from __future__ import annotations

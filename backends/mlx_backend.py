@@ -146,6 +146,6 @@ class MlxBackend(Backend):
             if isinstance(error, DeviceOutOfMemory) or "alloc" not in text:
                 raise
             raise DeviceOutOfMemory(
-                f"memory ran out on the mlx backend ({text.splitlines()[0]}): "
+                f"out of memory on the mlx backend ({text.splitlines()[0]}): "
                 "use a smaller model, batch or context"
             ) from error

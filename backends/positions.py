@@ -14,15 +14,15 @@ Array = Any
 class Positions:
     """Positions of the T new tokens of each of B sequences.
 
-    The host has all of it, so a backend can choose a faster path without a read from the device.
+    All values are on the host, so a backend selects a faster path without a read from the device.
 
     Attributes
     ----------
     host
         NumPy integers [B, T], increasing by one along T; in a trace, a `Node`. A sequence with
-        fewer than T new tokens repeats its last token at its last position. The same values are
-        computed and written again, so padding needs no mask, and column T - 1 has the last token
-        of every sequence.
+        fewer than T new tokens repeats its last token at its last position. Repeats compute and
+        write the same values, so padding needs no mask; column T - 1 has the last token of every
+        sequence.
     stop
         S: number of positions that the longest sequence fills, the new tokens included.
     aligned

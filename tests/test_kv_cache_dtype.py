@@ -26,17 +26,17 @@ WITH_FLOAT16 = [name for name in BACKENDS if name != "strict"]  # the standard h
 
 
 @lru_cache
-def _float16_model(name: str, config: GPT2Config, how: Quantization | None) -> Model:
+def _float16_model(name: str, config: GPT2Config, quantization: Quantization | None) -> Model:
     if name == "cupy-cpu":  # the emulator is slow
         config = replace(config, n_layer=1)
-    return make_model(config, make_backend(name, cache_dtype="float16"), how=how)
+    return make_model(config, make_backend(name, cache_dtype="float16"), quantization=quantization)
 
 
 @pytest.fixture(params=WITH_FLOAT16)
 def float16_model(request: pytest.FixtureRequest) -> Any:
     """A function that returns a model with a float16 cache; tests share the models."""
     make_backend(request.param)  # skips the test, or installs the stand-in for CuPy
-    return lambda config, how=None: _float16_model(request.param, config, how)
+    return lambda config, quantization=None: _float16_model(request.param, config, quantization)
 
 
 # Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, no whole panel
@@ -142,7 +142,7 @@ def test_a_library_without_float16_is_an_error() -> None:
 
 
 def test_cache_dtype_with_a_backend_object_is_an_error() -> None:
-    with pytest.raises(ParameterError, match="cache_dtype were given with an existing backend"):
+    with pytest.raises(ParameterError, match="cache_dtype cannot be set on an existing Backend"):
         gptx.load("shakespeare", backend=get_backend("numpy"), cache_dtype="float16")
 
 

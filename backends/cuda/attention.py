@@ -16,12 +16,12 @@ from gptx.backends.cuda.workspace import Workspace
 Array = Any
 
 # As in the kernels:
-DECODE_BLOCK = (256,)
-MAX_SPLITS = 32  # one lane of a warp for each
+DECODE_BLOCK = (256,)  # threads
+MAX_SPLITS = 32  # of a head: each has one lane of a warp
 MIN_SPLIT_POSITIONS = 64
 PREFILL_TILE = 64  # queries, and positions
 
-UPDATE_BLOCK = (256,)
+UPDATE_BLOCK = (256,)  # threads
 
 
 def n_splits(B: int, H: int, S: int, multiprocessors: int) -> int:
@@ -40,9 +40,7 @@ def n_splits(B: int, H: int, S: int, multiprocessors: int) -> int:
 def prefill_block(variant: KernelVariant) -> tuple[int, int]:
     """Return threads, and bytes of dynamic shared memory, of a block of `attention_prefill`."""
     D = variant.head_dim
-    if (
-        variant.dtype == variant.cache_dtype != "float32"
-    ):  # tensor cores; two buffers for keys, values
+    if variant.dtype == variant.cache_dtype != "float32":  # on tensor cores, double-buffered
         warp_groups = 2 if D <= 128 else 1
         return 128 * warp_groups, 4 * warp_groups * PREFILL_TILE * (-(-D // 16) * 16 + 8) * 2
     queries_and_keys, weights = 2 * (D + 4), PREFILL_TILE + 4
@@ -58,7 +56,7 @@ class AttentionOp:
     source, target
         Numbers of the buffers of qkv [B·T, 3C] and of the result [B·T, C].
     layer, scale
-        Number of the layer, and scale of the scores.
+        Index of the layer, and scale of the scores.
     n_layer, n_head
         L and H.
     variant

@@ -81,7 +81,7 @@ class CompiledForward:
 
     @property
     def kernels_per_token(self) -> int:
-        """Number of kernels in a decode step of few sequences."""
+        """Number of kernels in a decode step of up to MAX_GEMV_ROWS sequences."""
         return len(self._programs[False].ops)
 
 

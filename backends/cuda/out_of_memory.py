@@ -31,7 +31,7 @@ def translate_out_of_memory(error: BaseException) -> DeviceOutOfMemory | None:
     traceback.clear_frames(error.__traceback__)
     cupy.get_default_memory_pool().free_all_blocks()
     return DeviceOutOfMemory(
-        f"memory ran out on CUDA device {cupy.cuda.Device().id} ({what}): "
+        f"out of memory on CUDA device {cupy.cuda.Device().id} ({what}): "
         "use a smaller model, batch, context or dtype"
     )
 

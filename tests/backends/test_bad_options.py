@@ -1,4 +1,4 @@
-"""Errors of backends that are unknown, not installed, or lack what an option needs."""
+"""Errors of invalid options, and of backends that are unknown or not installed."""
 
 from __future__ import annotations
 

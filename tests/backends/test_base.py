@@ -207,8 +207,8 @@ def test_numpy_does_not_support_float16() -> None:
 def test_an_existing_backend_is_returned_unchanged() -> None:
     backend = get_backend("numpy")
     assert get_backend(backend) is backend
-    with pytest.raises(ParameterError, match="existing backend"):
-        get_backend(backend, threads=1)
+    with pytest.raises(ParameterError, match=r"^threads, compile cannot be set on an existing"):
+        get_backend(backend, threads=1, compile=False)
 
 
 @pytest.mark.parametrize("name", ["cupy", "mlx"])
@@ -250,7 +250,7 @@ def test_available_lists_the_registry() -> None:
 
 def test_out_of_memory_is_a_gptx_error() -> None:
     backend = get_backend("numpy")
-    with pytest.raises(DeviceOutOfMemory, match="memory ran out"), backend.scope():
+    with pytest.raises(DeviceOutOfMemory, match="out of memory on the numpy"), backend.scope():
         backend.zeros((2**50,))
 
 

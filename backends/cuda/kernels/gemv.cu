@@ -13,8 +13,8 @@
 //   the rows of x to shared memory, during the loads of weights. The next weights are loaded before
 //   the current ones are multiplied.
 // - One block for each multiprocessor, two for large matrices, so that each reads x once. blockDim
-//   is (team, teams). A team is wide if outputs are few, and narrow if outputs are many: 8,
-//   16 or a multiple of 32 threads, at least R · OUTPUTS. `linear.py` selects it.
+//   is (team, teams). The fewer outputs, the wider a team:
+//   8, 16 or a multiple of 32 threads, at least R · OUTPUTS. `linear.py` selects it.
 // - Tensor cores multiply numbers of 16 bits, to save instructions. `mma` of vectors of x and
 //   weights in the lanes' order has the required products on its diagonal, each summed over four
 //   lanes; the other seven eighths are discarded. This takes 2 instructions for a vector and two

@@ -89,7 +89,7 @@ def test_the_error_reports_needed_and_free_bytes(cupy: Any, error: Exception, me
     found = translated(error)
     assert isinstance(found, DeviceOutOfMemory)
     assert str(found) == (
-        f"memory ran out on CUDA device 3 ({message}): use a smaller model, batch, context or dtype"
+        f"out of memory on CUDA device 3 ({message}): use a smaller model, batch, context or dtype"
     )
     assert found.exit_code == 71
 
