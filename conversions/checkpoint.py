@@ -257,7 +257,7 @@ def float_array(tensor: Array | QuantizedTensor) -> Array:
     return widen_bfloat16(unquantized(tensor))
 
 
-def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
+def write_config_and_tokenizer(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
     """Write config.json and the tokenizer's files.
 
     Parameters

@@ -1,4 +1,4 @@
-"""`convert`: a model of any format is written in another one, tensor by tensor, atomically."""
+"""`convert`: write a model of any format in another one, tensor by tensor, atomically."""
 
 from __future__ import annotations
 
@@ -137,11 +137,14 @@ def _check_options(
                 f"{', '.join(supported) or 'none'}"
             )
     if unknown := [option for option in options if option not in row.options]:
-        raise ParameterError(f"the format {name} has no option {unknown[0]!r}")
+        raise ParameterError(
+            f"the format {name} has no option {unknown[0]!r}, expected "
+            f"{', '.join(row.options) or 'none'}"
+        )
 
 
 def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
-    """Raise an error if writing the destination would lose something."""
+    """Raise an error if writing the destination would lose other files."""
     if not destination.absolute().parent.is_dir():
         raise StorageError(f"{destination} cannot be written (its folder does not exist)")
     if destination.is_dir():

@@ -51,7 +51,7 @@ class BinaryFile:
         Raises
         ------
         WeightsError
-            The file ends before.
+            The file is too short.
         StorageError
             The file cannot be read.
         """
@@ -62,7 +62,7 @@ class BinaryFile:
                 data = file.read(n_bytes)
         except OSError as error:
             raise self._unreadable(error) from error
-        if len(data) != n_bytes:  # another process truncates it
+        if len(data) != n_bytes:  # another process truncated it meanwhile
             raise WeightsError(f"{self.path} ended while {label} was read: fetch it again")
         return data
 
@@ -83,7 +83,7 @@ class BinaryFile:
         if offset < 0 or n_bytes < 0 or offset + n_bytes > self.size:
             raise WeightsError(
                 f"{self.path} is truncated or damaged: expected {label} in bytes {offset} to "
-                f"{offset + n_bytes}, the file has {self.size}"
+                f"{offset + n_bytes}, the file has {self.size}: fetch it again"
             )
 
     def _unreadable(self, error: OSError) -> StorageError:

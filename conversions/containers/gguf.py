@@ -1,4 +1,4 @@
-"""GGUF files: metadata, a list of tensors, and the tensors' data, whatever the model is.
+"""GGUF files of any model: metadata, a list of tensors, and the tensors' data.
 
 The file is little endian. The data of each tensor start at a multiple of 32 bytes, or of
 `general.alignment`, without gaps (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; ggml's
@@ -32,7 +32,7 @@ from gptx.conversions.containers.gguf_types import (
 from gptx.errors import WeightsError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
-MAX_NAME_LENGTH, MAX_DIMENSIONS = 64, 4  # ggml's
+MAX_NAME_LENGTH, MAX_DIMENSIONS = 64, 4  # ggml's limits; the length in characters
 # Python needs many times the bytes of an entry in the header: a file could fill the memory.
 MAX_KEYS, MAX_TENSORS = 2**16, 130_000
 WINDOW_BYTES = 2**18  # of the header, read at a time
@@ -108,13 +108,13 @@ class GgufFile:
             key = cursor.string("a key of the metadata")
             label = f"the metadata {key[:MAX_NAME_LENGTH]!r}"
             if key in self.metadata:
-                raise self._damaged(f"duplicate key of {label}")
+                raise _damaged(self.file, f"duplicate key of {label}")
             self.metadata[key] = cursor.value(label)
 
     def _count(self, items: str, limit: int) -> int:
         count: int = self._cursor.number("<u8", f"the number of {items}")
         if count > limit:
-            raise self._damaged(f"the number of {items} is {count}, expected at most {limit}")
+            raise _damaged(self.file, f"the number of {items} is {count}, expected at most {limit}")
         return count
 
     def scalar(self, key: str, default: Any = None) -> Any:
@@ -127,7 +127,9 @@ class GgufFile:
         """
         value = self.metadata.get(key, default)
         if isinstance(value, (list, Array)):
-            raise self._damaged(f"{key} is {shown(value)}, expected one number or string")
+            raise _damaged(
+                self.file, f"{key} is {describe_value(value)}, expected one number or string"
+            )
         return value
 
     @cached_property
@@ -145,11 +147,12 @@ class GgufFile:
         for _ in range(self._n_tensors):
             tensor = self._next_tensor()
             if tensor.name in found:
-                raise self._damaged(f"duplicate tensor {tensor.name}")
+                raise _damaged(self.file, f"duplicate tensor {tensor.name}")
             if tensor.offset != end:
-                raise self._damaged(
+                raise _damaged(
+                    self.file,
                     f"tensor {tensor.name} is at offset {tensor.offset}, expected {end}, the end "
-                    "of the one before"
+                    "of the one before",
                 )
             found[tensor.name] = tensor
             end += _aligned(tensor.n_bytes, alignment)
@@ -164,7 +167,10 @@ class GgufFile:
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment is {shown(alignment)}, expected a power of two")
+            raise _damaged(
+                self.file,
+                f"general.alignment is {describe_value(alignment)}, expected a power of two",
+            )
         return alignment
 
     def _next_tensor(self) -> TensorInfo:
@@ -172,11 +178,16 @@ class GgufFile:
         cursor = self._cursor
         name = cursor.string("a tensor's name")
         if len(name) > MAX_NAME_LENGTH or not name.isprintable():
-            raise self._damaged(f"a tensor's name is {shown(name)}, expected a short printable one")
+            raise _damaged(
+                self.file,
+                f"a tensor's name is {describe_value(name)}, expected a short printable one",
+            )
         label = f"the entry of tensor {name}"
         n = cursor.number("<u4", label)
         if not 1 <= n <= MAX_DIMENSIONS:
-            raise self._damaged(f"tensor {name} has {n} dimensions, expected 1 to {MAX_DIMENSIONS}")
+            raise _damaged(
+                self.file, f"tensor {name} has {n} dimensions, expected 1 to {MAX_DIMENSIONS}"
+            )
         shape = tuple(cursor.number("<u8", label) for _ in range(n))[::-1]
         id = cursor.number("<u4", label)
         if id not in TYPES_BY_ID:
@@ -187,9 +198,10 @@ class GgufFile:
             )
         kind = TYPES_BY_ID[id]
         if shape[-1] % kind.block_numbers:
-            raise self._damaged(
+            raise _damaged(
+                self.file,
                 f"tensor {name} has shape {list(shape)}, expected a last dimension that is a "
-                f"multiple of {kind.block_numbers}"
+                f"multiple of {kind.block_numbers}",
             )
         return TensorInfo(name, shape, kind, cursor.number("<u8", label))
 
@@ -209,16 +221,13 @@ class GgufFile:
             rows[:] = kind.decode(raw)
         return numbers.reshape(tensor.shape)
 
-    def _damaged(self, reason: str) -> WeightsError:
-        return WeightsError(f"{self.file.path} is damaged: {reason}")
-
 
 class _Cursor:
     """A position in the header of a file, which is read a window at a time."""
 
     def __init__(self, file: BinaryFile) -> None:
         self._file = file
-        self._start = self._at = 0  # of the window in the file, of the cursor in the window
+        self._start = self._at = 0  # start of the window in the file, position in the window
         self._window = b""
 
     @property
@@ -246,7 +255,7 @@ class _Cursor:
         try:
             return self.take(int.from_bytes(self.take(8, label), "little"), label).decode()
         except UnicodeDecodeError:
-            raise WeightsError(f"{self._file.path} is damaged: {label} is not UTF-8") from None
+            raise _damaged(self._file, f"{label} is not UTF-8") from None
 
     def value(self, label: str) -> Any:
         """Read the next value of the metadata and its type, which comes first."""
@@ -256,24 +265,23 @@ class _Cursor:
         if kind in SCALARS:
             return self.number(SCALARS[kind], label)
         if kind != ARRAY:
-            raise WeightsError(f"{self._file.path} is damaged: {label} has unknown type {kind}")
+            raise _damaged(self._file, f"{label} has unknown type {kind}")
         kind, n = self.number("<u4", label), self.number("<u8", label)
         if kind == STRING:
             if n > (self._file.size - self.position) // 8:
-                raise WeightsError(
-                    f"{self._file.path} is truncated or damaged: {label} has the length {n}, "
-                    "longer than the file"
-                )
+                raise _damaged(self._file, f"{label} has the length {n}, longer than the file")
             return [self.string(label) for _ in range(n)]
         if kind not in SCALARS:
-            raise WeightsError(
-                f"{self._file.path} is damaged: {label} is an array of unknown type {kind}"
-            )
+            raise _damaged(self._file, f"{label} is an array of unknown type {kind}")
         dtype = np.dtype(SCALARS[kind])
         return np.frombuffer(self.take(n * dtype.itemsize, label), dtype)
 
 
-def shown(value: Any) -> str:
+def _damaged(file: BinaryFile, reason: str) -> WeightsError:
+    return WeightsError(f"{file.path} is damaged: {reason}: fetch it again")
+
+
+def describe_value(value: Any) -> str:
     """Format a value of a file for an error message, in a bounded length."""
     if isinstance(value, (list, Array)):
         return f"a list of {len(value)}"

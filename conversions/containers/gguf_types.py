@@ -31,12 +31,11 @@ class TensorType:
     block_numbers, block_bytes
         Count of numbers in a block, and its size in bytes. Plain numbers have blocks of one.
     encode
-        Function of rows of floats (float32 for blocks) and their label in error messages: uint8
-        [blocks, block_bytes].
-        None for integers.
+        Function that converts rows of floats (float32 for blocks) to the data of the file; its
+        second argument is their label in error messages. None for integers.
     decode
-        Function of uint8 [blocks, block_bytes]: float32 [blocks, block_numbers]. None for plain
-        numbers.
+        Function that converts uint8 [blocks, block_bytes] to float32 [blocks, block_numbers]. None
+        for plain numbers.
     """
 
     name: str
@@ -123,7 +122,7 @@ FLOAT_TYPES = {
     "float16": _float_type("F16", 1, "float16"),
     "bfloat16": _float_type("BF16", 30, "bfloat16"),
 }
-# By bits.
+# Bits a weight -> type.
 BLOCK_TYPES = {
     8: TensorType("Q8_0", 8, np.dtype(np.float32), 32, 34, _encode_q8_0, _decode_q8_0),
     4: TensorType("Q4_0", 2, np.dtype(np.float32), 32, 18, _encode_q4_0, _decode_q4_0),

@@ -1,9 +1,9 @@
 """Records of Burn: nested structs of a Rust program in MessagePack, checked against a schema.
 
-The schema bounds the depth of the reader and what it keeps. Of a tensor it keeps the position. The
-numbers of a tensor are a list with a marker before each: 0xca before float32, 0xcb before float64.
-float16 is stored as its bits in integers of one byte (below 128), two bytes (below 256) or three
-bytes. The end of such a list is found from all of its markers.
+The schema bounds the depth and the memory of the reader, which keeps only the position of a tensor.
+The numbers of a tensor are a list with a marker before each: 0xca before float32, 0xcb before
+float64. float16 is stored as its bits in integers of one byte (below 128), two bytes (below 256)
+or three bytes. The end of such a list is found from all of its markers.
 
 The format is https://github.com/msgpack/msgpack/blob/master/spec.md; Burn's use of it is
 https://github.com/tracel-ai/burn at v0.13.2, crates/burn-core/src/record.
@@ -27,7 +27,7 @@ MAX_TEXT_BYTES = 2**10
 MAX_LIST_LENGTH = 10_000  # structs in a list
 MAX_DIMENSIONS = 8
 MAX_RUN = 2**12  # integers of three bytes that are decoded as one array
-SCALAR_RUN = 64  # integers that are decoded one by one where the first has not three bytes
+SCALAR_RUN = 64  # integers that are decoded one by one if the first has not three bytes
 
 # Burn's names of the types.
 FLOATS: dict[str, np.dtype] = {
@@ -39,8 +39,8 @@ FLOATS: dict[str, np.dtype] = {
 UINT8, UINT16, UINT32, UINT64, FLOAT32, FLOAT64 = 0xCC, 0xCD, 0xCE, 0xCF, 0xCA, 0xCB
 NIL = 0xC0
 
-# A number and its marker in the file.
-TOKENS = {
+# Marker -> layout of a number in the file, with its marker.
+NUMBER_LAYOUTS = {
     UINT16: np.dtype([("marker", "u1"), ("value", ">u2")]),
     FLOAT32: np.dtype([("marker", "u1"), ("value", ">f4")]),
     FLOAT64: np.dtype([("marker", "u1"), ("value", ">f8")]),
@@ -50,7 +50,7 @@ TOKENS = {
 class Kind(Enum):
     """The kinds of fields that are neither structs nor lists; the values are for errors."""
 
-    NOTHING = "nothing (constants are not recorded)"
+    NIL = "nil, which Burn stores for a constant"
     TEXT = "text"
     TENSOR = "a tensor"
 
@@ -70,7 +70,7 @@ class RecordTensor:
     offset
         Position of the first number's marker in the file.
     marker
-        Marker of its numbers, one of `TOKENS`; UINT16 for integers of any length.
+        Marker of its numbers, one of `NUMBER_LAYOUTS`; UINT16 for integers of any length.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Record:
     Raises
     ------
     WeightsError
-        The file is truncated or does not match.
+        The file is truncated or does not match the schema.
     """
 
     def __init__(self, file: BinaryFile, schema: Schema) -> None:
@@ -127,12 +127,12 @@ class Record:
             bits = np.empty(count, np.uint16)
             self._integers(tensor.name, tensor.offset, count, bits)
             return bits.view(np.float16).reshape(tensor.shape)
-        token = TOKENS[tensor.marker]
-        numbers = np.empty(count, token["value"].newbyteorder("="))
+        layout = NUMBER_LAYOUTS[tensor.marker]
+        numbers = np.empty(count, layout["value"].newbyteorder("="))
         for first in range(0, count, CHUNK_NUMBERS):
             n = min(CHUNK_NUMBERS, count - first)
-            offset = tensor.offset + first * token.itemsize
-            found = self.file.array(offset, (n,), token, tensor.name)
+            offset = tensor.offset + first * layout.itemsize
+            found = self.file.array(offset, (n,), layout, tensor.name)
             if (found["marker"] != tensor.marker).any():
                 self._fail(tensor.name, "a list of numbers of one type", offset)
             numbers[first : first + n] = found["value"]
@@ -148,7 +148,7 @@ class Record:
                 self._fail(name, f"a list of at most {MAX_LIST_LENGTH if schema else 0}")
             for i in range(length):
                 self._parse(schema[0], f"{name}.{i}")
-        elif schema is Kind.NOTHING:
+        elif schema is Kind.NIL:
             if self._take(1, name)[0] != NIL:
                 self._fail(name, schema.value)
         elif schema is Kind.TEXT:
@@ -203,7 +203,7 @@ class Record:
         offset = self._at
         marker = self._take(1, name)[0]
         if marker in (FLOAT32, FLOAT64):
-            end = offset + count * TOKENS[marker].itemsize
+            end = offset + count * NUMBER_LAYOUTS[marker].itemsize
             if end > self.file.size:
                 self._fail(name, "complete: the file is truncated", offset)
         else:
@@ -272,17 +272,17 @@ class Record:
 def _decode_integers(data: bytes, count: int, out: Array | None) -> tuple[int, int]:
     """Decode up to `count` complete integers of `data`; return their count and their bytes."""
     raw = np.frombuffer(data, np.uint8)
-    token = TOKENS[UINT16]
+    layout = NUMBER_LAYOUTS[UINT16]
     n = at = 0
     while n < count:
         # Most integers have three bytes: decode a run of them as one array.
-        tried = min(count - n, (len(data) - at) // token.itemsize, MAX_RUN)
-        tokens = raw[at : at + tried * token.itemsize].view(token)
-        other = (tokens["marker"] != UINT16).nonzero()[0]
+        tried = min(count - n, (len(data) - at) // layout.itemsize, MAX_RUN)
+        marked = raw[at : at + tried * layout.itemsize].view(layout)
+        other = (marked["marker"] != UINT16).nonzero()[0]
         run = int(other[0]) if other.size else tried
         if out is not None:
-            out[n : n + run] = tokens["value"][:run]
-        n, at = n + run, at + run * token.itemsize
+            out[n : n + run] = marked["value"][:run]
+        n, at = n + run, at + run * layout.itemsize
         if 0 < run == tried:
             continue
         for _ in range(min(1 if run else SCALAR_RUN, count - n)):

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from gptx.conversions.containers.binary import BinaryFile
+from gptx.conversions.containers.binary import Array, BinaryFile
 from gptx.conversions.containers.crc32c import crc32c
 from gptx.errors import NotFoundError, StorageError, WeightsError
 from gptx.safetensors_file import BFLOAT16
-
-Array = np.ndarray
 
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 FOOTER_BYTES = 48  # at the end: position of the index block, padding, magic
@@ -31,7 +29,7 @@ TRAILER_BYTES = 5  # after each block: one for its compression, four for its che
 MAX_INDEX_BYTES, MAX_NAME_BYTES = 2**20, 250  # the index of OpenAI's 1558M has 21 kB
 MAX_DIMENSIONS = 8
 
-VERSION = 1  # supported
+VERSION = 1  # the newest version of the index that this reader supports
 FLOATS: dict[int, np.dtype[Any]] = {
     1: np.dtype("<f4"),
     2: np.dtype("<f8"),

@@ -29,7 +29,7 @@ ZIP_MAGIC = b"PK\3\4"
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 LEGACY_MAGIC = b"\x8a\x0a" + LEGACY_MAGIC_NUMBER.to_bytes(10, "little")  # in every pickle protocol
 LEGACY_VERSION = 1001
-MAX_NAME_LENGTH = 200  # characters of a tensor's name
+MAX_TENSOR_NAME_LENGTH = 200  # characters
 READ_BYTES = 2**20  # at a time, for checksums and comparisons
 DETECT_BYTES = 600
 
@@ -157,7 +157,7 @@ class TorchFile:
         if not isinstance(value, dict) or not value:
             raise WeightsError(f"{self.path} has no dict of tensors")
         for name, tensor in value.items():
-            if not (name.isascii() and name.isprintable() and len(name) <= MAX_NAME_LENGTH):
+            if not (name.isascii() and name.isprintable() and len(name) <= MAX_TENSOR_NAME_LENGTH):
                 raise WeightsError(f"{self.path} is damaged: a tensor has an invalid name")
             if not isinstance(tensor, TorchTensor):
                 raise WeightsError(f"{self.path}: {name} is not a tensor, expected one")

@@ -72,7 +72,8 @@ NAMES = {
 class Header:
     """The integers at the start of the data, after the mark and the version.
 
-    `n_tokens` and `n_merges` count offsets, one more than the strings: the last is the end.
+    `n_tokens` and `n_merges` count offsets, one more than strings. The last offset is the end.
+    `n_token_text` and `n_merge_text` are sizes in bytes.
     """
 
     n_vocab: int
@@ -84,13 +85,13 @@ class Header:
     n_token_text: int
     n_merges: int
     n_merge_text: int
-    n_bytes: int
+    n_byte_letters: int
 
     def is_plausible(self) -> bool:
         """Test for sizes that a model can have."""
         sizes = self.n_vocab, self.n_ctx, self.n_embd, self.n_layer, self.n_head
         texts = self.n_tokens, self.n_token_text, self.n_merges, self.n_merge_text
-        return min(sizes) > 0 and min(texts) >= 0 and self.n_bytes == N_BYTE_LETTERS
+        return min(sizes) > 0 and min(texts) >= 0 and self.n_byte_letters == N_BYTE_LETTERS
 
     def integers(self, *first: int) -> Array:
         """Return the header as in the file, after `first`: the mark and the version."""
@@ -112,7 +113,7 @@ class Header:
             TensorInfo("decoder_txt", (self.n_token_text,), int8),
             TensorInfo("vocab_idx", (self.n_merges,), int32),
             TensorInfo("vocab_txt", (self.n_merge_text,), int8),
-            TensorInfo("byte_decoder", (self.n_bytes,), int32),
+            TensorInfo("byte_decoder", (self.n_byte_letters,), int32),
         ]
 
 
@@ -145,12 +146,16 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     found = dict(file.tensors)
     info = found.pop("header", None)
     if info is None or (info.shape, info.type) != ((12,), INTEGER_TYPES["int32"]):
-        raise WeightsError(f"{path} is damaged: its header of 12 integers is missing")
+        raise WeightsError(
+            f"{path} is damaged: its header of 12 integers is missing: fetch it again"
+        )
     mark, version, *numbers = file.read(info).tolist()
     check_version(path, mark, version, 2)
     offset = file.scalar(OFFSET_KEY) if set(file.metadata) == {OFFSET_KEY} else None
     if offset != info.offset or next(iter(file.tensors)) != "header":
-        raise WeightsError(f"{path} is damaged: {OFFSET_KEY} is not the offset of the header")
+        raise WeightsError(
+            f"{path} is damaged: {OFFSET_KEY} is not the offset of the header: fetch it again"
+        )
     header = check_header(path, numbers)
     for part in header.parts():
         tensor = found.pop(part.name, None)
@@ -174,7 +179,7 @@ def check_header(path: Path, numbers: Sequence[int]) -> Header:
     """Make a header of integers; raise ConfigError if they are implausible."""
     header = Header(*numbers)
     if not header.is_plausible():
-        raise ConfigError(f"{path} is damaged: its header is {list(numbers)}")
+        raise ConfigError(f"{path} is damaged: its header is {list(numbers)}: fetch it again")
     return header
 
 

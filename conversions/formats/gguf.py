@@ -29,9 +29,9 @@ from gptx.conversions.containers.gguf import (
     MAGIC,
     GgufFile,
     TensorInfo,
+    describe_value,
     encode_header,
     padding,
-    shown,
 )
 from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES, TensorType
 from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
@@ -90,7 +90,9 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     file = GgufFile(path)
     architecture = file.scalar("general.architecture")
     if architecture != "gpt2":
-        raise ConfigError(f"{path} has the architecture {shown(architecture)}, expected 'gpt2'")
+        raise ConfigError(
+            f"{path} has the architecture {describe_value(architecture)}, expected 'gpt2'"
+        )
     if file.scalar("split.count", 1) not in (0, 1):
         raise WeightsError(
             f"{path} is one of the parts of a split model: merge them with llama-gguf-split"
@@ -123,7 +125,7 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, TensorI
     def number(key: str, kind: type = int) -> Any:
         value = metadata.get(f"gpt2.{key}")
         if not isinstance(value, kind):
-            raise ConfigError(f"{path}: gpt2.{key} is {shown(value)}, expected a number")
+            raise ConfigError(f"{path}: gpt2.{key} is {describe_value(value)}, expected a number")
         return value
 
     L, C, M = map(number, ("block_count", "embedding_length", "feed_forward_length"))
@@ -159,7 +161,8 @@ def _tokenizer(path: Path, file: GgufFile, V: int) -> BytePairTokenizer | None:
         return None
     if model != "gpt2" or split not in (None, "gpt-2"):
         raise TokenizerError(
-            f"{path} has the tokenizer {shown(model)}, {shown(split)}, expected 'gpt2', 'gpt-2'"
+            f"{path} has the tokenizer {describe_value(model)}, {describe_value(split)}, expected "
+            "'gpt2', 'gpt-2'"
         )
     metadata = file.metadata
     tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))

@@ -31,7 +31,7 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.containers.binary import Array, BinaryFile
-from gptx.conversions.containers.messagepack import FLOATS, TOKENS, Kind, Record, Schema
+from gptx.conversions.containers.messagepack import FLOATS, NUMBER_LAYOUTS, Kind, Record, Schema
 from gptx.errors import ConfigError, NotFoundError, StorageError, WeightsError
 
 WEIGHTS = "model.mpk"
@@ -39,31 +39,31 @@ BURN_EPSILON = 1e-5  # of Burn's layer norm
 EPSILON = 1e-10  # its square, for GPT-2's layer norm
 
 # The structs of src/model.rs.
-NORM: Schema = {"gamma": Kind.TENSOR, "beta": Kind.TENSOR, "epsilon": Kind.NOTHING}
+NORM: Schema = {"gamma": Kind.TENSOR, "beta": Kind.TENSOR, "epsilon": Kind.NIL}
 LINEAR: Schema = {"weight": Kind.TENSOR, "bias": Kind.TENSOR}
-UNBIASED: Schema = {"weight": Kind.TENSOR, "bias": Kind.NOTHING}
+UNBIASED: Schema = {"weight": Kind.TENSOR, "bias": Kind.NIL}
 EMBEDDING: Schema = {"weight": Kind.TENSOR}
 ATTENTION: Schema = {
-    "n_heads": Kind.NOTHING,
-    "d_k": Kind.NOTHING,
+    "n_heads": Kind.NIL,
+    "d_k": Kind.NIL,
     "query": UNBIASED,
     "key": UNBIASED,
     "value": UNBIASED,
-    "attn_dropout": Kind.NOTHING,
+    "attn_dropout": Kind.NIL,
     "out": UNBIASED,
-    "resid_dropout": Kind.NOTHING,
+    "resid_dropout": Kind.NIL,
 }
 MLP: Schema = {
     "linear_1": LINEAR,
-    "gelu": Kind.NOTHING,
+    "gelu": Kind.NIL,
     "linear_2": LINEAR,
-    "dropout": Kind.NOTHING,
+    "dropout": Kind.NIL,
 }
 BLOCK: Schema = {"norm_1": NORM, "multi_head": ATTENTION, "norm_2": NORM, "pwff": MLP}
 MODEL: Schema = {
     "token_embedding": EMBEDDING,
     "positional_embedding": EMBEDDING,
-    "dropout": Kind.NOTHING,
+    "dropout": Kind.NIL,
     "blocks": [BLOCK],
     "norm": NORM,
     "linear": LINEAR,
@@ -220,7 +220,7 @@ class _BurnModel:
                     f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)} by its "
                     "config.json"
                 )
-            if TOKENS[tensor.marker]["value"].itemsize != self.dtype.itemsize:
+            if NUMBER_LAYOUTS[tensor.marker]["value"].itemsize != self.dtype.itemsize:
                 raise WeightsError(
                     f"{path}: {name} is not of type {self.dtype}, the type in its metadata"
                 )

@@ -23,7 +23,7 @@ from gptx.conversions.checkpoint import (
     StoredTensor,
     infer_config,
     unquantized,
-    write_config,
+    write_config_and_tokenizer,
 )
 from gptx.conversions.containers.binary import dtype_name, write_array
 from gptx.files import create
@@ -129,7 +129,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, dtype: str | None = None) -> 
     ]
     tensors = ((unquantized(tensor),) for tensor in checkpoint.tensors.values())
     write_safetensors(folder / WEIGHTS, layout, tensors, "pt")
-    write_config(checkpoint, folder, dtype)
+    write_config_and_tokenizer(checkpoint, folder, dtype)
 
 
 def write_folder(

@@ -77,7 +77,9 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if version == UNPADDED:
         padded = V
     if padded < V:
-        raise WeightsError(f"{path} is damaged: its header has {V} tokens, padded to {padded}")
+        raise WeightsError(
+            f"{path} is damaged: its header has {V} tokens, padded to {padded}: fetch it again"
+        )
     try:
         found = GPT2Config(
             vocab_size=V, n_positions=S, n_embd=C, n_layer=L, n_head=H, **end_of_text_ids(V)

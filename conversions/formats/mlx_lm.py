@@ -18,7 +18,7 @@ from gptx.conversions.checkpoint import (
     float_array,
     require_openai_settings,
     unquantized,
-    write_config,
+    write_config_and_tokenizer,
 )
 from gptx.conversions.containers.binary import dtype_name
 from gptx.conversions.formats import hugging_face
@@ -80,7 +80,7 @@ def write(
     ]
     tensors = (_arrays(name, tensor) for name, tensor in checkpoint.tensors.items())
     write_safetensors(folder / WEIGHTS, layout, tensors, "mlx")
-    write_config(checkpoint, folder, dtype)
+    write_config_and_tokenizer(checkpoint, folder, dtype)
 
 
 def _quantized(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:

@@ -1,7 +1,7 @@
 """A folder with GPT-2 as ONNX: the graph, its weights, config.json, tokenizer files.
 
 `onnx_trace.py` traces the graph from `gptx/model.py`. The graph is small and refers to the weights
-in a file of their own: a protobuf is limited to 2 GB, must be in memory in one piece, and cannot be
+in a separate file: a protobuf is limited to 2 GB, must be in memory in one piece, and cannot be
 mapped (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md). The format is written only.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptx.conversions.checkpoint import Array, Checkpoint, float_array, write_config
+from gptx.conversions.checkpoint import Array, Checkpoint, float_array, write_config_and_tokenizer
 from gptx.conversions.containers.binary import row_chunks, write_array
 from gptx.errors import BackendError, ParameterError, WeightsError
 from gptx.files import create
@@ -72,7 +72,7 @@ def write(
                 data.add_floats(name, floats)
     with create(folder / MODEL) as file:
         file.write(model.SerializeToString(deterministic=True))
-    write_config(checkpoint, folder, "float32")
+    write_config_and_tokenizer(checkpoint, folder, "float32")
 
 
 def _import_trace() -> Any:

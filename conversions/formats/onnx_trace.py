@@ -132,7 +132,7 @@ class OnnxBackend(Backend):
         return _node(operators.softmax, x)
 
     def visible(self, k: Array, positions: Positions) -> Array:
-        """Compare the positions of keys and queries; padding makes those of the keys irregular."""
+        """Compare the positions of keys and queries; with padding, those of the keys have gaps."""
         assert isinstance(positions, PaddedPositions)
         return positions.keys[:, None, None, :] <= positions.new[:, None, :, None]
 
@@ -157,7 +157,7 @@ class GrowingCache:
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, S, D]; return all so far, [B, H, P+S, D]."""
-        # One node; ndonnx makes two of x[i].
+        # `gather` is one node; an index of ndonnx, x[i], would make two.
         index = [ndonnx.asarray(np.array(2 * layer + i)) for i in range(2)]
         before = [_node(operators.gather, self.past, i, axis=0) for i in index]
         after = [ndonnx.concat(pair, axis=2) for pair in zip(before, (k, v), strict=True)]

@@ -112,7 +112,7 @@ def _has_valid_host(url: str) -> bool:
 
 
 def _fill(folder: Path, url: str) -> None:
-    """Complete a folder; start again if its content does not fit."""
+    """Complete a folder; start again if its sizes or checksums are wrong."""
     resumed = any(folder.glob(DATA_FILES))
     try:
         try:
@@ -131,7 +131,7 @@ def _fill(folder: Path, url: str) -> None:
 def _complete(folder: Path, url: str) -> None:
     """Download the missing files of a folder, and verify all files."""
     for name in SMALL_FILES:
-        (folder / name).unlink(missing_ok=True)  # no index gives their sizes
+        (folder / name).unlink(missing_ok=True)  # their sizes are unknown, so download them again
         _receive(folder / name, f"{url}/{name}")
     try:
         for path, size in TensorBundle(folder / INDEX).sizes.items():

@@ -6,8 +6,8 @@
 - `gpt2_vocab.bin`: for each token its length in one byte, and its bytes (scripts/gpt2_vocab.py).
 
 The program expects the first and the last in `gpt2_python/bin/`. It is compiled for the sizes of
-124M, and splits a text into the longest tokens, without merges. Its training data are not part of a
-model.
+124M, and splits a text into the longest tokens, without merges. Its files of training data are not
+converted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gptx.conversions of models from the Hub, here one on loopback."""
+"""gptx.conversions of models from a Hub on loopback."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def with_header(path: Path, at: int, **changes: int) -> None:
         ({"n_head": 3}, "n_embd 8 is not a multiple of n_head 3"),
         ({"n_ctx": 0}, "is damaged: its header is"),
         ({"n_tokens": -1}, "is damaged: its header is"),
-        ({"n_bytes": 324}, "is damaged: its header is"),
+        ({"n_byte_letters": 324}, "is damaged: its header is"),
     ],
 )
 def test_headers_that_are_damaged(tmp_path: Path, changes: dict[str, int], message: str) -> None:

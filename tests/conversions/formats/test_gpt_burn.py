@@ -251,7 +251,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a field is missing": (lambda x: x["item"].pop("norm"), "item is not a struct of token_emb"),
     "a bias of the queries": (
         lambda x: x["item"]["blocks"][0]["multi_head"]["query"].update(bias=np.ones(8)),
-        r"item\.blocks\.0\.multi_head\.query\.bias is not nothing",
+        r"item\.blocks\.0\.multi_head\.query\.bias is not nil, which Burn",
     ),
     "no bias of the head": (
         lambda x: x["item"]["linear"].update(bias=None),
@@ -273,7 +273,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a deep structure": (
         lambda x: x["item"].update(dropout=deep(100_000)),
-        r"item\.dropout is not nothing",
+        r"item\.dropout is not nil",
     ),
     "more blocks than there can be": (
         lambda x: x["item"].update(blocks=Raw(b"\xdd\xff\xff\xff\xff")),

@@ -118,9 +118,9 @@ def test_nothing_of_the_optimizer_is_read(
     taken: list[str] = []
     array = torch_file.BinaryFile.array
 
-    def counted(self: Any, offset: int, shape: Any, dtype: Any, what: str) -> Any:
-        taken.append(what.removeprefix("tensor "))
-        return array(self, offset, shape, dtype, what)
+    def counted(self: Any, offset: int, shape: Any, dtype: Any, label: str) -> Any:
+        taken.append(label.removeprefix("tensor "))
+        return array(self, offset, shape, dtype, label)
 
     monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
     checkpoint = read(tmp_path)[1]

@@ -313,9 +313,9 @@ def test_tensors_are_read_on_request(
     taken: list[str] = []
     array = torch_file.BinaryFile.array
 
-    def counted(self: Any, offset: int, shape: Any, dtype: Any, what: str) -> Any:
-        taken.append(what)
-        return array(self, offset, shape, dtype, what)
+    def counted(self: Any, offset: int, shape: Any, dtype: Any, label: str) -> Any:
+        taken.append(label)
+        return array(self, offset, shape, dtype, label)
 
     monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
     checkpoint = read(folder)[1]
