@@ -48,7 +48,7 @@ class GPT2Config:
     n_positions
         Maximum context, in tokens.
     n_embd, n_layer, n_head
-        C, width; L, number of layers; H, number of heads.
+        C, width of the model; L, number of layers; H, number of heads.
     n_inner
         Width of the MLP; None means 4 * n_embd.
     activation_function
@@ -56,11 +56,11 @@ class GPT2Config:
     layer_norm_epsilon
         Number added to the variance, in (0, 1].
     scale_attn_weights
-        True divides the attention scores by sqrt(D).
+        True if attention scores are divided by sqrt(D).
     scale_attn_by_inverse_layer_idx
-        True divides the attention scores by the number of the layer too, counted from 1.
+        True if attention scores are also divided by the number of the layer, counted from 1.
     tie_word_embeddings
-        True makes the transposed token embedding the head; otherwise it is `lm_head.weight`.
+        True if the head is the transposed token embedding; otherwise it is `lm_head.weight`.
     bos_token_id, eos_token_id
         Token ids of the beginning and the end of a text; None if the model has none.
     quantization

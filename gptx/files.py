@@ -52,7 +52,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     if not Path(path).name:
         raise StorageError(f"{path} cannot be written (it is a folder)")
     path = Path(os.path.realpath(path))  # a link stays, its target is replaced
-    # The random name keeps two writers apart, and a link that was placed there in advance.
+    # Random: two writers use different names, and no link can be placed there in advance.
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         yield temporary

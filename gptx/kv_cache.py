@@ -50,7 +50,7 @@ class KVCache:
         self.fingerprint = ""
         shape = (batch, config.n_head, capacity, config.head_dim)
         dtype = backend.cache_dtype
-        # One array for all: the system stores a large array on huge pages, if it has them.
+        # One array for all buffers: a large array can be on huge pages of memory.
         buffers = backend.zeros((2 * config.n_layer, *shape), dtype)
         layers = range(config.n_layer)
         self.keys = [buffers[2 * layer, ...] for layer in layers]
@@ -71,7 +71,9 @@ class KVCache:
         first, last = self.lengths, self.lengths + counts - 1
         stop, T = int(last.max()) + 1, int(counts.max())
         if stop > self.capacity:
-            raise ParameterError(f"{stop} tokens do not fit a cache of {self.capacity}")
+            raise ParameterError(
+                f"{stop} tokens exceed the cache's capacity of {self.capacity}: make it larger"
+            )
         index = np.minimum(first[:, None] + np.arange(T), last[:, None])
         aligned = bool((last == stop - 1).all() and (counts == T).all())
         self.lengths = last + 1
@@ -169,7 +171,9 @@ class KVCache:
                 f"{config.n_positions}"
             )
         if capacity is not None and capacity < stop:
-            raise ParameterError(f"cache capacity is {capacity}, but {path} holds {stop} tokens")
+            raise ParameterError(
+                f"cache capacity is {capacity}, expected at least the {stop} tokens of {path}"
+            )
         cache = cls(config, backend, lengths.size, capacity or config.n_positions)
         cache.fingerprint = metadata.get("fingerprint", "")
         cache.tokens = _tokens(metadata, lengths, path)
@@ -189,4 +193,6 @@ def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[li
             return tokens
     except (ValueError, TypeError):
         pass
-    raise DataError(f"{path}: its token ids do not match its {lengths.tolist()} positions")
+    raise DataError(
+        f"{path}: its token ids do not match its {lengths.tolist()} positions: save it again"
+    )

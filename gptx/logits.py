@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gptx.errors import NonFiniteError
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer
 
@@ -25,6 +26,14 @@ def next_token_logits(model: Transformer, prompts: list[list[int]], cache: KVCac
     positions = cache.extend([len(ids) for ids in prompts])
     ids = model.backend.asarray(pad(prompts))
     return model.forward(ids, positions, cache, last_only=True)[:, -1, :]
+
+
+def non_finite_error(model: Transformer) -> NonFiniteError:
+    """Return the error for logits with a NaN or an infinity."""
+    return NonFiniteError(
+        "the model computed a NaN or an infinity: its weights are damaged, or their range is too "
+        f"large for {model.backend.dtype}: fetch the model again, or use a wider dtype"
+    )
 
 
 def pad(prompts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """GPT-2: the forward pass only, without loading, sampling or training.
 
 Shapes: B sequences, T new tokens, S cache positions, H heads, D head width, C = H·D = n_embd,
-V vocabulary. `ops` is the backend, an array library with the ops of the model.
+M width of the MLP (4C by default), V vocabulary. `ops` is the backend: an array library with the
+ops of the model.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
@@ -41,7 +42,7 @@ class Transformer:
 
     @cached_property
     def forward(self) -> Callable[..., Array]:
-        """The function `forward` below without its first argument, compiled by the backend."""
+        """`forward` below, with this model as its first argument, compiled by the backend."""
         return self.backend.compile(forward, self)
 
 
@@ -55,16 +56,16 @@ def forward(
     ids
         Token ids [B, T] of the new tokens; T is 1 in a decode step.
     positions
-        Their positions: `cache.extend(...)`.
+        Positions of the new tokens, as `cache.extend` returns them.
     cache
-        Keys and values of the tokens before them; those of the new tokens are added.
+        Keys and values of the earlier tokens; the pass adds those of the new tokens.
     last_only
-        Compute the logits after the last token of each sequence only.
+        Compute only the logits after the last token of each sequence.
 
     Returns
     -------
     Array
-        Logits [B, T, V], or [B, 1, V] with `last_only`, in float32 (float64 if the weights are).
+        Logits [B, T, V], or [B, 1, V] with `last_only`, in float32; in float64 for float64 weights.
     """
     config, w, ops = model.config, model.weights, model.backend
 
@@ -75,7 +76,7 @@ def forward(
     if last_only:
         x = x[:, -1:, :]  # [B, 1, C]
     head = w.wte if config.tie_word_embeddings else w.lm_head
-    return ops.unembed(norm(model, w.ln_f, x), head.weight)  # [B, T, V]
+    return ops.unembed(norm(model, w.ln_f, x), head.weight)  # [B, T, V]; T = 1 with last_only
 
 
 def norm(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
@@ -106,5 +107,5 @@ def mlp(model: Transformer, w: SimpleNamespace, x: Array) -> Array:
     ops = model.backend
     activation = getattr(ops, model.config.activation_function)  # gelu_new, gelu or relu
 
-    y = activation(ops.linear(x, w.c_fc.weight, w.c_fc.bias))  # [B, T, 4C]
+    y = activation(ops.linear(x, w.c_fc.weight, w.c_fc.bias))  # [B, T, M]
     return ops.linear(y, w.c_proj.weight, w.c_proj.bias)  # [B, T, C]

@@ -128,7 +128,7 @@ def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
     tokenizer: dict[str, Path] = {}
     for name in TOKENIZER:
         if "tokenizer.json" in tokenizer and source.revision is not None:
-            break  # the other two files repeat its contents: spare the download
+            break  # the other two files have the same contents: do not download them
         if path := source.find(name):
             tokenizer[name] = path
     return ModelFiles(

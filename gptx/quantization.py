@@ -22,7 +22,7 @@ BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 64  # default
 
-BLOCK_WEIGHTS = 2**18  # processed at a time: they stay in the cache of a core
+BLOCK_WEIGHTS = 2**18  # weights quantized at a time: they stay in the cache of a core
 MIN_SCALE = np.float32(1e-7)  # MLX's
 MAX_MAGNITUDE = 1e30  # of a weight; divided by MIN_SCALE, it is still a float32
 
@@ -58,12 +58,12 @@ class Quantization:
 
     @classmethod
     def named(cls, quantize: str | None, group_size: int = GROUP_SIZE) -> Quantization | None:
-        """Make one of the options of `gptx.load`; None if `quantize` is None.
+        """Return the quantization that options of `gptx.load` select; None without `quantize`.
 
         Raises
         ------
         ParameterError
-            An option is invalid, or there is a group size without `quantize`.
+            An option is invalid, or a group size was given without `quantize`.
         """
         if quantize is None:
             if group_size != GROUP_SIZE:
@@ -237,7 +237,7 @@ def quantize(
         edge = np.where(negative, low, high)
         if not (np.abs(edge) <= MAX_MAGNITUDE).all():  # False for a NaN
             raise WeightsError(
-                f"{name} holds a NaN, an infinity or a number beyond 1e30: fetch it again"
+                f"{name} holds a NaN, an infinity or a number beyond 1e30: fetch the model again"
             )
         scale = np.maximum((high - low) / np.float32(2**bits - 1), MIN_SCALE)
         scale = np.where(negative, scale, -scale)

@@ -13,8 +13,8 @@ import numpy as np
 from gptx.config import GPT2Config
 
 LOGIT_STD = 3.0  # approximate standard deviation of the logits; trained GPT-2s have 2 to 5
-EMBEDDING_STD = 0.4
-CHUNK_DRAWS = 2**15  # float64 numbers; they stay in the cache of a core
+EMBEDDING_STD = 0.4  # standard deviation of the tables of tokens and positions
+CHUNK_DRAWS = 2**15  # float64 numbers drawn at a time: they stay in the cache of a core
 
 
 def random_weights(config: GPT2Config, seed: int = 0) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from gptx.errors import StorageError, WeightsError
 # NumPy has no bfloat16. This type marks its bits, so that they stay in the file until used.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
-# The format's names of the types.
+# Names of types in the format -> types.
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -172,7 +172,8 @@ class SafetensorsFile:
             return array.reshape(self.entries[name].shape)
         except ValueError as error:  # a size that overflows, or over 64 dimensions
             raise WeightsError(
-                f"{self.path}: tensor {name} has a shape that NumPy does not support ({error})"
+                f"{self.path}: tensor {name} has a shape that NumPy does not support ({error}): "
+                "fetch it again"
             ) from None
 
 

@@ -1,6 +1,6 @@
 """Weights: from the files of a model to a tree of arrays on a backend.
 
-`load` takes all steps: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
+`load` runs all steps: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
 `to_backend`. Names and layouts are described in `gptx.stored_weights`.
 """
 
@@ -122,7 +122,7 @@ def quantize_weights(
     if config.quantization:
         raise ParameterError(
             f"the weights are {config.quantization} already, {quantization} was requested: "
-            "omit quantize, or take the model's float weights"
+            "omit quantize, or use the model's float weights"
         )
     quantized: dict[str, Tensor] = {}
     for name, array in found.items():

@@ -58,7 +58,7 @@ def test_positions_continue_at_the_lengths(steps: list[list[int]]) -> None:
 def test_a_full_cache_is_an_error() -> None:
     cache = KVCache(CONFIG, get_backend("numpy"), 1, 5)
     cache.extend([5])
-    with pytest.raises(ParameterError, match=r"6 tokens do not fit a cache of 5"):
+    with pytest.raises(ParameterError, match=r"6 tokens exceed the cache's capacity of 5"):
         cache.extend([1])
 
 

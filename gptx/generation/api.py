@@ -51,7 +51,7 @@ def load(
     model
         An embedded name ("shakespeare"), a folder, or a Hub id: "openai-community/gpt2", or one of
         the short names gpt2, gpt2-medium, gpt2-large and gpt2-xl.
-    **options
+    other parameters
         See `gptx.generation.options.LoadOptions`.
 
     Raises
@@ -61,7 +61,7 @@ def load(
     NotFoundError, HubUnavailableError, AuthorizationError, IntegrityError, StorageError
         The files do not exist, or cannot be downloaded or read.
     ConfigError, WeightsError
-        They do not describe a GPT-2 that gptx can run.
+        The files do not describe a GPT-2 that gptx can run.
     BackendError
         The backend is not available, or does not support `dtype`.
     """
@@ -133,7 +133,7 @@ def _loaded(model: Any, options: AllOptions) -> tuple[Model, CheckedOptions]:
     if isinstance(model, Model):
         if given:
             raise ParameterError(
-                f"{', '.join(given)} were given with a loaded model: give them to gptx.load()"
+                f"a loaded model takes no {', '.join(given)}: give it to gptx.load()"
             )
         return model, checked
     return load_once(model, checked.max_tokens, **cast("LoadOptions", given)), checked

@@ -71,7 +71,7 @@ class Batch:
         return self.backend.read_tokens(tokens)
 
     def keep(self, rows: list[int], tokens: NextTokens) -> NextTokens:
-        """Drop all sequences but `rows`; return the tokens of the newest step without them."""
+        """Drop all sequences but `rows`; return their part of `tokens`, of the newest step."""
         self.sampler.keep(rows)
         self.cache.keep(rows)
         return self.backend.keep_tokens(tokens, rows)

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import repeat
 
-from gptx.errors import NonFiniteError, PromptError
+from gptx.errors import PromptError
 from gptx.generation.batching import Batch
 from gptx.generation.options import MAX_TOKENS, Overflow
 from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams
 from gptx.kv_cache import KVCache
+from gptx.logits import non_finite_error
 from gptx.model import Transformer
 
 
@@ -115,10 +116,7 @@ class TokenGenerator:
                 ahead = batch.decode(tokens) if self._may_run_ahead(windows) else None
                 ids, logprobs = batch.read(tokens)
             if min(ids) < 0:
-                raise NonFiniteError(
-                    "the model computed a NaN or an infinity: its weights are damaged, "
-                    f"or their range is too large for {backend.dtype}"
-                )
+                raise non_finite_error(self.model)
             if not self.prefill_seconds:
                 self.prefill_seconds = time.perf_counter() - start
             yield [
@@ -145,8 +143,8 @@ class TokenGenerator:
     def _may_run_ahead(self, windows: list[list[int]]) -> bool:
         """Return True if the device can start the next step before this one's tokens are read.
 
-        That is so if this step ends no sequence, as far as the counts show. The first tokens come
-        first: no later step delays them.
+        It can unless the counts of tokens show that this step ends a sequence. No step starts
+        before the first tokens are read: it would delay them.
         """
         return (
             self.model.backend.asynchronous
@@ -194,14 +192,14 @@ def fit_prompt(
         return ids
     if overflow == "error":
         if len(ids) > n_positions:
-            problem = f"the prompt has {len(ids)} tokens, the context holds {n_positions}"
-        else:
-            problem = (
-                f"a prompt of {len(ids)} tokens and {max_tokens} new ones do not fit the "
-                f"context of {n_positions}"
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, the context holds {n_positions}: shorten the "
+                "prompt, or use overflow='truncate' or 'slide'"
             )
+        given = f"{len(ids)} prompt token{'s' * (len(ids) > 1)} and {max_tokens} new tokens"
         raise PromptError(
-            f"{problem}: shorten it, lower max_tokens, or use overflow='truncate' or 'slide'"
+            f"{given} exceed the context of {n_positions}: shorten the prompt, lower max_tokens, "
+            "or use overflow='truncate' or 'slide'"
         )
     half = n_positions // 2
     n_output = half if max_tokens is None else min(max_tokens - 1, half)

@@ -139,7 +139,7 @@ def check_options(options: Options) -> CheckedOptions:
     if unknown := set(options) - set(Options.__annotations__):
         raise ParameterError(
             f"unknown option {', '.join(sorted(unknown))}: "
-            "see gptx.generation.options.Options for the known ones"
+            f"expected one of {', '.join(Options.__annotations__)}"
         )
     max_tokens, overflow = options.get("max_tokens", MAX_TOKENS), options.get("overflow", "error")
     _check_limits(max_tokens, overflow)
@@ -180,7 +180,7 @@ def _check_limits(max_tokens: int | None, overflow: str) -> None:
 
 def _stop_strings(stop: Any) -> list[str]:
     if not isinstance(stop, str | Sequence | None):
-        raise ParameterError(f"stop is {stop!r}, expected a string or several")
+        raise ParameterError(f"stop is {stop!r}, expected a string or a list of strings")
     strings = [stop] if isinstance(stop, str) else list(stop or [])
     for string in strings:
         if not isinstance(string, str) or not string:

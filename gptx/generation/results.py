@@ -1,4 +1,4 @@
-"""Results of generation: tokens, chunks of a stream, whole continuations, scores."""
+"""Results of generation: tokens, chunks of a stream, continuations, scores."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Chunk:
     sequence
         Index of the prompt, from 0.
     finish_reason, result
-        Set in the last chunk of a sequence, None in the others.
+        Finish reason and `Result` of the sequence in its last chunk; None in the others.
     """
 
     text: str

@@ -37,20 +37,20 @@ class SamplingParams:
     temperature
         Divisor of the logits, at least 0; 0 takes the token with the largest logit.
     top_k
-        Number of most probable tokens to keep, and with them those equal to the last one; 0, or a
-        number above the vocabulary, keeps all.
+        Number of most probable tokens to keep; those as probable as the last one are kept too. 0,
+        or a number above the vocabulary, keeps all.
     top_p
-        Keep the fewest most probable tokens whose probabilities sum to at least this (0 to 1);
-        1 keeps all, 0 the most probable one.
+        Sum of probabilities, 0 to 1: the fewest most probable tokens that reach it are kept. 1
+        keeps all, 0 the most probable one.
     min_p
-        Keep the tokens that are at least this times as probable as the most probable one (0 to 1);
-        0 keeps all.
+        Least probability of a token to keep, as a factor of the largest probability, 0 to 1; 0
+        keeps all.
     repetition_penalty
         Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
         the output; above 0, 1 is off (https://arxiv.org/abs/1909.05858).
     presence_penalty, frequency_penalty
-        Subtract the first from the logit of each token in the output, and the second once for each
-        time that it occurs; 0 is off.
+        Numbers to subtract from the logits of tokens in the output: the first once, the second for
+        each occurrence; 0 is off.
     logit_bias
         Token id -> number to add to its logit; -inf bans the token.
     seed
@@ -79,7 +79,8 @@ class SamplingParams:
                 continue
             if not _is_real(value) or not abs(value) <= MAX_PARAMETER:
                 raise ParameterError(
-                    f"{f.name} is {value!r}, expected a finite number, {MAX_PARAMETER:.0e} at most"
+                    f"{f.name} is {value!r}, expected a number from -{MAX_PARAMETER:.0e} to "
+                    f"{MAX_PARAMETER:.0e}"
                 )
             # A NumPy scalar turns float32 arrays into float64.
             object.__setattr__(self, f.name, float(value))
@@ -90,28 +91,32 @@ class SamplingParams:
                 raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.repetition_penalty < 1 / MAX_PARAMETER:
             raise ParameterError(
-                f"repetition_penalty is {self.repetition_penalty}, expected more than 0, "
-                f"{1 / MAX_PARAMETER:.0e} at least (1 is off)"
+                f"repetition_penalty is {self.repetition_penalty}, expected "
+                f"{1 / MAX_PARAMETER:.0e} to {MAX_PARAMETER:.0e} (1 is off)"
             )
         if not is_int(self.top_k) or self.top_k < 0:
-            raise ParameterError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
+            raise ParameterError(
+                f"top_k is {self.top_k!r}, expected a whole number of at least 0 (0 keeps all)"
+            )
         if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise ParameterError(
                 f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
             )
         object.__setattr__(self, "top_k", int(self.top_k))
         object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
-        # Callers give None for no bias.
+        # Callers may give None for no bias.
         if not isinstance(self.logit_bias, Mapping | None):
-            raise ParameterError(f"logit_bias is {self.logit_bias!r}, expected a dict")
+            raise ParameterError(
+                f"logit_bias is {self.logit_bias!r}, expected a dict of token id: number"
+            )
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
             if not is_int(token) or not _is_real(bias):
                 raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
             if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
                 raise ParameterError(
-                    f"logit_bias of token {token} is {bias}, expected -inf, or a number of size "
-                    f"{MAX_PARAMETER:.0e} at most"
+                    f"logit_bias of token {token} is {bias}, expected -inf, or a number from "
+                    f"-{MAX_PARAMETER:.0e} to {MAX_PARAMETER:.0e}"
                 )
 
     def check_bias(self, vocab_size: int) -> None:

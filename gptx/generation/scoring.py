@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-from gptx.errors import NonFiniteError
 from gptx.generation.results import Score
-from gptx.logits import all_logits
+from gptx.logits import all_logits, non_finite_error
 from gptx.model import Transformer
 
 
@@ -28,7 +27,7 @@ def score(model: Transformer, ids: list[int], stride: int) -> Score:
         if len(logprobs) == len(ids) - 1:
             break
     if not all(map(math.isfinite, logprobs)):
-        raise NonFiniteError("the model computed a NaN or an infinity: its weights are damaged")
+        raise non_finite_error(model)
     return Score(ids, [None, *logprobs])
 
 

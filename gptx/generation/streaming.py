@@ -1,4 +1,4 @@
-"""Text that grows from tokens: whole characters, stop strings, times."""
+"""Text that grows from tokens: complete characters, stop strings, times."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Continuation:
             text += self._stop.feed(self._decoder.finish()) + self._stop.finish()
         if self._stop.found:
             reason = "stop"
-        self._pieces.append((token.id, token.logprob, text))  # in one call, safe from Ctrl-C
+        self._pieces.append((token.id, token.logprob, text))  # one call: Ctrl-C cannot split it
         if reason:
             self._result = self.result(reason)
         return Chunk(text, token.id, token.logprob, self._sequence, reason, self._result)
@@ -109,9 +109,9 @@ class StopFinder:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """Add text; return the text that no stop string can include any more.
+        """Add text; return the part that can no longer belong to a stop string.
 
-        After a stop string, that is empty.
+        After a stop string, it is empty.
         """
         if self.found:
             return ""

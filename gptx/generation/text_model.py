@@ -134,8 +134,8 @@ class Model:
         """Continue one prompt; yield a `Chunk` for each token, the last with the `result`.
 
         Raises the errors of `generate`: those of the arguments at the call, others while it is
-        iterated over. After the first chunk, the caller can throw a KeyboardInterrupt in (`throw`)
-        and gets an `Interrupted` with the output so far.
+        iterated over. After the first chunk, `chunks.throw(KeyboardInterrupt())` raises an
+        `Interrupted` with the output so far.
         """
         return stream_checked(self, [prompt], check_options(options))
 
@@ -198,14 +198,18 @@ class Model:
         if not is_int(stride) or not 1 <= stride <= n_positions:
             raise ParameterError(f"stride is {stride!r}, expected 1 to {n_positions} (the context)")
         if len(ids) < 2:
-            raise PromptError("the text is a single token, expected at least two")
+            raise PromptError(
+                "the text has 1 token, expected at least 2: give a longer text, or start it with "
+                "'<|endoftext|>' and allow_special=True"
+            )
         with self.backend.scope():
             return score(self.gpt2, ids, stride)
 
     def _check_context(self, ids: list[int]) -> None:
         if len(ids) > self.config.n_positions:
             raise PromptError(
-                f"{len(ids)} tokens were given, the context holds {self.config.n_positions}"
+                f"{len(ids)} tokens were given, the context holds {self.config.n_positions}: "
+                "give fewer"
             )
 
 
@@ -297,8 +301,8 @@ def _check_prompt(model: Model, prompt: Prompt, allow_special: bool) -> list[int
 def _check_cache(model: Model, cache: KVCache, prompts: list[Prompt]) -> None:
     if len(prompts) > 1 or len(cache.lengths) > 1:
         raise ParameterError(
-            f"a cache of {len(cache.lengths)} sequences and {len(prompts)} prompts were given, "
-            "expected one prompt and one sequence"
+            f"the number of sequences in the cache is {len(cache.lengths)}, of prompts "
+            f"{len(prompts)}, expected one prompt and one sequence: omit cache"
         )
     if cache.fingerprint != model.fingerprint:
         raise ParameterError("the cache belongs to another model: prefill one with this model")

@@ -108,16 +108,18 @@ class BytePairTokenizer:
             return _with_special_end(tokenizer)
         except KeyError as error:
             raise TokenizerError(
-                f"{error} is missing: a tokenizer is tokenizer.json, or vocab.json and merges.txt"
+                f"{error} is missing: expected tokenizer.json, or vocab.json and merges.txt"
             ) from None
         except Exception as error:  # the library raises bare Exceptions
             read = ["tokenizer.json"] if "tokenizer.json" in self._files else self._files
             names = " and ".join(str(self._files[name]) for name in read) or "the vocabulary"
-            raise TokenizerError(f"{names} cannot be read as a tokenizer ({error})") from None
+            raise TokenizerError(
+                f"{names} cannot be read as a tokenizer ({error}): fetch the model again"
+            ) from None
 
     @cached_property
     def _special(self) -> Any:
-        """The same tokenizer, which finds special tokens."""
+        """A second tokenizer, which finds special tokens."""
         return self._read()
 
     @property
@@ -139,7 +141,7 @@ class BytePairTokenizer:
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"the text is not valid Unicode: lone surrogate {text[error.start]!r} at character "
-                f"{error.start}"
+                f"{error.start}: remove it"
             ) from None
         tokenizer = self._special if allow_special else self._ordinary
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -164,7 +166,10 @@ class BytePairTokenizer:
 
 
 def _with_special_end(tokenizer: Any) -> Any:
-    """Make the end of text special: some files do not, and then any text may contain it."""
+    """Make `<|endoftext|>` a special token, which some files do not.
+
+    Without that, it is found in any text.
+    """
     from tokenizers import AddedToken
 
     id = tokenizer.token_to_id(END_OF_TEXT)

@@ -8,7 +8,7 @@ from gptx.tokenization.protocol import Tokenizer
 
 
 class TextDecoder:
-    """A decoder of a stream of tokens; it holds a character back until all its bytes arrived."""
+    """A decoder of a stream of tokens; it holds a character back until it has all its bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

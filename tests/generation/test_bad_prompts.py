@@ -119,7 +119,9 @@ def test_more_tokens_than_the_context(wide: Model, ids: list[int]) -> None:
 
 
 def test_output_that_exceeds_the_context(wide: Model, ids: list[int]) -> None:
-    with raises_error(PromptError, "1024 tokens and 2 new ones", "context of 1024"):
+    with raises_error(PromptError, "1 prompt token and 1100 new tokens", "context of 1024"):
+        wide.generate(ids[:1], max_tokens=1100)
+    with raises_error(PromptError, "1024 prompt tokens and 2 new tokens", "context of 1024"):
         wide.generate(ids[:1024], max_tokens=2)
 
 

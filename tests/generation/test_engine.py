@@ -122,7 +122,9 @@ def test_overflow_is_an_error_before_the_first_step(counting: Transformer) -> No
     TokenGenerator(counting, [[1] * 64], GREEDY, max_tokens=1)
     with pytest.raises(PromptError, match="prompt has 65 tokens, the context holds 64"):
         TokenGenerator(counting, [[1] * 65], GREEDY, max_tokens=1)
-    with pytest.raises(PromptError, match="60 tokens and 6 new ones do not fit the context of 64"):
+    with pytest.raises(
+        PromptError, match="60 prompt tokens and 6 new tokens exceed the context of 64"
+    ):
         TokenGenerator(counting, [[1] * 60], GREEDY, max_tokens=6)
 
 

@@ -208,7 +208,7 @@ def test_same_tokens_on_every_backend(
     assert len({tuple(tokens) for tokens in expected}) == 6
 
 
-def test_rows_that_stay_get_the_tokens_that_they_get_alone(
+def test_rows_that_stay_get_the_tokens_of_a_separate_run(
     library: Backend, random: np.random.Generator
 ) -> None:
     logits = random.normal(0, 2, (6, 5, 31)).astype(np.float32)
