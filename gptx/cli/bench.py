@@ -74,14 +74,14 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
     "--n-prompt",
     "prompts",
     minimum=0,
-    help="Prompt tokens to read, 0 for no such test.  [default: 512, or the context if shorter]",
+    help="Prompt tokens to read; 0 skips this test.  [default: 512, or the context if shorter]",
 )
 @_list(
     "-n",
     "--n-gen",
     "outputs",
     minimum=0,
-    help="Tokens to generate, 0 for no such test.  [default: 128, or the context if shorter]",
+    help="Tokens to generate; 0 skips this test.  [default: 128, or the context if shorter]",
 )
 @_list(
     "-d", "--depth", "depths", minimum=0, help="Tokens in the cache before a test.  [default: 0]"
@@ -131,7 +131,7 @@ def bench(
       ablation  gain of each result that a step reuses, such as keys and values
       threads   the grid over 1, 2, 4 ... threads, up to the number of cores
       budget    tokens that fit --budget seconds, with and without a cache
-      total     time of a whole process: import, load, first token, other tokens
+      total     time of a complete process: import, load, first token, other tokens
 
     \b
     Examples:

@@ -77,9 +77,8 @@ def convert(
     embedded model (shakespeare); a Hub id; or openai:124M (355M, 774M, 1558M), which downloads
     OpenAI's own files.
 
-    DST is the file or folder to write. It is replaced only when all of it is written, so a failed
-    conversion leaves it unchanged. Memory holds one tensor at a
-    time.
+    DST is the file or folder to write. It is written atomically: a failed conversion leaves it
+    unchanged. Memory holds one tensor at a time.
 
     \b
     Examples:

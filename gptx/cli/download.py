@@ -16,7 +16,7 @@ def download(models: tuple[str, ...], revision: str | None) -> None:
 
     MODEL is a Hub id, or gpt2, gpt2-medium, gpt2-large or gpt2-xl. Each file is compared with the
     SHA-256 that the Hub states; a damaged one is downloaded again. The command prints the folder of
-    each model. After it, the other commands find the model with --offline.
+    each model. Then the other commands find the model with --offline.
 
     \b
     Example:

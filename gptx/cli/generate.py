@@ -71,7 +71,7 @@ class _BackendName(click.ParamType[str]):
     "--threads",
     type=int,
     metavar="N",
-    help="CPU threads of the numpy backend.  [default: all cores]",
+    help="CPU threads of the numpy backend.  [default: one for each core]",
 )
 @click.option(
     "--quantize", metavar="NAME", help="Quantize the weights while loading: int8 or int4."
@@ -84,7 +84,7 @@ class _BackendName(click.ParamType[str]):
     metavar="N",
     default=MAX_TOKENS,
     show_default=True,
-    help="Tokens to generate at most.",
+    help="Maximum number of tokens to generate.",
 )
 @click.option(
     "--temperature",
@@ -233,7 +233,7 @@ def _standard_input() -> str:
 def _stream(
     loaded: Model, text: str, options: CheckedOptions, shown: list[str], show: bool
 ) -> Result:
-    """Generate, and append to `shown` what standard output has so far."""
+    """Generate; append each printed piece of text to `shown`."""
     result = None
     chunks = stream_checked(loaded, [text], options)
     try:
@@ -245,7 +245,7 @@ def _stream(
             result = chunk.result
     except Interrupted:
         raise
-    except KeyboardInterrupt as interrupt:  # outside of the generator, which has the results
+    except KeyboardInterrupt as interrupt:  # between two chunks; the generator has the results
         chunks.throw(interrupt)
     assert result is not None
     return result

@@ -29,7 +29,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     """Show the configuration, the tensors and the memory of a model.
 
     MODEL is shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder, or a Hub id. The weights
-    in a folder are compared with its config.json. For a Hub model gptx downloads the config and
+    in a folder are compared with its config.json. For a Hub model gptx downloads config.json and
     the tokenizer, not the weights.
 
     \b
@@ -54,7 +54,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
         "tensors": {name: list(shape) for name, shape in config.tensor_shapes().items()},
         "weights_bytes": {name: n * config.n_parameters for name, n in ITEM_BYTES.items()},
         "cache_bytes_per_token": {
-            name: n * _cache_size_per_token(config) for name, n in ITEM_BYTES.items()
+            name: n * _cache_floats_per_token(config) for name, n in ITEM_BYTES.items()
         },
     }
     click.echo(json.dumps(about) if as_json else _text(config, about))
@@ -66,8 +66,8 @@ def _stored_type(array: Tensor) -> str:
     return "bfloat16" if array.dtype == BFLOAT16 else str(array.dtype)
 
 
-def _cache_size_per_token(config: GPT2Config) -> int:
-    """Return how many numbers the KV cache holds for one token."""
+def _cache_floats_per_token(config: GPT2Config) -> int:
+    """Return the number of floats in the KV cache for one token."""
     return 2 * config.n_layer * config.n_embd
 
 
@@ -93,7 +93,7 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
         lines.append(f"{name:<26} {list(shape)!s:<14} {count:>5} {n:>14,}")
     lines += ["", f"{'memory':<9} {'weights':>10} {'cache per token':>15} {'full cache':>12}"]
     for dtype, n in ITEM_BYTES.items():
-        token = n * _cache_size_per_token(config)
+        token = n * _cache_floats_per_token(config)
         lines.append(
             f"{dtype:<9} {format_size(n * config.n_parameters):>10} {format_size(token):>15} "
             f"{format_size(token * config.n_positions):>12}"

@@ -1,4 +1,4 @@
-"""gptx backends: the table, the JSON, and the commands that install what is missing."""
+"""`gptx backends`: the table, the JSON, and the commands that install what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gptx convert: the table of formats, conversions, --check, errors and the progress bar."""
+"""`gptx convert`: the table of formats, conversions, --check, errors and the progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gptx download, and the models that a command does not find."""
+"""`gptx download`, and errors of models that do not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gptx generate: prompts, options, the text, the JSON and the statistics."""
+"""`gptx generate`: prompts, options, the text, the JSON and the statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gptx info: the configuration, the tensors and the memory of a model."""
+"""`gptx info`: the configuration, the tensors and the memory of a model."""
 
 from __future__ import annotations
 

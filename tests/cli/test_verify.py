@@ -1,4 +1,4 @@
-"""gptx verify: the verdicts, their exit codes, and the JSON."""
+"""`gptx verify`: the verdicts, their exit codes, and the JSON."""
 
 from __future__ import annotations
 
