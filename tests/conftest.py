@@ -62,11 +62,14 @@ SMALL_CONFIG = replace(CASES["124M"], n_layer=2, n_head=3)
 
 
 @lru_cache
-def _small_model(name: str, how: Quantization | None) -> Model:
-    return make_model(SMALL_CONFIG, make_backend(name), how=how)
+def _small_model(name: str, quantization: Quantization | None) -> Model:
+    return make_model(SMALL_CONFIG, make_backend(name), quantization=quantization)
 
 
-@pytest.fixture(params=SMALL, ids=[f"{'int4' if how else 'floats'}-{name}" for name, how in SMALL])
+@pytest.fixture(
+    params=SMALL,
+    ids=[f"{'int4' if quantization else 'floats'}-{name}" for name, quantization in SMALL],
+)
 def small(request: pytest.FixtureRequest) -> Model:
     """A small model; tests of the session share it and do not change it."""
     make_backend(request.param[0])  # skips the test, or installs the stand-in for CuPy

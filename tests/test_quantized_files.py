@@ -36,14 +36,15 @@ CONFIG = CASES["124M"]
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("mlx-lm-int4", Quantization(64, 4)), ("mlx-lm-int8", Quantization(32, 8))]
+    ("name", "quantization"),
+    [("mlx-lm-int4", Quantization(64, 4)), ("mlx-lm-int8", Quantization(32, 8))],
 )
-def test_files_of_mlx_lm(name: str, how: Quantization, backend: Backend) -> None:
+def test_files_of_mlx_lm(name: str, quantization: Quantization, backend: Backend) -> None:
     """Scales are float16 or bfloat16, positions are quantized, names begin with `model.`."""
     with np.load(GOLDEN / name / "logits.npz") as golden:
         ids, expected = golden["ids"], golden["logits"]
     model = gptx.load(GOLDEN / name, backend=backend)
-    assert model.config.quantization == how
+    assert model.config.quantization == quantization
     np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
 
 
@@ -76,10 +77,12 @@ def test_matrices_that_mlx_lm_does_not_quantize(tmp_path: Path) -> None:
 # Files that gptx wrote
 
 
-@pytest.mark.parametrize("how", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("quantization", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("case", ["124M", "untied"])
-def test_a_written_model_reads_the_same(tmp_path: Path, case: str, how: Quantization) -> None:
-    weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], how)
+def test_a_written_model_reads_the_same(
+    tmp_path: Path, case: str, quantization: Quantization
+) -> None:
+    weights, config = quantize_weights(random_weights(CASES[case]), CASES[case], quantization)
     save(tmp_path / "new" / "folder", config, weights)
     path = tmp_path / "new" / "folder"
     assert GPT2Config.from_file(path / "config.json") == config

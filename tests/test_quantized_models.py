@@ -37,28 +37,28 @@ MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @lru_cache
-def _quantized(case: str, how: Quantization) -> tuple[dict[str, Any], GPT2Config]:
-    return quantize_weights(drawn_weights(CASES[case]), CASES[case], how)
+def _quantized(case: str, quantization: Quantization) -> tuple[dict[str, Any], GPT2Config]:
+    return quantize_weights(drawn_weights(CASES[case]), CASES[case], quantization)
 
 
 @lru_cache
-def _dequantized_logits(case: str, how: Quantization, ids: tuple[int, ...]) -> np.ndarray:
-    floats = floats_of(_quantized(case, how)[0])
+def _dequantized_logits(case: str, quantization: Quantization, ids: tuple[int, ...]) -> np.ndarray:
+    floats = floats_of(_quantized(case, quantization)[0])
     return make_model(CASES[case], get_backend("numpy"), floats).logits(ids)
 
 
-@pytest.mark.parametrize("how", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("quantization", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("case", ["124M", "untied"])
 def test_logits_equal_those_of_the_dequantized_model(
-    case: str, how: Quantization, backend: Backend
+    case: str, quantization: Quantization, backend: Backend
 ) -> None:
-    weights, config = _quantized(case, how)
+    weights, config = _quantized(case, quantization)
     ids = random_ids(config, 1, 12, 3)[0].tolist()
-    expected = _dequantized_logits(case, how, tuple(ids))
+    expected = _dequantized_logits(case, quantization, tuple(ids))
     got = make_model(config, backend, weights).logits(ids)
     # Both are float32. AMX rounds the inputs to 24 bits of the largest one in a row, and the CPU
     # kernels round the scales of int8 to 19 bits.
-    atol = 5e-5 if backend.name == "numpy" and how is INT8 else 2e-5
+    atol = 5e-5 if backend.name == "numpy" and quantization is INT8 else 2e-5
     np.testing.assert_allclose(got, expected, rtol=2**-23, atol=atol)
 
 
@@ -90,7 +90,7 @@ def test_bfloat16_weights_are_quantized() -> None:
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_load_quantizes(folder: Callable[..., Path], backend: str) -> None:
     made = make_backend(backend)
-    expected = make_model(CONFIG, made, how=INT4)
+    expected = make_model(CONFIG, made, quantization=INT4)
     model = gptx.load(folder("124M"), backend=made, quantize="int4", group_size=32)
     assert (model.config, model.fingerprint) == (expected.config, expected.fingerprint)
     np.testing.assert_array_equal(model.logits([1, 2, 3]), expected.logits([1, 2, 3]))
@@ -98,7 +98,10 @@ def test_load_quantizes(folder: Callable[..., Path], backend: str) -> None:
 
 def test_each_quantization_has_a_fingerprint() -> None:
     floats = random_weights(CONFIG)
-    prints = {fingerprint(quantize_weights(floats, CONFIG, how)[0]) for how in (None, INT4, INT8)}
+    prints = {
+        fingerprint(quantize_weights(floats, CONFIG, quantization)[0])
+        for quantization in (None, INT4, INT8)
+    }
     assert len(prints) == 3
     weights, _ = quantize_weights(floats, CONFIG, INT4)
     x = weights["h.2.mlp.c_fc.weight"]
@@ -110,8 +113,8 @@ def test_each_quantization_has_a_fingerprint() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_are_close(dtype: str) -> None:
     ids = random_ids(CONFIG, 1, 20, 3)[0].tolist()
-    exact = make_model(CONFIG, get_backend("numpy", dtype="float64"), how=INT4).logits(ids)
-    found = make_model(CONFIG, make_backend("mlx", dtype=dtype), how=INT4).logits(ids)
+    exact = make_model(CONFIG, get_backend("numpy", dtype="float64"), quantization=INT4).logits(ids)
+    found = make_model(CONFIG, make_backend("mlx", dtype=dtype), quantization=INT4).logits(ids)
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert error < {"float16": 0.02, "bfloat16": 0.12}[dtype]
 

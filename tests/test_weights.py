@@ -20,14 +20,14 @@ from tests.support.safetensors_bytes import MICRO, weights_path
 
 
 def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
-    config, how = CASES["relu"], Quantization(32, 4)
+    config, quantization = CASES["relu"], Quantization(32, 4)
     path, backend = weights_path(tmp_path, config=config), make_backend("numpy")
     loaded = weights.load([path], config, backend)
     assert loaded.config == config
     assert loaded.fingerprint == weights.fingerprint(random_weights(config))
     assert np.asarray(loaded.tree.wte.weight).shape == (config.vocab_size, config.n_embd)
-    quantized = weights.load([path], config, backend, quantization=how, threads=1)
-    assert quantized.config.quantization == how
+    quantized = weights.load([path], config, backend, quantization=quantization, threads=1)
+    assert quantized.config.quantization == quantization
     assert quantized.fingerprint != loaded.fingerprint
 
 

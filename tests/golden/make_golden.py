@@ -33,7 +33,7 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(ROOT))
 
 from gptx.config import GPT2Config  # noqa: E402
 from gptx.random_weights import random_weights  # noqa: E402

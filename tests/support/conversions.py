@@ -13,7 +13,7 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions import FORMATS, convert, read
 from gptx.conversions.checkpoint import Checkpoint, StoredTensor
-from gptx.conversions.formats import mlx_lm as mlx_folder
+from gptx.conversions.formats import mlx_lm
 from gptx.embedded import EMBEDDED
 from gptx.quantization import Quantization, QuantizedTensor
 from gptx.random_weights import random_weights
@@ -30,11 +30,11 @@ def save(folder: Path, config: GPT2Config, weights: Mapping[str, Any]) -> None:
     stored = {}
     for name, shape in config.tensor_shapes().items():
         tensor = weights[name]
-        how = None
+        quantization = None
         if isinstance(tensor, QuantizedTensor):
-            how = Quantization(tensor.group_size, tensor.bits)
-        stored[name] = StoredTensor(shape, np.dtype(np.float32), lambda t=tensor: t, how)
-    mlx_folder.write(Checkpoint(config, stored), folder)
+            quantization = Quantization(tensor.group_size, tensor.bits)
+        stored[name] = StoredTensor(shape, np.dtype(np.float32), lambda t=tensor: t, quantization)
+    mlx_lm.write(Checkpoint(config, stored), folder)
 
 
 def source_of(model: str, tmp_path: Path) -> Path:

@@ -29,16 +29,19 @@ def drawn_weights(config: GPT2Config) -> dict[str, np.ndarray]:
 
 
 def make_model(
-    config: GPT2Config, backend: Backend, weights: Any = None, how: Quantization | None = None
+    config: GPT2Config,
+    backend: Backend,
+    weights: Any = None,
+    quantization: Quantization | None = None,
 ) -> Model:
     """Return a model without files and tokenizer; by default its weights are random.
 
-    `how` quantizes the weights.
+    With `quantization`, the weights are quantized.
     """
     found = drawn_weights(config) if weights is None else weights
     folder = Path("random")
     files = ModelFiles("random", folder, folder, (), {}, None)
-    loaded = load_arrays(found, config, backend, quantization=how)
+    loaded = load_arrays(found, config, backend, quantization=quantization)
     return Model(Transformer(loaded.config, loaded.tree, backend), files, loaded.fingerprint)
 
 

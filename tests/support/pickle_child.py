@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptx.conversions.formats import nanogpt as nanogpt_file
-from gptx.conversions.formats import pytorch_folder
+from gptx.conversions.formats import nanogpt, pytorch_folder
 from gptx.errors import WeightsError
 from tests.support.hostile_pickles import EXTENSION, plain
 
@@ -65,7 +64,7 @@ def read(folder: str) -> dict[str, Any]:
 def refused(file: Path) -> bool:
     """Return True if both readers refuse a file in one line."""
     count = 0
-    for module in (nanogpt_file, pytorch_folder):
+    for module in (nanogpt, pytorch_folder):
         module.detect(file)
         try:
             list(module.read(file).tensors.values())

@@ -29,7 +29,7 @@ PROMPTS = [random_ids(CONFIG, 1, n, n)[0].tolist() for n in (2, 9, 30)]
 
 
 def module(name: str) -> Any:
-    """Import a module of the backend; it exists twice, with CuPy and with the stand-in."""
+    """Import a module of the backend, in the version for CuPy or for the stand-in."""
     return importlib.import_module(f"gptx.backends.cuda.{name}")
 
 
@@ -50,7 +50,7 @@ def texts(steps: list[list[Token]]) -> list[list[int | None]]:
 
 @NAMES
 @pytest.mark.parametrize(
-    ("dtype", "how"),
+    ("dtype", "quantization"),
     [("float32", None), ("bfloat16", None), ("float16", Quantization(32, 4))],
     ids=["float32", "bfloat16", "float16-int4"],
 )
@@ -60,10 +60,13 @@ def texts(steps: list[list[Token]]) -> list[list[int | None]]:
     ids=["2", "9", "ragged"],
 )
 def test_a_prompt_is_the_same_in_a_graph(
-    prompts: list[list[int]], dtype: str, how: Quantization | None, name: str
+    prompts: list[list[int]], dtype: str, quantization: Quantization | None, name: str
 ) -> None:
-    exact = read(make_model(CONFIG, get_backend("numpy", dtype="float64"), how=how), prompts)
-    model = make_model(CONFIG, make_backend(name, dtype=dtype), how=how)
+    exact = read(
+        make_model(CONFIG, get_backend("numpy", dtype="float64"), quantization=quantization),
+        prompts,
+    )
+    model = make_model(CONFIG, make_backend(name, dtype=dtype), quantization=quantization)
     others = [ids[::-1] for ids in prompts]
     first, captured, other, again = (read(model, x) for x in (prompts, prompts, others, prompts))
     assert first.tolist() == captured.tolist() == again.tolist()
