@@ -1,5 +1,5 @@
-// The declarations of backends/cuda/kernels/device.cuh for the CPU, with the same meaning. What
-// fails on a GPU is a fault here.
+// The declarations of backends/cuda/kernels/device.cuh for the CPU, with the same meaning. An
+// operation that fails on a GPU is a fault here.
 #include "cuda.h"
 
 #define DEVICE inline

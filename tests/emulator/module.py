@@ -129,7 +129,7 @@ class Module:
 
 
 def _passed_value(arg: Any, copies: Sequence[Copy]) -> np.ndarray:
-    """Return what the kernel receives, as an array of one number or one address."""
+    """Return the kernel's copy of an argument: an array of one number or one address."""
     if arg is None:
         return np.zeros(1, np.uint64)
     if isinstance(arg, np.ndarray):

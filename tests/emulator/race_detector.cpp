@@ -5,8 +5,8 @@
 // - they are of one warp, and a barrier of the warp is between them;
 // - they are of two blocks, the first block executes an atomic operation on global memory after its
 //   access, and the second block executes one before its access.
-// A kernel under programmatic dependent launch must not touch memory that other kernels write
-// before it has called grid_dependency_sync.
+// Under programmatic dependent launch, a kernel must call grid_dependency_sync before it accesses
+// memory that other kernels write.
 #include <map>
 #include <unordered_map>
 #include <vector>

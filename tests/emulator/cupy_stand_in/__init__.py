@@ -84,7 +84,7 @@ def _modules() -> dict[str, ModuleType]:
 
 
 def _is_swapped(name: str) -> bool:
-    """Return True for a module that exists twice: with the stand-in, and without."""
+    """Return True for a module that has one version with the stand-in and one with CuPy."""
     return name.split(".")[0] in ("cupy", "cupyx") or name.startswith(
         ("array_api_compat.cupy", "gptx.backends.cuda")
     )
