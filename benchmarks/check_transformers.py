@@ -97,7 +97,7 @@ def main() -> int:
 
     config = GPT2Config.of_size(args.size)
     if not 1 <= args.length <= config.n_positions - N_TOKENS:
-        parser.error(f"--length must be from 1 to {config.n_positions - N_TOKENS}")
+        parser.error(f"--length is {args.length}, expected 1 to {config.n_positions - N_TOKENS}")
     [ids] = random_ids(config, 1, args.length)
     with tempfile.TemporaryDirectory() as folder:
         path = write_random_model(Path(folder) / "model", config)

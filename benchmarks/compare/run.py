@@ -84,7 +84,7 @@ def main() -> None:
         and name.lower().startswith(prefixes)
     ]
     if not names:
-        parser.error(f"no engine matches, expected some of: {', '.join(TABLE)}")
+        parser.error(f"the options leave out every engine, expected some of {', '.join(TABLE)}")
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder, work = prepare_folders(args.model, args.size, work)

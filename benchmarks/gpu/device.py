@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import platform
 import statistics
@@ -14,8 +13,7 @@ import numpy as np
 
 from gptx.backends import get_backend
 from gptx.bench.machine import MIN_READ_BYTES, read_bandwidth
-
-Record = dict[str, Any]
+from gptx.bench.worker import Event
 
 # Package -> the part of the benchmark that needs it.
 PACKAGES = {
@@ -52,14 +50,21 @@ N_LAUNCHES = 1000
 N_GRAPH_NODES = 200
 
 
-def report_device(until: float, dry_run: bool = False) -> Iterator[Record]:
+def report_device(until: float, dry_run: bool = False) -> Iterator[Event]:
     """Yield a note about missing packages, the facts of the device, and its upper limits.
 
     With `dry_run`, the only limit is the bandwidth of the host's memory.
     """
-    if text := missing_packages():
-        yield {"section": "note", "text": text}
-    yield {"section": "device", **facts()}
+    versions, missing = find_packages()
+    if missing:
+        yield {"section": "note", "text": f"missing packages: {', '.join(missing)}"}
+    yield {
+        "section": "device",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **versions,
+    }
     if dry_run:
         bandwidth = read_bandwidth(get_backend("numpy"), MIN_READ_BYTES)
         yield {"section": "rates", "name": "read", "value": bandwidth}
@@ -69,28 +74,15 @@ def report_device(until: float, dry_run: bool = False) -> Iterator[Record]:
         yield {"section": "rates", "name": name, "value": value}
 
 
-def missing_packages() -> str:
-    """Return a line that names missing packages and their use; "" if there are none."""
-    missing = []
+def find_packages() -> tuple[dict[str, str], list[str]]:
+    """Return the versions of the packages, and the missing ones with their use."""
+    versions, missing = {}, []
     for name, use in PACKAGES.items():
         try:
-            importlib.import_module(name)
+            versions[name] = getattr(importlib.import_module(name), "__version__", "installed")
         except ImportError as error:
             missing.append(f"{name} ({use}: {error})")
-    return f"missing packages: {', '.join(missing)}" if missing else ""
-
-
-def facts() -> dict[str, Any]:
-    """Return the facts about the machine and its software."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    for name in PACKAGES:
-        with contextlib.suppress(ImportError):
-            found[name] = getattr(importlib.import_module(name), "__version__", "installed")
-    return found
+    return versions, missing
 
 
 def gpu_facts() -> dict[str, Any]:

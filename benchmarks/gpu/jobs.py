@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptx.bench.worker import Event
+
 ROOT = Path(__file__).resolve().parents[2]
-Record = dict[str, Any]
 
 # Tasks: generators of records, called with the time at which they have to end.
 DEVICE = "benchmarks.gpu.device:report_device"
@@ -40,7 +41,7 @@ class Job:
     name: str
     task: str
     seconds: float
-    arguments: Record = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 # (batch, prompt tokens, new tokens)
@@ -145,7 +146,7 @@ def _dry_jobs() -> list[Job]:
     ]
 
 
-def run_tests(until: float, arguments: Sequence[str]) -> Iterator[Record]:
+def run_tests(until: float, arguments: Sequence[str]) -> Iterator[Event]:
     """Run pytest; yield a check with its last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not hub", "-p", "no:cacheprovider",
                "-o", "addopts=", "-o", "filterwarnings=default",  # one process, no plugins

@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.goals import Goal, goals_table
 from benchmarks.gpu.times import GPTX, PLAIN, TRANSFORMERS
 from gptx.bench.tables import NOTHING, Column, duration, markdown, megabytes, ratio
+from gptx.bench.worker import Event
 
-Record = dict[str, Any]
 PEERS = (*PLAIN, *TRANSFORMERS)
 ROW_FIELDS = ("size", "dtype", "quantize", "batch", "prompt", "new")
 
@@ -19,7 +19,7 @@ ROW_FIELDS = ("size", "dtype", "quantize", "batch", "prompt", "new")
 class Results:
     """All records of one or more runs, with derived figures."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Event]) -> None:
         self.records = list(records)
         self.rates = {r["name"]: r["value"] for r in self.of("rates")}
         self.kernels = {
@@ -32,11 +32,11 @@ class Results:
         for r in self.times:
             r["speedup"] = self._speedup(r)
 
-    def of(self, section: str) -> list[Record]:
+    def of(self, section: str) -> list[Event]:
         """Return the records of one section, in their order."""
         return [record for record in self.records if record["section"] == section]
 
-    def _derived(self, r: Record) -> Record:
+    def _derived(self, r: Event) -> Event:
         """Compute medians, and shares of the upper limits of the device."""
         read, matmul = self.rates.get("read"), self.rates.get("matmul")
         step = r.get("step_p50")
@@ -50,7 +50,7 @@ class Results:
             "kernels": kernels,
         }
 
-    def _speedup(self, ours: Record) -> float | None:
+    def _speedup(self, ours: Event) -> float | None:
         """Return the speed relative to the fastest PyTorch engine that ran in the same job."""
         if ours["engine"] not in GPTX:
             return None
@@ -76,33 +76,33 @@ class Results:
         return max(values, default=None)
 
 
-def _row(record: Record) -> tuple[Any, ...]:
+def _row(record: Event) -> tuple[Any, ...]:
     return tuple(record[key] for key in ROW_FIELDS)
 
 
-def _time(record: Record) -> float:
+def _time(record: Event) -> float:
     """Return the seconds of a step, or of the prompt if there are no steps."""
     return float(record.get("step_p50") or record["first_median"])
 
 
-def _precision(r: Record) -> str:
+def _precision(r: Event) -> str:
     return f"{r['quantize']}/{r['dtype']}" if r["quantize"] else r["dtype"]
 
 
-def _step(r: Record) -> str:
+def _step(r: Event) -> str:
     if "step_p50" not in r:
         return NOTHING
     return f"{duration(r['step_p50'])} / {duration(r['step_p99'])}"
 
 
-def _rate(r: Record) -> str:
+def _rate(r: Event) -> str:
     if "rate" not in r:
         return NOTHING
     low, middle, high = np.percentile(r["rate"], [25, 50, 75])
     return f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
 
 
-def _device(r: Record) -> str:
+def _device(r: Event) -> str:
     return f"{duration(r['first_device'])} / {duration(r.get('step_device'))}"
 
 
@@ -153,12 +153,12 @@ def list_goals(results: Results) -> list[Goal]:
     return goals
 
 
-def _is_prefill(r: Record, model: Record) -> bool:
+def _is_prefill(r: Event, model: Event) -> bool:
     row = model | {"engine": "gptx", "batch": 1, "prompt": 1024, "new": 1}
     return all(r[key] == value for key, value in row.items())
 
 
-def render_tables(records: Iterable[Record]) -> str:
+def render_tables(records: Iterable[Event]) -> str:
     """Render everything in markdown: the device, the checks, the times, the goals, failures."""
     results = Results(records)
     parts = [_device_text(results), _checks_table(results)]
@@ -191,7 +191,7 @@ def _device_text(results: Results) -> str:
 
 
 def _checks_table(results: Results) -> str:
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[Event]] = {}
     for check in results.of("checks"):
         groups.setdefault(check["group"], []).append(check)
     rows = []
@@ -210,7 +210,7 @@ def _checks_table(results: Results) -> str:
     return markdown(rows, columns) if rows else ""
 
 
-def _error(check: Record) -> str:
+def _error(check: Event) -> str:
     error = check["error"]
     return error if isinstance(error, str) else f"{error:.2g}, limit {check['limit']:.2g}"
 

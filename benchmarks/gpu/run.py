@@ -14,17 +14,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from benchmarks.gpu.jobs import Job, plan
 from benchmarks.gpu.report import render_tables
-from gptx.bench.worker import Worker
+from gptx.bench.worker import Event, Worker
 from gptx.errors import GptxError
 
 MIN_JOB_SECONDS = 10.0  # a job with less time does not start
 GRACE_SECONDS = 8.0  # from the end of a job's time to its kill
-
-Record = dict[str, Any]
 
 
 def main() -> None:
@@ -74,7 +72,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, until: float) -> int:
     A result is a line of `gpu.jsonl` at once. The tables are written also after an exception.
     """
     out.mkdir(parents=True, exist_ok=True)
-    records: list[Record] = []
+    records: list[Event] = []
     skipped = []
     try:
         with (
@@ -100,7 +98,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, until: float) -> int:
     return int(any(record.get("ok") is False for record in records))
 
 
-def run_job(job: Job, seconds: float, log: TextIO, scratch: str) -> Iterator[Record]:
+def run_job(job: Job, seconds: float, log: TextIO, scratch: str) -> Iterator[Event]:
     """Yield the records of a job, and a note if it failed or took too long.
 
     Parameters
@@ -131,7 +129,7 @@ def run_job(job: Job, seconds: float, log: TextIO, scratch: str) -> Iterator[Rec
     yield {"job": job.name, "section": "done", "seconds": round(spent, 1)}
 
 
-def summarize(record: Record) -> str:
+def summarize(record: Event) -> str:
     """Format a record as a line for the terminal."""
     shown = {
         key: value

@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks.gpu.engines import Engine, GptxEngine
 from benchmarks.gpu.models import load_model, prompt_flops, step_bytes, token_cache_bytes
 from gptx.bench.sources import random_ids
+from gptx.bench.worker import Event
 from gptx.config import GPT2Config
-
-Record = dict[str, Any]
 
 ROUNDS = 7
 MIN_ROUNDS = 2  # if the rounds of a row have taken ROW_SECONDS
@@ -97,7 +96,7 @@ class LoadedEngines:
         self.config, self._weights = load_model(setting.size, setting.quantize or None)
         self._models: dict[str, Any] = {}  # shared by the engines of a kind
         self.engines: list[Engine] = []
-        self.failed: list[Record] = []
+        self.failed: list[Event] = []
         for name in names:
             try:
                 self.engines.append(self._make(name))
@@ -138,8 +137,8 @@ class LoadedEngines:
 
 
 def run_times(
-    until: float, setting: Record, names: Sequence[str], rows: Sequence[Sequence[int]]
-) -> Iterator[Record]:
+    until: float, setting: dict[str, Any], names: Sequence[str], rows: Sequence[Sequence[int]]
+) -> Iterator[Event]:
     """Check the logits of each engine against the first, then time every row.
 
     Yield a record for each engine in each row, or for its failure. The run ends at `until`.
@@ -163,10 +162,10 @@ def run_times(
             yield {"section": "times", **shared, **record, "logits_error": error}
 
 
-def measure(row: Row, loaded: LoadedEngines, until: float) -> Iterator[Record]:
+def measure(row: Row, loaded: LoadedEngines, until: float) -> Iterator[Event]:
     """Time one row, the engines in turns."""
     prompts = np.array(random_ids(loaded.config, row.batch, row.prompt))
-    ready: dict[Engine, Record] = {}
+    ready: dict[Engine, Event] = {}
     times: dict[Engine, list[list[float]]] = {}
     for engine in loaded.engines:
         try:
@@ -201,7 +200,7 @@ def arrivals(engine: Engine, prompts: np.ndarray, n: int) -> list[float]:
     return [time.perf_counter() - start for _ in engine.tokens(prompts, n)]
 
 
-def _first_run(engine: Engine, row: Row, prompts: np.ndarray) -> Record:
+def _first_run(engine: Engine, row: Row, prompts: np.ndarray) -> Event:
     """Run with compilation, and measure the memory."""
     engine.release()
     before = engine.memory()[0]
@@ -225,10 +224,10 @@ def _common_prefix(tokens: Sequence[int], expected: Sequence[int]) -> int:
 
 def compute_figures(
     row: Row,
-    facts: Record,
+    facts: Event,
     times: Sequence[Sequence[float]],
     device: Sequence[tuple[float, float]],
-) -> Record:
+) -> Event:
     """Compute the figures of an engine in a row.
 
     Parameters
@@ -260,7 +259,7 @@ def compute_figures(
     return record
 
 
-def _count_work(setting: Setting, config: GPT2Config, row: Row) -> Record:
+def _count_work(setting: Setting, config: GPT2Config, row: Row) -> Event:
     """Return the bytes that a decode step reads and the operations of the prompts."""
     itemsize = ITEMSIZE[setting.dtype]
     context = row.prompt + row.new / 2  # on average
@@ -271,7 +270,7 @@ def _count_work(setting: Setting, config: GPT2Config, row: Row) -> Record:
     }
 
 
-def count_kernels(until: float, setting: Record, names: Sequence[str]) -> Iterator[Record]:
+def count_kernels(until: float, setting: dict[str, Any], names: Sequence[str]) -> Iterator[Event]:
     """Yield the kernels and copies of a decode step of one sequence, from the profiler."""
     chosen = Setting(**setting)
     loaded = LoadedEngines(chosen, names)
