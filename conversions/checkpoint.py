@@ -212,7 +212,7 @@ def require_openai_settings(config: GPT2Config, program: str, *supported: str) -
     program
         Name of the program that supports only those, for the error message.
     supported
-        Names of settings that the program supports nevertheless.
+        Names of settings of which the program supports all values.
 
     Raises
     ------

@@ -113,7 +113,7 @@ FORMATS: dict[str, Format] = {
         files=("model.onnx", "model.onnx.data", "config.json", *_TOKENIZER),
         options=("head",),
     ),
-    "fastgpt-dat": Format("fastGPT model.dat, before 2024", "fastgpt_dat", suffix=".dat"),
+    "fastgpt-dat": Format("fastGPT model.dat, before March 2024", "fastgpt_dat", suffix=".dat"),
 }
 
 

@@ -227,9 +227,8 @@ def _call(function: Any, arguments: Any) -> Any:
 
 BYTE_ORDER = {"d": ">"}  # a float is big endian, integers are little endian
 
-# Code -> effect, type of the number that follows in the notation of struct, and the kind of the
-# bytes that follow that number. Left out: instructions that protocol 2 replaced, extensions (2),
-# and buffers outside of the file (5).
+# Code -> effect, type of the number after the code (of `struct`), kind of the bytes after that.
+# Missing: what protocol 2 replaced, extensions (protocol 2), buffers outside of the file (5).
 INSTRUCTIONS: dict[int, tuple[str, str, str]] = {
     0x80: ("PROTOCOL", "B", ""),
     0x95: ("FRAME", "Q", ""),

@@ -1,9 +1,9 @@
 """Files of torch.save: a pickle that describes tensors, and their numbers.
 
 Since PyTorch 1.6 the file is a zip archive with NAME/data.pkl, and NAME/data/KEY for each storage.
-Before, and still with `_use_new_zipfile_serialization=False`, it is five pickles in a row (a magic
-number, a version, the machine, the value, the keys of the storages) and then the storages, each
-after its length (https://github.com/pytorch/pytorch, torch/serialization.py, `_save` and
+Before 1.6, and still with `_use_new_zipfile_serialization=False`, it is five pickles in a row: a
+magic number, a version, the machine, the value, and the keys of the storages. The storages follow,
+each after its length (https://github.com/pytorch/pytorch, torch/serialization.py, `_save` and
 `_legacy_save`).
 """
 

@@ -259,8 +259,8 @@ def _split_strings(file: BinaryFile, offsets: Array, text: Array) -> list[str]:
 def _join_strings(strings: Sequence[str]) -> tuple[Array, Array]:
     """Return the offsets of strings, with the end of the last one, and one text.
 
-    If the offsets of version 2 need no padding, the program skips 32 bytes nevertheless
-    (`align_i4`): one more empty string avoids that case.
+    The program skips 32 bytes of padding even if the offsets of version 2 need none (`align_i4`).
+    One more empty string avoids that case.
     """
     data = [string.encode() for string in strings]
     if (len(data) + 1) % 8 == 0:

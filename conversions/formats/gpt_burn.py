@@ -10,8 +10,8 @@ Its model differs from GPT-2 in three ways:
 - The head has a bias. If possible, the bias of the last layer norm includes it. That is generally
   possible only for a vocabulary not larger than the width. Otherwise the width is doubled: a
   duplicate of each channel changes neither mean nor variance of a layer norm. The layer norms
-  multiply the duplicates by 0, except that the last one makes a channel a constant 1, whose row of
-  the head is the bias. The added heads have zero queries, keys and values.
+  multiply the duplicates by 0. The last layer norm makes one duplicate a constant 1, and the head
+  multiplies that channel by the bias. The added heads have zero queries, keys and values.
 - A layer norm of Burn 0.13 divides by sqrt(variance) + 1e-5, GPT-2 by sqrt(variance + epsilon).
   With epsilon = 1e-10, the relative difference is below 1e-5 / sqrt(variance): 0.04% in the first
   layer of an untrained model, less than 1e-5 for activations of order 1.

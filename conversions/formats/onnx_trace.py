@@ -1,10 +1,10 @@
 """GPT-2 as an ONNX graph: `gptx.model.forward`, run by a backend whose arrays are nodes.
 
 The functions of ndonnx are an array API that traces instead of computing, so the generic ops make
-the graph. An op is overridden if ONNX has one node for it (layer norm, softmax), or if it needs the
-size of an axis that is known only at run time: traced sizes are None.
+the graph. An op is overridden if ONNX has one node for it (layer norm, softmax). It is also
+overridden if it needs the size of an axis that is known only at run time: traced sizes are None.
 
-Inputs and outputs: B sequences, S new tokens, P tokens before them, else see `gptx.model`.
+Axes: B sequences, S new tokens, P tokens before them; the others are those of `gptx.model`.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
     -------
     onnx.ModelProto
         The inputs are `input_ids` [B, S], `attention_mask` [B, P+S], `past_key_values`
-        [2L, B, H, P, D] (keys and values of layer 0, of layer 1 ...) and the weights; a quantized
-        one is two inputs, `name` and `name_scale`. The outputs are `logits` [B, S, V] or `next_ids`
-        [B, 1], and `present_key_values` [2L, B, H, P+S, D].
+        [2L, B, H, P, D] (keys and values of layer 0, of layer 1 ...) and the weights. A quantized
+        weight is two inputs, `name` and `name_scale`. The outputs are `logits` [B, S, V] or
+        `next_ids` [B, 1], and `present_key_values` [2L, B, H, P+S, D].
     """
     L, H, D = config.n_layer, config.n_head, config.head_dim
     ids = ndonnx.argument(dtype=ndonnx.int64, shape=("B", "S"))

@@ -1,8 +1,8 @@
 """A GPT-2 tokenizer from the bytes of its tokens, in the order of their ids.
 
-Some programs store no merges: decoding needs none. The order of the ids implies them. Training
-merges two existing tokens into each new one, so a token's merge is the pair that remains after the
-earlier merges are applied to its bytes
+Some programs store no merges: decoding needs none. The order of the ids implies them, because
+training merges two existing tokens into each new one. The merge of a token is the pair that remains
+after the earlier merges are applied to its bytes
 (https://github.com/karpathy/minbpe, minbpe/gpt4.py: `recover_merges`).
 """
 

@@ -66,7 +66,7 @@ class Repository:
     token
         None for `HF_TOKEN` or the saved login.
     verify_cached
-        Hash cached files, too.
+        Also hash files that are in the cache.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""gptx.hub.errors: foreign exceptions by their kind."""
+"""gptx.hub.errors: exceptions of other libraries by their kind."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ class TestIntegrity:
         assert [line for line in server.log("GET") if "safetensors" not in line] == []
 
 
-class TestConnection:
-    def test_none(self, server: HubServer, client: Client) -> None:
+class TestNoConnection:
+    def test_complete_cache(self, server: HubServer, client: Client) -> None:
         check_files(client.one("org/model"), model())
         commit = commit_of("org/model", "main")
         server.stop()
@@ -228,7 +228,7 @@ class TestConnection:
         check_files(pinned, model())
         check(other, HubUnavailableError, "org/other", client.url)
 
-    def test_none_and_an_incomplete_cache(self, server: HubServer, client: Client) -> None:
+    def test_incomplete_cache_without_a_connection(self, server: HubServer, client: Client) -> None:
         client.one("org/model", weights=False)
         server.stop()
         commit = commit_of("org/model", "main")

@@ -182,7 +182,7 @@ def test_version_2_is_the_same(tmp_path: Path) -> None:
     np.testing.assert_equal(numbers(read(path)[1]), random_weights(CONFIG))
 
 
-def test_the_tokenizer_comes_back(tmp_path: Path) -> None:
+def test_the_tokenizer_round_trips(tmp_path: Path) -> None:
     source = BytePairTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
     config = replace(CONFIG, vocab_size=1027, bos_token_id=0, eos_token_id=0)
     written(tmp_path, config, tokenizer=source)
@@ -207,7 +207,7 @@ def test_tokens_that_were_added(tmp_path: Path) -> None:
     assert tokenizer.encode("<|endoftext|>", allow_special=True) == [256]
 
 
-def test_a_tokenizer_without_merges_comes_back(tmp_path: Path) -> None:
+def test_a_tokenizer_without_merges_round_trips(tmp_path: Path) -> None:
     vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
     config = replace(SMALL, vocab_size=256, eos_token_id=None)
     written(tmp_path, config, tokenizer=BytePairTokenizer.of_vocabulary(vocab, []))

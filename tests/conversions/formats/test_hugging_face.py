@@ -319,10 +319,13 @@ def test_quantized_values_that_are_not_a_matrix(shape: list[int], tmp_path: Path
     assert not accepted(read_all(folder), "quantized values")
 
 
-MANY = pytest.mark.parametrize("copies", [60, pytest.param(2000, marks=pytest.mark.fuzz)])
+# More copies than `damaged_copies` has, for the format that gptx loads.
+many_damaged_copies = pytest.mark.parametrize(
+    "copies", [60, pytest.param(2000, marks=pytest.mark.fuzz)]
+)
 
 
-@MANY
+@many_damaged_copies
 @pytest.mark.parametrize("kind", ["floats", "quantized"])
 def test_damaged_files_are_refused_in_one_line(kind: str, copies: int, tmp_path: Path) -> None:
     folder = source_of("tiny", tmp_path)
@@ -357,7 +360,7 @@ def damage_header(data: bytes, rng: rnd.Random) -> bytes:
     return with_header(json.dumps(header).encode(), rest)
 
 
-@MANY
+@many_damaged_copies
 def test_a_damaged_config_is_refused_in_one_line(copies: int, tmp_path: Path) -> None:
     folder = source_of("tiny", tmp_path)
     assert fuzz(folder / "config.json", read_all(folder), copies=copies) > copies // 2
