@@ -81,6 +81,8 @@ def test_a_single_point(tmp_path: Path) -> None:
         written = plots.draw([make_record(Trial(4, 0), 1.0, threads=None)], tmp_path / name)
         assert {path.stem for path in written} == {"tokens-per-second-by-context"}
         contents.append([path.read_bytes() for path in written])
+    [png] = (data for data in contents[0] if data.startswith(b"\x89PNG"))
+    assert min(struct.unpack(">II", png[16:24])) > 500
     assert contents[0] == contents[1]
     assert dict(matplotlib.rcParams) == before
 

@@ -109,3 +109,9 @@ def test_a_device_and_its_kernels_are_shown() -> None:
     assert [row["kernels a token"] for row in parse_table(text)] == ["–", "63"]
     assert "; NVIDIA H200, A processor, of some kind, 8 cores; 2026-11-20" in text
     assert grid.columns(RECORDS) == grid.COLUMNS
+
+
+def test_durations() -> None:
+    seconds = (0.000158, 0.00123, 0.0999, 0.1, 1.256)
+    texts = ["158 µs", "1.23 ms", "99.90 ms", "100 ms", "1.26 s"]
+    assert [tables.duration(x) for x in seconds] == texts

@@ -108,9 +108,9 @@ def greedy(run: Run, config: GPT2Config, prompts: list[list[int]], n: int) -> li
     return np.stack(steps, axis=1).tolist()
 
 
-# onnxruntime with every setting, tract with those that change the graph most.
+# onnxruntime with every setting, tract with those that change the ops of the graph.
 LOGITS = [(name, onnxruntime_run) for name in CASES if name not in ("774M", "1558M")]
-LOGITS += [(name, tract_run) for name in ("tiny", "untied", "layer-scaled")]
+LOGITS += [(name, tract_run) for name in ("tiny", "untied", "layer-scaled", "gelu-erf", "relu")]
 
 
 @pytest.mark.parametrize(("name", "runtime"), LOGITS)
