@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Prompts = list[list[int]]  # token ids, all of one length
 Tick = Callable[[list[int]], Any]
 
 
@@ -45,9 +46,7 @@ class Engine(ABC):
         return cls(folder, threads, work, **options)  # type: ignore[call-arg]
 
     @abstractmethod
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         """Continue prompts of one length by `n_tokens` each.
 
         `tick(tokens)` is called with one token for each prompt when they are on the host; the

@@ -9,7 +9,7 @@ from typing import Any
 
 import ctranslate2
 
-from benchmarks.compare.peers.base import Engine, Tick
+from benchmarks.compare.peers.base import Engine, Prompts, Tick
 
 
 class CTranslate2Engine(Engine):
@@ -42,9 +42,7 @@ class CTranslate2Engine(Engine):
         )
         self.n_bytes = (work / "model" / "model.bin").stat().st_size
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         step: list[int] = []
 
         def callback(result: Any) -> bool:

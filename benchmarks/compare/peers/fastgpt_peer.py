@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.peers.base import Engine, Tick
+from benchmarks.compare.peers.base import Engine, Prompts, Tick
 
 FILE = "model.gguf"
 FIRST_LETTER = 0x21  # token 0 of GPT-2 is "!"
@@ -53,9 +53,7 @@ class FastGptEngine(Engine):
         kernels = [f"OPENBLAS_CORETYPE={self.kernels}"] if self.kernels else []
         return ["env", *kernels, self.path], self.work
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         for ids in prompts:
             command, folder = self.program(ids, n_tokens)
             done = subprocess.run(command, cwd=folder, capture_output=True, check=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gptx
-from benchmarks.compare.peers.base import Engine, Tick
+from benchmarks.compare.peers.base import Engine, Prompts, Tick
 from gptx.bench.grid import weights_bytes
 from gptx.conversions import convert
 from gptx.generation.api import load_once
@@ -46,9 +46,7 @@ class GptxEngine(Engine):
     ) -> GptxEngine:
         return cls(folder, threads, work, n_tokens, **options)  # as in `gptx.generate`
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         if known and self.known is None:
             self.known = self.model.prefill(prompts[0])
         steps = TokenGenerator(

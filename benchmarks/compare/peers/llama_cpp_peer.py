@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp as c
 import numpy as np
 
-from benchmarks.compare.peers.base import Engine, Tick, best
+from benchmarks.compare.peers.base import Engine, Prompts, Tick, best
 from gptx.conversions import convert
 
 FILE = "model.gguf"
@@ -51,9 +51,7 @@ class LlamaEngine(Engine):
         self.contexts: dict[int, Any] = {}
         self.known: list[int] = []
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         context = self._context(len(prompts))
         memory = c.llama_get_memory(context)
         n = len(prompts[0])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.compare.peers.base import Engine, Tick, best
+from benchmarks.compare.peers.base import Engine, Prompts, Tick, best
 
 GRAPH, WEIGHTS = "model.onnx", "weights.bin"
 
@@ -41,9 +41,7 @@ class OnnxEngine(Engine):
         self.past: list[Any] = []
         self.known: list[Any] = []
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         if known and self.known:
             self.past, ids = self.known, np.array(prompts)[:, -1:]
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.compare.peers.base import Engine, Tick
+from benchmarks.compare.peers.base import Engine, Prompts, Tick
 
 
 class TransformersEngine(Engine):
@@ -24,9 +24,7 @@ class TransformersEngine(Engine):
         self.n_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.known: transformers.DynamicCache | None = None
 
-    def generate(
-        self, prompts: list[list[int]], n_tokens: int, tick: Tick, known: bool = False
-    ) -> None:
+    def generate(self, prompts: Prompts, n_tokens: int, tick: Tick, known: bool = False) -> None:
         ids = torch.tensor(prompts)
         past = transformers.DynamicCache(config=self.model.config)
         if known:

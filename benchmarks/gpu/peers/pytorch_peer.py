@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.engines import Engine
 from gptx.config import GPT2Config
 
+Weights = Mapping[str, np.ndarray]
+
 GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
 # Each shape of each engine is compiled.
@@ -98,6 +100,11 @@ class PlainGPT2(nn.Module):
     def best(self, ids: Tensor, index: Tensor) -> Tensor:
         """Return the best next tokens [B, 1]."""
         return self(ids, index).argmax(-1, keepdim=True)
+
+
+def compile_step(step: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """Compile a function for fixed shapes, as one graph."""
+    return torch.compile(step, mode=mode, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 class TorchEngine(Engine):
@@ -214,9 +221,7 @@ class PlainEngine(TorchEngine):
         self._best: Callable[..., Tensor] = self.model.best
         self._read: Callable[..., Tensor] = self.model.best
         if self.compiled:
-            self._best = torch.compile(
-                self.model.best, mode=self.compiled, fullgraph=True, dynamic=False, backend=COMPILER
-            )
+            self._best = compile_step(self.model.best, self.compiled)
             if n_tokens == 1:  # compile the prompt too if it is the only work
                 self._read = self._best
         if self.has_graph:
@@ -286,13 +291,7 @@ class TransformersEngine(TorchEngine):
         self._cache: Any = None
         if self.compiled:
             self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=capacity)
-            self._best = torch.compile(
-                self._uncompiled,
-                mode=self.compiled,
-                fullgraph=True,
-                dynamic=False,
-                backend=COMPILER,
-            )
+            self._best = compile_step(self._uncompiled, self.compiled)
 
     def _uncompiled(self, ids: Tensor) -> Tensor:
         out = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
@@ -318,9 +317,7 @@ class TransformersEngine(TorchEngine):
         return logits[0, -1].float().cpu().numpy()
 
 
-def plain_model(
-    config: GPT2Config, weights: Mapping[str, np.ndarray], dtype: str, device: str
-) -> PlainGPT2:
+def plain_model(config: GPT2Config, weights: Weights, dtype: str, device: str) -> PlainGPT2:
     """Make the plain model with gptx's float weights and a tied head."""
     with torch.device("meta"):
         model = PlainGPT2(config)
@@ -333,9 +330,7 @@ def plain_model(
     return model.eval().requires_grad_(False)
 
 
-def transformers_model(
-    config: GPT2Config, weights: Mapping[str, np.ndarray], dtype: str, device: str
-) -> Any:
+def transformers_model(config: GPT2Config, weights: Weights, dtype: str, device: str) -> Any:
     """Make the model of transformers with the same weights."""
     import transformers
 
@@ -348,9 +343,7 @@ def transformers_model(
     return model.eval().requires_grad_(False)
 
 
-def _tensors(
-    weights: Mapping[str, np.ndarray], dtype: str, device: str
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: Weights, dtype: str, device: str) -> Iterator[tuple[str, Tensor]]:
     for name, x in weights.items():
         writable = np.require(x, requirements="W")  # PyTorch requires it
         yield name, torch.from_numpy(writable).to(device, getattr(torch, dtype))
