@@ -16,6 +16,7 @@ import pytest
 from gptx.bench import grid, plots, total, worker
 from gptx.bench.worker import Events
 from tests.cli.test_exit_codes import DISK_FULL, closed_pipe, full_disk, needs_dev_full
+from tests.emulator import cupy_stand_in
 from tests.support.bench import BOTH, READ, parse, parse_table, run_in_process
 from tests.support.cli import error_lines, posix, run, run_into, start
 
@@ -275,3 +276,15 @@ def test_the_mlx_backend(tiny: str) -> None:
     done = run("bench", "-m", tiny, "-b", "mlx", "-p", "2", "-n", "2", "-r", "1")
     assert (done.code, done.err) == (0, "")
     assert {(row["backend"], row["threads"]) for row in parse_table(done.out)} == {("mlx", "–")}
+
+
+def test_the_cupy_backend(tiny: str) -> None:
+    """The table names the device and counts the kernels."""
+    with cupy_stand_in.installed():
+        done = run("bench", "-m", tiny, "-b", "cupy", "-p", "0", "-n", "1", "-r", "1")
+    assert (done.code, done.err) == (0, "")
+    [row] = parse_table(done.out)
+    assert (row["backend"], row["threads"], row["test"]) == ("cupy", "–", "tg1")
+    assert int(row["kernels a token"]) > 0
+    assert "; a stand-in, number 0, " in done.out
+    assert re.search(r"^memory read at [\d.]+ GB/s \(cupy\)$", done.out, re.MULTILINE)
