@@ -81,7 +81,7 @@ def _row(record: Event) -> tuple[Any, ...]:
 
 
 def _time(record: Event) -> float:
-    """Return the seconds of a step, or of the prompt if there are no steps."""
+    """Return the seconds of a step, or of the prompt in a row without steps."""
     return float(record.get("step_p50") or record["first_median"])
 
 

@@ -67,9 +67,9 @@ def main() -> None:
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, until: float) -> int:
-    """Run jobs while there is time; return 1 if a check failed.
+    """Run jobs until the time ends; return 1 if a check failed.
 
-    A result is a line of `gpu.jsonl` at once. The tables are written also after an exception.
+    Each result is written to `gpu.jsonl` at once, and the tables also after an exception.
     """
     out.mkdir(parents=True, exist_ok=True)
     records: list[Event] = []
@@ -108,7 +108,7 @@ def run_job(job: Job, seconds: float, log: TextIO, scratch: str) -> Iterator[Eve
     """
     print(f"--- {job.name}", file=log, flush=True)
     start = time.time()
-    env = {"TMPDIR": scratch, "TORCH_LOGS": "perf_hints"}  # hints why there is no CUDA graph
+    env = {"TMPDIR": scratch, "TORCH_LOGS": "perf_hints"}  # reasons for a missing CUDA graph
     failure = ""
     with Worker(log=log, env=env) as worker:
         timer = threading.Timer(seconds + GRACE_SECONDS, worker.kill)

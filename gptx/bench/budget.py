@@ -35,7 +35,7 @@ def run(settings: Settings) -> Events:
     if min(prompts) < 1:
         raise ParameterError(f"-p has {min(prompts)}, this preset expects at least 1 input token")
     if not 0 < settings.budget < math.inf:
-        raise ParameterError(f"budget is {settings.budget}, expected seconds, more than 0")
+        raise ParameterError(f"--budget is {settings.budget}, expected more than 0 seconds")
     yield from run_setups(
         "gptx.bench.budget:measure",
         [replace(settings, generic=generic) for generic in (False, True)],

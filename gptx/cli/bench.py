@@ -44,7 +44,7 @@ def _is_count(item: str) -> bool:
 
 
 def _join_lists(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[Any, ...] | None:
-    """Join the lists of a repeated option without duplicates; None if there is none."""
+    """Join the lists of a repeated option without duplicates; None if it is not given."""
     return tuple(dict.fromkeys(item for items in value for item in items)) or None
 
 

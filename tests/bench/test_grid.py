@@ -21,7 +21,7 @@ from gptx.conversions import convert
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
-from tests.emulator import cupy_stand_in as cupy_on_cpu
+from tests.emulator import cupy_stand_in
 from tests.support.backends import make_backend
 from tests.support.bench import records, run_in_process
 from tests.support.models import make_model
@@ -182,7 +182,7 @@ def test_the_dtype_of_quantized_weights(folder: Callable[..., Path], tmp_path: P
 
 
 def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
-    with cupy_on_cpu.installed():
+    with cupy_stand_in.installed():
         setup = {"model": "m", "folder": str(folder()), "backend": "cupy"}
         *progress, read, generated = grid.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
     turns = [event["progress"] for event in progress if "pp3" in event["progress"]]

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.gpu import engines, times
 from gptx.bench.sources import random_ids
 from gptx.random_weights import random_weights
+from tests.emulator import cupy_stand_in
 from tests.support.bench import Clock
 from tests.support.random_models import CASES
 
@@ -94,13 +95,11 @@ def test_the_time_limit_ends_the_rounds(clock: Clock) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "cupy"])
 def test_gptx_runs_its_token_generator(backend: str) -> None:
-    from tests.emulator import cupy_stand_in as cupy_on_cpu
-
     config = replace(CASES["tiny"], n_embd=64)
     weights = random_weights(config)
     prompts = np.array(random_ids(config, 2, 3))
     exact = engines.GptxEngine("exact", config, weights, backend="numpy", generic=True)
-    with cupy_on_cpu.installed():
+    with cupy_stand_in.installed():
         engine = engines.GptxEngine("here", config, weights, backend=backend, compile=False)
         engine.prepare(2, 6, 4)
         assert list(engine.tokens(prompts, 4)) == list(exact.tokens(prompts, 4))
