@@ -95,6 +95,7 @@ def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:
         (("--preset", "ablation", "-p", "1,2"), 2, "-p is 1,2, this preset expects one number"),
         (("--preset", "ablation", "-p", "0"), 2, "this preset expects one number of at least 1"),
         (("--preset", "ablation", "-p", "250"), 2, "250 + 20 tokens needs 269 tokens of context"),
+        (("--preset", "ablation", "-n", "250"), 2, "19 + 250 tokens needs 268 tokens of context"),
         (("--preset", "threads", "-t", "1"), 2, "--threads does not apply to --preset threads"),
         (("--preset", "budget", "--generic"), 2, "--generic does not apply to --preset budget"),
         (("--preset", "budget", "-n", "3"), 2, "--n-gen does not apply to --preset budget"),

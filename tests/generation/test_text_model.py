@@ -32,6 +32,7 @@ from gptx.errors import (
     TokenizerError,
 )
 from gptx.generation.engine import TokenGenerator
+from gptx.generation.options import check_options
 from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from tests.support.cli import run
@@ -343,6 +344,10 @@ def test_the_number_of_threads_does_not_change_the_tokens(shakespeare: Model) ->
 def test_options_are_checked_before_the_search_for_a_model() -> None:
     with pytest.raises(ParameterError, match="temperature is -1"):
         gptx.generate("O", model="./nowhere", temperature=-1)
+
+
+def test_the_default_of_max_tokens() -> None:
+    assert check_options({}).max_tokens == 100
 
 
 @pytest.mark.parametrize("scalar", [np.float64, np.float32, Fraction])
