@@ -1,8 +1,7 @@
 """Options of `load`, `generate` and `stream`, and the checks of a request.
 
 A request is checked once, here: `check_options` runs before a model is loaded, `check_ids` on each
-prompt. The engine trusts its arguments; it raises an error only for a prompt that exceeds the
-context.
+prompt. The engine checks only that the prompts and their output fit the context.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sampling: token ids from logits, on the device.
 
 The order of the steps, each off by default: `logit_bias`, repetition penalty, presence and
-frequency penalties, temperature, `top_k`, `top_p`, `min_p`, draw. With temperature 0, the token
-with the largest logit after the first three is taken.
+frequency penalties, temperature, `top_k`, `top_p`, `min_p`, draw. With temperature 0, the largest
+logit after the first three steps selects the token.
 
 A draw inverts the cumulative distribution at one uniform number per sequence and step. The numbers
 come from a counter-based generator: Philox, keyed by seed and stream, counted by step. So a seed
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +26,15 @@ from gptx.errors import ParameterError
 Array = Any
 MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
 MIN_TEMPERATURE = 1e-30  # a smaller divisor can make a float32 logit overflow
+# Smallest and largest value of each parameter.
+RANGES = {
+    "temperature": (0, MAX_PARAMETER),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1 / MAX_PARAMETER, MAX_PARAMETER),
+    "presence_penalty": (-MAX_PARAMETER, MAX_PARAMETER),
+    "frequency_penalty": (-MAX_PARAMETER, MAX_PARAMETER),
+}
 
 
 @dataclass(frozen=True)
@@ -73,27 +82,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("seed", "top_k", "logit_bias"):
-                continue
-            if not _is_real(value) or not abs(value) <= MAX_PARAMETER:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not _is_real(value) or not low <= value <= high:
                 raise ParameterError(
-                    f"{f.name} is {value!r}, expected a number from -{MAX_PARAMETER:.0e} to "
-                    f"{MAX_PARAMETER:.0e}"
+                    f"{name} is {value!r}, expected a number from {low:g} to {high:g}"
                 )
             # A NumPy scalar turns float32 arrays into float64.
-            object.__setattr__(self, f.name, float(value))
-        if self.temperature < 0:
-            raise ParameterError(f"temperature is {self.temperature}, expected at least 0")
-        for name in ("top_p", "min_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ParameterError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.repetition_penalty < 1 / MAX_PARAMETER:
-            raise ParameterError(
-                f"repetition_penalty is {self.repetition_penalty}, expected "
-                f"{1 / MAX_PARAMETER:.0e} to {MAX_PARAMETER:.0e} (1 is off)"
-            )
+            object.__setattr__(self, name, float(value))
         if not is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(
                 f"top_k is {self.top_k!r}, expected a whole number of at least 0 (0 keeps all)"
@@ -116,7 +112,7 @@ class SamplingParams:
             if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
                 raise ParameterError(
                     f"logit_bias of token {token} is {bias}, expected -inf, or a number from "
-                    f"-{MAX_PARAMETER:.0e} to {MAX_PARAMETER:.0e}"
+                    f"{-MAX_PARAMETER:g} to {MAX_PARAMETER:g}"
                 )
 
     def check_bias(self, vocab_size: int) -> None:

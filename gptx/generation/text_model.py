@@ -301,8 +301,8 @@ def _check_prompt(model: Model, prompt: Prompt, allow_special: bool) -> list[int
 def _check_cache(model: Model, cache: KVCache, prompts: list[Prompt]) -> None:
     if len(prompts) > 1 or len(cache.lengths) > 1:
         raise ParameterError(
-            f"the number of sequences in the cache is {len(cache.lengths)}, of prompts "
-            f"{len(prompts)}, expected one prompt and one sequence: omit cache"
+            f"prompts: {len(prompts)}, sequences of the cache: {len(cache.lengths)}, expected one "
+            "prompt and one sequence: omit cache"
         )
     if cache.fingerprint != model.fingerprint:
         raise ParameterError("the cache belongs to another model: prefill one with this model")
