@@ -32,7 +32,7 @@ def allocate_aligned(
 
 
 class Pool:
-    """Arrays in a few large chunks of memory.
+    """Arrays in large chunks of memory.
 
     For large chunks NumPy requests pages of 2 MB from Linux. With pages of 4 KB a GEMV spends a
     quarter of its time on address translation. A chunk is freed with the last of its arrays, except

@@ -21,11 +21,11 @@ def translate_out_of_memory(error: BaseException) -> DeviceOutOfMemory | None:
     if isinstance(error, cupy.cuda.memory.OutOfMemoryError):
         # The attributes are private, but pickle's protocol provides them.
         needed, allocated, limit = error.__reduce__()[1]
-        what = f"{needed:,} bytes are needed, {_free(allocated, limit)}"
+        what = f"{needed:,} bytes are needed; {_free(allocated, limit)}"
     elif getattr(error, "status", None) == OUT_OF_MEMORY_STATUS and isinstance(
         error, (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
     ):  # of a kernel or graph: CUDA reports no size
-        what = f"{error}; of its bytes, {_free()}"
+        what = f"{error}; {_free()}"
     else:
         return None
     traceback.clear_frames(error.__traceback__)
@@ -38,6 +38,6 @@ def translate_out_of_memory(error: BaseException) -> DeviceOutOfMemory | None:
 
 def _free(allocated: int = 0, limit: int = 0) -> str:
     if limit:
-        return f"{limit - allocated:,} of the {limit:,} that CuPy is limited to are free"
+        return f"{limit - allocated:,} of CuPy's limit of {limit:,} bytes are free"
     free, total = cupy.cuda.runtime.memGetInfo()
-    return f"{free:,} of {total:,} are free"
+    return f"{free:,} of {total:,} bytes are free"

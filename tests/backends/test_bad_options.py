@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import gptx
-from gptx.backends import TABLE, get_backend
+from gptx.backends import TABLE, available, get_backend
 from gptx.errors import BackendError, GptxError, ParameterError
 from tests.support.cli import assert_generate_fails, raises_error, short_id
 
@@ -72,4 +72,7 @@ def test_a_backend_that_is_not_installed(
         BackendError, f"backend '{backend}' needs {backend}", "not installed", install
     ):
         gptx.load("shakespeare", backend=backend)
+    status = {s.name: s for s in available()}[backend]
+    assert not status.available
+    assert install in status.detail
     assert_generate_fails("-b", backend, "O", code=2, message=install)

@@ -75,17 +75,17 @@ extern "C" __global__ void every_block(float* x, float* sums, unsigned* counter)
 }
 extern "C" __global__ void blocks(float* x) { x[threadIdx.x] += blockIdx.x + 1; }
 
-extern "C" __global__ void reads_weight_early(const float* weight, float* x) {
+extern "C" __global__ void reads_weight_before_sync(const float* weight, float* x) {
     const float w = weight[threadIdx.x];
     grid_dependency_sync();
     x[threadIdx.x] *= w;
 }
-extern "C" __global__ void reads_input_early(const float* weight, float* x) {
+extern "C" __global__ void reads_input_before_sync(const float* weight, float* x) {
     const float y = x[threadIdx.x];
     grid_dependency_sync();
     x[threadIdx.x] = y * weight[threadIdx.x];
 }
-extern "C" __global__ void writes_output_early(float* weight, const float* x) {
+extern "C" __global__ void writes_output_before_sync(float* weight, const float* x) {
     weight[threadIdx.x] = threadIdx.x;
     grid_dependency_sync();
     weight[threadIdx.x] += x[threadIdx.x];
@@ -171,9 +171,9 @@ def test_only_weights_may_be_read_before_grid_dependency_sync(
     module: Module, x: np.ndarray
 ) -> None:
     weight = np.full(64, 2, np.float32)
-    module.launch("reads_weight_early", ONE, BLOCK, [weight, x])
+    module.launch("reads_weight_before_sync", ONE, BLOCK, [weight, x])
     np.testing.assert_array_equal(x, np.arange(2, 130, 2))
-    for name in ("reads_input_early", "writes_output_early"):
+    for name in ("reads_input_before_sync", "writes_output_before_sync"):
         with pytest.raises(AssertionError, match="is accessed before grid_dependency_sync"):
             module.launch(name, ONE, BLOCK, [weight, x])
 

@@ -1,7 +1,7 @@
 """Tuples of arguments that several kernels take, and the sizes of blocks and panels.
 
 Numba passes the fields of a tuple as separate arguments. Read an array field before a loop, not in
-it: each read counts a reference, which costs a GEMV a tenth of its speed.
+it: each read updates a reference count, which costs a GEMV a tenth of its speed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention on vectors (AVX2, AVX-512, NEON): one head and one or four rows, by one thread.
 
-AMX has its own attention of a prompt, `amx/attention.py`.
+On AMX, `amx/attention.py` computes the attention of a prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gptx.backends.cpu.kernels.simd import (
 
 
 def workspace_size(D: int, capacity: int) -> int:
-    """Return the numbers of a thread's workspace for `prompt_attention`."""
+    """Return the floats of a thread's workspace for `prompt_attention`."""
     return BLOCK_ROWS * (2 * D + capacity) + 2 * LANES
 
 

@@ -20,7 +20,7 @@ def has_feature(name: str) -> bool:
     return f"+{name}" in features.split(",")
 
 
-# Conversion of float16 in registers. LLVM would else call a function that Numba does not link.
+# Conversion of float16 in registers. Without, LLVM calls a function that Numba does not link.
 HAS_FLOAT16 = ARM or has_feature("f16c")
 HAS_VNNI = has_feature("avx512vnni")
 HAS_AMX = has_feature("amx-int8") and has_feature("amx-bf16")

@@ -1,7 +1,7 @@
 """Rows of floats as 24-bit integers, each split into three bytes, for units that multiply bytes.
 
-A row has one factor. The rounding error is at most 2**-24 of the row's largest magnitude, so
-hardly anything is lost that float32 would keep.
+A row has one factor. The rounding error is at most 2**-24 of the row's largest magnitude, about
+that of float32.
 """
 
 from __future__ import annotations

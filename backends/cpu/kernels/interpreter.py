@@ -194,7 +194,7 @@ def _count_stages(op: Any, run: Run, threads: int) -> int:
 
 @inlined
 def _is_serial(work: int, threads: int) -> bool:
-    """Return True if one thread does so many multiplications faster than `threads`."""
+    """Return True if one thread does `work` multiplications faster than `threads` threads."""
     return work < MIN_WORK_PER_THREAD * threads
 
 
@@ -220,7 +220,7 @@ def _run_threads(run: Run, first: int, last: int) -> None:
 def _run_parallel(run: Run) -> None:
     for t in prange(run.threads):
         if all_threads_start(run.counter, run.threads):
-            # An int64, here and in `run_program`: Numba would compile all again for another type.
+            # An int64, here and in `run_program`: Numba would compile twice for two types.
             first = np.int64(t)
             _run_threads(run, first, first + 1)
 
@@ -229,7 +229,7 @@ def _make_run_program(sources_checksum: int) -> Any:
     """Make `run_program`, compiled once and cached on disk.
 
     To detect stale code, Numba compares the file of the function and the values that it closes
-    over. The checksum makes that all files of the kernels.
+    over. With the checksum, these depend on all files of the kernels.
     """
 
     def run_program(run: Run) -> None:

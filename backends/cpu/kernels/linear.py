@@ -65,7 +65,7 @@ def splits_inputs(op: Any, rows: int, threads: int) -> bool:
 
 
 def workspace_size(rows: int, width: int) -> int:
-    """Return the numbers of a thread's workspace; `width` is that of the widest FLOAT32 target."""
+    """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
     partial_rows = (min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     return partial_rows * width + PANEL_INPUTS * PANEL_OUTPUTS
 
@@ -77,7 +77,7 @@ def workspace_size(rows: int, width: int) -> int:
 def run_gemv(task: LinearTask) -> None:
     """Prepare the row, then compute a share of the outputs, or of the inputs of a FLOAT32 matrix.
 
-    Each thread prepares the row for itself, which takes less time than a barrier.
+    Each thread prepares a copy of the row, which takes less time than a barrier.
     """
     op, x, y = task.op, task.x, task.y
     n_in, n_out, group_size = op[N_IN], op[N_OUT], op[GROUP_SIZE]
@@ -163,9 +163,9 @@ def _run_transposed_gemm(task: LinearTask) -> None:
 
 @inlined
 def _run_float_gemm(task: LinearTask) -> None:
-    """Compute all outputs of the share from some inputs, then from the next.
+    """Compute all outputs of the share from `PANEL_INPUTS` inputs at a time.
 
-    So the matrix is read along a few of its rows at a time.
+    Thus the thread reads that many rows of the matrix at a time, almost in memory order.
     """
     op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
@@ -195,7 +195,7 @@ def _run_float_gemm(task: LinearTask) -> None:
 
 @inlined
 def _run_quantized_gemm(task: LinearTask) -> None:
-    """Compute one panel of outputs after the other."""
+    """Compute the panels of outputs one after the other."""
     op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     matrix = quantized_matrix(op)
@@ -229,7 +229,7 @@ def _run_quantized_gemm(task: LinearTask) -> None:
 def run_split_gemm(task: LinearTask) -> None:
     """Compute partial results of all rows from a share of the inputs of a FLOAT32 matrix.
 
-    So a thread reads whole rows of the matrix, in memory order. While one panel is multiplied by
+    Thus a thread reads whole rows of the matrix, in memory order. While one panel is multiplied by
     one block of rows after the other, the panel below it is prefetched.
     """
     op, x, partial = task.op, task.prepared, task.workspace[task.thread]

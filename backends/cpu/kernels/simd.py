@@ -357,7 +357,7 @@ def ints_to_floats(context: Any, x: Any) -> Any:
 def bit_field_as_floats(context: Any, words: Any, n: Any, bits: Any) -> Any:
     """Return bit field n, of 8 or 4 bits, of each of 16 words, times 2**(bits * n), as floats.
 
-    A field that stays at its bits needs no shift: the caller scales the other factor instead. The
+    A field that keeps its place in the word needs no shift: the caller scales the other factor. The
     last field would set the sign bit; it is shifted, so its factor is 1.
     """
 

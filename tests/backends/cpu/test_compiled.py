@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def make_pair(
     threads: int,
     rounded: Callable[[QuantizedTensor], QuantizedTensor] = with_encoded_scales,
 ) -> tuple[Transformer, Transformer]:
-    """Make one model twice, compiled and of generic ops."""
+    """Return one model on two backends: compiled, and with generic ops."""
     weights: dict[str, Any] = dict(random_weights(config))
     if bits is not None:
         for name, w in weights.items():
@@ -179,7 +180,7 @@ def test_another_forward_pass_runs_op_by_op() -> None:
 
 def test_without_numba_the_model_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("compiled", "quantized"):
-        monkeypatch.setitem(__import__("sys").modules, f"gptx.backends.cpu.{name}", None)
+        monkeypatch.setitem(sys.modules, f"gptx.backends.cpu.{name}", None)
     backend = get_backend("numpy")
     config = CONFIGS["heads of 64"]
     model = Transformer(config, to_backend(random_weights(config), backend), backend)

@@ -51,14 +51,16 @@ def base_of(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def test_small_arrays_share_a_chunk_and_large_ones_have_their_own() -> None:
+def test_small_arrays_share_a_chunk_and_large_ones_have_separate_chunks() -> None:
     pool = Pool()
     a, b = pool.allocate((10,), np.float32), pool.allocate((10,), np.float32)
     assert base_of(a) is base_of(b)
     assert base_of(a).nbytes >= POOL_CHUNK_BYTES
     large = pool.allocate((POOL_CHUNK_BYTES,), np.uint8)
     assert base_of(large) is not base_of(a)
-    assert base_of(pool.allocate((10,), np.float32)) is base_of(a), "the chunk is used up first"
+    assert base_of(pool.allocate((10,), np.float32)) is base_of(a), (
+        "a chunk is filled before the next"
+    )
 
 
 def test_a_large_array_is_freed() -> None:

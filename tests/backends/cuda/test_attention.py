@@ -8,22 +8,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from ml_dtypes import bfloat16
 
-from gptx.backends import Positions, get_backend
+from gptx.backends import Positions
 from tests.emulator import compile_module, cupy_stand_in
+from tests.support.cuda_types import GENERIC
 
 with cupy_stand_in.installed():
     from gptx.backends.cuda import attention
     from gptx.backends.cuda.attention import AttentionOp, n_splits
-    from gptx.backends.cuda.compiler import KernelVariant
+    from gptx.backends.cuda.compiler import CUDA_TYPES, KernelVariant
 
-GENERIC = get_backend("numpy", dtype="float64", generic=True)
-TYPES = {
-    "float32": ("float", np.float32),
-    "float16": ("half_t", np.float16),
-    "bfloat16": ("bf16_t", bfloat16),
-}
 ERRORS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # relative to the largest number
 VARIANTS = [  # types of activations and cache, width of a head
     ("float32", "float32", 24),
@@ -63,26 +57,28 @@ class AttentionCase:
         size: float = 1.0,
     ) -> None:
         self.dtype, self.D, self.H, self.B = dtype, D, H, len(starts)
+        variant = KernelVariant(dtype, cache_dtype, D)
+        self.array_dtype = variant.array_dtype
         new = new or [1] * self.B
         self.T, self.S = max(new), max(np.add(starts, new)) + 7
         self.scale = 1 / np.sqrt(D)
         self.random, self.size = random, size
         # Positions without a token are NaN: a kernel that reads them returns NaN.
         shape = LAYERS, self.B * H * self.S * D + 2 * MARGIN
-        self.keys, self.values = np.full((2, *shape), np.nan, TYPES[cache_dtype][1])
+        self.keys, self.values = np.full(
+            (2, *shape), np.nan, KernelVariant(cache_dtype).array_dtype
+        )
         for b, start in enumerate(starts):
             for x in self.layer:
                 x[b, :, :start] = random.normal(size=(H, start, D))
         addresses = [x[MARGIN:].ctypes.data for buffer in (self.keys, self.values) for x in buffer]
-        macros = {"REAL": TYPES[dtype][0], "CACHE": TYPES[cache_dtype][0], "HEAD": str(D)}
+        macros = {"REAL": CUDA_TYPES[dtype], "CACHE": CUDA_TYPES[cache_dtype], "HEAD": str(D)}
         self.module = compile_module(["attention_decode.cu", "attention_prefill.cu"], macros)
 
         index = [
             [start + min(t, n - 1) for t in range(self.T)]
             for start, n in zip(starts, new, strict=True)
         ]
-
-        variant = KernelVariant(dtype, cache_dtype, D)
         self.op = AttentionOp(0, 0, LAYER, self.scale, LAYERS, H, variant)
         self.workspace: Any = SimpleNamespace(
             layout=SimpleNamespace(n_splits=splits),
@@ -107,7 +103,7 @@ class AttentionCase:
         tokens = self.random.normal(size=(self.B, self.T, 3 * self.H * self.D)) * self.size
         for b in range(self.B):
             tokens[b] = tokens[b, index[b] - index[b, 0]]
-        return tokens.astype(TYPES[self.dtype][1])
+        return tokens.astype(self.array_dtype)
 
     def run(self, qkv: np.ndarray) -> np.ndarray:
         """Launch the kernels; return their result [B·T, C]."""

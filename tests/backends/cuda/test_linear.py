@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.backends import get_backend
 from gptx.backends.fusion import ACTIVATIONS
 from gptx.quantization import dequantize, quantize
 from tests.emulator import cupy_stand_in
+from tests.support.cuda_types import GENERIC
 
 with cupy_stand_in.installed() as cupy:
     from gptx.backends.cuda import linear
@@ -27,7 +27,6 @@ with cupy_stand_in.installed() as cupy:
         plan_gemv,
     )
 
-GENERIC = get_backend("numpy", dtype="float64", generic=True)
 ERRORS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # relative to the largest number
 VARIANTS = [  # type of activations, bits of quantized values, group size
     ("float32", 0, 0),

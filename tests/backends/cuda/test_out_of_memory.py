@@ -76,13 +76,16 @@ def translated(error: Exception) -> DeviceOutOfMemory | None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OutOfMemoryError(12_345, 50_000), "12,345 bytes are needed, 2,000 of 80,000 are free"),
+        (
+            OutOfMemoryError(12_345, 50_000),
+            "12,345 bytes are needed; 2,000 of 80,000 bytes are free",
+        ),
         (
             OutOfMemoryError(12_345, 50_000, 60_000),
-            "12,345 bytes are needed, 10,000 of the 60,000 that CuPy is limited to are free",
+            "12,345 bytes are needed; 10,000 of CuPy's limit of 60,000 bytes are free",
         ),
-        (CUDARuntimeError(2), "out of memory; of its bytes, 2,000 of 80,000 are free"),
-        (CUDADriverError(2), "out of memory; of its bytes, 2,000 of 80,000 are free"),
+        (CUDARuntimeError(2), "out of memory; 2,000 of 80,000 bytes are free"),
+        (CUDADriverError(2), "out of memory; 2,000 of 80,000 bytes are free"),
     ],
 )
 def test_the_error_reports_needed_and_free_bytes(cupy: Any, error: Exception, message: str) -> None:
@@ -133,7 +136,9 @@ def test_a_call_after_an_out_of_memory_error_succeeds() -> None:
     pool.free_all_blocks()
     pool.set_limit(size=pool.used_bytes() + 4_000_000)
     try:
-        with pytest.raises(DeviceOutOfMemory, match=r"[\d,]{9,} bytes are needed, [\d,]+ of the"):
+        with pytest.raises(
+            DeviceOutOfMemory, match=r"[\d,]{9,} bytes are needed; [\d,]+ of CuPy's"
+        ):
             model.generate([ids * 12] * 64, max_tokens=4, batch_size=64)
         assert model.generate(ids, max_tokens=4).tokens == expected.tokens
     finally:

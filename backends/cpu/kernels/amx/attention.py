@@ -74,7 +74,7 @@ def _transpose_vectors(context: Any, vectors: Any) -> Any:
 
 
 def workspace_size(D: int, capacity: int) -> int:
-    """Return the numbers of a thread's workspace."""
+    """Return the floats of a thread's workspace."""
     length = -(-capacity // PANEL_OUTPUTS) * PANEL_OUTPUTS
     packed = ROWS_WORDS * (D + length) + 2 * D * length // PANEL_OUTPUTS * PANEL_WORDS
     return SQUARE_SIZE + packed + TILE_ROWS * length

@@ -47,7 +47,7 @@ WORKSPACE_SIZE = max(
 
 
 def prepared_size(rows: int, n_in: int) -> int:
-    """Return the numbers that packed rows occupy."""
+    """Return the floats of workspace that packed rows occupy."""
     return -(-rows // TILE_ROWS) * TILE_ROWS * n_in * bf16x3.N_PARTS // 2
 
 
@@ -85,7 +85,7 @@ def run_amx(task: LinearTask) -> None:
 
 @inlined
 def _run_float_gemm(task: LinearTask) -> None:
-    """Compute all outputs of the share from some inputs, then from the next."""
+    """Compute all outputs of the share from `PACKED_PANEL_INPUTS` inputs at a time."""
     op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
@@ -121,7 +121,7 @@ def _run_float_gemm(task: LinearTask) -> None:
 
 @inlined
 def _run_quantized_gemm(task: LinearTask) -> None:
-    """Compute one panel of outputs after the other."""
+    """Compute the panels of outputs one after the other."""
     op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
     n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], quantized_gemm.QUANTIZED_CHUNK_ROWS
     matrix = quantized_matrix(op)
