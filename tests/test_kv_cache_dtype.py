@@ -39,7 +39,7 @@ def float16_model(request: pytest.FixtureRequest) -> Any:
     return lambda config, quantization=None: _float16_model(request.param, config, quantization)
 
 
-# Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, no whole panel
+# Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, not a multiple of a panel
 CONFIGS = [CASES[case] for case in ("124M", "355M", "tiny")]
 CONFIGS += [GPT2Config(200, 94, 192, 2, 3), GPT2Config(65, 94, 160, 1, 2)]
 
@@ -52,7 +52,7 @@ def test_the_error_of_logits_is_that_of_float16(config: GPT2Config, float16_mode
     assert 1e-6 < error < 0.02  # of logits as large as 13
 
 
-def test_the_compiled_pass_supports_it() -> None:
+def test_the_compiled_pass_supports_float16() -> None:
     compiled = pytest.importorskip("gptx.backends.cpu.compiled", reason="the kernels need Numba")
     model = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16"))
     is_compiled = isinstance(model.gpt2.forward, compiled.CompiledForward)

@@ -108,7 +108,7 @@ def test_last_only_is_the_last_row(small: Model) -> None:
 
 @pytest.mark.parametrize("name", ["mlx", "cupy", "cupy-cpu"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_are_close(dtype: str, name: str) -> None:
+def test_16_bit_dtypes_are_close(dtype: str, name: str) -> None:
     config = replace(CASES["124M"], n_layer=2, n_head=3)
     ids = random_ids(config, 1, 10, 3)[0].tolist()
     exact = make_model(config, get_backend("numpy", dtype="float64")).logits(ids)

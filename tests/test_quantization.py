@@ -253,7 +253,7 @@ def test_every_float_type_and_layout(dtype: Any) -> None:
 @pytest.mark.parametrize(
     "kind", ["normal", "positive", "negative", "zero", "constant", "tiny", "large"]
 )
-def test_the_result_of_mlx(kind: str, bits: int, group_size: int) -> None:
+def test_numbers_equal_those_of_mlx(kind: str, bits: int, group_size: int) -> None:
     """Numbers are equal, except for few quantized values on a device with other rounding."""
     mx = pytest.importorskip("mlx.core")
     w = np.random.default_rng(3).normal(size=(33, 3 * group_size))

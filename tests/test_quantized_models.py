@@ -111,7 +111,7 @@ def test_each_quantization_has_a_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_are_close(dtype: str) -> None:
+def test_16_bit_dtypes_are_close(dtype: str) -> None:
     ids = random_ids(CONFIG, 1, 20, 3)[0].tolist()
     exact = make_model(CONFIG, get_backend("numpy", dtype="float64"), quantization=INT4).logits(ids)
     found = make_model(CONFIG, make_backend("mlx", dtype=dtype), quantization=INT4).logits(ids)

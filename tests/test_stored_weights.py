@@ -1,5 +1,4 @@
-"""gptx.stored_weights: the tensors of a model in its files, and the errors of files that do not
-fit the config."""
+"""gptx.stored_weights: the tensors of a model in its files, and errors of invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formatting of numbers for people."""
+"""Sizes in bytes as text."""
 
 from __future__ import annotations
 

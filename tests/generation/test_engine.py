@@ -52,7 +52,7 @@ def counting() -> Transformer:
     return model
 
 
-def test_counts_up(counting: Transformer) -> None:
+def test_each_step_continues_from_its_last_tokens(counting: Transformer) -> None:
     assert tokens_of(TokenGenerator(counting, [[3], [90]], GREEDY, max_tokens=9)) == [
         list(range(4, 13)),
         [91, 92, 93, 94, 95, 96, 0, 1, 2],

@@ -184,7 +184,7 @@ def test_logits(shakespeare: Model) -> None:
         shakespeare.logits([1024])
 
 
-def test_score_is_the_sum_of_logits(shakespeare: Model) -> None:
+def test_scores_are_the_log_softmax_of_the_logits(shakespeare: Model) -> None:
     score = shakespeare.score("To be, or not to be")
     logits = shakespeare.logits(score.tokens).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
