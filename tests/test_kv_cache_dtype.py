@@ -39,7 +39,7 @@ def float16_model(request: pytest.FixtureRequest) -> Any:
     return lambda config, quantization=None: _float16_model(request.param, config, quantization)
 
 
-# Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, not a multiple of a panel
+# Heads 8 and 4 wide, a single head; 64 wide, as in OpenAI's models; 80 wide, no multiple of a panel
 CONFIGS = [CASES[case] for case in ("124M", "355M", "tiny")]
 CONFIGS += [GPT2Config(200, 94, 192, 2, 3), GPT2Config(65, 94, 160, 1, 2)]
 
