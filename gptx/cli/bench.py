@@ -131,7 +131,7 @@ def bench(
       ablation  gain of each result that a step reuses, such as keys and values
       threads   the grid over 1, 2, 4 ... threads, up to the number of cores
       budget    tokens that fit --budget seconds, with and without a cache
-      total     time of a complete process: import, load, first token, other tokens
+      total     a complete process: import, load, first token, other tokens
 
     \b
     Examples:

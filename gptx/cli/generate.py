@@ -154,6 +154,7 @@ class _BackendName(click.ParamType[str]):
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no statistics.")
 def generate(
+    *,
     prompt: str | None,
     prompt_option: str | None,
     model: str,

@@ -16,10 +16,10 @@ def select_kernels(cpuinfo: str = "/proc/cpuinfo") -> None:
     Call it before NumPy is imported. A value that the user has set is kept.
 
     OpenBLAS selects by the processor's model number. For an unknown number (a new processor, or a
-    virtual machine that reports another one) it can select the Haswell kernels, which reach 250
+    virtual machine that reports another one) it can select the Haswell kernels. They reach 250
     instead of 470 GFLOP/s for a large product on two cores of a Zen 5. SkylakeX is never slower
-    than OpenBLAS's own choice: NumPy's wheels have no later kernels, and the later ones of other
-    builds (Cooperlake, SapphireRapids) differ in bfloat16 only, which NumPy does not use.
+    than OpenBLAS's own choice: NumPy's wheels have no later kernels. The later ones of other builds
+    (Cooperlake, SapphireRapids) differ in bfloat16 only, which NumPy does not use.
     """
     if VARIABLE in os.environ or sys.platform != "linux" or os.uname().machine != "x86_64":
         return
