@@ -291,7 +291,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     ConfigError, TokenizerError
         fastGPT would compute something else, or split text differently.
     """
-    header, texts = prepare(checkpoint)
+    header, texts = make_header_and_texts(checkpoint)
     parts = header.parts()
     if odd := [part for part in parts if part.name in NAMES and padding(part.n_bytes)]:
         raise ConfigError(
@@ -313,7 +313,7 @@ def _write_padded(file: BinaryIO, array: Array) -> None:
     file.write(padding(array.nbytes))
 
 
-def prepare(checkpoint: Checkpoint) -> tuple[Header, list[Array]]:
+def make_header_and_texts(checkpoint: Checkpoint) -> tuple[Header, list[Array]]:
     """Return the header of a model and the arrays after its tensors; see `write` for errors."""
     config = checkpoint.config
     require_openai_settings(config, "fastGPT")

@@ -21,7 +21,7 @@ from gptx.conversions.formats.fastgpt import (
     check_header,
     check_version,
     make_checkpoint,
-    prepare,
+    make_header_and_texts,
     write_tensors,
 )
 from gptx.errors import WeightsError
@@ -79,7 +79,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write version 0; see `gptx.conversions.formats.fastgpt.write` for the errors."""
-    header, texts = prepare(checkpoint)
+    header, texts = make_header_and_texts(checkpoint)
     with create(path) as file:
         file.write(header.integers().data)
         write_tensors(file, checkpoint)

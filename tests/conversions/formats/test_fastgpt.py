@@ -280,9 +280,9 @@ def test_more_tokens_than_the_model_has(
 ) -> None:
     model = checkpoint(SMALL, None, tokenizer())
     larger = checkpoint(replace(SMALL, vocab_size=262), None, tokenizer())
-    header, texts = fastgpt.prepare(larger)
+    header, texts = fastgpt.make_header_and_texts(larger)
     changed = replace(header, n_vocab=SMALL.vocab_size), texts
-    monkeypatch.setattr(MODULES[format], "prepare", lambda checkpoint: changed)
+    monkeypatch.setattr(MODULES[format], "make_header_and_texts", lambda checkpoint: changed)
     path = written(tmp_path, format, model)
     with pytest.raises(TokenizerError, match="has 262 tokens, expected 260 by its embedding"):
         read(path)
