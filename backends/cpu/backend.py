@@ -1,7 +1,7 @@
 """The NumPy backend: NumPy ops on BLAS threads, and compiled kernels if Numba is installed.
 
-With one token a step, products are bound by memory bandwidth and the rest is call overhead, so
-these ops work in place and in few calls. With Numba the whole forward pass is one call
+With one token a step, products are bound by memory bandwidth, and the rest is call overhead.
+Therefore these ops work in place and in few calls. With Numba the whole forward pass is one call
 (`compiled.py`), and quantized weights stay quantized (`quantized.py`).
 """
 

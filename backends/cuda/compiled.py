@@ -1,10 +1,10 @@
 """The compiled forward pass: the fused ops of `fusion.py` as launches of the CUDA kernels.
 
 A decode step is captured in a CUDA graph, one for each number of sequences. Its kernels read
-tokens, positions and the addresses of the cache from device memory, so a graph stays valid. A
-prompt is padded to one of a few lengths and captured, too, if the host needs longer to launch its
-kernels than the device needs to run them. Longer prompts are launched kernel by kernel, with cuBLAS
-for the products; CuPy does not support cuBLAS in a graph.
+tokens, positions and the addresses of the cache from device memory, so a graph stays valid. For a
+short prompt, the host takes longer to launch the kernels than the device to run them. Such a prompt
+is padded to one of a set of lengths, and captured, too. Longer prompts are launched kernel by
+kernel, with cuBLAS for the products; CuPy does not support cuBLAS in a graph.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GEMM kernels on vectors (AVX2, AVX-512, NEON): several rows times a matrix, in registers.
 
-A product with several rows is bound by arithmetic. Weights are expanded into panels of floats
-[inputs, 64 outputs] that fit the first-level cache (`expand_...`), and the kernels keep 4 rows by
-64 outputs of the result in registers. Arrays are flat.
+A product with several rows is bound by arithmetic. `expand_...` expands weights to panels of floats
+[inputs, 64 outputs], which fit the first-level cache. The kernels keep 4 rows by 64 outputs of the
+result in registers. Arrays are flat.
 """
 
 from __future__ import annotations

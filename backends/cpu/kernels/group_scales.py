@@ -1,9 +1,9 @@
 """Scale and offset of each group of quantized weights, encoded for the kernels.
 
 An entry holds those of one group of 16 outputs side by side: 16 float scales and 16 float offsets,
-or 16 words. A word holds a scale and the offset as a whole number of scales, since `mx.quantize`
-and compatible quantizers make the offset a multiple of the scale. Words reduce the memory traffic
-by a tenth with 4 bits to a weight, and by a twentieth with 8. Scales and offsets that a file rounds
+or 16 words. A word holds a scale, and the offset as a whole number of scales: `mx.quantize` and
+compatible quantizers make the offset a multiple of the scale. Words reduce the memory traffic by a
+tenth with 4 bits to a weight, and by a twentieth with 8. Scales and offsets that a file rounds
 to 16 bits stay floats.
 
 The bits of a word, from the highest: the scale's sign, 5 bits of its exponent, its fraction, and

@@ -61,7 +61,7 @@ def test_vectors_and_amx_agree(
     random: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They split and sum in different ways, so their results are close but not equal."""
+    """The two split and sum in different ways, so their results are close but not equal."""
     if not tile_unit.is_allowed():
         pytest.skip("this processor has no AMX, or the system does not permit it")
     q = quantize(random.standard_normal((200, 384)).astype(np.float32), bits, group_size)

@@ -49,7 +49,7 @@ def test_exp_is_exact_within_two_units_in_the_last_place() -> None:
 
 
 def test_exp_outside_its_range() -> None:
-    """It is next to 0 far below, finite far above, and NaN for NaN."""
+    """The result is next to 0 far below, finite far above, and NaN for NaN."""
     x = np.array([-INF, -1e30, -87.5, 88.5, 1e30, INF, NAN, -NAN, 0.0, -0.0], np.float32)
     found = exp(x)
     np.testing.assert_array_equal(found[:3], exp(np.full(3, -87, np.float32)))
@@ -131,7 +131,7 @@ def test_reductions(random: np.random.Generator) -> None:
 
 
 def test_vectors_on_the_stack(random: np.random.Generator) -> None:
-    """They keep their values, and lane n of `sum_lanes_of_16` is the sum of vector n."""
+    """Vectors keep their values; lane n of `sum_lanes_of_16` is the sum of vector n."""
 
     @cached
     def call(x: Any, y: Any) -> None:

@@ -78,7 +78,7 @@ def multiply(rows: np.ndarray, w: np.ndarray, y: np.ndarray, overwrite: bool) ->
 @needs_amx
 @pytest.mark.parametrize("depth", [32, 96, 1600])
 def test_products(depth: int, random: np.random.Generator) -> None:
-    """They are as exact as in float32 in any order; written to y, or added to y."""
+    """Products are as exact as in float32 in any order; written to y, or added to y."""
     rows = random.standard_normal((TILE_ROWS, depth)).astype(np.float32)
     w = random.standard_normal((depth, PANEL_OUTPUTS)).astype(np.float32)
     expected = rows.astype(np.float64) @ w.astype(np.float64)

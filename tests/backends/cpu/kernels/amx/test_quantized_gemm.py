@@ -188,7 +188,7 @@ def test_products(bits: int, group_size: int, random: np.random.Generator) -> No
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("first", "last"), [(0, 16), (16, 32), (16, 40), (32, 37), (0, 3)])
 def test_a_range_of_rows(first: int, last: int, bits: int, random: np.random.Generator) -> None:
-    """It changes only these rows, up to a whole block, and only the outputs of the panel."""
+    """`multiply` changes only these rows, up to a whole block, and the outputs of the panel."""
     w = random.standard_normal((128, 128)).astype(np.float32)
     q = with_encoded_scales(quantize(w, bits, 64))
     rows = random.standard_normal((40, 128)).astype(np.float32)
