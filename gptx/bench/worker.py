@@ -165,7 +165,7 @@ def check_return_code(code: int, task: str) -> None:
     """Raise an error for a process that failed without a message."""
     if code == KILLED:
         raise DeviceOutOfMemory(
-            f"the process that measured ({task}) was killed, probably because memory ran out: "
+            f"the measuring process ({task}) was killed, probably out of memory: "
             "use a smaller model, batch or context"
         )
     if code:
@@ -186,7 +186,7 @@ def call(task: str, arguments: dict[str, Any], out: TextIO) -> None:
     except GptxError as error:
         _write(out, error=type(error).__name__, message=str(error))
     except MemoryError as error:
-        message = f"memory ran out ({error}): use a smaller model"
+        message = f"out of memory ({error}): use a smaller model"
         _write(out, error=DeviceOutOfMemory.__name__, message=message)
     except Exception as error:
         traceback.print_exc()

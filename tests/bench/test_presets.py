@@ -133,7 +133,7 @@ def test_the_first_run_is_kept_apart_and_setups_take_turns(
     [
         (1, "Traceback\ngptx.errors.WeightsError: h.0 is damaged", WeightsError, "h.0 is damaged"),
         (1, "ZeroDivisionError: division by zero", GptxError, "division by zero"),
-        (-9, "", DeviceOutOfMemory, "probably because memory ran out"),
+        (-9, "", DeviceOutOfMemory, "probably out of memory"),
     ],
 )
 def test_a_process_that_fails(

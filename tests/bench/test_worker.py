@@ -27,7 +27,7 @@ def test_a_worker_runs_tasks_one_after_the_other(tmp_path: Path) -> None:
             ]
             with raises_error(WeightsError, "h.0 is damaged…"):
                 list(child.run(f"{TASKS}:fail", kind="gptx"))
-            with raises_error(DeviceOutOfMemory, "memory ran out (4 GB): use a smaller model"):
+            with raises_error(DeviceOutOfMemory, "out of memory (4 GB): use a smaller model"):
                 list(child.run(f"{TASKS}:fail", kind="memory"))
             [event] = child.run(f"{TASKS}:process_id")
             assert event["pid"] == child.process.pid
@@ -61,7 +61,7 @@ def test_a_caller_that_stops_early_ends_the_worker(monkeypatch: pytest.MonkeyPat
 @posix
 def test_a_killed_worker_is_an_error() -> None:
     with (
-        raises_error(DeviceOutOfMemory, "was killed, probably because memory ran out"),
+        raises_error(DeviceOutOfMemory, "was killed, probably out of memory"),
         Worker() as child,
     ):
         for _ in child.run(f"{TASKS}:run_forever"):
