@@ -212,6 +212,7 @@ def test_score_in_windows(stride: int | None) -> None:
         assert score.logprobs[i] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.soak
 def test_loss_of_held_out_text(shakespeare: Model) -> None:
     """The held-out tenth, against the loss that transformers computes."""
     text = shared("data/tinyshakespeare.txt").read_text()
