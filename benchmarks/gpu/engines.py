@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from gptx.stored_weights import Tensor
 from gptx.weights import to_backend
 
 
-class Engine:
+class Engine(ABC):
     """A model that continues prompts, greedily.
 
     Attributes
@@ -39,19 +40,19 @@ class Engine:
     weights_bytes: int
     kernels: int | None = None
 
-    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:
+    def prepare(self, batch: int, capacity: int, n_tokens: int) -> None:  # noqa: B027, optional
         """Prepare for `capacity` positions, `n_tokens` of them new; counts as compile time."""
 
+    @abstractmethod
     def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
         """Yield `n` steps after prompts [B, T]: B new tokens each, when they are on the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def device_seconds(self, prompts: np.ndarray, n: int) -> tuple[float, float]:
         """Return the seconds of the first tokens and of a step, on the device's clock.
 
         No token is read on the host.
         """
-        raise NotImplementedError
 
     def elapsed(self, work: Callable[[], None]) -> float:
         """Return the seconds of some work on the device."""
@@ -59,15 +60,15 @@ class Engine:
         work()
         return time.perf_counter() - start
 
+    @abstractmethod
     def logits(self, ids: list[int]) -> np.ndarray:
         """Return the logits [V] of the next token."""
-        raise NotImplementedError
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes that the library holds, and the peak since `release`."""
         return 0, 0
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027, optional
         """Return unused memory to the device."""
 
 

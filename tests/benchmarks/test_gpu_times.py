@@ -44,6 +44,9 @@ class FakeEngine(engines.Engine):
     def device_seconds(self, prompts: np.ndarray, n: int) -> tuple[float, float]:
         return 0.5, self.step / 2
 
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return np.zeros(1)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -61,9 +64,8 @@ def measure(
 
 def test_figures_of_arrivals(clock: Clock) -> None:
     fast, slow = measure((3, 2, 4), FakeEngine(clock, 0.25), FakeEngine(clock, 2.0, tokens="abXd"))
-    assert (
-        fast["first"] == slow["first"] == [1.0] * times.MIN_ROUNDS
-    )  # they took longer than ROW_SECONDS
+    # Both engines take longer than ROW_SECONDS.
+    assert fast["first"] == slow["first"] == [1.0] * times.MIN_ROUNDS
     assert (fast["step_p50"], fast["step_p99"], slow["step_p50"]) == (0.25, 0.25, 2.0)
     assert fast["rate"] == [3 / 0.25] * 2
     assert fast["whole_rate"] == [3 * 4 / 1.75] * 2

@@ -8,6 +8,7 @@ on the device for the next step; each is read while the next is computed.
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -124,13 +125,13 @@ class TorchEngine(Engine):
         self.is_cuda = self.device.type == "cuda"
         self.weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
+    @abstractmethod
     def first(self, prompts: Tensor) -> Tensor:
         """Read prompts [B, T]; return the first new tokens [B, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Return the tokens [B, 1] after those of the last step."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def tokens(self, prompts: np.ndarray, n: int) -> Iterator[list[int]]:
