@@ -14,13 +14,11 @@ from gptx.random_weights import random_weights
 from tests.support.random_models import CASES
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within PyTorch
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames a parameter
 @pytest.mark.parametrize("name", [*PLAIN, *TRANSFORMERS])
 def test_peers_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    if name in TRANSFORMERS:
-        pytest.importorskip("transformers")
     from benchmarks.gpu.peers import pytorch_peer
 
     config = CASES["124M"]
