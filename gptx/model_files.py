@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 from gptx.errors import GptxError, NotFoundError, StorageError, WeightsError
-from gptx.tokenization.bpe import FILES as TOKENIZER
+from gptx.tokenization.files import FILES as TOKENIZER
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"  # of models from before safetensors
 INDEX = f"{WEIGHTS}.index.json"
 
 # No separator and no leading dot: a shard is stored beside its index.
@@ -36,7 +37,8 @@ class ModelFiles:
     config
         Path of config.json.
     weights
-        The safetensors file, or its shards in the order of the index; empty if not requested.
+        The weights file, or its shards in the order of the index; empty if not requested. The
+        format is that of `WEIGHTS`, or of `TORCH_WEIGHTS` in a place without the former.
     tokenizer
         Name -> path, of those of tokenizer.json, vocab.json and merges.txt that exist.
     revision
@@ -73,7 +75,10 @@ class Source(Protocol):
         """
 
     def no_weights(self) -> GptxError:
-        """The error for a source without safetensors."""
+        """The error for a source without weights."""
+
+    def write_ref(self) -> None:
+        """Store the commit of a repository in the cache, after all its files."""
 
 
 class Folder:
@@ -98,15 +103,13 @@ class Folder:
         )
 
     def no_weights(self) -> GptxError:
-        if found := sorted(self.path.glob("*.bin*")):
-            return NotFoundError(
-                f"folder {self.path} holds {found[0].name} and no safetensors: "
-                f"run `gptx convert {self.path} DST` to make safetensors of it"
-            )
         return NotFoundError(
             f"model.safetensors is missing in folder {self.path}: fetch it, or make it "
             f"from weights of another format with `gptx convert {self.path} DST`"
         )
+
+    def write_ref(self) -> None:
+        """Do nothing: a folder has no commit."""
 
 
 def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
@@ -135,17 +138,27 @@ def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
         name=source.name,
         folder=config.parent,
         config=config,
-        weights=_weights(source) if weights else (),
+        weights=find_weights(source) if weights else (),
         tokenizer=tokenizer,
         revision=source.revision,
     )
 
 
-def _weights(source: Source) -> tuple[Path, ...]:
-    if single := source.find(WEIGHTS):
-        return (single,)
-    if index := source.find(INDEX):
-        return tuple(source.need(shard) for shard in shard_names(index))
+def find_weights(source: Source) -> tuple[Path, ...]:
+    """Find the weights in `source`, see `ModelFiles`.
+
+    Raises
+    ------
+    NotFoundError
+        There are none, or a shard is missing.
+    WeightsError
+        The index of a sharded model is invalid.
+    """
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        if single := source.find(name):
+            return (single,)
+        if index := source.find(f"{name}.index.json"):
+            return tuple(source.need(shard) for shard in shard_names(index))
     raise source.no_weights()
 
 

@@ -122,18 +122,15 @@ class Repository:
             return self._download(filename)
 
     def no_weights(self) -> GptxError:
-        """Make the error for a repository without a safetensors file."""
+        """Make the error for a repository without weights."""
         if self._offline:
             return self._not_cached("model.safetensors")
         if self._hub_error:
             return self._hub_error
-        has = ""
-        with suppress(GptxError):
-            self._request_metadata("pytorch_model.bin", attempts=1)
-            has = "pytorch_model.bin and "
         return NotFoundError(
-            f"{self.name}@{self._requested} has {has}no model.safetensors: download it with "
-            f"`hf download {self.name} --local-dir FOLDER`, then run `gptx convert FOLDER DST`"
+            f"{self.name}@{self._requested} has no model.safetensors and no pytorch_model.bin: "
+            f"download its files with `hf download {self.name} --local-dir FOLDER`, and give one "
+            "to gptx if it is of a format in `gptx convert --list`"
         )
 
     def write_ref(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptx.embedded import EMBEDDED
 from gptx.errors import NotFoundError, ParameterError
-from gptx.model_files import Folder, ModelFiles, find_files
+from gptx.model_files import Folder, ModelFiles, Source, find_files
 
 _OPENAI_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 ALIASES: dict[str, str] = {
@@ -77,6 +77,26 @@ def locate(
     WeightsError
         The index of a sharded model is damaged.
     """
+    source = find_source(
+        model, revision=revision, offline=offline, token=token, verify_cached=verify_cached
+    )
+    files = find_files(source, weights=weights)
+    source.write_ref()
+    return files
+
+
+def find_source(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    verify_cached: bool = False,
+) -> Source:
+    """Find the folder or the repository of a model, without its files; see `locate`.
+
+    After the last file, the caller calls `write_ref` of the source.
+    """
     try:
         name = os.fspath(model)
     except TypeError:
@@ -89,7 +109,7 @@ def locate(
         if revision is not None:
             raise ParameterError(f"revision is {revision!r}, but {name!r} is not from the Hub")
         folder = EMBEDDED[name] if is_embedded else Path(path).absolute()
-        return find_files(Folder(folder, name), weights=weights)
+        return Folder(folder, name)
     if os.path.exists(path) and name not in ALIASES:
         raise NotFoundError(f"{name!r} is a file, expected {_expected()}")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -103,10 +123,7 @@ def locate(
     repository = ALIASES.get(name, name)
     if not is_repository_name(repository):
         raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
-    source = Repository(repository, revision or "main", offline, token or None, verify_cached)
-    files = find_files(source, weights=weights)
-    source.write_ref()
-    return files
+    return Repository(repository, revision or "main", offline, token or None, verify_cached)
 
 
 def _check_revision(revision: str | None) -> None:

@@ -36,7 +36,7 @@ def server(folder: Callable[..., Path]) -> Iterator[HubServer]:
         "org/single": {"main": single},
         "openai-community/gpt2": {"main": files_of(folder("355M", "alias", prefix="transformer."))},
         "org/shards": {"main": files_of(folder("774M", "shards", shards=3))},
-        "org/none": {"main": {name: single[name] for name in names} | {"pytorch_model.bin": b"x"}},
+        "org/none": {"main": {name: single[name] for name in names}},
     }
     with HubServer(repositories) as hub:
         yield hub
@@ -117,7 +117,7 @@ def test_offline_conversion_of_a_cached_model(
     ("source", "exit", "word"),
     [
         ("org/absent", 66, "org/absent"),
-        ("org/none", 66, "pytorch_model.bin"),
+        ("org/none", 66, "no pytorch_model.bin"),
         ("org/truncated", 65, "another hash or size"),
         ("org/damaged", 65, "safetensors"),
     ],

@@ -156,8 +156,8 @@ class TestRefusals:
             revision, NotFoundError, "revision v9 does not exist in org/model on", "give a branch"
         )
         check(file, NotFoundError, "org/empty", "main", "config.json")
-        check(pickles, NotFoundError, "pytorch_model.bin", "gptx convert")
-        check(bare, NotFoundError, "org/bare", "gptx convert")
+        assert [Path(path).name for path in pickles["weights"]] == ["pytorch_model.bin"]
+        check(bare, NotFoundError, "org/bare", "no pytorch_model.bin", "hf download org/bare")
 
     def test_status(self, server: HubServer, client: Client) -> None:
         kinds = {401: AuthorizationError, 403: AuthorizationError, 404: NotFoundError}

@@ -124,11 +124,14 @@ class TestFolder:
         assert caught.value.exit_code == 65
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-    def test_folder_with_only_pickles(self, tmp_path: Path, name: str) -> None:
-        self.make(tmp_path, {"config.json": CONFIG, name: b""})
-        with pytest.raises(NotFoundError, match=f"holds {name}.*`gptx convert {tmp_path} DST`"):
-            locate(tmp_path)
+    def test_folder_with_only_pickles(self, tmp_path: Path) -> None:
+        self.make(tmp_path, {"config.json": CONFIG, "a.bin": b"", "b.bin": b""})
+        (tmp_path / "pytorch_model.bin.index.json").write_bytes(index("b.bin", "a.bin"))
+        assert [path.name for path in locate(tmp_path).weights] == ["b.bin", "a.bin"]
+        (tmp_path / "pytorch_model.bin").touch()
+        assert [path.name for path in locate(tmp_path).weights] == ["pytorch_model.bin"]
+        (tmp_path / "model.safetensors").touch()
+        assert [path.name for path in locate(tmp_path).weights] == ["model.safetensors"]
 
     def test_missing_files(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match=r"config\.json is missing"):
