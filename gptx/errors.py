@@ -1,7 +1,9 @@
 """The errors of gptx, each with its exit code.
 
-A message is one line: what was given, what was expected, what to do. Each class also derives from
-a built-in exception (`ValueError`, `OSError`, ...), which callers can catch without gptx::
+A message is one line: what was given, what was expected, what to do. It names the options of a
+call with `argument`: `str(error)` has them in Python's syntax, the command line prints its flags.
+Each class also derives from a built-in exception (`ValueError`, `OSError`, ...), which callers can
+catch without gptx::
 
     GptxError                     1
     ├── ParameterError            2   ValueError
@@ -23,13 +25,56 @@ a built-in exception (`ValueError`, `OSError`, ...), which callers can catch wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+# Control characters, which no name or value of an option has.
+_MARK, _SEPARATOR = "\x1d", "\x1f"
+
+
+def argument(name: str, *values: Any) -> str:
+    """Return a mark for the message of a `GptxError`: the name of an option, or some values of it.
+
+    >>> str(GptxError(f"lower {argument('max_tokens')}"))
+    'lower max_tokens'
+    >>> str(GptxError(f"use {argument('overflow', 'truncate', 'slide')}"))
+    "use overflow='truncate' or 'slide'"
+
+    The command line prints "lower -n/--max-tokens" and "use --overflow truncate or slide".
+    """
+    return f"{_MARK}{_SEPARATOR.join([name, *map(repr, values)])}{_MARK}"
+
+
+def _in_python(name: str, values: list[str]) -> str:
+    return f"{name}={' or '.join(values)}" if values else name
 
 
 class GptxError(Exception):
-    """Base class of every error that gptx raises."""
+    """Base class of every error that gptx raises.
+
+    Parameters
+    ----------
+    message
+        One line, with marks of `argument`.
+
+    Attributes
+    ----------
+    message
+        The message as given; `str(error)` has the options in Python's syntax.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        self.message = message
+        super().__init__(self.text(_in_python))
+
+    def text(self, show: Callable[[str, list[str]], str]) -> str:
+        """Return the message with `show(name, values)` for each option; a value is a `repr`."""
+        parts = self.message.split(_MARK)
+        parts[1::2] = [show(name, values) for name, *values in
+                       (mark.split(_SEPARATOR) for mark in parts[1::2])]  # fmt: skip
+        return "".join(parts)
 
 
 class ParameterError(GptxError, ValueError):

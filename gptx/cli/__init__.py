@@ -1,161 +1,18 @@
-"""The `gptx` command line: its commands, and the exit code of each ending.
+"""The `gptx` command line; `main` is the entry point of `gptx` and `python -m gptx`.
 
-Standard output carries the text only; diagnostics go to standard error, one line each.
+This file imports little: before `main` runs, Ctrl-C ends in a traceback.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import importlib
-import io
-import os
 import sys
-from collections.abc import Sequence
-from typing import Any
-
-import click
-
-from gptx._version import __version__
-from gptx.cli.openblas import select_kernels
-from gptx.errors import DeviceOutOfMemory, GptxError, Interrupted, StorageError
-
-BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE ended
-
-# Each command is the function of this name in the file of this name.
-COMMANDS = {
-    "backends": "Show which backends work on this machine, and how to install more.",
-    "bench": "Measure the speed of models: reading a prompt (pp) and generating (tg).",
-    "convert": "Convert a model from one file format to another.",
-    "download": "Download models from the Hub, and verify downloaded ones.",
-    "generate": "Continue a prompt and print the text token by token.",
-    "info": "Show the configuration, the tensors and the memory of a model.",
-    "verify": "Compare two models: configuration, tensors and logits.",
-}
 
 
-class LazyGroup(click.Group):
-    """A group that imports a command's file when the command is called.
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    from gptx.cli import signals
 
-    Its `commands` hold the name and the summary only: `--help` and shell completion read no more.
-    """
+    signals.install()
+    from gptx.cli.app import run
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and command.name is not None:
-            command = load_command(command.name)
-        return name, command, rest
-
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        try:  # --help and --version write here
-            return super().make_context(*args, **extra)
-        except BrokenPipeError as error:
-            _discard_output(error)
-            raise click.exceptions.Exit(BROKEN_PIPE) from None
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:  # click would exit with 1
-            _discard_output(error)
-            ctx.exit(BROKEN_PIPE)
-
-
-def load_command(name: str) -> click.Command:
-    """Import a command of `COMMANDS`."""
-    command: click.Command = getattr(importlib.import_module(f"gptx.cli.{name}"), name)
-    return command
-
-
-EXIT_CODES = """\b
-Exit codes:
-    2  invalid option, parameter or backend
-   65  invalid file, model or prompt
-   66  model, file or revision not found
-   69  Hub unavailable
-   70  NaN or infinity in the model's output
-   71  out of memory
-   74  read or write error, such as a full disk
-   77  not authorized by the Hub
-  130  interrupted (Ctrl-C)
-  141  broken pipe: the reader of standard output has ended
-"""
-
-
-@click.group(
-    cls=LazyGroup,
-    commands=[click.Command(name, short_help=summary) for name, summary in COMMANDS.items()],
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=EXIT_CODES,
-)
-@click.version_option(__version__, prog_name="gptx")
-def gptx() -> None:
-    """Run GPT-2 models: generate text, measure speed, convert files.
-
-    \b
-    The model "shakespeare" is part of gptx and needs no download:
-      gptx generate -m shakespeare "ROMEO:"
-
-    gptx COMMAND --help lists the options of a command.
-    """
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
-    select_kernels()  # before a command imports NumPy
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # the parent process has closed it
-            setattr(sys, name, open(os.devnull, "r" if fd == 0 else "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # print "?" for a character it cannot encode
-    sys.exit(_run(args))
-
-
-def _run(args: Sequence[str] | None) -> int:
-    """Run a command and return the exit code; print its error, if it raises one."""
-    try:
-        code = gptx.main(args, prog_name="gptx", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
-            error.show()  # the help of `gptx` without a command
-            return error.exit_code
-        command = getattr(getattr(error, "ctx", None), "command_path", "gptx")
-        _print_error(f"Error: {error.format_message().rstrip('.')} (see {command} --help)")
-        return error.exit_code
-    except GptxError as error:
-        _print_error(f"Error: {error}")
-        _discard_output(error.__cause__ or error)
-        return error.exit_code
-    except MemoryError as error:
-        _print_error(f"Error: out of memory ({error}): use a smaller model")
-        return DeviceOutOfMemory.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _print_error("Interrupted")
-        return Interrupted.exit_code
-    except BrokenPipeError as error:
-        _discard_output(error)
-        return BROKEN_PIPE
-    except OSError as error:
-        _print_error(f"Error: {error.filename or 'standard output'}: {error.strerror or error}")
-        _discard_output(error)
-        return StorageError.exit_code
-
-
-def _print_error(message: str) -> None:
-    with contextlib.suppress(OSError):
-        click.echo(" ".join(message.split()), err=True)
-
-
-def _discard_output(error: BaseException) -> None:
-    """Redirect standard output to the null device if `error` is a failed write.
-
-    Otherwise Python writes the rest of its buffer again at exit, and fails again.
-    """
-    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(run())

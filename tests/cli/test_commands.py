@@ -13,7 +13,7 @@ import click
 import pytest
 
 from gptx import __version__, errors
-from gptx.cli import BROKEN_PIPE, COMMANDS, load_command
+from gptx.cli.app import BROKEN_PIPE, COMMANDS, load_command
 from gptx.errors import GptxError, Interrupted
 from tests.support.cli import Done, run
 
@@ -22,13 +22,13 @@ IMPORTS = """
 import contextlib, io, json, sys
 def new_modules(call, *args):
     before = set(sys.modules)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()):
         call(*args)
     return sorted(set(sys.modules) - before)
-from gptx.cli import COMMANDS, load_command, main
+from gptx.cli.app import COMMANDS, load_command, run
 modules = {"import": sorted(sys.modules)}
-modules["--help"] = new_modules(main, ["--help"])
-modules["backends"] = new_modules(main, ["backends"])
+modules["--help"] = new_modules(run, ["--help"])
+modules["backends"] = new_modules(run, ["backends"])
 modules |= {name: new_modules(load_command, name) for name in COMMANDS if name != "backends"}
 print(json.dumps(modules))
 """
@@ -46,7 +46,8 @@ def imports() -> dict[str, set[str]]:
 def test_help_imports_no_command_and_no_library(imports: dict[str, set[str]]) -> None:
     modules = imports["import"] | imports["--help"]
     ours = {name for name in modules if name.startswith("gptx.")}
-    assert ours == {"gptx._version", "gptx.errors", "gptx.cli", "gptx.cli.openblas"}
+    names = ("app", "openblas", "signals")
+    assert ours == {"gptx._version", "gptx.errors", "gptx.cli", *(f"gptx.cli.{n}" for n in names)}
     libraries = {"numpy", "numba", "safetensors", "tokenizers", "huggingface_hub", "matplotlib"}
     assert not libraries & modules
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from gptx.cli import main
+from gptx.cli import app
 from gptx.errors import DeviceOutOfMemory
 from gptx.generation.text_model import Model
 from tests.support.cli import (
@@ -189,10 +189,9 @@ def test_closed_standard_stream(
 ) -> None:
     """Python sets a stream to None if the parent process has closed it."""
     monkeypatch.setattr(sys, name, None)
-    with pytest.raises(SystemExit) as end:
-        main([*GENERATE, "-n", "3", "-q", "-" if name == "stdin" else "O"])
+    ended = app.run([*GENERATE, "-n", "3", "-q", "-" if name == "stdin" else "O"])
     getattr(sys, name).close()
-    assert end.value.code == code
+    assert ended == code
     out, err = capfd.readouterr()
     assert bool(out) == (name == "stderr")
     assert bool(err) == (name == "stdin")

@@ -77,10 +77,7 @@ def test_the_command_line_sets_the_variable_before_numpy_is_imported() -> None:
         "import os, threadpoolctl; found = threadpoolctl.threadpool_info();"
         f"print(os.environ.get('{VARIABLE}'), *(x.get('architecture') for x in found))"
     )
-    command = (
-        "import contextlib, gptx.cli\n"
-        "with contextlib.suppress(SystemExit): gptx.cli.main(['info', '--help'])\n"
-    )
+    command = "import gptx.cli.app; gptx.cli.app.run(['info', '--help']); "
     env = {name: value for name, value in os.environ.items() if name != VARIABLE}
 
     def output(code: str) -> list[str]:

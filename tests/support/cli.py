@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from gptx.cli import main
+from gptx.cli import app
 from gptx.errors import GptxError
 
 GENERATE = ("generate", "-m", "shakespeare")
@@ -61,14 +61,15 @@ def run_into(file: int, *args: str) -> Done:
 
 def _exit_code(args: Sequence[str], out: TextIO, err: TextIO, stdin: bytes = b"") -> Any:
     with (
-        mock.patch.dict(os.environ),  # `main` sets OpenBLAS's variable
+        mock.patch.dict(os.environ),  # `run` sets OpenBLAS's variable
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8")),
         redirect_stdout(out),
         redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
     ):
-        main(args)
-    return end.value.code
+        try:
+            return app.run(args)
+        except SystemExit as end:  # of click's completion
+            return end.code
 
 
 # A shell can start background jobs with SIGINT ignored, which children inherit.
