@@ -22,8 +22,8 @@ from gptx.errors import ConfigError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.safetensors_file import widen_bfloat16
-from gptx.stored_weights import check_weights, is_linear_weight
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.stored_weights import check_weights, have_same_numbers, is_linear_weight
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 Array = np.ndarray
 
@@ -52,6 +52,12 @@ class StoredTensor:
     dtype: np.dtype
     read: Callable[[], Array | QuantizedTensor]
     quantization: Quantization | None = None
+
+    def is_same(self, other: StoredTensor) -> bool:
+        """Return True if the tensor has the shape and the numbers of another one of floats."""
+        if self.shape != other.shape:
+            return False
+        return have_same_numbers(float_array(self.read()), float_array(other.read()))
 
 
 def stored_array(
@@ -112,7 +118,7 @@ class Checkpoint:
 
     config: GPT2Config
     stored: Mapping[str, StoredTensor]
-    tokenizer: BytePairTokenizer | None = None
+    tokenizer: PipelineTokenizer | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -233,7 +239,7 @@ def require_openai_settings(config: GPT2Config, program: str, *supported: str) -
             raise ConfigError(f"{name} is {found!r}, {program} supports only {value!r}")
 
 
-def end_of_text_ids(vocab_size: int, tokenizer: BytePairTokenizer | None = None) -> dict[str, Any]:
+def end_of_text_ids(vocab_size: int, tokenizer: PipelineTokenizer | None = None) -> dict[str, Any]:
     """Return `bos_token_id` and `eos_token_id` for a format that has neither.
 
     Both are the id of <|endoftext|> in the tokenizer. Without a tokenizer they are OpenAI's 50256

@@ -196,9 +196,9 @@ def read(
 def _with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """Add the tokenizer of a folder, and its end of text if the model has none."""
     from gptx.conversions.checkpoint import end_of_text_ids
-    from gptx.tokenization.bpe import BytePairTokenizer
+    from gptx.tokenization.pipeline import PipelineTokenizer
 
-    tokenizer, config = BytePairTokenizer.of_folder(folder), checkpoint.config
+    tokenizer, config = PipelineTokenizer.of_folder(folder), checkpoint.config
     if tokenizer is None:
         raise NotFoundError(f"{folder} has no tokenizer.json, and no vocab.json and merges.txt")
     if tokenizer.vocab_size > config.vocab_size:

@@ -232,9 +232,9 @@ class Embedded:
         config, weights = load_model(EMBEDDED)
         self.weights, self.config = quantize_weights(weights, config, how)
         from gptx.hub.resolve import locate
-        from gptx.tokenization.bpe import BytePairTokenizer
+        from gptx.tokenization.pipeline import PipelineTokenizer
 
-        tokenizer = BytePairTokenizer(locate(EMBEDDED, offline=True).tokenizer)
+        tokenizer = PipelineTokenizer(locate(EMBEDDED, offline=True).tokenizer)
         self.prompts = [tokenizer.encode(text) for text in PROMPTS]
 
     def on(self, backend: Backend) -> Transformer:

@@ -41,7 +41,8 @@ from gptx.conversions.containers.gguf_types import FLOAT_TYPES, INTEGER_TYPES
 from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.files import create
-from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 MARK = 0xFA51697  # looks like "fastGPT"
 OFFSET_KEY = "general.data_offset"
@@ -221,7 +222,7 @@ def _stored(
 
 def _tokenizer(
     file: BinaryFile, header: Header, parts: Mapping[str, TensorInfo]
-) -> BytePairTokenizer | None:
+) -> PipelineTokenizer | None:
     """Make the tokenizer; None if the file has no tokens."""
 
     def array(name: str) -> Array:

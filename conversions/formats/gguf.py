@@ -33,12 +33,12 @@ from gptx.conversions.containers.gguf import (
     encode_header,
     padding,
 )
-from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES, TensorType
+from gptx.conversions.containers.gguf_types import FLOAT_TYPES, QUANTIZED_TYPES, TensorType
 from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import create
 from gptx.quantization import GROUP_SIZE, Quantization
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 QUANTIZATION_VERSION = 2  # of ggml's block types
 COMPARE_BYTES = 2**20  # at a time
@@ -155,7 +155,7 @@ def _token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _tokenizer(path: Path, file: GgufFile, V: int) -> BytePairTokenizer | None:
+def _tokenizer(path: Path, file: GgufFile, V: int) -> PipelineTokenizer | None:
     model, split = (file.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
         return None
@@ -256,7 +256,7 @@ def write(
 def _block_type(quantization: Quantization | None) -> TensorType | None:
     if quantization is None:
         return None
-    kind = BLOCK_TYPES[quantization.bits]
+    kind = QUANTIZED_TYPES[quantization.bits]
     if quantization.group_size not in (kind.block_numbers, GROUP_SIZE):  # the default means any
         raise ParameterError(
             f"group_size is {quantization.group_size}, expected {kind.block_numbers}, GGUF's: "
@@ -292,7 +292,7 @@ class _Layout:
         """Encode rows of any float type to the data of the file."""
         kind = self.info.type
         assert kind.encode is not None, "a type of floats or blocks"
-        return kind.encode(rows if kind.decode is None else cast(rows, "float32", label), label)
+        return kind.encode(rows if kind.decoder is None else cast(rows, "float32", label), label)
 
 
 def gguf_name(name: str) -> str:
@@ -325,7 +325,7 @@ def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
     } | {f"tokenizer.ggml.{key}_token_id": id for key, id in ids.items() if id is not None}
 
 
-def _tokenizer_metadata(config: GPT2Config, tokenizer: BytePairTokenizer | None) -> dict[str, Any]:
+def _tokenizer_metadata(config: GPT2Config, tokenizer: PipelineTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}  # llama.cpp then takes token ids only
     tokens, kinds, merges = token_lists(tokenizer, config.vocab_size, "llama.cpp")

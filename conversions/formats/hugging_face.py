@@ -29,7 +29,7 @@ from gptx.conversions.containers.binary import dtype_name, write_array
 from gptx.files import create
 from gptx.model_files import CONFIG, INDEX, WEIGHTS, Folder, find_files
 from gptx.stored_weights import open_weights
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 ALIGNMENT_BYTES = 64  # of the data, for vector instructions on the mapped file
 STORED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
@@ -69,22 +69,21 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         return _checkpoint((path,), config, None)
     files = find_files(Folder(path))
     found = GPT2Config.from_file(files.config)
-    tokenizer = BytePairTokenizer(files.tokenizer) if files.tokenizer else None
+    tokenizer = PipelineTokenizer(files.tokenizer) if files.tokenizer else None
     return _checkpoint(files.weights, config or found, tokenizer)
 
 
 def _checkpoint(
-    paths: Sequence[Path], config: GPT2Config | None, tokenizer: BytePairTokenizer | None
+    paths: Sequence[Path], config: GPT2Config | None, tokenizer: PipelineTokenizer | None
 ) -> Checkpoint:
     found = open_weights(paths, config)
-    notes: tuple[str, ...] = ()
-    if config is None:
-        config, notes = infer_config({name: tensor.shape for name, tensor in found.items()})
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    config, notes = infer_config(shapes, found.config)
     stored = {
         name: StoredTensor(tensor.shape, tensor.dtype, tensor.read, tensor.quantization)
-        for name, tensor in found.items()
+        for name, tensor in found.tensors.items()
     }
-    return Checkpoint(config, stored, tokenizer, notes)
+    return Checkpoint(config, stored, tokenizer, found.notes + notes)
 
 
 # Writing

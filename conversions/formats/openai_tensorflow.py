@@ -27,7 +27,8 @@ from gptx.conversions.checkpoint import (
 from gptx.conversions.containers.tensor_bundle import TensorBundle, is_bundle
 from gptx.conversions.vocabularies.token_lists import CONTROL, NORMAL, tokenizer_from_lists
 from gptx.errors import ConfigError, NotFoundError, StorageError, TokenizerError, WeightsError
-from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 # hparams.json's names -> gptx's
 SETTINGS = {
@@ -155,7 +156,7 @@ def _shape(bundle: TensorBundle, name: str) -> tuple[int, ...]:
 # Config
 
 
-def _config(path: Path, tokenizer: BytePairTokenizer | None) -> GPT2Config:
+def _config(path: Path, tokenizer: PipelineTokenizer | None) -> GPT2Config:
     found = _json(path, ConfigError)
     if missing := [name for name in SETTINGS if name not in found]:
         raise ConfigError(f"{path}: {missing[0]} is missing: fetch it again, or give a config.json")
@@ -197,7 +198,7 @@ def _text(path: Path, error: type[ConfigError | TokenizerError]) -> str:
 # Tokenizer
 
 
-def _tokenizer(folder: Path) -> BytePairTokenizer | None:
+def _tokenizer(folder: Path) -> PipelineTokenizer | None:
     """Make the tokenizer of encoder.json and vocab.bpe, a vocab.json and a merges.txt."""
     encoder, merges_file = folder / "encoder.json", folder / "vocab.bpe"
     if not encoder.is_file() and not merges_file.is_file():

@@ -9,6 +9,7 @@ format is read only: transformers writes safetensors now.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptx.config import GPT2Config
@@ -17,8 +18,8 @@ from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import NotFoundError, WeightsError
 from gptx.model_files import shard_names
-from gptx.stored_weights import is_dropped, is_mask_buffer
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.stored_weights import is_mask_buffer, settle_head
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
@@ -45,7 +46,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if config is None and (folder / "config.json").is_file():
         config = GPT2Config.from_file(folder / "config.json")
     if path.is_dir():
-        return _checkpoint(_files(folder), config, BytePairTokenizer.of_folder(folder))
+        return _checkpoint(_files(folder), config, PipelineTokenizer.of_folder(folder))
     return _checkpoint([path], config, None)
 
 
@@ -59,27 +60,37 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _checkpoint(
-    paths: Iterable[Path], config: GPT2Config | None, tokenizer: BytePairTokenizer | None
+    paths: Iterable[Path], config: GPT2Config | None, tokenizer: PipelineTokenizer | None
 ) -> Checkpoint:
-    found: dict[str, tuple[TorchFile, TorchTensor]] = {}
-    stored: dict[str, StoredTensor] = {}
+    found: dict[str, _FileTensor] = {}
     for path in paths:
         file = TorchFile(path)
         for file_name, tensor in file.tensors(file.value).items():
             name = file_name.removeprefix("transformer.")
             if is_mask_buffer(name):
                 continue
-            if name in stored:
+            if name in found:
                 raise WeightsError(f"{path}: duplicate tensor {name}")
-            found[name] = file, tensor
-            read_tensor = file.reader(tensor, name)
-            stored[name] = stored_array(read_tensor, tensor.shape, tensor.storage.dtype)
-    notes: tuple[str, ...] = ()
-    if config is None:
-        if "wte.weight" in found and "lm_head.weight" in found:
-            (file, table), head = found["wte.weight"], found["lm_head.weight"]
-            if file.is_same(table, *head):  # tied
-                del stored["lm_head.weight"]
-        config, notes = infer_config({name: tensor.shape for name, tensor in stored.items()})
-    stored = {name: tensor for name, tensor in stored.items() if not is_dropped(name, config)}
-    return Checkpoint(config, stored, tokenizer, notes)
+            found[name] = _FileTensor(file, tensor)
+    found, config, head_notes = settle_head(found, config, _FileTensor.is_same)
+    stored = {name: tensor.stored(name) for name, tensor in found.items()}
+    config, notes = infer_config({name: tensor.shape for name, tensor in stored.items()}, config)
+    return Checkpoint(config, stored, tokenizer, head_notes + notes)
+
+
+@dataclass(frozen=True)
+class _FileTensor:
+    """A tensor and its file."""
+
+    file: TorchFile
+    tensor: TorchTensor
+
+    def is_same(self, other: _FileTensor) -> bool:
+        """Return True if the tensor has the numbers of another one; equal views are not read."""
+        return self.file.is_same(self.tensor, other.file, other.tensor)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Describe the tensor as a part of a checkpoint."""
+        tensor = self.tensor
+        read_tensor = self.file.reader(tensor, name)
+        return stored_array(read_tensor, tensor.shape, tensor.storage.dtype)

@@ -38,7 +38,8 @@ from gptx.conversions.vocabularies.byte_tokens import tokenizer_from_bytes
 from gptx.conversions.vocabularies.token_lists import tokens_by_id
 from gptx.errors import TokenizerError, WeightsError
 from gptx.files import create
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.stored_weights import settle_head
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 WEIGHTS = "gpt2_weights.bin"
 METADATA = "gpt2_metadata.json"
@@ -82,7 +83,9 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             f"{file.path} has {file.size} bytes, expected {offset} by {METADATA}: one of them is "
             "truncated, damaged or of another model"
         )
+    stored, config, head_notes = settle_head(stored, config, StoredTensor.is_same)
     found, notes = infer_config({n: tensor.shape for n, tensor in stored.items()}, config)
+    notes = head_notes + notes
     tokenizer = None
     if (path / VOCABULARY).is_file():
         tokenizer = tokenizer_from_bytes(_read_tokens(path / VOCABULARY, found.vocab_size))
@@ -182,7 +185,7 @@ def _first_two(array: Array) -> list[float]:
     return [float(np.float32(x)) for x in islice(array.flat, 2)]
 
 
-def _encode_tokens(tokenizer: BytePairTokenizer | None, vocab_size: int) -> bytes:
+def _encode_tokens(tokenizer: PipelineTokenizer | None, vocab_size: int) -> bytes:
     """Return the length and the bytes of each id's token; length 0 for an id without a token."""
     if tokenizer is None:
         return b""

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 
 def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
@@ -52,7 +53,7 @@ def _apply_merges(token: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[b
         parts = merged
 
 
-def tokenizer_from_bytes(tokens: Sequence[bytes]) -> BytePairTokenizer | None:
+def tokenizer_from_bytes(tokens: Sequence[bytes]) -> PipelineTokenizer | None:
     """Make the tokenizer of these tokens.
 
     Parameters
@@ -62,7 +63,7 @@ def tokenizer_from_bytes(tokens: Sequence[bytes]) -> BytePairTokenizer | None:
 
     Returns
     -------
-    BytePairTokenizer or None
+    PipelineTokenizer or None
         None if the tokens are something else than the 256 bytes, merges in order, and optionally
         <|endoftext|>.
     """
@@ -82,4 +83,4 @@ def tokenizer_from_bytes(tokens: Sequence[bytes]) -> BytePairTokenizer | None:
     vocab = {letters(token): id for token, id in ordinary.items()}
     special = {END_OF_TEXT: tokens.index(end)} if end in tokens else {}
     pairs = [(letters(a), letters(b)) for a, b in merges]
-    return BytePairTokenizer.of_vocabulary(vocab | special, pairs, special)
+    return PipelineTokenizer.of_vocabulary(vocab | special, pairs, special)

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptx.errors import TokenizerError
-from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 # llama.cpp's numbers of the kinds of tokens (llama.h, `enum llama_token_type`).
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def token_lists(
-    tokenizer: BytePairTokenizer, vocab_size: int, program: str
+    tokenizer: PipelineTokenizer, vocab_size: int, program: str
 ) -> tuple[list[str], list[int], list[str]]:
     """Return the tokens of a tokenizer, their kinds, and its merges ("a b").
 
@@ -86,7 +87,7 @@ def tokens_by_id(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple
 
 def tokenizer_from_lists(
     tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], source: str
-) -> BytePairTokenizer:
+) -> PipelineTokenizer:
     """Make a tokenizer of token lists, without the fillers.
 
     Parameters
@@ -122,14 +123,14 @@ def tokenizer_from_lists(
         if not (left in vocab and right in vocab and left + right in vocab):
             raise TokenizerError(f"{source} is damaged: the merge {merge[:64]!r} makes no token")
         pairs.append((left, right))
-    tokenizer = BytePairTokenizer.of_vocabulary(vocab, pairs, added)
+    tokenizer = PipelineTokenizer.of_vocabulary(vocab, pairs, added)
     ordinary = {token for token, id in added.items() if kinds[id] == USER_DEFINED}
     if not ordinary:
         return tokenizer
     definition = tokenizer.definition()
     for entry in definition["added_tokens"]:
         entry["special"] = entry["content"] not in ordinary
-    return BytePairTokenizer({}, definition=json.dumps(definition))
+    return PipelineTokenizer({}, definition=json.dumps(definition))
 
 
 def _pad(id: int) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gptx.files import create
-from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer
+from gptx.tokenization.byte_level import END_OF_TEXT
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 
-def write_tokenizer(tokenizer: BytePairTokenizer, n_positions: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: PipelineTokenizer, n_positions: int, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, and vocab.json and merges.txt of a BPE.
 
     Parameters

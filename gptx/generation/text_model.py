@@ -29,7 +29,7 @@ from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 
 Chunks = Generator[Chunk, None, None]
@@ -85,7 +85,7 @@ class Model:
                 f"{self.name} has no tokenizer: give token ids instead of text, or put "
                 f"tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
             )
-        return BytePairTokenizer(self.files.tokenizer)
+        return PipelineTokenizer(self.files.tokenizer)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text; `<|endoftext|>` is plain text unless allowed."""

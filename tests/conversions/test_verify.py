@@ -14,7 +14,7 @@ from gptx.conversions.verify import check, compare
 from gptx.embedded import EMBEDDED
 from gptx.errors import WeightsError
 from gptx.random_weights import random_weights
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.random_models import CASES
 
 CONFIG = CASES["355M"]
@@ -126,9 +126,9 @@ def test_other_shapes_are_reported_without_logits() -> None:
 
 def test_another_tokenizer_is_another_model() -> None:
     folder = EMBEDDED["shakespeare"]
-    tokenizer = BytePairTokenizer({"tokenizer.json": folder / "tokenizer.json"})
+    tokenizer = PipelineTokenizer({"tokenizer.json": folder / "tokenizer.json"})
     model = tokenizer.definition()["model"]
-    fewer = BytePairTokenizer.of_vocabulary(model["vocab"], model["merges"][:-1])
+    fewer = PipelineTokenizer.of_vocabulary(model["vocab"], model["merges"][:-1])
     with_it = [replace(checkpoint(), tokenizer=t) for t in (tokenizer, fewer)]
     assert compare(with_it[0], with_it[0]).tokenizer is True
     assert compare(with_it[0], with_it[1]).tokenizer is False

@@ -15,7 +15,7 @@ from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.formats.gguf import write
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 # Type in the file -> options of the writer.
 TYPES: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def decoded(raw: bytes, kind: int) -> np.ndarray:
 def checkpoint(
     config: GPT2Config,
     weights: Mapping[str, np.ndarray] | None = None,
-    tokenizer: BytePairTokenizer | None = None,
+    tokenizer: PipelineTokenizer | None = None,
 ) -> Checkpoint:
     """Make a checkpoint of weights in memory; random ones by default."""
     weights = random_weights(config) if weights is None else weights
@@ -109,7 +109,7 @@ def written(
     folder: Path,
     config: GPT2Config,
     weights: Mapping[str, np.ndarray] | None = None,
-    tokenizer: BytePairTokenizer | None = None,
+    tokenizer: PipelineTokenizer | None = None,
     type: str = "F32",
 ) -> File:
     """Write a model to folder/model.gguf and parse it."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 FLOAT, INT64, BFLOAT16 = 1, 9, 14
@@ -183,7 +183,7 @@ def write_openai(
     folder: Path,
     config: GPT2Config,
     weights: Mapping[str, np.ndarray],
-    tokenizer: BytePairTokenizer | None = None,
+    tokenizer: PipelineTokenizer | None = None,
     **options: Any,
 ) -> Path:
     """Write a model in the form of OpenAI's; `options` are those of `write_bundle`."""

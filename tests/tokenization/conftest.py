@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.tokenization.vocabularies import KINDS, load
 
 
@@ -14,5 +14,5 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(kind: str) -> BytePairTokenizer:
+def tokenizer(kind: str) -> PipelineTokenizer:
     return load(kind)

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptx.tokenization.bpe import BytePairTokenizer
 from gptx.tokenization.decoder import TextDecoder
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.tokenization.vocabularies import TEXTS, random_ids
 
 
-def pieces_of(tokenizer: BytePairTokenizer, ids: list[int]) -> list[str]:
+def pieces_of(tokenizer: PipelineTokenizer, ids: list[int]) -> list[str]:
     decoder = TextDecoder(tokenizer)
     return [*map(decoder.feed, ids), decoder.finish()]
 
 
-def test_the_pieces_of_texts_join_to_the_texts(tokenizer: BytePairTokenizer) -> None:
+def test_the_pieces_of_texts_join_to_the_texts(tokenizer: PipelineTokenizer) -> None:
     for text in TEXTS[:750]:
         pieces = pieces_of(tokenizer, tokenizer.encode(text))
         assert "".join(pieces) == text
@@ -25,7 +25,7 @@ def test_the_pieces_of_texts_join_to_the_texts(tokenizer: BytePairTokenizer) -> 
 
 
 def test_the_pieces_of_random_ids_join_to_the_result_of_decode(
-    tokenizer: BytePairTokenizer,
+    tokenizer: PipelineTokenizer,
 ) -> None:
     for ids in random_ids(tokenizer.vocab_size, 1000):
         pieces, complete = pieces_of(tokenizer, ids), tokenizer.decode(ids)
@@ -35,7 +35,7 @@ def test_the_pieces_of_random_ids_join_to_the_result_of_decode(
 
 @given(numbers=st.lists(st.integers(0, 2**16)), shorten=st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_pieces_of_any_ids(tokenizer: BytePairTokenizer, numbers: list[int], shorten: int) -> None:
+def test_pieces_of_any_ids(tokenizer: PipelineTokenizer, numbers: list[int], shorten: int) -> None:
     ids = [n % tokenizer.vocab_size for n in numbers] + tokenizer.encode("😀")
     ids = ids[: len(ids) - shorten]
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)

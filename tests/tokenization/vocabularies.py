@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from gptx.embedded import EMBEDDED
-from gptx.tokenization.bpe import END_OF_TEXT, BytePairTokenizer
+from gptx.tokenization.byte_level import END_OF_TEXT
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.shared_files import shared
 
 ONE_FILE, TWO_FILES = ("tokenizer.json",), ("vocab.json", "merges.txt")
@@ -28,10 +29,10 @@ def path_of(vocabulary: str, name: str) -> Path:
 
 
 @cache
-def load(kind: str) -> BytePairTokenizer:
+def load(kind: str) -> PipelineTokenizer:
     """Load a tokenizer of `KINDS`, once for all tests."""
     vocabulary, names = KINDS[kind]
-    return BytePairTokenizer({name: path_of(vocabulary, name) for name in names})
+    return PipelineTokenizer({name: path_of(vocabulary, name) for name in names})
 
 
 def random_texts(n: int, seed: int = 0) -> list[str]:

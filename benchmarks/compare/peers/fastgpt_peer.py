@@ -35,7 +35,7 @@ class FastGptEngine(Engine):
         program_path()
         from gptx.conversions.formats import fastgpt, hugging_face
         from gptx.conversions.vocabularies.token_lists import tokenizer_from_lists
-        from gptx.tokenization.bpe import byte_of_letter
+        from gptx.tokenization.byte_level import byte_of_letter
 
         letters = tokenizer_from_lists([*byte_of_letter()], [], (), "fastGPT's")
         fastgpt.write(replace(hugging_face.read(folder), tokenizer=letters), work / FILE)

@@ -21,7 +21,8 @@ from gptx.conversions.vocabularies.token_lists import tokenizer_from_lists
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
-from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.gguf import checkpoint
 from tests.support.random_models import CASES
@@ -32,7 +33,7 @@ MERGES = ["t h", "Ġ th"]
 SMALL = GPT2Config(260, 8, 8, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
 
 
-def tokenizer(*more: str) -> BytePairTokenizer:
+def tokenizer(*more: str) -> PipelineTokenizer:
     return tokenizer_from_lists([*TOKENS, *more], MERGES, (), "the test")
 
 
@@ -203,7 +204,7 @@ def test_a_width_that_needs_padding(tmp_path: Path) -> None:
 
 def test_a_token_with_a_space(tmp_path: Path) -> None:
     vocab = {token: id for id, token in enumerate([*TOKENS, "two words"])}
-    other = BytePairTokenizer.of_vocabulary(vocab, [], {"two words": 259})
+    other = PipelineTokenizer.of_vocabulary(vocab, [], {"two words": 259})
     with pytest.raises(TokenizerError, match="has the token 'two words', which is not byte-level"):
         written(tmp_path, "fastgpt", checkpoint(SMALL, None, other))
 

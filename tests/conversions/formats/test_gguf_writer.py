@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gptx.conversions import convert
 from gptx.conversions.containers import binary
-from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES
+from gptx.conversions.containers.gguf_types import FLOAT_TYPES, QUANTIZED_TYPES
 from gptx.conversions.formats.gguf import write
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
@@ -25,17 +25,17 @@ from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.gguf import IDS, TYPES, checkpoint, decoded, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row
-KINDS = {kind.name: kind for kinds in (FLOAT_TYPES, BLOCK_TYPES) for kind in kinds.values()}
+KINDS = {kind.name: kind for kinds in (FLOAT_TYPES, QUANTIZED_TYPES) for kind in kinds.values()}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> BytePairTokenizer:
-    return BytePairTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
+def tokenizer() -> PipelineTokenizer:
+    return PipelineTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
 
 
 # Content of the file
@@ -124,7 +124,7 @@ def test_metadata(tmp_path: Path) -> None:
     }
 
 
-def test_the_tokenizer_is_inside(tmp_path: Path, tokenizer: BytePairTokenizer) -> None:
+def test_the_tokenizer_is_inside(tmp_path: Path, tokenizer: PipelineTokenizer) -> None:
     config = replace(CONFIG, vocab_size=1027, bos_token_id=0, eos_token_id=None)
     stored = written(tmp_path, config, tokenizer=tokenizer).metadata
     definition = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())["model"]
@@ -264,7 +264,7 @@ def test_an_end_of_text_that_is_no_token_id(tmp_path: Path) -> None:
         written(tmp_path, replace(CONFIG, eos_token_id=-1))
 
 
-def test_a_vocabulary_that_does_not_fit(tmp_path: Path, tokenizer: BytePairTokenizer) -> None:
+def test_a_vocabulary_that_does_not_fit(tmp_path: Path, tokenizer: PipelineTokenizer) -> None:
     with pytest.raises(TokenizerError, match="has the token id 1023, the model 211 tokens"):
         written(tmp_path, CONFIG, tokenizer=tokenizer)
 
@@ -273,7 +273,7 @@ def test_a_tokenizer_that_splits_differently(tmp_path: Path) -> None:
     definition = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())
     definition["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    other = BytePairTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
+    other = PipelineTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
     with pytest.raises(TokenizerError, match="splits text differently"):
         written(tmp_path, replace(CONFIG, vocab_size=1024), tokenizer=other)
 

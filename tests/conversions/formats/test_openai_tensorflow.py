@@ -23,7 +23,7 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.fuzz import (
     EXTREMES,
     MUTATIONS,
@@ -245,7 +245,7 @@ class TestSettings:
             read(path.parent)
 
 
-LETTERS = BytePairTokenizer(
+LETTERS = PipelineTokenizer(
     {n: EMBEDDED["shakespeare"] / n for n in ("vocab.json", "merges.txt")}
 ).definition()["model"]["vocab"]
 
@@ -258,7 +258,7 @@ class TestTokenizer:
         tokens = [*letters, *map("".join, merges), "<|endoftext|>"]
         vocab = {token: id for id, token in enumerate(tokens)}
         special = {"<|endoftext|>": len(tokens) - 1}
-        return tiny(tokenizer=BytePairTokenizer.of_vocabulary(vocab, merges, special))
+        return tiny(tokenizer=PipelineTokenizer.of_vocabulary(vocab, merges, special))
 
     def test_is_read(self, folder: Path) -> None:
         checkpoint = read(folder)[1]

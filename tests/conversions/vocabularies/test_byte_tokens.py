@@ -6,7 +6,7 @@ import pytest
 
 from gptx.conversions.vocabularies.byte_tokens import recover_merges, tokenizer_from_bytes
 from gptx.embedded import EMBEDDED
-from gptx.tokenization.bpe import BytePairTokenizer
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.shared_files import shared
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -19,7 +19,7 @@ TOKENS = [*BYTES, b"th", b"the", b" the", b"<|endoftext|>"]
 )
 def test_merges_are_the_original_ones(model: str, size: int) -> None:
     folder = EMBEDDED["shakespeare"] if model == "shakespeare" else shared("tokenizer/gpt2")
-    original = BytePairTokenizer({"tokenizer.json": folder / "tokenizer.json"})
+    original = PipelineTokenizer({"tokenizer.json": folder / "tokenizer.json"})
     found = tokenizer_from_bytes([original.token_bytes(id) for id in range(size)])
     assert found is not None
     a, b = original.definition()["model"], found.definition()["model"]

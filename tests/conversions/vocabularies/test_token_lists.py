@@ -15,17 +15,18 @@ from gptx.conversions.vocabularies.token_lists import (
     tokenizer_from_lists,
 )
 from gptx.errors import TokenizerError
-from gptx.tokenization.bpe import BytePairTokenizer, byte_of_letter
+from gptx.tokenization.byte_level import byte_of_letter
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 LETTERS = list(byte_of_letter())
 
 
-def vocabulary(tokenizer: BytePairTokenizer) -> dict[str, int]:
+def vocabulary(tokenizer: PipelineTokenizer) -> dict[str, int]:
     return dict(tokenizer.definition()["model"]["vocab"])
 
 
 def test_an_empty_vocabulary_has_only_fillers() -> None:
-    tokens, kinds, merges = token_lists(BytePairTokenizer.of_vocabulary({}, []), 2, "a program")
+    tokens, kinds, merges = token_lists(PipelineTokenizer.of_vocabulary({}, []), 2, "a program")
     assert (tokens, kinds, merges) == (["[PAD0]", "[PAD1]"], [UNUSED] * 2, [])
     assert vocabulary(tokenizer_from_lists(tokens, merges, kinds, "the test")) == {}
 
@@ -33,7 +34,7 @@ def test_an_empty_vocabulary_has_only_fillers() -> None:
 @pytest.mark.parametrize("with_kinds", [True, False])
 def test_gaps_in_the_ids_are_kept(with_kinds: bool) -> None:
     vocab = {letter: id for id, letter in enumerate(LETTERS)} | {"th": 259}
-    source = BytePairTokenizer.of_vocabulary(vocab, [("t", "h")])
+    source = PipelineTokenizer.of_vocabulary(vocab, [("t", "h")])
     tokens, kinds, merges = token_lists(source, 262, "a program")
     assert tokens[256:] == ["[PAD256]", "[PAD257]", "[PAD258]", "th", "[PAD260]", "[PAD261]"]
     found = tokenizer_from_lists(tokens, merges, kinds if with_kinds else (), "the test")
@@ -62,7 +63,7 @@ def test_a_filler_of_another_id_is_a_token() -> None:
     ids=lambda model: model["type"],
 )
 def test_other_tokenizers_than_bpe_are_refused(model: dict[str, Any]) -> None:
-    definition = BytePairTokenizer.of_vocabulary({}, []).definition() | {"model": model}
-    tokenizer = BytePairTokenizer({}, definition=json.dumps(definition))
+    definition = PipelineTokenizer.of_vocabulary({}, []).definition() | {"model": model}
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
     with pytest.raises(TokenizerError, match=f"is of the type {model['type']}, expected BPE"):
         token_lists(tokenizer, 10, "a program")

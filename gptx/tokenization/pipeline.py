@@ -1,20 +1,19 @@
-"""GPT-2's byte-level BPE."""
+"""A tokenizer of any tokenizer.json, run by the `tokenizers` library."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptx.errors import PromptError, TokenizerError
+from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
+from gptx.tokenization.files import FILES
 
-END_OF_TEXT = "<|endoftext|>"
-FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or both others
 
-
-class BytePairTokenizer:
+class PipelineTokenizer:
     """GPT-2's byte-level BPE, run by the `tokenizers` library.
 
     Parameters
@@ -38,7 +37,7 @@ class BytePairTokenizer:
         self._ordinary.encode_special_tokens = True
 
     @classmethod
-    def of_folder(cls, folder: Path) -> BytePairTokenizer | None:
+    def of_folder(cls, folder: Path) -> PipelineTokenizer | None:
         """Read the tokenizer of a folder; None if the folder has none."""
         files = {name: folder / name for name in FILES if (folder / name).is_file()}
         return cls(files) if files else None
@@ -49,7 +48,7 @@ class BytePairTokenizer:
         vocab: Mapping[str, int],
         merges: Sequence[tuple[str, str]],
         special: Mapping[str, int] | None = None,
-    ) -> BytePairTokenizer:
+    ) -> PipelineTokenizer:
         """Make GPT-2's tokenizer of a vocabulary and its merges.
 
         Parameters
@@ -177,16 +176,3 @@ def _with_special_end(tokenizer: Any) -> Any:
     if id is not None and (added is None or not added.special):
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return tokenizer
-
-
-@lru_cache(maxsize=1)
-def byte_of_letter() -> dict[str, int]:
-    """Return the byte of each letter in the tokens of GPT-2's files.
-
-    The files write each byte as a printable letter: a byte that is printable in Latin-1 as itself,
-    the others in order as U+0100 and up (https://github.com/openai/gpt-2, encoder.py).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,5 @@
+"""The files of a tokenizer."""
+
+from __future__ import annotations
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or both others
