@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +80,29 @@ class BinaryFile:
         if array.size != count:
             raise WeightsError(f"{self.path} ended while {label} was read: fetch it again")
         return array.reshape(shape)
+
+    def map(self, offset: int, shape: tuple[int, ...], dtype: Any, label: str) -> Array:
+        """Map an array in C order into memory, read-only; see `read` for the label and the errors.
+
+        The system reads the data when they are used. Only data that are not aligned are copied.
+        """
+        dtype = np.dtype(dtype)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        self._check(offset, n_bytes, label)
+        if offset % dtype.itemsize:
+            return self.array(offset, shape, dtype, label)
+        return self._mapped[offset : offset + n_bytes].view(dtype).reshape(shape)
+
+    @cached_property
+    def _mapped(self) -> Array:
+        try:
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if len(mapped) < self.size:
+            raise WeightsError(f"{self.path} became shorter while it was read: fetch it again")
+        return np.frombuffer(mapped, np.uint8)
 
     def _check(self, offset: int, n_bytes: int, label: str) -> None:
         if offset < 0 or n_bytes < 0 or offset + n_bytes > self.size:

@@ -191,10 +191,10 @@ class GgufFile:
         shape = tuple(cursor.number("<u8", label) for _ in range(n))[::-1]
         id = cursor.number("<u4", label)
         if id not in TYPES_BY_ID:
-            names = (kind.name for kinds in (FLOAT_TYPES, BLOCK_TYPES) for kind in kinds.values())
+            names = ", ".join(kind.name for kind in (*FLOAT_TYPES.values(), *BLOCK_TYPES))
             raise WeightsError(
                 f"{self.file.path}: tensor {name} is of type {UNSUPPORTED_TYPES.get(id, id)}, "
-                f"expected one of {', '.join(names)}: use a file of one of these types"
+                f"expected one of {names}: quantize the model again, to one of these types"
             )
         kind = TYPES_BY_ID[id]
         if shape[-1] % kind.block_numbers:
@@ -206,11 +206,14 @@ class GgufFile:
         return TensorInfo(name, shape, kind, cursor.number("<u8", label))
 
     def read(self, tensor: TensorInfo) -> Array:
-        """Read a tensor as an array of its type's dtype; blocks are decoded in chunks."""
+        """Return a tensor as an array of its type's dtype.
+
+        Plain numbers are mapped into memory; blocks are decoded in chunks.
+        """
         label = f"tensor {tensor.name}"
         kind = tensor.type
-        if kind.decode is None:
-            return self.file.array(tensor.offset, tensor.shape, kind.dtype, label)
+        if kind.decoder is None:
+            return self.file.map(tensor.offset, tensor.shape, kind.dtype, label)
         n_blocks = math.prod(tensor.shape) // kind.block_numbers
         numbers = np.empty((n_blocks, kind.block_numbers), np.float32)
         step = CHUNK_NUMBERS // kind.block_numbers
