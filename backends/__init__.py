@@ -14,7 +14,7 @@ from typing import Any
 
 from gptx.backends.base import Backend
 from gptx.backends.positions import Positions
-from gptx.errors import BackendError, ParameterError
+from gptx.errors import BackendError, ParameterError, argument
 
 __all__ = ["TABLE", "Backend", "BackendStatus", "Positions", "available", "get_backend"]
 
@@ -130,7 +130,9 @@ def get_backend(
             )
         return backend
     if threads is not None and not _is_count(threads):
-        raise ParameterError(f"threads is {threads!r}, expected a whole number of at least 1")
+        raise ParameterError(
+            f"{argument('threads')} is {threads!r}, expected a whole number of at least 1"
+        )
     options: dict[str, Any] = {
         "device": device,
         "threads": threads,

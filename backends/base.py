@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptx.backends.positions import Positions
-from gptx.errors import BackendError, DeviceOutOfMemory
+from gptx.errors import BackendError, DeviceOutOfMemory, argument
 from gptx.quantization import QuantizedTensor, dequantize
 
 Array = Any  # an array of the backend's namespace
@@ -127,19 +127,19 @@ class Backend:
     ) -> None:
         if dtype not in self.dtypes or not hasattr(xp, dtype):
             raise BackendError(
-                f"dtype is {dtype!r}, the {self.name} backend computes in "
+                f"{argument('dtype')} is {dtype!r}, the {self.name} backend computes in "
                 f"{', '.join(d for d in self.dtypes if hasattr(xp, d))} "
                 "(weights stored in another type are converted)"
             )
         if threads is not None and not self.has_threads:
             raise BackendError(
-                f"threads is {threads}, but the {self.name} backend has no setting for threads: "
-                "omit it"
+                f"{argument('threads')} is {threads}, but the {self.name} backend has no setting "
+                "for threads: omit it"
             )
         if cache_dtype not in (None, dtype, "float16") or not hasattr(xp, cache_dtype or dtype):
             raise BackendError(
-                f"cache_dtype is {cache_dtype!r}, expected 'float16' (if the library has it) or "
-                f"the dtype, {dtype!r}"
+                f"{argument('cache_dtype')} is {cache_dtype!r}, expected 'float16' (if the "
+                f"library has it) or the {argument('dtype')}, {dtype!r}"
             )
         self.xp = xp
         self.dtype = dtype

@@ -12,7 +12,7 @@ from typing import Any
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Array, Checkpoint, StoredTensor
 from gptx.conversions.registry import FORMATS, Format, read
-from gptx.errors import ParameterError, StorageError
+from gptx.errors import ParameterError, StorageError, argument
 from gptx.files import atomic_path
 from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
 
@@ -92,7 +92,8 @@ def convert(
     elif quantization is not None and checkpoint.config.quantization is not None:
         raise ParameterError(
             f"the weights are already {checkpoint.config.quantization}, expected floats to make "
-            f"{quantization} of: leave out quantize, or convert the model's float weights"
+            f"{quantization} of: leave out {argument('quantize')}, or convert the model's float "
+            "weights"
         )
     if progress is not None:
         model = _with_progress(model, progress)
@@ -112,7 +113,9 @@ def _target_format(to: str | None, destination: Path, quantize: str | None) -> s
     writers = {name: row for name, row in FORMATS.items() if row.writes}
     if to is not None:
         if to not in writers:
-            raise ParameterError(f"to is {to!r}, expected one of {', '.join(writers)}")
+            raise ParameterError(
+                f"{argument('to')} is {to!r}, expected one of {', '.join(writers)}"
+            )
         return to
     if destination.is_dir() or not destination.suffix or destination.suffix[1:].isdigit():
         return "mlx" if quantize else "safetensors"
@@ -120,7 +123,7 @@ def _target_format(to: str | None, destination: Path, quantize: str | None) -> s
         if row.by_suffix and row.suffix == destination.suffix:
             return name
     raise ParameterError(
-        f"{destination} has an unknown suffix: give --to with one of {', '.join(writers)}"
+        f"{destination} has an unknown suffix: give {argument('to')}, one of {', '.join(writers)}"
     )
 
 
@@ -133,7 +136,7 @@ def _check_options(
     ):
         if value is not None and value not in supported:
             raise ParameterError(
-                f"{option} is {value!r}, but the format {name} supports "
+                f"{argument(option)} is {value!r}, but the format {name} supports "
                 f"{', '.join(supported) or 'none'}"
             )
     if unknown := [option for option in options if option not in row.options]:
@@ -164,7 +167,9 @@ def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
     elif row.suffix == "/":
         raise ParameterError(f"{destination} is a file, expected the name of a folder")
     if not overwrite:
-        raise ParameterError(f"{destination} already exists: give another name, or --overwrite")
+        raise ParameterError(
+            f"{destination} already exists: give another name, or {argument('overwrite', True)}"
+        )
 
 
 def _with_progress(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.errors import ConfigError, ParameterError, WeightsError
+from gptx.errors import ConfigError, ParameterError, WeightsError, argument
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (32, 64, 128)
@@ -51,7 +51,9 @@ class Quantization:
         for name, allowed in (("group_size", GROUP_SIZES), ("bits", tuple(BITS.values()))):
             value = getattr(self, name)
             if not isinstance(value, int) or value not in allowed:
-                raise ParameterError(f"{name} is {value!r}, expected {_alternatives(allowed)}")
+                raise ParameterError(
+                    f"{argument(name)} is {value!r}, expected {_alternatives(allowed)}"
+                )
 
     def __str__(self) -> str:
         return f"int{self.bits} in groups of {self.group_size}"
@@ -68,12 +70,14 @@ class Quantization:
         if quantize is None:
             if group_size != GROUP_SIZE:
                 raise ParameterError(
-                    f"group_size is {group_size!r}, but quantize is missing: "
-                    f"give quantize={_alternatives(BITS)}"
+                    f"{argument('group_size')} is {group_size!r}, but {argument('quantize')} is "
+                    f"missing: give {argument('quantize', *BITS)}"
                 )
             return None
         if not isinstance(quantize, str) or quantize not in BITS:
-            raise ParameterError(f"quantize is {quantize!r}, expected {_alternatives(BITS)}")
+            raise ParameterError(
+                f"{argument('quantize')} is {quantize!r}, expected {_alternatives(BITS)}"
+            )
         return cls(group_size, BITS[quantize])
 
     @classmethod
@@ -90,7 +94,7 @@ class Quantization:
         if "quant_method" in data:
             raise ConfigError(
                 f"{name} is of the method {data['quant_method']!r}, expected MLX's: "
-                "load the model's float weights with quantize='int4'"
+                f"load the model's float weights with {argument('quantize', 'int4')}"
             )
         if data.get("mode", "affine") != "affine":
             raise ConfigError(f"{name} has the mode {data['mode']!r}, gptx reads 'affine'")
@@ -182,7 +186,7 @@ def check_group_size(n_in: int, group_size: int, name: str) -> None:
     if n_in % group_size:
         fit = [size for size in GROUP_SIZES if n_in % size == 0]
         raise ParameterError(
-            f"group_size is {group_size}, but {name} has {n_in} inputs: "
+            f"{argument('group_size')} is {group_size}, but {name} has {n_in} inputs: "
             + (
                 f"give {' or '.join(map(str, fit))}"
                 if fit

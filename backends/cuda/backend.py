@@ -29,7 +29,7 @@ from gptx.backends.cuda.sampler import CupySampler
 from gptx.backends.fusion import ACTIVATIONS
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
-from gptx.errors import BackendError
+from gptx.errors import BackendError, argument
 from gptx.quantization import QuantizedTensor
 
 
@@ -243,5 +243,5 @@ def _device_count() -> int:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendError(
             f"CuPy {cupy.__version__} is installed, but no CUDA device is available ({error}): "
-            "check the driver with nvidia-smi, or use backend='numpy'"
+            f"check the driver with nvidia-smi, or use {argument('backend', 'numpy')}"
         ) from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from gptx.conversions.checkpoint import Array, Checkpoint, float_array, write_config_and_tokenizer
 from gptx.conversions.containers.binary import row_chunks, write_array
-from gptx.errors import BackendError, ParameterError, WeightsError
+from gptx.errors import BackendError, ParameterError, WeightsError, argument
 from gptx.files import create
 from gptx.quantization import Quantization
 from gptx.stored_weights import is_linear_weight, should_quantize
@@ -59,7 +59,7 @@ def write(
         A weight to be quantized is not finite.
     """
     if head not in HEADS:
-        raise ParameterError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
+        raise ParameterError(f"{argument('head')} is {head!r}, expected one of {', '.join(HEADS)}")
     quantized = [n for n in checkpoint.stored if quantization is not None and should_quantize(n)]
     model = _import_trace()(checkpoint.config, quantized, head)
     with create(folder / DATA) as file:

@@ -39,8 +39,8 @@ COLUMNS = (
 
 def run(settings: Settings) -> Events:
     """Measure each model and number of threads; yield a record for each rung."""
-    prompt = single_count(settings.prompts, PROMPT_TOKENS, "-p")
-    output = single_count(settings.outputs, OUTPUT_TOKENS, "-n")
+    prompt = single_count(settings.prompts, PROMPT_TOKENS, "prompts")
+    output = single_count(settings.outputs, OUTPUT_TOKENS, "outputs")
     yield from run_setups(
         "gptx.bench.ablation:measure",
         [replace(settings, generic=True)],

@@ -20,7 +20,7 @@ from gptx.bench.setups import GREEDY, Settings, Setup, run_setups
 from gptx.bench.sources import random_ids
 from gptx.bench.tables import Column
 from gptx.bench.worker import Event, Events
-from gptx.errors import ParameterError
+from gptx.errors import ParameterError, argument
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
@@ -33,9 +33,13 @@ def run(settings: Settings) -> Events:
     """Measure each setup, with the backend's own ops and with the generic ones."""
     prompts = settings.prompts or PROMPT_TOKENS
     if min(prompts) < 1:
-        raise ParameterError(f"-p has {min(prompts)}, this preset expects at least 1 input token")
+        raise ParameterError(
+            f"{argument('prompts')} has {min(prompts)}, this preset expects at least 1 input token"
+        )
     if not 0 < settings.budget < math.inf:
-        raise ParameterError(f"--budget is {settings.budget}, expected more than 0 seconds")
+        raise ParameterError(
+            f"{argument('budget')} is {settings.budget}, expected more than 0 seconds"
+        )
     yield from run_setups(
         "gptx.bench.budget:measure",
         [replace(settings, generic=generic) for generic in (False, True)],

@@ -36,7 +36,7 @@ from gptx.bench.setups import (
 from gptx.bench.sources import Source, open_sources, random_ids
 from gptx.bench.tables import Column, duration
 from gptx.bench.worker import Event, Events
-from gptx.errors import ParameterError
+from gptx.errors import ParameterError, argument
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import make_sampler
 from gptx.generation.text_model import Model
@@ -126,7 +126,10 @@ def plan_trials(settings: Settings, source: Source) -> list[Trial]:
         trials += [Trial(n, 0, depth) for n in prompts if n]
         trials += [Trial(0, n, depth) for n in outputs if n]
     if not trials:
-        raise ParameterError("nothing to measure: give -p or -n more than 0 tokens")
+        raise ParameterError(
+            f"nothing to measure: give {argument('prompts')} or {argument('outputs')} more than 0 "
+            "tokens"
+        )
     for trial in trials:
         check_context(source, trial.depth + (trial.prompt or trial.output + 1), str(trial))
     return trials

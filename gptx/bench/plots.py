@@ -9,7 +9,7 @@ from typing import Any
 
 from gptx.bench.tables import count
 from gptx.bench.worker import Event
-from gptx.errors import ParameterError
+from gptx.errors import ParameterError, argument
 
 # Okabe and Ito's colors are distinct for readers with color blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -94,7 +94,8 @@ def prepare_folder(folder: str) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ParameterError(
-            f"--plot needs matplotlib, which cannot be imported ({error}): pip install 'gptx[plot]'"
+            f"{argument('plot')} needs matplotlib, which cannot be imported ({error}): "
+            "pip install 'gptx[plot]'"
         ) from error
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

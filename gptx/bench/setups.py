@@ -15,7 +15,7 @@ from gptx.bench.machine import count_cores
 from gptx.bench.sources import Source, open_sources, write_source
 from gptx.bench.tables import count
 from gptx.bench.worker import Event, Events
-from gptx.errors import ParameterError
+from gptx.errors import ParameterError, argument
 from gptx.generation.api import load
 from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
@@ -140,8 +140,8 @@ def split_dtype(dtype: str) -> dict[str, str]:
         return {"quantize" if dtype in QUANTIZED_DTYPES else "dtype": dtype}
     if weights not in QUANTIZED_DTYPES:
         raise ParameterError(
-            f"dtype is {dtype!r}: before the slash, expected the type of quantized weights, "
-            f"{' or '.join(QUANTIZED_DTYPES)}"
+            f"{argument('dtype')} is {dtype!r}: before the slash, expected the type of quantized "
+            f"weights, {' or '.join(QUANTIZED_DTYPES)}"
         )
     return {"quantize": weights, "dtype": activations}
 
@@ -157,7 +157,8 @@ def check_context(source: Source, needed: int, what: str) -> None:
     if needed > source.config.n_positions:
         raise ParameterError(
             f"{what} needs {needed} tokens of context, {source.name} has "
-            f"{source.config.n_positions}: lower -p, -n or -d"
+            f"{source.config.n_positions}: lower {argument('prompts')}, {argument('outputs')} or "
+            f"{argument('depths')}"
         )
 
 
@@ -167,7 +168,9 @@ def single_count(numbers: tuple[int, ...] | None, default: int, option: str) -> 
         return default
     if len(numbers) != 1 or numbers[0] < 1:
         given = ",".join(map(str, numbers))
-        raise ParameterError(f"{option} is {given}, this preset expects one number of at least 1")
+        raise ParameterError(
+            f"{argument(option)} is {given}, this preset expects one number of at least 1"
+        )
     return numbers[0]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gptx.config import SIZES, GPT2Config
-from gptx.errors import ParameterError, StorageError
+from gptx.errors import ParameterError, StorageError, argument
 from gptx.hub.resolve import locate
 from gptx.random_weights import random_tensors
 
@@ -48,7 +48,7 @@ def find_source(name: str, scratch: Path, *, offline: bool = False) -> Source:
     size = name.removeprefix(RANDOM)
     if size not in SIZES:
         sizes = ", ".join(RANDOM + known for known in SIZES)
-        raise ParameterError(f"model is {name!r}, expected one of {sizes}")
+        raise ParameterError(f"{argument('model')} is {name!r}, expected one of {sizes}")
     return Source(name, scratch / f"random-{size}", GPT2Config.of_size(size))
 
 

@@ -56,8 +56,8 @@ COLUMNS = (
 
 def run(settings: Settings) -> Events:
     """Run the processes, the setups in turns; yield a record for each setup."""
-    prompt = single_count(settings.prompts, PROMPT_TOKENS, "-p")
-    output = single_count(settings.outputs, OUTPUT_TOKENS, "-n")
+    prompt = single_count(settings.prompts, PROMPT_TOKENS, "prompts")
+    output = single_count(settings.outputs, OUTPUT_TOKENS, "outputs")
     with open_sources(settings.models, offline=settings.offline) as sources:
         for source in sources.values():
             check_context(source, prompt + output - 1, f"{prompt} + {output} tokens")

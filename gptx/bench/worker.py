@@ -184,7 +184,7 @@ def call(task: str, arguments: dict[str, Any], out: TextIO) -> None:
         for event in getattr(importlib.import_module(module), function)(**arguments):
             _write(out, event=event)
     except GptxError as error:
-        _write(out, error=type(error).__name__, message=str(error))
+        _write(out, error=type(error).__name__, message=error.message)
     except MemoryError as error:
         message = f"out of memory ({error}): use a smaller model"
         _write(out, error=DeviceOutOfMemory.__name__, message=message)

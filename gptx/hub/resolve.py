@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptx.embedded import EMBEDDED
-from gptx.errors import NotFoundError, ParameterError
+from gptx.errors import NotFoundError, ParameterError, argument
 from gptx.model_files import Folder, ModelFiles, Source, find_files
 
 _OPENAI_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -102,12 +102,14 @@ def find_source(
     except TypeError:
         name = ""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ParameterError(f"model is {model!r}, expected {_expected()}")
+        raise ParameterError(f"{argument('model')} is {model!r}, expected {_expected()}")
     path = os.path.expanduser(name)
     is_embedded = isinstance(model, str) and name in EMBEDDED
     if is_embedded or os.path.isdir(path):
         if revision is not None:
-            raise ParameterError(f"revision is {revision!r}, but {name!r} is not from the Hub")
+            raise ParameterError(
+                f"{argument('revision')} is {revision!r}, but {name!r} is not from the Hub"
+            )
         folder = EMBEDDED[name] if is_embedded else Path(path).absolute()
         return Folder(folder, name)
     if os.path.exists(path) and name not in ALIASES:
@@ -128,15 +130,18 @@ def find_source(
 
 def _check_revision(revision: str | None) -> None:
     if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
-        raise ParameterError(f"revision is {revision!r}, expected a branch, a tag or a commit hash")
+        raise ParameterError(
+            f"{argument('revision')} is {revision!r}, expected a branch, a tag or a commit hash"
+        )
 
 
 def _check_token(token: str | None) -> None:
     if token is not None and not isinstance(token, str):
-        raise ParameterError(f"token is a {type(token).__name__}, expected a string")
+        raise ParameterError(f"{argument('token')} is a {type(token).__name__}, expected a string")
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise ParameterError(
-            "token contains a space, a line end or a non-ASCII character: copy it again"
+            f"{argument('token')} contains a space, a line end or a non-ASCII character: copy it "
+            "again"
         )
 
 

@@ -113,7 +113,9 @@ def test_a_kill_at_any_write_leaves_the_old_output(
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
 def test_an_existing_output_is_replaced_only_on_request(format: str, tmp_path: Path) -> None:
     source, there, before = prepared(format, tmp_path)
-    with pytest.raises(ParameterError, match="already exists: give another name, or --overwrite"):
+    with pytest.raises(
+        ParameterError, match="already exists: give another name, or overwrite=True"
+    ):
         to_format(format, source, there.parent)
     assert contents(there) == before
 
