@@ -7,15 +7,17 @@ Names are the Hub's without the prefix `transformer.` (`h.0.attn.c_attn.weight`)
 Hub's Conv1D `[in, out]`, and a tied head is not stored twice. A quantized matrix is one
 `QuantizedTensor` [out, in] under the name of its weight. A file stores it as three tensors, as
 MLX's libraries do.
+
+Readers of all formats decide with `settle_head` if the head is tied.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -25,24 +27,28 @@ from gptx.quantization import Quantization, QuantizedTensor
 from gptx.safetensors_file import BFLOAT16, Entry, SafetensorsFile, widen_bfloat16
 
 Tensor = np.ndarray | QuantizedTensor
+T = TypeVar("T")
 
 # Names
 
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LINEAR_WEIGHT = re.compile(r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight")
 
+TABLE = "wte.weight"
 POSITIONS = "wpe.weight"
-TABLES = ("wte.weight", POSITIONS, "lm_head.weight")  # [N, C] in every layout
+HEAD = "lm_head.weight"
+TABLES = (TABLE, POSITIONS, HEAD)  # [N, C] in every layout
+
+OWN_HEAD_NOTE = (
+    "the config has tie_word_embeddings: true, but lm_head.weight differs from wte.weight: "
+    "the model's own head is used"
+)
+COMPARE_NUMBERS = 2**18  # compared at a time: they stay in the cache of a core
 
 
 def is_mask_buffer(name: str) -> bool:
     """Test for a causal mask, which some files store beside the weights."""
     return _MASK_BUFFER.fullmatch(name) is not None
-
-
-def is_dropped(name: str, config: GPT2Config) -> bool:
-    """Test for a tensor that gptx does not read: a mask, or the duplicate of a tied head."""
-    return is_mask_buffer(name) or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 
 def is_linear_weight(name: str) -> bool:
@@ -145,6 +151,13 @@ class SafetensorsTensor:
         """
         return self._assemble(_Part.read)
 
+    def is_same(self, other: SafetensorsTensor) -> bool:
+        """Return True if the tensor has the numbers of another one."""
+        return self.quantization == other.quantization and all(
+            have_same_numbers(mine.map(), theirs.map())
+            for mine, theirs in zip(self.parts, other.parts, strict=True)
+        )
+
     def _assemble(self, get: Callable[[_Part], np.ndarray]) -> Tensor:
         if self.quantization is None:
             return get(self.parts[0])
@@ -155,25 +168,31 @@ class SafetensorsTensor:
         )
 
 
-def read_weights(paths: Iterable[Path], config: GPT2Config) -> dict[str, Tensor]:
-    """Map the tensors of a model into memory; see `open_weights`.
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in its safetensors files, checked.
 
-    Raises
-    ------
-    WeightsError
-        The config has a quantization, but no tensor is quantized.
+    Attributes
+    ----------
+    tensors
+        Name -> tensor, read on demand.
+    config
+        The given config, with the head and the quantization that the tensors have; None if none
+        was given.
+    notes
+        Differences between the given config and the tensors, one sentence each.
     """
-    paths = list(paths)
-    found = open_weights(paths, config)
-    if config.quantization and all(tensor.quantization is None for tensor in found.values()):
-        raise WeightsError(
-            f"{_location(paths)}: no tensor is quantized, but the config has "
-            f"{config.quantization}: fetch the model again"
-        )
-    return {name: tensor.map() for name, tensor in found.items()}
+
+    tensors: dict[str, SafetensorsTensor]
+    config: GPT2Config | None
+    notes: tuple[str, ...] = ()
+
+    def map(self) -> dict[str, Tensor]:
+        """Map all tensors into memory, without a copy."""
+        return {name: tensor.map() for name, tensor in self.tensors.items()}
 
 
-def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, SafetensorsTensor]:
+def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> StoredModel:
     """Read the headers of a safetensors file or of its shards, and check every tensor.
 
     Stored names may have the prefix `transformer.`, or mlx-lm's `model.`, with which the matrices
@@ -183,11 +202,6 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
     ----------
     config
         None if the files come without one. Then no tensor is checked against it.
-
-    Returns
-    -------
-    dict
-        Name -> tensor.
 
     Raises
     ------
@@ -202,7 +216,7 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
         file = SafetensorsFile(path)
         for stored_name, entry in file.entries.items():
             name = stored_name.removeprefix("transformer.").removeprefix("model.")
-            if is_mask_buffer(name) or (config is not None and is_dropped(name, config)):
+            if is_mask_buffer(name):
                 continue
             if name in parts:
                 raise WeightsError(f"{path}: duplicate tensor {name}")
@@ -211,11 +225,15 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> dict[str, 
             parts[name] = _Part(file, stored_name, transposed)
     try:
         found = _assembled(parts, config.quantization if config else None)
+        found, config, notes = settle_head(found, config, SafetensorsTensor.is_same)
         if config is not None:
             check_weights(found, config)
+            if config.quantization and all(t.quantization is None for t in found.values()):
+                notes += (f"no tensor is {config.quantization} as in the config: all are floats",)
+                config = replace(config, quantization=None)
     except WeightsError as error:
         raise WeightsError(f"{_location(paths)}: {error}") from None
-    return found
+    return StoredModel(found, config, notes)
 
 
 def _location(paths: list[Path]) -> Path:
@@ -287,6 +305,57 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype == BFLOAT16
 
 
+def settle_head(
+    tensors: Mapping[str, T], config: GPT2Config | None, is_same: Callable[[T, T], bool]
+) -> tuple[dict[str, T], GPT2Config | None, tuple[str, ...]]:
+    """Decide by the tensors if the head is tied, as transformers 5 does.
+
+    A config is often wrong about it. A head that equals the table of tokens is a duplicate, which
+    is dropped. A head that differs is used. A head without a table is the table as well.
+
+    Parameters
+    ----------
+    tensors
+        Name -> tensor, in the form of the reader.
+    config
+        None if the files come without one. A config that unties the head decides.
+    is_same
+        Function that returns True if two tensors have the same shape and numbers.
+
+    Returns
+    -------
+    tensors, config, notes
+        The tensors and the config that fit each other, and the differences from the given config,
+        one sentence each.
+    """
+    found = dict(tensors)
+    if HEAD not in found or (config is not None and not config.tie_word_embeddings):
+        return found, config, ()
+    if TABLE not in found:
+        found[TABLE] = found.pop(HEAD)
+    elif is_same(found[HEAD], found[TABLE]):
+        del found[HEAD]
+    elif config is not None:
+        return found, replace(config, tie_word_embeddings=False), (OWN_HEAD_NOTE,)
+    return found, config, ()
+
+
+def have_same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+    """Compare the shapes and the numbers of two arrays of any types, some rows at a time.
+
+    A NaN equals a NaN.
+    """
+    if a.shape != b.shape:
+        return False
+    n_rows = max(1, COMPARE_NUMBERS * len(a) // max(1, a.size)) if a.ndim else 1
+    for first in range(0, len(a) if a.ndim else 1, n_rows):
+        rows = (slice(first, first + n_rows),) if a.ndim else ()
+        x, y = widen_bfloat16(a[rows]), widen_bfloat16(b[rows])
+        if not (np.array_equal(x, y) or np.array_equal(x, y, equal_nan=True)):
+            return False
+    return True
+
+
 def check_weights(found: Mapping[str, Tensor | DescribedTensor], config: GPT2Config) -> None:
     """Check names, shapes and types of all tensors of a model against its config.
 
@@ -300,6 +369,11 @@ def check_weights(found: Mapping[str, Tensor | DescribedTensor], config: GPT2Con
     """
     expected = config.tensor_shapes()
     if missing := [name for name in expected if name not in found]:
+        if missing == [HEAD]:
+            raise WeightsError(
+                f"tensor {HEAD} is missing, but the config has tie_word_embeddings: false: fetch "
+                "the model again, or set it to true if the head is the table of tokens"
+            )
         raise WeightsError(f"{_names(missing)} missing: the weights do not fit the config")
     if unknown := [name for name in found if name not in expected]:
         raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")

@@ -1,7 +1,8 @@
 """Weights: from the files of a model to a tree of arrays on a backend.
 
-`load` runs all steps: `read_weights` (mapped arrays, checked) -> `quantize_weights` ->
-`to_backend`. Names and layouts are described in `gptx.stored_weights`.
+`load` maps the files of a Hugging Face folder; `load_arrays` takes any mapping of names to tensors.
+Each tensor is read, quantized and brought to the backend before the next one is read, so the peak
+is the model on the backend and one tensor. `gptx.stored_weights` describes names and layouts.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError
-from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
+from gptx.errors import ParameterError, argument
+from gptx.quantization import (
+    Quantization,
+    QuantizedTensor,
+    check_group_size,
+    dequantize,
+    quantize,
+)
 from gptx.safetensors_file import widen_bfloat16
 from gptx.stored_weights import (
     POSITIONS,
     TABLES,
     Tensor,
     is_linear_weight,
-    read_weights,
+    open_weights,
     should_quantize,
 )
 
@@ -39,14 +46,17 @@ class LoadedWeights:
     tree
         The tensors: `h.0.attn.c_attn.weight` is `tree.h[0].attn.c_attn.weight`.
     config
-        The given config, with the quantization of the loaded weights.
+        The given config, with the head and the quantization of the loaded weights.
     fingerprint
         See `fingerprint`.
+    notes
+        Differences between the given config and the weights, one sentence each.
     """
 
     tree: SimpleNamespace
     config: GPT2Config
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -77,9 +87,15 @@ def load(
     StorageError
         A file cannot be read.
     """
-    return load_arrays(
-        read_weights(files, config), config, backend, quantization=quantization, threads=threads
+    stored = open_weights(files, config)
+    loaded = load_arrays(
+        stored.map(),
+        stored.config or config,
+        backend,
+        quantization=quantization,
+        threads=threads,
     )
+    return replace(loaded, notes=stored.notes)
 
 
 def load_arrays(
@@ -90,11 +106,47 @@ def load_arrays(
     quantization: Quantization | None = None,
     threads: int | None = None,
 ) -> LoadedWeights:
-    """Quantize weights that are in memory and bring them to a backend; see `load`."""
-    found, config = quantize_weights(found, config, quantization, threads)
+    """Quantize tensors and bring them to a backend, one at a time; see `load`.
+
+    Parameters
+    ----------
+    found
+        Name -> tensor. Each is accessed once: a mapping can read it from a file then.
+    """
+    described = quantized_config(config, quantization)
+    change = None if described == config else quantization
+    samples: dict[str, bytes] = {}
+
+    def bring(name: str) -> Any:
+        tensor = _quantized(name, found[name], change, threads)
+        samples[name] = _sample(tensor)
+        return _on_backend(name, tensor, backend)
+
     with backend.scope():
-        tree = to_backend(found, backend)
-    return LoadedWeights(tree, config, fingerprint(found))
+        tree = as_tree({name: bring(name) for name in found})
+    return LoadedWeights(tree, described, _checksum(samples))
+
+
+def quantized_config(config: GPT2Config, quantization: Quantization | None) -> GPT2Config:
+    """Return the config of a model after `quantize_weights`, which needs no weights.
+
+    Raises
+    ------
+    ParameterError
+        The inputs of a matrix do not divide into groups, or it is quantized in another way.
+    """
+    if quantization is None or quantization == config.quantization:
+        return config
+    if config.quantization:
+        raise ParameterError(
+            f"the weights are {config.quantization} already, {quantization} was requested: "
+            f"omit {argument('quantize')}, or use the model's float weights"
+        )
+    for name, shape in replace(config, n_layer=1).tensor_shapes().items():
+        if should_quantize(name):
+            n_in = shape[0] if is_linear_weight(name) else shape[1]
+            check_group_size(n_in, quantization.group_size, name)
+    return replace(config, quantization=quantization)
 
 
 def quantize_weights(
@@ -117,24 +169,20 @@ def quantize_weights(
     WeightsError
         A weight is not finite.
     """
-    if quantization is None or quantization == config.quantization:
-        return dict(found), config
-    if config.quantization:
-        raise ParameterError(
-            f"the weights are {config.quantization} already, {quantization} was requested: "
-            "omit quantize, or use the model's float weights"
-        )
-    quantized: dict[str, Tensor] = {}
-    for name, array in found.items():
-        if isinstance(array, np.ndarray) and should_quantize(name):
-            floats = widen_bfloat16(array)
-            w = floats.T if is_linear_weight(name) else floats
-            quantized[name] = quantize(
-                w, quantization.bits, quantization.group_size, name=name, threads=threads
-            )
-        else:
-            quantized[name] = array
-    return quantized, replace(config, quantization=quantization)
+    described = quantized_config(config, quantization)
+    change = None if described == config else quantization
+    return {name: _quantized(name, x, change, threads) for name, x in found.items()}, described
+
+
+def _quantized(
+    name: str, tensor: Tensor, quantization: Quantization | None, threads: int | None
+) -> Tensor:
+    """Quantize a tensor if it is a matrix of floats."""
+    if quantization is None or isinstance(tensor, QuantizedTensor) or not should_quantize(name):
+        return tensor
+    floats = widen_bfloat16(tensor)
+    w = floats.T if is_linear_weight(name) else floats
+    return quantize(w, quantization.bits, quantization.group_size, name=name, threads=threads)
 
 
 def fingerprint(found: Mapping[str, Tensor]) -> str:
@@ -142,11 +190,19 @@ def fingerprint(found: Mapping[str, Tensor]) -> str:
 
     It covers biases, norms and one row of each matrix, since more would read the whole file.
     """
+    return _checksum({name: _sample(tensor) for name, tensor in found.items()})
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return the part of a tensor that the fingerprint covers, as float32."""
+    floats = _floats(tensor if len(tensor.shape) == 1 else tensor[:1])
+    return floats.astype(np.float32).tobytes()
+
+
+def _checksum(samples: Mapping[str, bytes]) -> str:
     crc = 0
-    for name in sorted(found):
-        array = found[name]
-        sample = _floats(array if len(array.shape) == 1 else array[:1])
-        crc = zlib.crc32(sample.astype(np.float32).tobytes(), crc)
+    for name in sorted(samples):
+        crc = zlib.crc32(samples[name], crc)
     return f"{crc:08x}"
 
 

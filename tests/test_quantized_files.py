@@ -20,7 +20,7 @@ from gptx.errors import ParameterError, WeightsError
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization, QuantizedTensor, quantize
 from gptx.random_weights import random_weights
-from gptx.stored_weights import check_weights, read_weights
+from gptx.stored_weights import check_weights, open_weights
 from gptx.weights import quantize_weights
 from tests.support.cli import raises_error, run
 from tests.support.conversions import save
@@ -86,7 +86,7 @@ def test_a_written_model_reads_the_same(
     save(tmp_path / "new" / "folder", config, weights)
     path = tmp_path / "new" / "folder"
     assert GPT2Config.from_file(path / "config.json") == config
-    found = read_weights([path / "model.safetensors"], config)
+    found = open_weights([path / "model.safetensors"], config).map()
     assert set(found) == set(weights)
     for name, x in weights.items():
         y = found[name]
@@ -192,13 +192,15 @@ def test_a_config_that_does_not_fit(saved: Path, quantization: Any, expected: st
 
 
 def test_floats_with_a_quantized_config(folder: Callable[..., Path]) -> None:
+    """mlx-lm loads them too: it quantizes the layers that have scales."""
     path = folder("124M")
+    fingerprint = gptx.load(path).fingerprint
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization": {**vars(INT4)}}))
-    with raises_error(
-        WeightsError, "no tensor is quantized, but the config has int4 in groups of 32"
-    ):
-        gptx.load(path)
+    model = gptx.load(path)
+    assert (model.config, model.fingerprint) == (CONFIG, fingerprint)
+    found = open_weights([path / "model.safetensors"], GPT2Config.from_file(path / "config.json"))
+    assert found.notes == ("no tensor is int4 in groups of 32 as in the config: all are floats",)
 
 
 def test_norms_and_biases_are_floats() -> None:
@@ -211,7 +213,9 @@ def test_norms_and_biases_are_floats() -> None:
 def test_a_written_model_generates_the_same_text(tmp_path: Path, shakespeare: Model) -> None:
     files = shakespeare.files
     weights, config = quantize_weights(
-        read_weights(files.weights, shakespeare.config), shakespeare.config, Quantization(64, 4)
+        open_weights(files.weights, shakespeare.config).map(),
+        shakespeare.config,
+        Quantization(64, 4),
     )
     save(tmp_path, config, weights)
     shutil.copy(files.tokenizer["tokenizer.json"], tmp_path)

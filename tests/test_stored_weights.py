@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from gptx.errors import DataError, StorageError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import read_safetensors, widen_bfloat16
-from gptx.stored_weights import check_weights, open_weights, read_weights
+from gptx.stored_weights import check_weights, have_same_numbers, open_weights
 from tests.support.random_models import CASES, to_bfloat16, write_model
 from tests.support.safetensors_bytes import MICRO, weights_path
 
@@ -22,7 +23,7 @@ from tests.support.safetensors_bytes import MICRO, weights_path
 
 def test_float32_is_mapped_and_not_copied(tmp_path: Path) -> None:
     expected = random_weights(MICRO)
-    found = read_weights([weights_path(tmp_path)], MICRO)
+    found = open_weights([weights_path(tmp_path)], MICRO).map()
     assert list(found) == list(expected)
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name])
@@ -34,7 +35,7 @@ def test_float32_is_mapped_and_not_copied(tmp_path: Path) -> None:
 
 def test_float16_stays_float16(tmp_path: Path) -> None:
     expected = random_weights(MICRO)
-    for name, array in read_weights([weights_path(tmp_path, dtype="float16")], MICRO).items():
+    for name, array in open_weights([weights_path(tmp_path, dtype="float16")], MICRO).map().items():
         assert isinstance(array, np.ndarray)
         assert array.dtype == np.float16
         np.testing.assert_array_equal(array, expected[name].astype(np.float16))
@@ -42,7 +43,7 @@ def test_float16_stays_float16(tmp_path: Path) -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    found = read_weights([weights_path(tmp_path, dtype="bfloat16")], MICRO)
+    found = open_weights([weights_path(tmp_path, dtype="bfloat16")], MICRO).map()
     for name, expected in random_weights(MICRO).items():
         array = found[name]
         assert isinstance(array, np.ndarray)
@@ -53,7 +54,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_mapped_or_read(tmp_path: Path) -> None:
-    for name, tensor in open_weights([weights_path(tmp_path)], MICRO).items():
+    for name, tensor in open_weights([weights_path(tmp_path)], MICRO).tensors.items():
         assert tensor.shape == MICRO.tensor_shapes()[name]
         mapped, copied = tensor.map(), tensor.read()
         assert isinstance(mapped, np.ndarray)
@@ -74,7 +75,7 @@ def test_prefix_and_shards(tmp_path: Path, prefix: str, shards: int) -> None:
     write_model(tmp_path, config, expected, prefix=prefix, shards=shards)
     paths = sorted(tmp_path.glob("*.safetensors"))
     assert len(paths) == shards
-    found = read_weights(paths, config)
+    found = open_weights(paths, config).map()
     assert set(found) == set(expected)
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name])
@@ -88,26 +89,106 @@ def test_mask_buffers_are_dropped(tmp_path: Path, prefix: str) -> None:
     }
     path = weights_path(tmp_path, random_weights(MICRO) | masks, prefix=prefix)
     assert set(read_safetensors(path)[0]) > {prefix + name for name in masks}
-    assert set(read_weights([path], MICRO)) == set(MICRO.tensor_shapes())
-    assert set(open_weights([path], None)) == set(MICRO.tensor_shapes())
+    assert set(open_weights([path], MICRO).map()) == set(MICRO.tensor_shapes())
+    assert set(open_weights([path], None).tensors) == set(MICRO.tensor_shapes())
+
+
+# The head
+
+
+def with_head(head: np.ndarray) -> dict[str, np.ndarray]:
+    return random_weights(MICRO) | {"lm_head.weight": head}
 
 
 def test_the_duplicate_of_a_tied_head_is_dropped(tmp_path: Path) -> None:
-    weights = random_weights(MICRO)
-    path = weights_path(tmp_path, weights | {"lm_head.weight": weights["wte.weight"]})
+    path = weights_path(tmp_path, with_head(random_weights(MICRO)["wte.weight"]))
     assert "lm_head.weight" in read_safetensors(path)[0]
-    assert "lm_head.weight" not in read_weights([path], MICRO)
+    for config in (MICRO, None):
+        found = open_weights([path], config)
+        assert set(found.tensors) == set(MICRO.tensor_shapes())
+        assert (found.config, found.notes) == (config, ())
+
+
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_head_that_differs_from_the_table_is_used(tmp_path: Path, row: int, shards: int) -> None:
+    """Issue 15, 1: the config is wrong about it, and transformers 5 uses the head too."""
+    head = random_weights(MICRO)["wte.weight"].copy()
+    head[row, 1] += 1
+    write_model(tmp_path, MICRO, with_head(head), prefix="transformer.", shards=shards)
+    found = open_weights(sorted(tmp_path.glob("*.safetensors")), MICRO)
+    assert found.config == replace(MICRO, tie_word_embeddings=False)
+    np.testing.assert_array_equal(found.map()["lm_head.weight"], head)
+    assert found.notes == (
+        "the config has tie_word_embeddings: true, but lm_head.weight differs from wte.weight: "
+        "the model's own head is used",
+    )
+    without_config = open_weights(sorted(tmp_path.glob("*.safetensors")), None)
+    assert "lm_head.weight" in without_config.tensors
+    assert (without_config.config, without_config.notes) == (None, ())
+
+
+def test_an_untied_config_keeps_an_equal_head(tmp_path: Path) -> None:
+    config = replace(MICRO, tie_word_embeddings=False)
+    path = weights_path(tmp_path, with_head(random_weights(MICRO)["wte.weight"]), config)
+    found = open_weights([path], config)
+    assert (found.config, found.notes) == (config, ())
+    assert "lm_head.weight" in found.tensors
+
+
+def test_a_head_without_a_table_is_the_table(tmp_path: Path) -> None:
+    weights = random_weights(MICRO)
+    head = weights.pop("wte.weight")
+    path = weights_path(tmp_path, weights | {"lm_head.weight": head})
+    for config in (MICRO, None):
+        found = open_weights([path], config)
+        assert set(found.tensors) == set(MICRO.tensor_shapes())
+        np.testing.assert_array_equal(found.map()["wte.weight"], head)
+        assert (found.config, found.notes) == (config, ())
+    with pytest.raises(WeightsError, match=r"wte\.weight is missing"):
+        open_weights([path], replace(MICRO, tie_word_embeddings=False))
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = weights_path(tmp_path, with_head(np.zeros((4, 2), np.float32)))
+    expected = r"lm_head\.weight has shape \[4, 2\], expected \[3, 2\]"
+    with pytest.raises(WeightsError, match=expected):
+        open_weights([path], MICRO)
+
+
+def test_a_bias_of_the_head_is_unknown(tmp_path: Path) -> None:
+    path = weights_path(tmp_path, random_weights(MICRO) | {"lm_head.bias": np.ones(3, np.float32)})
+    with pytest.raises(WeightsError, match=r"tensor lm_head\.bias is unknown"):
+        open_weights([path], MICRO)
 
 
 def test_an_untied_head_is_required(tmp_path: Path) -> None:
     config = CASES["untied"]
     weights = random_weights(config)
-    assert "lm_head.weight" in read_weights([weights_path(tmp_path, weights, config)], config)
+    path = weights_path(tmp_path, weights, config)
+    assert "lm_head.weight" in open_weights([path], config).map()
     del weights["lm_head.weight"]
     path = weights_path(tmp_path, weights, config)
-    with pytest.raises(WeightsError, match=r": tensor lm_head\.weight is missing") as caught:
-        read_weights([path], config)
+    expected = r": tensor lm_head\.weight is missing, but the config has tie_word_embeddings: false"
+    with pytest.raises(WeightsError, match=expected) as caught:
+        open_weights([path], config)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 2**18 + 1), (2**18 + 1, 1), (600, 1000)])
+def test_numbers_are_compared_by_rows(shape: tuple[int, ...]) -> None:
+    a = np.zeros(shape, np.float32)
+    assert have_same_numbers(a, a.astype(np.float16))
+    assert not have_same_numbers(a, np.zeros((*shape, 1), np.float32))
+    if not a.size:
+        return
+    for at in (0, a.size // 2, a.size - 1):
+        b = a.copy()
+        b.flat[at] = 1e-30
+        assert not have_same_numbers(a, b)
+        b.flat[at] = np.nan
+        assert not have_same_numbers(a, b)
+        assert have_same_numbers(b, b.copy())
 
 
 # Tensors that do not fit the config
@@ -157,14 +238,14 @@ def test_integers_in_a_file(tmp_path: Path) -> None:
     assert data.count(b'"dtype": "F32"') == 16
     path.write_bytes(data.replace(b'"dtype": "F32"', b'"dtype": "I32"', 1))
     with pytest.raises(WeightsError, match=r"wte\.weight is of type int32, expected a float"):
-        read_weights([path], MICRO)
+        open_weights([path], MICRO).map()
 
 
 def test_a_duplicate_tensor_in_two_shards(tmp_path: Path) -> None:
     one = weights_path(tmp_path / "one")
     two = weights_path(tmp_path / "two", {"ln_f.bias": np.zeros(2, np.float32)})
     with pytest.raises(WeightsError) as caught:
-        read_weights([one, two], MICRO)
+        open_weights([one, two], MICRO).map()
     assert str(caught.value) == f"{two}: duplicate tensor ln_f.bias"
 
 
@@ -172,14 +253,14 @@ def test_a_tensor_with_and_without_the_prefix(tmp_path: Path) -> None:
     weights = random_weights(MICRO)
     both = weights | {"transformer.ln_f.bias": weights["ln_f.bias"]}
     with pytest.raises(WeightsError, match=r"duplicate tensor ln_f\.bias"):
-        read_weights([weights_path(tmp_path, both)], MICRO)
+        open_weights([weights_path(tmp_path, both)], MICRO).map()
 
 
 def test_the_tensors_of_a_missing_shard(tmp_path: Path) -> None:
     write_model(tmp_path, MICRO, random_weights(MICRO), shards=3)
     paths = sorted(tmp_path.glob("*.safetensors"))[:2]
     with pytest.raises(WeightsError, match=r"and \d+ more are missing") as caught:
-        read_weights(paths, MICRO)
+        open_weights(paths, MICRO).map()
     assert str(caught.value).startswith(f"{tmp_path}: ")
 
 
@@ -217,7 +298,7 @@ def read_or_refuse(path: Path, data: bytes, edits: Edits) -> None:
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     try:
-        found = read_weights([path], MICRO)
+        found = open_weights([path], MICRO).map()
     except (DataError, StorageError):
         return
     assert {name: array.shape for name, array in found.items()} == MICRO.tensor_shapes()

@@ -12,7 +12,7 @@ from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from gptx.stored_weights import read_weights
+from gptx.stored_weights import open_weights
 from gptx.weights import to_backend
 from tests.support.backends import make_backend
 from tests.support.random_models import CASES
@@ -32,7 +32,7 @@ def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
 
 
 def test_float32_reaches_numpy_without_a_copy(tmp_path: Path) -> None:
-    found = read_weights([weights_path(tmp_path)], MICRO)
+    found = open_weights([weights_path(tmp_path)], MICRO).map()
     tree = to_backend(found, make_backend("numpy"))
     assert np.shares_memory(tree.wte.weight, found["wte.weight"])
 

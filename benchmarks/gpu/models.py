@@ -9,7 +9,7 @@ from pathlib import Path
 from gptx.bench.sources import RANDOM, find_source, write_source
 from gptx.config import SIZES, GPT2Config
 from gptx.quantization import Quantization
-from gptx.stored_weights import Tensor, read_weights, should_quantize
+from gptx.stored_weights import Tensor, open_weights, should_quantize
 from gptx.weights import quantize_weights
 
 EMBEDDED = "shakespeare"
@@ -30,7 +30,7 @@ def load_model(size: str, quantize: str | None = None) -> tuple[GPT2Config, dict
     name = RANDOM + size if size in SIZES else size
     source = find_source(name, Path(tempfile.gettempdir()), offline=True)
     write_source(source)
-    weights = read_weights([source.folder / "model.safetensors"], source.config)
+    weights = open_weights([source.folder / "model.safetensors"], source.config).map()
     quantized, config = quantize_weights(weights, source.config, Quantization.named(quantize))
     return config, quantized
 

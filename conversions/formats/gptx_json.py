@@ -32,6 +32,7 @@ from gptx.conversions.checkpoint import (
 from gptx.conversions.containers.binary import BinaryFile, cast
 from gptx.errors import GptxError, WeightsError
 from gptx.files import create
+from gptx.stored_weights import settle_head
 
 READ_BYTES = 2**22  # at a time
 WRITE_NUMBERS = 2**18  # at a time
@@ -78,9 +79,10 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         name: StoredTensor(tensor.shape, np.dtype(np.float32), tensor.read)
         for name, tensor in _Scanner(file).tensors()
     }
+    stored, config, head_notes = settle_head(stored, config, StoredTensor.is_same)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     config, notes = infer_config(shapes, config)
-    return Checkpoint(config, stored, notes=notes)
+    return Checkpoint(config, stored, notes=head_notes + notes)
 
 
 @dataclass(frozen=True)

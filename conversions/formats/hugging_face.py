@@ -77,13 +77,15 @@ def _checkpoint(
     paths: Sequence[Path], config: GPT2Config | None, tokenizer: PipelineTokenizer | None
 ) -> Checkpoint:
     found = open_weights(paths, config)
-    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    config, notes = infer_config(shapes, found.config)
+    config, notes = found.config, found.notes
+    if config is None:
+        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+        config, notes = infer_config(shapes)
     stored = {
         name: StoredTensor(tensor.shape, tensor.dtype, tensor.read, tensor.quantization)
         for name, tensor in found.tensors.items()
     }
-    return Checkpoint(config, stored, tokenizer, found.notes + notes)
+    return Checkpoint(config, stored, tokenizer, notes)
 
 
 # Writing

@@ -23,7 +23,7 @@ from gptx.conversions.checkpoint import Checkpoint, StoredTensor, end_of_text_id
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import ConfigError, GptxError, WeightsError
-from gptx.stored_weights import is_linear_weight, is_mask_buffer
+from gptx.stored_weights import HEAD, is_linear_weight, is_mask_buffer, settle_head
 
 FILE = "ckpt.pt"
 WRAPPER_PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile, DDP
@@ -77,17 +77,17 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             raise WeightsError(f"{path}: duplicate tensor {name}")
         if not is_mask_buffer(name):
             tensors[name] = tensor
-    notes: tuple[str, ...] = (TOKENIZER_NOTE,)
     # The head is tied, except in nanoGPT's first weeks.
-    head, table = tensors.get("lm_head.weight"), tensors.get("wte.weight")
-    tied = head is None or table is None or file.is_same(head, file, table)
+    tensors, config, head_notes = settle_head(
+        tensors, config, lambda head, table: file.is_same(head, file, table)
+    )
+    notes = (*head_notes, TOKENIZER_NOTE)
     if config is None:
+        tied = HEAD not in tensors
         config = _config(path, file.value["model_args"], len(tensors), tied)
         notes = (ACTIVATION_NOTE, *notes)
     else:
         config = replace(config, quantization=None)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
     stored = {
         name: stored_array(
             file.reader(tensor, name),

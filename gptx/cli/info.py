@@ -15,7 +15,7 @@ from gptx.config import GPT2Config
 from gptx.hub.resolve import locate
 from gptx.quantization import QuantizedTensor
 from gptx.safetensors_file import BFLOAT16
-from gptx.stored_weights import Tensor, read_weights
+from gptx.stored_weights import Tensor, open_weights
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -41,7 +41,9 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     stored = stored_bytes = None
     if files.revision is None:
         paths = locate(model).weights
-        stored = sorted(set(map(_stored_type, read_weights(paths, config).values())))
+        found = open_weights(paths, config)
+        config = found.config or config
+        stored = sorted(set(map(_stored_type, found.map().values())))
         stored_bytes = sum(path.stat().st_size for path in paths)
     about = {
         "model": files.name,

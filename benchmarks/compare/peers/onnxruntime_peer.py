@@ -82,10 +82,10 @@ def write_graph(folder: Path, work: Path) -> None:
 
     from gptx.config import GPT2Config
     from gptx.safetensors_file import widen_bfloat16
-    from gptx.stored_weights import read_weights
+    from gptx.stored_weights import open_weights
 
     config = GPT2Config.from_file(folder / "config.json")
-    tensors = read_weights(sorted(folder.glob("*.safetensors")), config)
+    tensors = open_weights(sorted(folder.glob("*.safetensors")), config).map()
     H, D, V = config.n_head, config.head_dim, config.vocab_size
     nodes, initializers = [], []
 
