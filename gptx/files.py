@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,16 +48,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises
     ------
     StorageError
-        The path cannot be written (disk full, missing folder, read-only).
+        The path cannot be written (disk full, missing folder, read-only), or it is no regular file
+        or folder: a device, FIFO or socket is never replaced.
     """
     if not Path(path).name:
         raise StorageError(f"{path} cannot be written (it is a folder)")
+    check_replaceable(path)
     path = Path(os.path.realpath(path))  # a link stays, its target is replaced
     # Random: two writers use different names, and no link can be placed there in advance.
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         yield temporary
         _flush(temporary)
+        check_replaceable(path)  # again: the content took time to write
         if path.is_dir() and temporary.is_dir():
             exchange(temporary, path)
         else:
@@ -67,6 +71,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)  # after an error the new content, after an exchange the old
+
+
+_KINDS = {
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Raise StorageError if a path, or the target of its links, is no regular file or folder.
+
+    A path that does not exist can be written, and so can the missing target of a link. The root of
+    a mounted file system cannot: a rename does not cross file systems.
+    """
+    try:
+        mode = os.stat(path).st_mode  # not of the real path: a link in /proc may have none
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
+    kind = _KINDS.get(stat.S_IFMT(mode))
+    if kind is not None:
+        raise StorageError(f"{path} is {kind}, expected a regular file: give another name")
+    if stat.S_ISDIR(mode) and os.path.ismount(os.path.realpath(path)):
+        raise StorageError(f"{path} is a mount point: give a folder in it")
 
 
 def _flush(path: Path) -> None:

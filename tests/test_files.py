@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 from gptx.errors import StorageError
-from gptx.files import atomic_file, atomic_write
+from gptx.files import atomic_file, atomic_path, atomic_write, check_replaceable
 
 
 def test_atomic_write(tmp_path: Path) -> None:
@@ -115,3 +117,106 @@ def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def make_socket(path: Path) -> None:
+    # The length of a socket's path is limited, and a relative one is short.
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))
+
+
+def make_device(path: Path) -> None:
+    """Make a null device."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except OSError as error:
+        pytest.skip(f"needs the right to make devices: {error}")
+
+
+SPECIAL_FILES = [
+    pytest.param(getattr(os, "mkfifo", None), "a FIFO", id="FIFO"),
+    pytest.param(make_socket, "a socket", id="socket"),
+    pytest.param(make_device, "a device", id="device"),
+]
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX files")
+
+
+@posix
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "link"])
+@pytest.mark.parametrize(("make", "kind"), SPECIAL_FILES)
+def test_a_special_file_is_never_replaced(
+    tmp_path: Path, make: Callable[[Path], None], kind: str, linked: bool
+) -> None:
+    special, link = tmp_path / "special", tmp_path / "link"
+    make(special)
+    before = special.lstat()
+    if linked:
+        link.symlink_to(special)
+    path = link if linked else special
+    with pytest.raises(StorageError) as caught:
+        atomic_write(path, b"data")
+    assert str(caught.value) == f"{path} is {kind}, expected a regular file: give another name"
+    assert caught.value.exit_code == 74
+    assert os.path.samestat(special.lstat(), before)
+    assert stat.S_IFMT(special.lstat().st_mode) == stat.S_IFMT(before.st_mode)
+    assert set(tmp_path.iterdir()) == {special, path}
+
+
+@posix
+def test_a_fifo_that_appears_during_the_write_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write() -> None:
+        with atomic_file(path) as file:
+            file.write(b"data")
+            os.mkfifo(path)
+
+    with pytest.raises(StorageError, match="is a FIFO"):
+        write()
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.is_fifo()
+
+
+@posix
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/stdout", "/dev/full"])
+def test_devices_of_the_system_are_refused(name: str) -> None:
+    if not os.path.exists(name):
+        pytest.skip("not on this system")
+    if stat.S_ISREG(os.stat(name).st_mode):
+        pytest.skip("standard output is a file")
+    with pytest.raises(StorageError, match="expected a regular file"):
+        check_replaceable(name)  # not a write: as root, a fault would replace the device
+
+
+@posix
+@pytest.mark.parametrize("old", [b"old", None], ids=["file", "dangling"])
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path, old: bytes | None) -> None:
+    target, link, second = (tmp_path / name for name in ("target", "link", "second"))
+    if old is not None:
+        target.write_bytes(old)
+    link.symlink_to("target")
+    second.symlink_to(link)
+    atomic_write(second, b"new")
+    assert second.is_symlink()
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@posix
+def test_a_circle_of_links_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "circle"
+    path.symlink_to("circle")
+    with pytest.raises(StorageError, match="cannot be written"):
+        atomic_write(path, b"data")
+    assert path.is_symlink()
+
+
+@posix
+def test_a_mount_point_is_refused_before_the_content_is_written() -> None:
+    mount = Path("/dev")  # of which tests write nothing
+    if not mount.is_mount():
+        pytest.skip("/dev is no mount point here")
+    context = atomic_path(mount)
+    with pytest.raises(StorageError, match="is a mount point: give a folder in it"):
+        context.__enter__()

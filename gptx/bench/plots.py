@@ -10,6 +10,7 @@ from typing import Any
 from gptx.bench.tables import count
 from gptx.bench.worker import Event
 from gptx.errors import ParameterError, argument
+from gptx.files import atomic_file
 
 # Okabe and Ito's colors are distinct for readers with color blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -121,7 +122,8 @@ def draw(records: Sequence[Event], folder: Path) -> list[Path]:
                 ("svg", {"metadata": {"Date": None}}),
             ):
                 path = folder / f"{plot.file}.{ending}"
-                figure.savefig(path, **options)
+                with atomic_file(path) as file:
+                    figure.savefig(file, format=ending, **options)
                 written.append(path)
     return written
 

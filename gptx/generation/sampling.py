@@ -63,7 +63,7 @@ class SamplingParams:
     logit_bias
         Token id -> number to add to its logit; -inf bans the token.
     seed
-        Whole number, 0 to 2^64 - 1; None takes a random one.
+        Whole number, 0 to 2^64 - 1; None takes a random one below 2^53.
 
     Raises
     ------
@@ -138,8 +138,8 @@ def _is_real(value: object) -> bool:
 
 
 def random_seed() -> int:
-    """Return a seed of 64 random bits."""
-    return int.from_bytes(os.urandom(8), "little")
+    """Return a seed of 53 random bits: readers of JSON that use floats hold it exactly."""
+    return int.from_bytes(os.urandom(8), "little") >> 11
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

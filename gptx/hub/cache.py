@@ -21,6 +21,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from gptx.files import check_replaceable
 from gptx.hub.staging import staging
 
 
@@ -109,6 +110,7 @@ def _link_or_copy(source: Path, link: Path) -> None:
 def _replacement(path: Path) -> Iterator[Path]:
     """Yield a new path beside `path`; a file written there then replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield new

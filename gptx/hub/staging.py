@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gptx.files import check_replaceable
+
 _LOCKS_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -36,9 +38,12 @@ def staging(path: Path, lock_file: Path) -> Iterator[Path]:
     """
     for folder in (path.parent, lock_file.parent):
         folder.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    for file in (path, incomplete, lock_file):
+        check_replaceable(file)
     with _lock(lock_file) as locked:
         if locked:
-            yield path.with_name(f"{path.name}.incomplete")
+            yield incomplete
             return
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.errors import IntegrityError
+from gptx.errors import IntegrityError, StorageError
 from gptx.hub import staging as module
 from gptx.hub.staging import staging
 from tests.support.hub import Client, check, check_files, model
@@ -159,3 +159,13 @@ class TestLocks:
         monkeypatch.setattr("fcntl.flock", fail)
         with pytest.raises(OSError, match="Input/output error"):
             staging(tmp_path / "a", tmp_path / "lock").__enter__()
+
+
+@posix
+@pytest.mark.parametrize("name", ["blob", "blob.incomplete", "blob.lock"])
+def test_a_fifo_in_the_cache_is_neither_replaced_nor_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    context = staging(tmp_path / "blob", tmp_path / "blob.lock")
+    with pytest.raises(StorageError, match="is a FIFO, expected a regular file"):
+        context.__enter__()
+    assert (tmp_path / name).is_fifo()
