@@ -32,6 +32,7 @@ from gptx.conversions.containers.gguf_types import (
 from gptx.errors import WeightsError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+LEGACY_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # of ggml's files before GGUF
 MAX_NAME_LENGTH, MAX_DIMENSIONS = 64, 4  # ggml's limits; the length in characters
 # Python needs many times the bytes of an entry in the header: a file could fill the memory.
 MAX_KEYS, MAX_TENSORS = 2**16, 130_000
@@ -91,16 +92,25 @@ class GgufFile:
         self.file = BinaryFile(path)
         self._cursor = cursor = _Cursor(self.file)
         magic = cursor.take(4, "the magic number")
+        if magic in LEGACY_MAGICS:
+            raise WeightsError(
+                f"{path} is a ggml file from before GGUF, which gptx does not read: convert the "
+                "original model again"
+            )
         if magic != MAGIC:
             raise WeightsError(
                 f"{path} is not a GGUF: it starts with {magic!r}, expected {MAGIC!r}"
             )
         version = cursor.number("<u4", "the version")
-        if version not in (2, VERSION):
-            order = ", big endian" if version & 0xFFFF == 0 else ""
+        if version & 0xFFFF == 0:
             raise WeightsError(
-                f"{path} has GGUF version {version:#x}{order}, expected 2 or 3, little endian: "
-                "convert it again with llama.cpp"
+                f"{path} is a GGUF of a big-endian machine, expected little endian: convert it "
+                "with gguf-convert-endian"
+            )
+        if version not in (2, VERSION):
+            raise WeightsError(
+                f"{path} has GGUF version {version}, expected 2 or 3: convert the original model "
+                "again"
             )
         self._n_tensors = self._count("tensors", MAX_TENSORS)
         self.metadata: dict[str, Any] = {}
@@ -134,7 +144,7 @@ class GgufFile:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Name -> tensor; together they fill the file.
+        """Name -> tensor; together they fill the file. Empty for a file with metadata only.
 
         Raises
         ------
@@ -156,6 +166,8 @@ class GgufFile:
                 )
             found[tensor.name] = tensor
             end += _aligned(tensor.n_bytes, alignment)
+        if not found:  # then some writers add no padding
+            return {}
         start = _aligned(self._cursor.position, alignment)
         if self.file.size != start + end:
             raise WeightsError(
@@ -205,23 +217,25 @@ class GgufFile:
             )
         return TensorInfo(name, shape, kind, cursor.number("<u8", label))
 
+    def read_raw(self, tensor: TensorInfo) -> Array:
+        """Return the data of a tensor, uint8 [n_bytes], mapped into memory."""
+        label = f"tensor {tensor.name}"
+        return self.file.map(tensor.offset, (tensor.n_bytes,), np.uint8, label)
+
     def read(self, tensor: TensorInfo) -> Array:
         """Return a tensor as an array of its type's dtype.
 
         Plain numbers are mapped into memory; blocks are decoded in chunks.
         """
-        label = f"tensor {tensor.name}"
         kind = tensor.type
         if kind.decoder is None:
+            label = f"tensor {tensor.name}"
             return self.file.map(tensor.offset, tensor.shape, kind.dtype, label)
-        n_blocks = math.prod(tensor.shape) // kind.block_numbers
-        numbers = np.empty((n_blocks, kind.block_numbers), np.float32)
+        raw = self.read_raw(tensor).reshape(-1, kind.block_bytes)
+        numbers = np.empty((len(raw), kind.block_numbers), np.float32)
         step = CHUNK_NUMBERS // kind.block_numbers
-        for first in range(0, n_blocks, step):
-            rows = numbers[first : first + step]
-            offset = tensor.offset + first * kind.block_bytes
-            raw = self.file.array(offset, (len(rows), kind.block_bytes), np.uint8, label)
-            rows[:] = kind.decode(raw)
+        for first in range(0, len(raw), step):
+            numbers[first : first + step] = kind.decode(raw[first : first + step])
         return numbers.reshape(tensor.shape)
 
 

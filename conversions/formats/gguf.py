@@ -26,6 +26,7 @@ from gptx.conversions.checkpoint import (
 )
 from gptx.conversions.containers.binary import Array, cast, dtype_name, row_chunks
 from gptx.conversions.containers.gguf import (
+    LEGACY_MAGICS,
     MAGIC,
     GgufFile,
     TensorInfo,
@@ -38,10 +39,10 @@ from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_fro
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import create
 from gptx.quantization import GROUP_SIZE, Quantization
+from gptx.stored_weights import HEAD, POSITIONS, TABLE, have_same_numbers, settle_head
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 QUANTIZATION_VERSION = 2  # of ggml's block types
-COMPARE_BYTES = 2**20  # at a time
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, `enum llama_ftype`
 
 # gptx's names -> llama.cpp's. Layer 3 has the prefix `h.3.` in gptx, `blk.3.` in llama.cpp.
@@ -61,19 +62,19 @@ GPTX_NAMES = {gguf: gptx for gptx, gguf in GGUF_NAMES.items()}
 
 
 def detect(path: Path) -> bool:
-    """Test for a GGUF of any content."""
+    """Test for a GGUF of any content, or a file of ggml before GGUF."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) in (MAGIC, *LEGACY_MAGICS)
     except OSError:
         return False
 
 
 def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
-    """Open a file with a GPT-2: tensors of F32, F16, BF16, Q8_0 and Q4_0.
+    """Open a file with a GPT-2: tensors of floats, or of blocks of `gguf_types.BLOCK_TYPES`.
 
-    Q8_0 and Q4_0 are decoded to float32. A head that equals the token embedding is tied:
-    llama.cpp's converter wrote it as a duplicate for a time.
+    Floats are mapped into memory, blocks are decoded to float32. A head that equals the token
+    embedding is tied: llama.cpp's converter wrote it as a duplicate for a time.
 
     Parameters
     ----------
@@ -88,28 +89,45 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         The file cannot be read.
     """
     file = GgufFile(path)
-    architecture = file.scalar("general.architecture")
-    if architecture != "gpt2":
-        raise ConfigError(
-            f"{path} has the architecture {describe_value(architecture)}, expected 'gpt2'"
-        )
-    if file.scalar("split.count", 1) not in (0, 1):
-        raise WeightsError(
-            f"{path} is one of the parts of a split model: merge them with llama-gguf-split"
-        )
-    found = {_gptx_name(name): tensor for name, tensor in file.tensors.items()}
-    for name in ("wte.weight", "wpe.weight"):
+    _require_model(file)
+    tensors = {_gptx_name(name): tensor for name, tensor in file.tensors.items()}
+    found, config, notes = settle_head(tensors, config, partial(_is_same, file))
+    for name in (TABLE, POSITIONS):
         if name not in found or len(found[name].shape) != 2:
             raise WeightsError(
                 f"{path} is not a complete GPT-2: the matrix {gguf_name(name)} is missing"
             )
-    if "lm_head.weight" in found and _is_same(file, found["lm_head.weight"], found["wte.weight"]):
-        del found["lm_head.weight"]
-    tokenizer = _tokenizer(path, file, found["wte.weight"].shape[0])
+    tokenizer = _tokenizer(path, file, found[TABLE].shape[0])
     if config is None:
         config = _config(path, file.metadata, found)
     stored = {name: _stored(file, name, tensor) for name, tensor in found.items()}
-    return Checkpoint(replace(config, quantization=None), stored, tokenizer)
+    return Checkpoint(replace(config, quantization=None), stored, tokenizer, notes)
+
+
+def _require_model(file: GgufFile) -> None:
+    """Raise an error for a GGUF with something else than all of a GPT-2."""
+    path = file.file.path
+    if (n_parts := file.scalar("split.count", 1)) not in (0, 1):
+        raise WeightsError(
+            f"{path} is one of {describe_value(n_parts)} parts of a split model: merge them with "
+            "llama-gguf-split --merge"
+        )
+    architecture, kind = (file.scalar(f"general.{key}") for key in ("architecture", "type"))
+    if kind == "adapter":
+        raise WeightsError(
+            f"{path} is an adapter ({describe_value(file.scalar('adapter.type'))}), not a model: "
+            "merge it into its model with llama-export-lora"
+        )
+    if architecture != "gpt2" or kind not in (None, "model"):
+        raise ConfigError(
+            f"{path} has the architecture {describe_value(architecture)} and the type "
+            f"{describe_value(kind)}, expected 'gpt2' and 'model'"
+        )
+    if not file.tensors:
+        content = "a vocabulary" if "tokenizer.ggml.tokens" in file.metadata else "metadata"
+        raise WeightsError(
+            f"{path} has {content} and no tensors: it is no model, give a GGUF with weights"
+        )
 
 
 def _gptx_name(name: str) -> str:
@@ -135,14 +153,14 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, TensorI
         )
     try:
         return GPT2Config(
-            vocab_size=found["wte.weight"].shape[0],
+            vocab_size=found[TABLE].shape[0],
             n_positions=number("context_length"),
             n_embd=C,
             n_layer=L,
             n_head=number("attention.head_count"),
             n_inner=None if M == 4 * C else M,
             layer_norm_epsilon=number("attention.layer_norm_epsilon", float),
-            tie_word_embeddings="lm_head.weight" not in found,
+            tie_word_embeddings=HEAD not in found,
             bos_token_id=_token_id(metadata, "bos"),
             eos_token_id=_token_id(metadata, "eos"),
         )
@@ -177,15 +195,9 @@ def _tokenizer(path: Path, file: GgufFile, V: int) -> PipelineTokenizer | None:
 
 
 def _is_same(file: GgufFile, a: TensorInfo, b: TensorInfo) -> bool:
-    """Compare the data of two tensors."""
-    if (a.type, a.shape) != (b.type, b.shape):
-        return False
-    for first in range(0, a.n_bytes, COMPARE_BYTES):
-        n = min(COMPARE_BYTES, a.n_bytes - first)
-        data_a, data_b = (file.file.read(x.offset + first, n, x.name) for x in (a, b))
-        if data_a != data_b:
-            return False
-    return True
+    """Return True if two tensors have the same shape and numbers."""
+    read = file.read_raw if a.type == b.type else file.read
+    return a.shape == b.shape and have_same_numbers(read(a), read(b))
 
 
 def _is_transposed(name: str, shape: tuple[int, ...]) -> bool:
@@ -241,7 +253,7 @@ def write(
         name: _Layout.of(name, tensor, dtype, block_type)
         for name, tensor in checkpoint.stored.items()
     }
-    table_type = layout["wte.weight"].info.type.name
+    table_type = layout[TABLE].info.type.name
     metadata = _model_metadata(checkpoint.config, FILE_TYPES[table_type])
     metadata |= _tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
     with create(path) as file:
@@ -278,7 +290,7 @@ class _Layout:
     ) -> _Layout:
         transposed = _is_transposed(name, tensor.shape)
         shape = tensor.shape[::-1] if transposed else tensor.shape
-        if len(shape) == 1 or name == "wpe.weight":
+        if len(shape) == 1 or name == POSITIONS:
             kind = FLOAT_TYPES["float32"]
         elif block_type is None:
             kind = FLOAT_TYPES[dtype or dtype_name(tensor.dtype)]

@@ -186,6 +186,24 @@ def test_a_head_of_other_numbers_is_not_tied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numbers(model)["lm_head.weight"], head)
 
 
+def test_a_duplicate_head_of_another_type_is_tied(tmp_path: Path) -> None:
+    package = pytest.importorskip("gguf")
+    table = random_weights(CONFIG)["wte.weight"].astype(np.float16)
+    types = {"token_embd.weight": package.GGMLQuantizationType.F16}
+    weights = {"token_embd.weight": table, "output.weight": table.astype(np.float32)}
+    _, model = read(package_file(tmp_path / "model.gguf", weights=weights, types=types))
+    assert model.config.tie_word_embeddings
+
+
+def test_a_given_config_that_ties_a_head_of_other_numbers(tmp_path: Path) -> None:
+    head = random_weights(CONFIG)["wte.weight"] * 2
+    path = package_file(tmp_path / "model.gguf", weights={"output.weight": head})
+    _, model = read(path, config=CONFIG)
+    assert not model.config.tie_word_embeddings
+    assert len(model.notes) == 1
+    np.testing.assert_array_equal(numbers(model)["lm_head.weight"], head)
+
+
 def test_a_head_of_another_type_is_not_tied(tmp_path: Path) -> None:
     package = pytest.importorskip("gguf")
     head = random_weights(CONFIG)["wte.weight"]
@@ -267,7 +285,21 @@ def test_counts_are_bounded(tmp_path: Path, at: int, most: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"arch": "llama"}, ConfigError, "the architecture 'llama', expected 'gpt2'"),
+        (
+            {"arch": "llama"},
+            ConfigError,
+            "the architecture 'llama' and the type None, expected 'gpt2' and 'model'",
+        ),
+        (
+            {"arch": "clip", "strings": {"general.type": "mmproj"}},
+            ConfigError,
+            "the architecture 'clip' and the type 'mmproj'",
+        ),
+        (
+            {"strings": {"general.type": "adapter", "adapter.type": "lora"}},
+            WeightsError,
+            r"is an adapter \('lora'\), not a model",
+        ),
         (
             {"strings": {"tokenizer.ggml.model": "bert"}},
             TokenizerError,
@@ -283,7 +315,7 @@ def test_counts_are_bounded(tmp_path: Path, at: int, most: int) -> None:
             TokenizerError,
             "without lists of tokens and merges",
         ),
-        ({"numbers": {"split.count": 3}}, WeightsError, "is one of the parts of a split model"),
+        ({"numbers": {"split.count": 3}}, WeightsError, "is one of 3 parts of a split model"),
         ({"numbers": {"general.alignment": 48}}, WeightsError, "is 48, expected a power of two"),
         (
             {"weights": {"rope_freqs.weight": np.ones(4, np.float32)}},
@@ -298,7 +330,8 @@ def test_other_models_are_refused(tmp_path: Path, changes: Any, error: Any, mess
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(1, "version 0x1,"), (3 << 24, "version 0x3000000, big endian,")]
+    ("version", "message"),
+    [(1, "GGUF version 1, expected 2 or 3"), (3 << 24, "is a GGUF of a big-endian machine")],
 )
 def test_other_versions(tmp_path: Path, version: int, message: str) -> None:
     written(tmp_path, CONFIG)
@@ -337,6 +370,36 @@ def test_metadata_that_is_damaged(tmp_path: Path, old: str, new: bytes, message:
     path.write_bytes(data[:after] + new + data[after + len(new) :])
     with pytest.raises((ConfigError, WeightsError), match=message):
         read(path)
+
+
+@pytest.mark.parametrize("magic", [b"lmgg", b"fmgg", b"tjgg", b"algg"])
+def test_ggml_files_from_before_gguf_are_named(tmp_path: Path, magic: bytes) -> None:
+    (tmp_path / "model.bin").write_bytes(magic + bytes(100))
+    with pytest.raises(WeightsError, match="is a ggml file from before GGUF"):
+        read(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("n_padding", [0, 7])
+def test_a_vocabulary_without_tensors_is_named(tmp_path: Path, n_padding: int) -> None:
+    package = pytest.importorskip("gguf")
+    writer = package.GGUFWriter(tmp_path / "vocab.gguf", "gpt2")
+    writer.add_block_count(12)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with open(tmp_path / "vocab.gguf", "ab") as file:
+        file.write(bytes(n_padding))
+    with pytest.raises(WeightsError, match="has a vocabulary and no tensors"):
+        read(tmp_path / "vocab.gguf")
+
+
+def test_later_parts_of_a_split_model_have_no_architecture(tmp_path: Path) -> None:
+    header = gguf_container.encode_header({"split.no": 1, "split.count": 3}, [])
+    (tmp_path / "model-00002-of-00003.gguf").write_bytes(header)
+    with pytest.raises(WeightsError, match="is one of 3 parts of a split model"):
+        read(tmp_path / "model-00002-of-00003.gguf")
 
 
 def test_bytes_after_the_end(tmp_path: Path) -> None:
