@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from gptx.errors import GptxError, NotFoundError, StorageError, WeightsError
+from gptx.lfs_pointer import check_content
 from gptx.tokenization.files import FILES as TOKENIZER
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"  # of models from before safetensors
 INDEX = f"{WEIGHTS}.index.json"
+WEIGHT_FILES = (WEIGHTS, INDEX, TORCH_WEIGHTS, f"{TORCH_WEIGHTS}.index.json")
 
 # No separator and no leading dot: a shard is stored beside its index.
 _PLAIN_NAME = re.compile(r"(?!\.)[\w.+=@-]+")
@@ -92,7 +95,10 @@ class Folder:
 
     def find(self, filename: str) -> Path | None:
         path = self.path / filename
-        return path if os.path.isfile(path) else None
+        if not is_file(path):
+            return None
+        check_content(path)
+        return path
 
     def need(self, filename: str) -> Path:
         if path := self.find(filename):
@@ -112,6 +118,22 @@ class Folder:
         """Do nothing: a folder has no commit."""
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Test for a regular file, or a link to one.
+
+    Raises
+    ------
+    StorageError
+        A folder on the path may not be searched.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror})") from error
+    except OSError:
+        return False
+
+
 def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
     """Find the files of a model in `source`.
 
@@ -124,8 +146,10 @@ def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
     ------
     NotFoundError
         A file is missing.
-    WeightsError
-        The index of a sharded model is invalid.
+    DataError
+        A file is a pointer of git-lfs, or the index of a sharded model is invalid.
+    StorageError
+        A file or its folder cannot be read.
     """
     config = source.need(CONFIG)
     tokenizer: dict[str, Path] = {}

@@ -30,8 +30,9 @@ from gptx.errors import (
     ParameterError,
     StorageError,
 )
+from gptx.hub.connection import explain, status_of
 from gptx.hub.download import download
-from gptx.hub.errors import NotResumableError, is_storage_fault, reason, status_of
+from gptx.hub.errors import NotResumableError, is_storage_fault, not_stored
 from gptx.hub.staging import remove, staging
 
 PREFIX = "openai:"
@@ -174,10 +175,6 @@ def _translate(error: Exception, url: str, folder: Path) -> GptxError:
             f"{url} is refused (HTTP status {status}): choose another server with GPTX_OPENAI_URL"
         )
     if is_storage_fault(error):
-        return StorageError(
-            f"cannot store {url} in {folder} ({error.strerror or error}): free space there, or "
-            "choose another folder with HF_HOME"
-        )
-    return HubUnavailableError(
-        f"{url} was not delivered ({reason(error)}): check the connection and try again"
-    )
+        return not_stored(url, folder, error)
+    fault = explain(error, url)
+    return HubUnavailableError(f"{url} was not delivered ({fault.reason}): {fault.remedy}")

@@ -23,6 +23,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from gptx.files import check_replaceable
 from gptx.hub.staging import staging
+from gptx.model_files import CONFIG, WEIGHT_FILES
 
 
 class RepositoryCache:
@@ -50,8 +51,23 @@ class RepositoryCache:
         found = self._load(filename, revision)
         return found is not None and not isinstance(found, str)
 
+    def has_weights(self, revision: str) -> bool:
+        """Test for the weights of a revision; of shards, for their index."""
+        return any(self.find(name, revision) for name in WEIGHT_FILES)
+
+    def complete_commits(self) -> list[str]:
+        """List the commits with a config and weights."""
+        with suppress(OSError):
+            names = os.listdir(self._folder / "snapshots")
+            return [name for name in names if self.find(CONFIG, name) and self.has_weights(name)]
+        return []
+
     def _load(self, filename: str, revision: str) -> object:
-        return try_to_load_from_cache(self._repository, filename, self.root, revision)
+        found = try_to_load_from_cache(self._repository, filename, self.root, revision)
+        if found is None:  # also for a folder without permissions: let the system name it
+            with suppress(FileNotFoundError):
+                (self._folder / "snapshots" / revision / filename).stat()
+        return found
 
     def mark_missing(self, filename: str, commit: str) -> None:
         """Mark that a commit lacks a file, which saves the next request."""
@@ -87,10 +103,16 @@ class RepositoryCache:
         """Return the hash in the name of the blob that a snapshot links to."""
         return Path(os.readlink(path)).name
 
-    def write_ref(self, revision: str, commit: str) -> None:
-        """Store the commit of a branch or a tag, atomically."""
+    def write_ref(self, revision: str, commit: str, *, move: bool = True) -> None:
+        """Store the commit of a branch or a tag, atomically.
+
+        Parameters
+        ----------
+        move
+            Replace the commit of an existing ref.
+        """
         ref = self._folder / "refs" / revision
-        if not (ref.is_file() and ref.read_text(encoding="utf-8") == commit):
+        if not (ref.is_file() and (not move or ref.read_text(encoding="utf-8") == commit)):
             with _replacement(ref) as new:
                 new.write_text(commit, encoding="utf-8")
 

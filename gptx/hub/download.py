@@ -16,7 +16,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
 )
 
 from gptx._version import __version__
-from gptx.hub.errors import NotResumableError, is_connection_fault, status_of
+from gptx.hub.connection import is_connection_fault, status_of
+from gptx.hub.errors import NotResumableError
 
 CHUNK_BYTES = 1 << 16
 MAX_FAILURES = 5  # in a row, without a byte between them

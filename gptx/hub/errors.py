@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -18,9 +17,10 @@ from gptx.errors import (
     NotFoundError,
     StorageError,
 )
+from gptx.hub.connection import certificate_problem, explain, is_connection_fault, status_of
 
-# huggingface_hub has used requests, httpx and httpx2. Their errors have no common base.
-_HTTP_LIBRARIES = ("httpx", "httpcore", "h11", "requests", "urllib3")
+EMBEDDED_HINT = "-m shakespeare, which needs none"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NoSuchFileError(NotFoundError):
@@ -87,28 +87,20 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
     if isinstance(error, errors.EntryNotFoundError) or status in (404, 410):
         return no_such_file(subject)
     if is_storage_fault(error):
-        return StorageError(
-            f"cannot store {subject} in {constants.HF_HUB_CACHE} ({error.strerror or error}): free "
-            "space there, or choose another folder with HF_HOME"
-        )
+        return not_stored(subject, constants.HF_HUB_CACHE, error)
+    fault = explain(error, hub)
     return HubUnavailableError(
-        f"{hub} did not deliver {subject} ({reason(error)}): check the connection and try again, "
-        "or use a cached model offline"
+        f"{hub} did not deliver {subject} ({fault.reason}): {fault.remedy}, or use a cached model "
+        f"offline, or {EMBEDDED_HINT}"
     )
 
 
-def status_of(error: Exception) -> int | None:
-    """Return the HTTP status of an error, None if it has none."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def is_connection_fault(error: Exception) -> bool:
-    """Test for a failed connection, without an HTTP status."""
-    if status_of(error) is not None:
-        return False
-    origins = [kind.__module__ for kind in type(error).__mro__]
-    return isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)) or any(
-        origin.startswith(_HTTP_LIBRARIES) for origin in origins
+def not_stored(subject: str, folder: object, error: OSError) -> StorageError:
+    """Make the error for a cache that refuses a file."""
+    remedy = "free space there" if error.errno in _DISK_FULL else "allow reading and writing there"
+    return StorageError(
+        f"cannot store {subject} in {folder} ({error.strerror or error}): {remedy}, or choose "
+        "another folder with HF_HOME"
     )
 
 
@@ -119,14 +111,5 @@ def is_storage_fault(error: Exception) -> TypeGuard[OSError]:
         and error.errno is not None
         and status_of(error) is None
         and not is_connection_fault(error)
+        and certificate_problem(error) is None
     )
-
-
-def reason(error: Exception) -> str:
-    """Describe a connection error in at most 250 characters, without the token."""
-    if (status := status_of(error)) is not None:
-        return f"HTTP status {status}"
-    text = " ".join(str(error).split())
-    if not text or "Bearer" in text:  # the HTTP library quotes an invalid header
-        return type(error).__name__
-    return f"{type(error).__name__}: {text[:200]}"

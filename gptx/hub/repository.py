@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in __all__
     validate_repo_id,
 )
@@ -24,10 +24,13 @@ from gptx.errors import (
     IntegrityError,
     NotFoundError,
     StorageError,
+    argument,
 )
+from gptx.hub.authorization import check_token, find_token
 from gptx.hub.cache import RepositoryCache
 from gptx.hub.download import download
 from gptx.hub.errors import (
+    EMBEDDED_HINT,
     NoSuchFileError,
     NotResumableError,
     no_such_file,
@@ -36,8 +39,10 @@ from gptx.hub.errors import (
 )
 from gptx.hub.staging import remove
 from gptx.hub.verify import matches
+from gptx.model_files import CONFIG
 
 METADATA_ATTEMPTS = 3
+MAX_NAMED_COMMITS = 3
 RETRY_SECONDS = 1
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -67,6 +72,8 @@ class Repository:
         None for `HF_TOKEN` or the saved login.
     verify_cached
         Also hash files that are in the cache.
+    former_name
+        Hub id that the repository had before, and that its cache may still have.
 
     Attributes
     ----------
@@ -80,18 +87,28 @@ class Repository:
     """
 
     def __init__(
-        self, name: str, revision: str, offline: bool, token: str | None, verify_cached: bool
+        self,
+        name: str,
+        revision: str,
+        offline: bool,
+        token: str | None,
+        verify_cached: bool,
+        former_name: str | None = None,
     ) -> None:
+        check_token(token)
         self.name = name
         self.revision = self._requested = revision
         self._token, self._verify_cached = token, verify_cached
         self._offline = offline or constants.HF_HUB_OFFLINE
-        self._cache = RepositoryCache(name)
+        self._caches = [RepositoryCache(known) for known in (name, former_name) if known]
         self._metadata: dict[str, FileMetadata] = {}
         self._hub_answered = False
         self._downloaded = False
         self._hub_error: HubUnavailableError | None = None
+        with self._translated("config.json"):
+            self._cache = self._best_cache(revision)
         self.revision = self._resolve()
+        self._cache = self._best_cache(self.revision)
 
     def find(self, filename: str) -> Path | None:
         """Return the path of an optional file, None if the repository lacks it."""
@@ -136,16 +153,25 @@ class Repository:
     def write_ref(self) -> None:
         """Store the commit of the branch or tag in the cache.
 
-        The caller does this last: a ref leads only to a commit with all files cached.
+        The caller does this last. A ref moves only to a commit with its weights; without them
+        another commit may be complete.
         """
         if self._requested == self.revision or not self._hub_answered:
             return
         try:
             with self._translated("the ref"):
-                self._cache.write_ref(self._requested, self.revision)
+                complete = self._cache.has_weights(self.revision)
+                self._cache.write_ref(self._requested, self.revision, move=complete)
         except StorageError:
             if self._downloaded:  # else all files were cached, and the cache may be read-only
                 raise
+
+    def _best_cache(self, revision: str) -> RepositoryCache:
+        """Return the first cache with the weights of a revision, or else with its config."""
+        return max(
+            self._caches,
+            key=lambda cache: (cache.has_weights(revision), bool(cache.find(CONFIG, revision))),
+        )
 
     def _resolve(self) -> str:
         """Return the commit of the revision: from the Hub, or else from the cache."""
@@ -162,7 +188,7 @@ class Repository:
                 metadata = self._request_metadata("config.json", attempts)
             except HubUnavailableError as error:
                 if path is None:
-                    raise
+                    raise HubUnavailableError(f"{error.message}{self._other_commits()}") from error
                 self._hub_error = error
             else:
                 return self._path_component(metadata.commit, "config.json")
@@ -265,9 +291,9 @@ class Repository:
         return hf_hub_url(self.name, filename, revision=self.revision)
 
     def _authorization(self) -> str | None:
-        if self._token or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
             return self._token
-        return get_token()
+        return find_token(self._token)
 
     def _translated(self, filename: str) -> AbstractContextManager[None]:
         return translated(self.name, self._requested, filename)
@@ -278,8 +304,17 @@ class Repository:
     def _not_cached(self, filename: str) -> NoSuchFileError:
         return NoSuchFileError(
             f"{self._describe(filename)} is not in the cache {self._cache.root}, and gptx is "
-            f"offline: run `gptx download {self.name}` with a connection first"
+            f"offline: run `gptx download {self.name}` with a connection first, or use "
+            f"{EMBEDDED_HINT}{self._other_commits()}"
         )
+
+    def _other_commits(self) -> str:
+        """Name the commits that are complete in the cache, for an error about another one."""
+        commits = {name for cache in self._caches for name in cache.complete_commits()}
+        if not (others := sorted(commits - {self.revision})):
+            return ""
+        named = " and ".join(others[:MAX_NAMED_COMMITS])
+        return f"; the cache has commit {named}: give {argument('revision', others[0])}"
 
 
 def is_repository_name(name: str) -> bool:

@@ -22,6 +22,8 @@ ALIASES: dict[str, str] = {
     **{size: f"openai-community/{name}" for name, size in _OPENAI_SIZES.items()},
     "distilgpt2": "distilbert/distilgpt2",
 }
+# Hub ids from before names had owners: the cache of other tools may have them.
+FORMER_NAMES = {repo: name for name, repo in ALIASES.items() if repo.endswith(f"/{name}")}
 
 # No "..", no slash at an end: a revision becomes a path in the cache.
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s\\:\0]+(?<!/)")
@@ -118,30 +120,39 @@ def find_source(
     if looks_like_path or not isinstance(model, str):
         raise NotFoundError(f"folder {name!r} does not exist, expected {_expected()}")
     _check_revision(revision)
-    _check_token(token)
 
     with importing_hub():
         from gptx.hub.repository import Repository, is_repository_name
     repository = ALIASES.get(name, name)
     if not is_repository_name(repository):
         raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
-    return Repository(repository, revision or "main", offline, token or None, verify_cached)
+    former = FORMER_NAMES.get(repository)
+    return Repository(repository, revision or "main", offline, token or None, verify_cached, former)
+
+
+def local_path(model: str | os.PathLike[str]) -> Path | None:
+    """Return the existing file or folder that `model` names; None for any other name.
+
+    An embedded name is not a path, nor is an alias beside a file of that name. The common prefix of
+    the files of OpenAI's checkpoint names it; the path is that of its index.
+    """
+    try:
+        name = os.fspath(model)
+        path = Path(os.path.expanduser(name))
+        if isinstance(model, str) and name in EMBEDDED:
+            return None
+        if path.is_dir() or (path.exists() and not (isinstance(model, str) and name in ALIASES)):
+            return path
+        index = Path(f"{path}.index")
+        return index if index.is_file() else None
+    except (TypeError, ValueError):  # no name of a file
+        return None
 
 
 def _check_revision(revision: str | None) -> None:
     if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
         raise ParameterError(
             f"{argument('revision')} is {revision!r}, expected a branch, a tag or a commit hash"
-        )
-
-
-def _check_token(token: str | None) -> None:
-    if token is not None and not isinstance(token, str):
-        raise ParameterError(f"{argument('token')} is a {type(token).__name__}, expected a string")
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ParameterError(
-            f"{argument('token')} contains a space, a line end or a non-ASCII character: copy it "
-            "again"
         )
 
 

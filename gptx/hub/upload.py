@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in __all__
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -22,7 +22,9 @@ from gptx.errors import (
     ParameterError,
     StorageError,
 )
-from gptx.hub.errors import is_storage_fault, reason, status_of
+from gptx.hub.authorization import find_token
+from gptx.hub.connection import explain, status_of
+from gptx.hub.errors import is_storage_fault
 from gptx.hub.repository import is_repository_name
 
 
@@ -97,7 +99,7 @@ def check_repository(repository: str, *, token: str | None = None) -> str:
     if repository.count("/") != 1 or not is_repository_name(repository):
         raise ParameterError(f"repository is {repository!r}, expected OWNER/NAME")
     with _translated(f"files to {repository}", repository):
-        found = token or get_token()
+        found = find_token(token)
     if not found:
         raise AuthorizationError(
             f"{constants.ENDPOINT} accepts no uploads without a token: run `hf auth login`, or set "
@@ -169,10 +171,9 @@ def _translate(error: Exception, subject: str, repository: str) -> GptxError:
             f"cannot upload {subject} ({origin.strerror or origin}): expected readable files"
         )
     message = " ".join(str(getattr(origin, "server_message", None) or "").split())[:200]
-    details = reason(origin) + (f": {message}" if message else "")
-    return HubUnavailableError(
-        f"{hub} did not accept {subject} ({details}): check the connection and try again"
-    )
+    fault = explain(origin, hub)
+    details = fault.reason + (f": {message}" if message else "")
+    return HubUnavailableError(f"{hub} did not accept {subject} ({details}): {fault.remedy}")
 
 
 def _origin(error: Exception) -> Exception:

@@ -11,14 +11,9 @@ import pytest
 from huggingface_hub import get_session
 
 from gptx.errors import HubUnavailableError, StorageError
+from gptx.hub.connection import is_connection_fault, reason
 from gptx.hub.download import _is_transient
-from gptx.hub.errors import (
-    NotResumableError,
-    is_connection_fault,
-    is_storage_fault,
-    reason,
-    translated,
-)
+from gptx.hub.errors import NotResumableError, is_storage_fault, translated
 from tests.support.hub import hub_settings
 
 CONNECTION = [ConnectionResetError(), TimeoutError(), ssl.SSLError()]
