@@ -97,17 +97,35 @@ class TokenGenerator:
         self._rows = list(range(len(prompts)))  # index of the prompt of each row of the batch
         self._finished: set[int] = set()
         self._cache = cache
+        self._batch: Batch | None = None
+        self._row: list[int] = []  # tokens of the first row
+        self._n_cached = 0  # number of them that its cache has, also after an interrupt
 
     def finish(self, sequence: int) -> None:
         """End a sequence: the next step leaves it out."""
         self._finished.add(sequence)
+
+    def cache(self) -> KVCache | None:
+        """Return a KV cache of the only sequence, of all tokens read so far; None before that.
+
+        It holds the prompt and the output, without the newest token. After an interrupt, too.
+        """
+        n = self._n_cached
+        if self._batch is None or n == 0:
+            return None
+        with self.model.backend.scope():
+            cache = self._batch.cache.prefix(n, n)
+        cache.tokens = [self._row[:n]]
+        return cache
 
     def __iter__(self) -> Iterator[list[Token]]:
         windows = [list(ids) for ids in self.prompts]  # tokens of the cache, and the newest token
         backend = self.model.backend
         start = time.perf_counter()
         with backend.scope():
-            batch = Batch(self.model, self.params, windows, self.streams, logprobs=self.logprobs)
+            self._batch = batch = Batch(
+                self.model, self.params, windows, self.streams, logprobs=self.logprobs
+            )
             tokens = batch.prefill(windows, self._capacity(windows), self._cache)
         self._cache = None
         while True:
@@ -117,6 +135,7 @@ class TokenGenerator:
                 ids, logprobs = batch.read(tokens)
             if min(ids) < 0:
                 raise non_finite_error(self.model)
+            self._row, self._n_cached = windows[0], len(windows[0])
             if not self.prefill_seconds:
                 self.prefill_seconds = time.perf_counter() - start
             yield [
@@ -136,6 +155,7 @@ class TokenGenerator:
                     tokens = batch.keep(kept, tokens)
                 if max(map(len, windows)) > self.model.config.n_positions:
                     windows = [self._slide(window) for window in windows]
+                    self._n_cached = 0
                     tokens = batch.prefill(windows, self._capacity(windows))
                 elif ahead is None:
                     tokens = batch.decode(tokens)

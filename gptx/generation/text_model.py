@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Unpack, cast, overload
@@ -236,8 +236,17 @@ def generate_checked(
     return results[0] if single else [results[i] for i in range(len(prompts))]
 
 
-def stream_checked(model: Model, prompts: list[Prompt], options: CheckedOptions) -> Chunks:
-    """Check prompts, and return the chunks of all their continuations, batch by batch."""
+def stream_checked(
+    model: Model,
+    prompts: list[Prompt],
+    options: CheckedOptions,
+    keep_cache: Callable[[KVCache], None] | None = None,
+) -> Chunks:
+    """Check prompts, and return the chunks of all their continuations, batch by batch.
+
+    At the end, also after an error or an interrupt, `keep_cache` gets a KV cache of a single prompt
+    and its output, unless the model has read none of them.
+    """
     if not prompts:
         raise PromptError("missing prompt: give at least one")
     if options.cache is not None:
@@ -267,7 +276,20 @@ def stream_checked(model: Model, prompts: list[Prompt], options: CheckedOptions)
             Continuation(first + i, prompt, len(used), tokenizer, options.stop, run)
             for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
         ]
-    return _chunks(runs, outputs)
+    chunks = _chunks(runs, outputs)
+    return chunks if keep_cache is None else _keeping_cache(model, chunks, runs[0], keep_cache)
+
+
+def _keeping_cache(
+    model: Model, chunks: Chunks, run: TokenGenerator, keep: Callable[[KVCache], None]
+) -> Chunks:
+    try:
+        yield from chunks
+    finally:
+        cache = run.cache()
+        if cache is not None:
+            cache.fingerprint = model.fingerprint
+            keep(cache)
 
 
 def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:

@@ -261,3 +261,35 @@ def test_a_decode_step_is_two_calls_to_the_backend(
     run = TokenGenerator(model.gpt2, [[1, 2], [3]], WARM, max_tokens=6, logprobs=logprobs)
     list(run)
     assert sorted(calls) == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]
+
+
+def test_the_cache_of_a_run_has_what_the_model_has_read(backend: Backend) -> None:
+    """At each step; the newest token is not in it."""
+    model = make_model(CASES["tiny"], backend)
+    tokens = [3, 1, 2]
+    run = TokenGenerator(model.gpt2, [tokens], SamplingParams(), max_tokens=4)
+    assert run.cache() is None
+    for [token] in run:
+        cache = run.cache()
+        assert cache is not None
+        assert cache.tokens == [tokens]
+        again = KVCache(model.config, backend, 1, len(tokens))
+        with backend.scope():
+            next_token_logits(model.gpt2, [tokens], again)
+        for x, y in zip(cache.keys + cache.values, again.keys + again.values, strict=True):
+            found, expected = backend.to_numpy(x), backend.to_numpy(y)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert token.id is not None
+        tokens = [*tokens, token.id]
+    assert len(tokens) == 7
+
+
+def test_the_cache_after_a_slide_has_the_newer_half(counting: Transformer) -> None:
+    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=30, overflow="slide")
+    ids = [0] * 60 + [step[0].id for step in run]
+    cache = run.cache()
+    assert cache is not None
+    assert cache.tokens is not None
+    n = len(cache.tokens[0])
+    assert cache.tokens[0] == ids[-n - 1 : -1]
+    assert n < len(ids) - 1
