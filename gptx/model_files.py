@@ -15,7 +15,7 @@ from typing import Protocol
 
 from gptx.errors import GptxError, NotFoundError, StorageError, WeightsError
 from gptx.lfs_pointer import check_content
-from gptx.tokenization.files import FILES as TOKENIZER
+from gptx.tokenization.finding import find_tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,7 +43,7 @@ class ModelFiles:
         The weights file, or its shards in the order of the index; empty if not requested. The
         format is that of `WEIGHTS`, or of `TORCH_WEIGHTS` in a place without the former.
     tokenizer
-        Name -> path, of those of tokenizer.json, vocab.json and merges.txt that exist.
+        Name -> path, of the files of the tokenizer; empty without a vocabulary.
     revision
         Commit hash of a Hub snapshot; None for an embedded model or a folder.
     """
@@ -152,12 +152,8 @@ def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
         A file or its folder cannot be read.
     """
     config = source.need(CONFIG)
-    tokenizer: dict[str, Path] = {}
-    for name in TOKENIZER:
-        if "tokenizer.json" in tokenizer and source.revision is not None:
-            break  # the other two files have the same contents: do not download them
-        if path := source.find(name):
-            tokenizer[name] = path
+    # Vocabularies of several forms have the same contents: of the Hub's files, one is enough.
+    tokenizer = find_tokenizer(source.find, all_forms=source.revision is None)
     return ModelFiles(
         name=source.name,
         folder=config.parent,

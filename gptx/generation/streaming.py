@@ -9,7 +9,6 @@ from typing import cast
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.options import Prompt
 from gptx.generation.results import Chunk, FinishReason, Result, Token
-from gptx.tokenization.decoder import TextDecoder
 from gptx.tokenization.protocol import Tokenizer
 
 
@@ -22,8 +21,8 @@ class Continuation:
         Index of the prompt in the request.
     prompt
         The prompt as given.
-    prompt_tokens
-        Number of its tokens after truncation.
+    prompt_ids
+        Its token ids after truncation.
     tokenizer
         None for a model without a tokenizer: the continuation then has no text.
     stop
@@ -36,15 +35,16 @@ class Continuation:
         self,
         sequence: int,
         prompt: Prompt,
-        prompt_tokens: int,
+        prompt_ids: Sequence[int],
         tokenizer: Tokenizer | None,
         stop: list[str],
         run: TokenGenerator,
     ) -> None:
         self._sequence = sequence
         self._prompt = prompt
-        self._prompt_tokens = prompt_tokens
-        self._decoder = tokenizer and TextDecoder(tokenizer)
+        self._prompt_tokens = len(prompt_ids)
+        self._decoder = tokenizer and tokenizer.decoder(prompt_ids)
+        self._has_space = tokenizer is not None and _loses_space(prompt, prompt_ids, tokenizer)
         self._stop = StopFinder(stop)
         self._run = run
         self._pieces: list[tuple[int | None, float | None, str]] = []  # token id, logprob, text
@@ -58,15 +58,23 @@ class Continuation:
         reason = token.finish_reason
         text = ""
         if token.id is not None and self._decoder:
-            text = self._stop.feed(self._decoder.feed(token.id))
+            text = self._stop.feed(self._after_prompt(self._decoder.feed(token.id)))
         if reason and self._decoder:
-            text += self._stop.feed(self._decoder.finish()) + self._stop.finish()
+            rest = self._after_prompt(self._decoder.finish())
+            text += self._stop.feed(rest) + self._stop.finish()
         if self._stop.found:
             reason = "stop"
         self._pieces.append((token.id, token.logprob, text))  # one call: Ctrl-C cannot split it
         if reason:
             self._result = self.result(reason)
         return Chunk(text, token.id, token.logprob, self._sequence, reason, self._result)
+
+    def _after_prompt(self, text: str) -> str:
+        """Leave out the space before the first word if the prompt already has it."""
+        if text and self._has_space:
+            self._has_space = False
+            return text.removeprefix(" ")
+        return text
 
     def result(self, reason: FinishReason) -> Result:
         """Return the result so far; `reason` is its finish reason if it has none yet."""
@@ -90,6 +98,12 @@ class Continuation:
             time_to_first_token=prefill_seconds,
             peak_memory=self._run.model.backend.peak_memory(),
         )
+
+
+def _loses_space(prompt: Prompt, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Test for a space at the end of a prompt that its tokens do not have, as in WordPiece."""
+    ends = isinstance(prompt, str) and prompt[-1:].isspace()
+    return ends and not tokenizer.decode(ids)[-1:].isspace()
 
 
 class StopFinder:

@@ -1,23 +1,72 @@
-"""Incremental decoding: tokens one by one -> text."""
+"""Decoders of a stream of tokens: tokens one by one -> text that no later token changes."""
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable, Sequence
 
-from gptx.tokenization.protocol import Tokenizer
 
+class Utf8Decoder:
+    """A decoder of tokens that are bytes; it holds a character back until it has all its bytes.
 
-class TextDecoder:
-    """A decoder of a stream of tokens; it holds a character back until it has all its bytes."""
+    Parameters
+    ----------
+    token_bytes
+        Function from a token id to bytes.
+    """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, id: int) -> str:
-        """Return the text that a token completes, possibly empty."""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
+        return self._utf8.decode(self._token_bytes(id))
 
     def finish(self) -> str:
-        """Return U+FFFD for an incomplete character at the end, else the empty string."""
         return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """A decoder of tokens whose text depends on the start of the text and on tokens beside them.
+
+    It decodes new tokens after the tokens before them, and returns the text that they add. An
+    example is WordPiece: a word is its tokens after a space, except at the start.
+
+    Parameters
+    ----------
+    decode
+        Function from token ids to text.
+    is_open
+        Function that tests for a token whose text may depend on the next one.
+    prompt
+        Token ids before the stream.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        is_open: Callable[[int], bool],
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self._decode = decode
+        self._is_open = is_open
+        self._pending: list[int] = []
+        end = len(prompt)
+        while end and is_open(prompt[end - 1]):
+            end -= 1
+        start = end
+        while start and not decode(prompt[start:end]):
+            start -= 1
+        # Tokens with text: those after them are not at the start of a text.
+        self._context = list(prompt[start:end])
+
+    def feed(self, id: int) -> str:
+        self._pending.append(id)
+        return "" if self._is_open(id) else self.finish()
+
+    def finish(self) -> str:
+        pending, self._pending = self._pending, []
+        before = self._decode(self._context)
+        text = self._decode(self._context + pending)[len(before) :]
+        self._context = pending if self._decode(pending) else self._context + pending
+        return text

@@ -10,18 +10,32 @@ from typing import Any
 
 from gptx.errors import PromptError, TokenizerError
 from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
-from gptx.tokenization.files import FILES
+from gptx.tokenization.decoder import Utf8Decoder, WindowDecoder
+from gptx.tokenization.decoder_steps import Step, is_local, steps_of
+from gptx.tokenization.files import TOKENIZER
+from gptx.tokenization.finding import find_tokenizer
+from gptx.tokenization.library import component, library_tokenizer, mark_special
+from gptx.tokenization.protocol import TextDecoder
+from gptx.tokenization.settings import read_settings
 
 
 class PipelineTokenizer:
-    """GPT-2's byte-level BPE, run by the `tokenizers` library.
+    """A tokenizer of normalizer, pre-tokenizer, vocabulary and decoder, as in a tokenizer.json.
+
+    The ids are those that transformers gives for the same files, without the tokens that a
+    post-processor adds. A token that only tokenizer_config.json names gets no new id.
 
     Parameters
     ----------
     files
-        Name -> path, of "tokenizer.json", or of "vocab.json" and "merges.txt".
+        Name -> path, of the files in `gptx.tokenization.files.FILES`.
     definition
         Contents of a tokenizer.json, in place of files.
+
+    Attributes
+    ----------
+    settings
+        Settings beside the vocabulary.
 
     Raises
     ------
@@ -32,6 +46,7 @@ class PipelineTokenizer:
     def __init__(self, files: Mapping[str, Path], *, definition: str | None = None) -> None:
         self._files = dict(files)
         self._definition = definition
+        self.settings = read_settings(self._files)
         self._ordinary = self._read()
         # By default the library finds special tokens in any text.
         self._ordinary.encode_special_tokens = True
@@ -39,7 +54,7 @@ class PipelineTokenizer:
     @classmethod
     def of_folder(cls, folder: Path) -> PipelineTokenizer | None:
         """Read the tokenizer of a folder; None if the folder has none."""
-        files = {name: folder / name for name in FILES if (folder / name).is_file()}
+        files = find_tokenizer(lambda name: path if (path := folder / name).is_file() else None)
         return cls(files) if files else None
 
     @classmethod
@@ -87,30 +102,21 @@ class PipelineTokenizer:
         return cls({}, definition=json.dumps(definition))
 
     def _read(self) -> Any:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer
 
         try:
-            path = self._files.get("tokenizer.json")
-            if path or self._definition is not None:
-                tokenizer = (
-                    Tokenizer.from_file(str(path))
-                    if self._definition is None
-                    else Tokenizer.from_str(self._definition)
-                )
-                tokenizer.no_padding()
-                tokenizer.no_truncation()
-                return _with_special_end(tokenizer)
-            vocab, merges = self._files["vocab.json"], self._files["merges.txt"]
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            return _with_special_end(tokenizer)
-        except KeyError as error:
-            raise TokenizerError(
-                f"{error} is missing: expected tokenizer.json, or vocab.json and merges.txt"
-            ) from None
+            if self._definition is None:
+                tokenizer = library_tokenizer(self._files, self.settings)
+            else:
+                tokenizer = Tokenizer.from_str(self._definition)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            mark_special(tokenizer, END_OF_TEXT)
+            return tokenizer
+        except TokenizerError:
+            raise
         except Exception as error:  # the library raises bare Exceptions
-            read = ["tokenizer.json"] if "tokenizer.json" in self._files else self._files
+            read = [TOKENIZER] if TOKENIZER in self._files else self._files
             names = " and ".join(str(self._files[name]) for name in read) or "the vocabulary"
             raise TokenizerError(
                 f"{names} cannot be read as a tokenizer ({error}): fetch the model again"
@@ -146,33 +152,54 @@ class PipelineTokenizer:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        if self.has_bytes:
+            return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        known = [id for id in ids if 0 <= id < 2**32]
+        return str(self._ordinary.decode(known, skip_special_tokens=False))
+
+    def decoder(self, prompt: Sequence[int] = ()) -> TextDecoder:
+        if self.has_bytes:
+            return Utf8Decoder(self.token_bytes)
+        if is_local(self._decoder_steps):
+            return WindowDecoder(self.decode, self._is_open, prompt)
+        return WindowDecoder(self.decode, lambda id: True)  # text at the end only
+
+    @cached_property
+    def has_bytes(self) -> bool:
+        """True if the tokens are bytes, and a text is their sequence in UTF-8."""
+        if steps := self._decoder_steps:
+            return [step["type"] for step in steps] == ["ByteLevel"]
+        return component(self._ordinary.pre_tokenizer).get("type") == "ByteLevel"
+
+    @cached_property
+    def _decoder_steps(self) -> list[Step]:
+        return steps_of(component(self._ordinary.decoder))
+
+    def _token(self, id: int) -> str | None:
+        """Return a token; None for no id, or one that only pads the vocabulary of the model."""
+        return self._ordinary.id_to_token(id) if 0 <= id < 2**32 else None
+
+    def _is_open(self, id: int) -> bool:
+        """Test for a byte of ByteFallback, or an id without a token, which may be among bytes."""
+        token = self._token(id)
+        return token is None or (len(token) == 6 and token.startswith("<0x"))
 
     def token_bytes(self, id: int) -> bytes:
-        token = self._ordinary.id_to_token(id) if 0 <= id < 2**32 else None
-        if token is None:  # no id, or one that only pads the vocabulary of the model
+        token = self._token(id)
+        if not self.has_bytes:
+            raise TokenizerError(
+                f"token {id} is {token!r}, which has no bytes of its own: expected a byte-level "
+                "BPE, as that of GPT-2"
+            )
+        if token is None:
             return b""
         if id in self._added:
             return token.encode()
         try:
             return bytes(byte_of_letter()[letter] for letter in token)
-        except KeyError:
-            raise TokenizerError(f"token {id} is {token!r}, which is not byte-level BPE") from None
+        except KeyError:  # as in the library
+            return token.encode()
 
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._ordinary.get_added_tokens_decoder())
-
-
-def _with_special_end(tokenizer: Any) -> Any:
-    """Make `<|endoftext|>` a special token, which some files do not.
-
-    Without that, it is found in any text.
-    """
-    from tokenizers import AddedToken
-
-    id = tokenizer.token_to_id(END_OF_TEXT)
-    added = tokenizer.get_added_tokens_decoder().get(id)
-    if id is not None and (added is None or not added.special):
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
-    return tokenizer

@@ -15,6 +15,7 @@ from gptx.generation.results import Chunk, FinishReason, Score, Token
 from gptx.generation.streaming import Continuation, StopFinder
 
 # Stop strings
+from gptx.tokenization.decoder import Utf8Decoder
 
 
 def until_stop(pieces: list[str], stop: list[str]) -> str:
@@ -125,6 +126,9 @@ class Words:
     def token_bytes(self, id: int) -> bytes:
         return self.words[id]
 
+    def decoder(self, prompt: Sequence[int] = ()) -> Utf8Decoder:
+        return Utf8Decoder(self.token_bytes)
+
 
 def make_continuation(
     *words: bytes, stop: Sequence[str] = (), logprobs: bool = False
@@ -135,7 +139,7 @@ def make_continuation(
         params=SimpleNamespace(seed=7),
         model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
     )
-    return Continuation(0, "prompt", 10, Words(*words) if words else None, list(stop), run)
+    return Continuation(0, "prompt", [0] * 10, Words(*words) if words else None, list(stop), run)
 
 
 def add_all(

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptx.tokenization.decoder import TextDecoder
+from gptx.tokenization.decoder import Utf8Decoder
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.tokenization.vocabularies import TEXTS, random_ids
 
 
 def pieces_of(tokenizer: PipelineTokenizer, ids: list[int]) -> list[str]:
-    decoder = TextDecoder(tokenizer)
+    decoder = tokenizer.decoder()
     return [*map(decoder.feed, ids), decoder.finish()]
 
 
@@ -41,23 +41,8 @@ def test_pieces_of_any_ids(tokenizer: PipelineTokenizer, numbers: list[int], sho
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-class ByteTokenizer:
-    """A tokenizer of bytes, which splits every character of more than one byte."""
-
-    vocab_size = 256
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-    def token_bytes(self, id: int) -> bytes:
-        return bytes([id])
-
-
 def test_a_character_comes_with_its_last_byte() -> None:
-    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    decoder = Utf8Decoder(lambda byte: bytes([byte]))
     pieces = [decoder.feed(byte) for byte in "aé€😀".encode()]
     assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀"]
     assert decoder.finish() == ""
@@ -73,5 +58,5 @@ def test_a_character_comes_with_its_last_byte() -> None:
     ],
 )
 def test_bytes_that_are_not_utf_8(data: bytes, pieces: list[str]) -> None:
-    decoder = TextDecoder(ByteTokenizer())  # type: ignore[arg-type]
+    decoder = Utf8Decoder(lambda byte: bytes([byte]))
     assert [*map(decoder.feed, data), decoder.finish()] == pieces

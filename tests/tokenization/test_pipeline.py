@@ -236,14 +236,22 @@ def test_a_path_without_a_file(tmp_path: Path) -> None:
         PipelineTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
 
 
-def test_a_vocabulary_that_is_not_byte_level(tmp_path: Path) -> None:
+def test_tokens_that_are_not_bytes(tmp_path: Path) -> None:
     model = {"type": "WordLevel", "vocab": {"hello": 0, "你好": 1}, "unk_token": "hello"}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     tokenizer = PipelineTokenizer({"tokenizer.json": path})
-    assert tokenizer.token_bytes(0) == b"hello"
-    with pytest.raises(TokenizerError, match="token 1 is '你好', which is not byte-level BPE"):
-        tokenizer.decode([1])
+    assert tokenizer.decode([0, 1, 7, -1, 2**40]) == "hello 你好"
+    for id in (0, 1, 7):
+        with pytest.raises(TokenizerError, match=f"token {id} is .*no bytes of its own"):
+            tokenizer.token_bytes(id)
+
+
+def test_a_token_that_is_not_in_the_alphabet_of_bytes() -> None:
+    vocab = byte_of_letter() | {"你好": 256}
+    tokenizer = PipelineTokenizer.of_vocabulary(vocab, [])
+    assert tokenizer.token_bytes(256).decode() == "你好"
+    assert tokenizer.decode([104, 256]) == "h你好"
 
 
 def test_padding_and_truncation_of_the_file_are_not_applied(tmp_path: Path) -> None:
