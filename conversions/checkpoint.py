@@ -27,6 +27,7 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 
 Array = np.ndarray
 
+NO_TOKENIZER_NOTE = "the file has no tokenizer: give the tokenizer of the model's data"
 HEAD_DIM = 64  # D of all of OpenAI's models: assumed for a format that has no number of heads
 
 

@@ -9,7 +9,8 @@ module has
   raises nothing;
 - `read(path, config=None) -> Checkpoint`, if it reads: the tensors are read later, one by one;
 - `write(checkpoint, path, **options)`, if it writes: to a path that does not exist, or into an
-  empty folder. `convert` then puts the output in its place atomically.
+  empty folder. `convert` then puts the output in its place atomically. It may return notes: what
+  the format cannot represent, one sentence each.
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from gptx.embedded import EMBEDDED
-from gptx.errors import DataError, NotFoundError, StorageError, TokenizerError, WeightsError
+from gptx.errors import (
+    DataError,
+    NotFoundError,
+    ParameterError,
+    StorageError,
+    TokenizerError,
+    WeightsError,
+    argument,
+)
 
 if TYPE_CHECKING:
     from gptx.config import GPT2Config
     from gptx.conversions.checkpoint import Checkpoint
+    from gptx.tokenization.pipeline import PipelineTokenizer
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZED_TYPES = ("int8", "int4")
+OPENAI = "openai:"  # before the size of one of OpenAI's own models
 
 
 @dataclass(frozen=True)
@@ -129,18 +139,53 @@ def detect(path: Path) -> str:
     StorageError
         It cannot be read.
     """
+    if name := find_format(path):
+        return name
+    if path.is_file() and path.stat().st_size == 0:
+        raise WeightsError(f"{path} is an empty file: fetch it again")
+    if program := _program_of(path):
+        raise WeightsError(f"{path} is {program}")
+    names = ", ".join(name for name, row in FORMATS.items() if row.reads)
+    raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list")
+
+
+def find_format(path: Path) -> str | None:
+    """Return the name of the format of a file or folder; None if it has none of the `FORMATS`.
+
+    Raises the errors of `detect` for a path that cannot be read.
+    """
     try:
         if not path.exists():
             raise NotFoundError(f"{path} does not exist")
         if not (path.is_file() or path.is_dir()):
-            raise WeightsError(f"{path} is neither a file nor a folder")
+            raise WeightsError(
+                f"{path} is neither a file nor a folder: write the model to a file first"
+            )
         for name, row in FORMATS.items():
             if row.reads and row.load_module().detect(path):
                 return name
     except PermissionError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from error
-    names = ", ".join(name for name, row in FORMATS.items() if row.reads)
-    raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list")
+    return None
+
+
+# Files that gptx does not read -> description, and a way to a file that it reads.
+_OTHER_PROGRAMS = {
+    "*.onnx": "an ONNX graph, which gptx writes and does not read: give the model that it was "
+    "converted from",
+    "tf_model.h5": "a TensorFlow model of transformers, which gptx does not read: save it with "
+    "transformers' GPT2LMHeadModel.from_pretrained(FOLDER, from_tf=True).save_pretrained(OTHER)",
+    "flax_model.msgpack": "a Flax model of transformers, which gptx does not read: save it with "
+    "transformers' GPT2LMHeadModel.from_pretrained(FOLDER, from_flax=True).save_pretrained(OTHER)",
+}
+
+
+def _program_of(path: Path) -> str | None:
+    """Describe a known file, or a folder of one, of a format that gptx does not read."""
+    for pattern, text in _OTHER_PROGRAMS.items():
+        if path.match(pattern) or (path.is_dir() and any(path.glob(pattern))):
+            return text
+    return None
 
 
 def read(
@@ -160,7 +205,8 @@ def read(
     config
         A config.json, for a format without a complete configuration.
     tokenizer
-        A folder with the tokenizer's files, for a format without a tokenizer.
+        A folder with the tokenizer's files, or a model that has a tokenizer, for a format without
+        one: see `find_tokenizer`.
     revision, offline
         Options for a Hub model, see `gptx.hub.resolve.locate`.
 
@@ -178,7 +224,7 @@ def read(
     """
     from gptx.config import GPT2Config
 
-    path = _find(source, revision, offline)
+    path = find_path(source, revision=revision, offline=offline)
     if config is not None and not isinstance(config, GPT2Config):
         config = GPT2Config.from_file(config)
     name = detect(path)
@@ -189,42 +235,87 @@ def read(
             raise
         raise type(error)(f"{path}: {error}") from None
     if tokenizer is not None:
-        checkpoint = _with_tokenizer(checkpoint, Path(os.path.expanduser(tokenizer)))
+        found = find_tokenizer(tokenizer, checkpoint.config, offline=offline)
+        checkpoint = _with_tokenizer(checkpoint, found)
     return name, checkpoint
 
 
-def _with_tokenizer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Add the tokenizer of a folder, and its end of text if the model has none."""
-    from gptx.conversions.checkpoint import end_of_text_ids
-    from gptx.tokenization.pipeline import PipelineTokenizer
+def find_path(
+    source: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """Return the path of a model's files; download them if necessary. See `read`."""
+    from gptx.hub.resolve import importing_hub, local_path, locate
 
-    tokenizer, config = PipelineTokenizer.of_folder(folder), checkpoint.config
-    if tokenizer is None:
-        raise NotFoundError(f"{folder} has no tokenizer.json, and no vocab.json and merges.txt")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, the model "
-            f"{config.vocab_size}: give the tokenizer of this model"
-        )
-    if config.eos_token_id is None:
-        config = replace(config, **end_of_text_ids(config.vocab_size, tokenizer))
-    return replace(checkpoint, config=config, tokenizer=tokenizer)
-
-
-def _find(source: str | Path, revision: str | None, offline: bool) -> Path:
-    """Return the path of a model's files; download them if necessary."""
-    from gptx.hub.resolve import ALIASES, importing_hub, locate
-
-    path = Path(os.path.expanduser(source))
-    name = str(source)
-    if name.startswith("openai:"):
+    if str(source).startswith(OPENAI):
         with importing_hub():
             from gptx.conversions.formats.openai_download import fetch
-        return fetch(name, revision=revision, offline=offline)
-    if revision is None and name not in EMBEDDED:
-        if path.is_dir() or (path.exists() and name not in ALIASES):
-            return path
-        # A checkpoint of TensorFlow is named by the common prefix of its files.
-        if (index := Path(f"{path}.index")).is_file():
-            return index
-    return locate(source, revision=revision, offline=offline).folder
+        return fetch(str(source), revision=revision, offline=offline)
+    path = local_path(source)
+    if path is None:
+        return locate(source, revision=revision, offline=offline).folder
+    if revision is not None:
+        raise ParameterError(
+            f"{argument('revision')} is {revision!r}, but {str(source)!r} is not from the Hub"
+        )
+    return path
+
+
+def find_tokenizer(
+    source: str | os.PathLike[str],
+    config: GPT2Config,
+    *,
+    offline: bool = False,
+    token: str | None = None,
+) -> PipelineTokenizer:
+    """Read a tokenizer for a model that comes without one.
+
+    Parameters
+    ----------
+    source
+        A folder with the tokenizer's files, or a model that has a tokenizer: an embedded name, a
+        file of any format, an alias or a Hub id. Weights are not downloaded.
+    config
+        Config of the model.
+
+    Raises
+    ------
+    NotFoundError
+        The source does not exist, or has no tokenizer.
+    TokenizerError
+        The tokenizer is damaged, or has more tokens than the model.
+    """
+    from gptx.hub.resolve import local_path, locate
+    from gptx.tokenization.pipeline import PipelineTokenizer
+
+    path = local_path(source)
+    if path is None:
+        try:
+            files = locate(source, offline=offline, token=token, weights=False).tokenizer
+        except NotFoundError as error:
+            raise NotFoundError(f"{argument('tokenizer')}: {error}") from None
+        found = PipelineTokenizer(files) if files else None
+    else:
+        found = PipelineTokenizer.of_folder(path) if path.is_dir() else None
+        if found is None and find_format(path) is not None:
+            found = read(path)[1].tokenizer
+    if found is None:
+        raise NotFoundError(
+            f"{source} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
+        )
+    if found.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {source} has {found.vocab_size} tokens, the model "
+            f"{config.vocab_size}: give the tokenizer of this model"
+        )
+    return found
+
+
+def _with_tokenizer(checkpoint: Checkpoint, tokenizer: PipelineTokenizer) -> Checkpoint:
+    """Replace the tokenizer, and add its end of text if the model has none."""
+    from gptx.conversions.checkpoint import NO_TOKENIZER_NOTE, end_of_text_ids
+
+    config = checkpoint.config
+    if config.eos_token_id is None:
+        config = replace(config, **end_of_text_ids(config.vocab_size, tokenizer))
+    notes = tuple(note for note in checkpoint.notes if note != NO_TOKENIZER_NOTE)
+    return replace(checkpoint, config=config, tokenizer=tokenizer, notes=notes)

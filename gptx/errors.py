@@ -151,6 +151,10 @@ class AuthorizationError(GptxError, PermissionError):
     exit_code = 77
 
 
+class ModelWarning(UserWarning):
+    """A note on a model: an assumption of its reader, or a difference between its files."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a generation.
 

@@ -55,6 +55,7 @@ ROOMS = [
     "gptx.generation.batching",
     "gptx.generation.engine",
     "gptx.generation.streaming gptx.generation.scoring",
+    "gptx.generation.found_model",
     "gptx.generation.text_model",
     "gptx.generation.api",
     "gptx.generation",

@@ -148,7 +148,7 @@ def test_invalid_options_are_errors_before_the_search_for_a_model(
         (("--quantize", "int4", "--group-size", "48"), "expected 32, 64 or 128"),
         (
             ("--quantize", "int4", "--group-size", "128"),
-            "h.0.attn.c_attn.weight has 192 inputs: give 32 or 64",
+            "wte.weight has 192 inputs: give 32 or 64",
         ),
     ],
 )

@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.conversions.checkpoint import Checkpoint, StoredTensor, end_of_text_ids, stored_array
+from gptx.conversions.checkpoint import (
+    NO_TOKENIZER_NOTE,
+    Checkpoint,
+    StoredTensor,
+    end_of_text_ids,
+    stored_array,
+)
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import ConfigError, GptxError, WeightsError
@@ -34,7 +40,6 @@ ACTIVATION_NOTE = (
     'the file has no form of GELU: "gelu" (erf) is assumed, nanoGPT\'s since May 2023 '
     '(for an older model, give a config.json with "gelu_new")'
 )
-TOKENIZER_NOTE = "nanoGPT stores no tokenizer with its model: give the tokenizer of its data"
 
 
 def detect(path: Path) -> bool:
@@ -81,7 +86,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     tensors, config, head_notes = settle_head(
         tensors, config, lambda head, table: file.is_same(head, file, table)
     )
-    notes = (*head_notes, TOKENIZER_NOTE)
+    notes = (*head_notes, NO_TOKENIZER_NOTE)
     if config is None:
         tied = HEAD not in tensors
         config = _config(path, file.value["model_args"], len(tensors), tied)

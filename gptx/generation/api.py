@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from collections.abc import Callable
 from typing import Any, Unpack, cast, overload
 
-from gptx import weights
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError
+from gptx.errors import ModelWarning, ParameterError
+from gptx.generation.found_model import ModelInfo, find_model
 from gptx.generation.options import (
     AllOptions,
     CheckedOptions,
@@ -18,14 +21,27 @@ from gptx.generation.options import (
     check_options,
 )
 from gptx.generation.results import Result
-from gptx.generation.text_model import Chunks, Model, generate_checked, stream_checked
-from gptx.hub.resolve import locate
+from gptx.generation.text_model import (
+    Chunks,
+    Model,
+    check_not_empty,
+    check_prompts,
+    generate_checked,
+    split_prompts,
+    stream_checked,
+)
 from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
+from gptx.weights import quantized_config
 
 # Tokens times parameters from which a single call gains more by compilation than the import of
 # Numba takes: 100 tokens of the 124M model.
 MIN_WORK_TO_COMPILE = 100 * 124_000_000
+
+# Options of `load` that say where the model is.
+PLACES = ("config", "tokenizer", "revision", "offline", "token")
+
+Check = Callable[[ModelInfo], object]
 
 
 def load(
@@ -40,6 +56,8 @@ def load(
     cache_dtype: str | None = None,
     quantize: str | None = None,
     group_size: int = GROUP_SIZE,
+    config: str | os.PathLike[str] | GPT2Config | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
@@ -49,8 +67,9 @@ def load(
     Parameters
     ----------
     model
-        An embedded name ("shakespeare"), a folder, or a Hub id: "openai-community/gpt2", or one of
-        the short names gpt2, gpt2-medium, gpt2-large and gpt2-xl.
+        An embedded name ("shakespeare"); a file or folder of any format that `gptx convert` reads,
+        such as GGUF; "openai:124M" and the other sizes; or a Hub id: "openai-community/gpt2", or
+        one of the short names gpt2, gpt2-medium, gpt2-large and gpt2-xl.
     other parameters
         See `gptx.generation.options.LoadOptions`.
 
@@ -62,24 +81,70 @@ def load(
         The files do not exist, or cannot be downloaded or read.
     ConfigError, WeightsError
         The files do not describe a GPT-2 that gptx can run.
+    TokenizerError
+        The given tokenizer is damaged, or not that of the model.
     BackendError
         The backend is not available, or does not support `dtype`.
+
+    Warns
+    -----
+    ModelWarning
+        For each note on the model, see `Model.notes`.
     """
-    quantization = Quantization.named(quantize, group_size)  # before the download of a large model
-    made = get_backend(backend, dtype=dtype, device=device, threads=threads, generic=generic,
-                       compile=compile, cache_dtype=cache_dtype)  # fmt: skip
-    files = locate(model, revision=revision, offline=offline, token=token)
-    config = GPT2Config.from_file(files.config)
-    with made.scope():
-        loaded = weights.load(
-            files.weights, config, made, quantization=quantization, threads=threads
+    options = LoadOptions(
+        backend=backend, dtype=dtype, device=device, threads=threads, generic=generic,
+        compile=compile, cache_dtype=cache_dtype, quantize=quantize, group_size=group_size,
+        config=config, tokenizer=tokenizer, revision=revision, offline=offline, token=token,
+    )  # fmt: skip
+    return _load(model, options)
+
+
+def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model:
+    """Load a model; `check` gets its config and tokenizer before the weights are downloaded."""
+    rest = dict(options)
+    quantize, group_size = rest.pop("quantize", None), rest.pop("group_size", GROUP_SIZE)
+    places = {name: rest.pop(name) for name in PLACES if name in rest}
+    quantization = Quantization.named(quantize, group_size)
+    backend = get_backend(rest.pop("backend", "numpy"), **rest)
+    found = find_model(model, **places)
+    info = found.info
+    quantized_config(info.config, quantization)
+    if check is not None:
+        check(info)
+    with backend.scope():
+        loaded = found.load_weights(
+            backend, quantization=quantization, threads=options.get("threads")
         )
-    return Model(Transformer(loaded.config, loaded.tree, made), files, loaded.fingerprint)
+    info.config = loaded.config
+    for note in loaded.notes:
+        _warn(f"{info.name}: {note}")
+    transformer = Transformer(loaded.config, loaded.tree, backend)
+    return Model(transformer, info, loaded.fingerprint, loaded.notes)
 
 
-def load_once(model: Any, max_tokens: int | None, **options: Unpack[LoadOptions]) -> Model:
-    """Load a model for a single call; compile it only if that pays for at most `max_tokens`."""
-    loaded = load(model, **options)
+def _warn(note: str) -> None:
+    """Warn at the line that called gptx."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("gptx."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(note, ModelWarning, stacklevel=level)
+
+
+def load_once(
+    model: Any,
+    max_tokens: int | None,
+    check: Check | None = None,
+    **options: Unpack[LoadOptions],
+) -> Model:
+    """Load a model for a single call; compile it only if that pays for at most `max_tokens`.
+
+    Parameters
+    ----------
+    check
+        Function that gets config and tokenizer before the weights are downloaded or read. It raises
+        the error of a request that this model cannot fulfill, see `text_model.check_prompts`.
+    """
+    loaded = _load(model, options, check)
     if "compile" not in options and not isinstance(options.get("backend"), Backend):
         expected = loaded.config.n_positions if max_tokens is None else max_tokens
         loaded.backend.compiles = expected * loaded.config.n_parameters >= MIN_WORK_TO_COMPILE
@@ -108,10 +173,11 @@ def generate(
 ) -> Result | list[Result]:
     """Load a model and continue a prompt, or each of several.
 
-    Takes the options of `load` and of `Model.generate`; returns the result of the latter. For more
-    than one call, `load` the model once.
+    Takes the options of `load` and of `Model.generate`; returns the result of the latter. The
+    prompt is checked before the weights are downloaded or read. For more than one call, `load` the
+    model once.
     """
-    loaded, checked = _loaded(model, options)
+    loaded, checked = _loaded(model, split_prompts(prompt)[0], options)
     return generate_checked(loaded, prompt, checked)
 
 
@@ -122,11 +188,11 @@ def stream(
     **options: Unpack[AllOptions],
 ) -> Chunks:
     """Load a model and continue one prompt, see `Model.stream`; options as of `generate`."""
-    loaded, checked = _loaded(model, options)
+    loaded, checked = _loaded(model, [prompt], options)
     return stream_checked(loaded, [prompt], checked)
 
 
-def _loaded(model: Any, options: AllOptions) -> tuple[Model, CheckedOptions]:
+def _loaded(model: Any, prompts: list[Prompt], options: AllOptions) -> tuple[Model, CheckedOptions]:
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
     rest = cast("Options", {k: v for k, v in options.items() if k not in given})
     checked = check_options(rest)  # before the download of a large model
@@ -136,4 +202,11 @@ def _loaded(model: Any, options: AllOptions) -> tuple[Model, CheckedOptions]:
                 f"a loaded model takes no {', '.join(given)}: give it to gptx.load()"
             )
         return model, checked
-    return load_once(model, checked.max_tokens, **cast("LoadOptions", given)), checked
+    check_not_empty(prompts)
+    loaded = load_once(
+        model,
+        checked.max_tokens,
+        lambda info: check_prompts(info, prompts, checked),
+        **cast("LoadOptions", given),
+    )
+    return loaded, checked

@@ -6,12 +6,14 @@ prompt. The engine checks only that the prompts and their output fit the context
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
+from gptx.config import GPT2Config
 from gptx.errors import ParameterError, PromptError
 from gptx.generation.sampling import SamplingParams, is_int, random_seed
 from gptx.kv_cache import KVCache
@@ -78,6 +80,12 @@ class LoadOptions(TypedDict, total=False):
     group_size
         Number of weights that share a scale: 32, 64 (default) or 128. Smaller groups are more exact
         and take more memory.
+    config
+        A config.json or a `GPT2Config`, for a file without a complete configuration, such as the
+        number of heads. It replaces the configuration of the model.
+    tokenizer
+        A folder with a tokenizer's files, or a model that has a tokenizer, such as "gpt2", for a
+        file without one. It replaces the tokenizer of the model.
     revision
         Branch, tag or commit on the Hub.
     offline
@@ -95,6 +103,8 @@ class LoadOptions(TypedDict, total=False):
     cache_dtype: str | None
     quantize: str | None
     group_size: int
+    config: str | os.PathLike[str] | GPT2Config | None
+    tokenizer: str | os.PathLike[str] | None
     revision: str | None
     offline: bool
     token: str | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Unpack, cast, overload
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import DataError, Interrupted, ParameterError, PromptError, TokenizerError
-from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.errors import DataError, Interrupted, ParameterError, PromptError
+from gptx.generation.engine import TokenGenerator, fit_prompt, streams_of
+from gptx.generation.found_model import ModelInfo
 from gptx.generation.options import (
     CheckedOptions,
     Options,
@@ -29,7 +29,6 @@ from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
-from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 
 Chunks = Generator[Chunk, None, None]
@@ -42,24 +41,39 @@ class Model:
     ----------
     gpt2
         Config, weights and backend, for `gptx.model.forward`.
-    files
-        Files that the model was read from.
+    info
+        Files and tokenizer.
     fingerprint
         Checksum of a sample of the weights; a saved cache holds that of its model.
+    notes
+        Assumptions about the files and differences between them, one sentence each; `gptx.load`
+        warns of them.
     """
 
-    def __init__(self, gpt2: Transformer, files: ModelFiles, fingerprint: str) -> None:
+    def __init__(
+        self,
+        gpt2: Transformer,
+        info: ModelInfo,
+        fingerprint: str,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.gpt2 = gpt2
-        self.files = files
+        self.info = info
         self.fingerprint = fingerprint
+        self.notes = notes
 
     def __repr__(self) -> str:
         return f"<gptx.Model {self.name} on {self.backend!r}>"
 
     @property
     def name(self) -> str:
-        """Embedded name, folder or Hub id."""
-        return self.files.name
+        """Embedded name, path or Hub id."""
+        return self.info.name
+
+    @property
+    def files(self) -> ModelFiles:
+        """Files that the model was read from."""
+        return self.info.files
 
     @property
     def config(self) -> GPT2Config:
@@ -71,7 +85,7 @@ class Model:
         """Backend that holds the weights."""
         return self.gpt2.backend
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the model.
 
@@ -80,12 +94,7 @@ class Model:
         TokenizerError
             The model has none.
         """
-        if not self.files.tokenizer:
-            raise TokenizerError(
-                f"{self.name} has no tokenizer: give token ids instead of text, or put "
-                f"tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
-            )
-        return PipelineTokenizer(self.files.tokenizer)
+        return self.info.tokenizer
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text; `<|endoftext|>` is plain text unless allowed."""
@@ -144,7 +153,7 @@ class Model:
 
         The cache can be saved (`cache.save(path)`) and loaded on any backend (`load_cache`).
         """
-        ids = _check_prompt(self, prompt, allow_special)
+        ids = _check_prompt(self.info, prompt, allow_special)
         self._check_context(ids)
         cache = KVCache(self.config, self.backend, 1, len(ids))
         with self.backend.scope():
@@ -192,7 +201,7 @@ class Model:
         overlap. Every token but the first is scored once: in the first window with all tokens
         before it, or with a full context of them.
         """
-        ids = _check_prompt(self, text, allow_special)
+        ids = _check_prompt(self.info, text, allow_special)
         n_positions = self.config.n_positions
         stride = n_positions if stride is None else stride
         if not is_int(stride) or not 1 <= stride <= n_positions:
@@ -217,12 +226,7 @@ def generate_checked(
     model: Model, prompt: Prompt | Sequence[Prompt], options: CheckedOptions
 ) -> Result | list[Result]:
     """Continue a prompt, or each of several, with checked options; see `Model.generate`."""
-    if not isinstance(prompt, Sequence | np.ndarray):
-        raise PromptError(
-            f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
-        )
-    single = isinstance(prompt, str) or is_ids(prompt)
-    prompts = cast("list[Prompt]", [prompt] if single else list(prompt))
+    prompts, single = split_prompts(prompt)
     results: dict[int, Result] = {}
     chunks = stream_checked(model, prompts, options)
     try:
@@ -247,14 +251,10 @@ def stream_checked(
     At the end, also after an error or an interrupt, `keep_cache` gets a KV cache of a single prompt
     and its output, unless the model has read none of them.
     """
-    if not prompts:
-        raise PromptError("missing prompt: give at least one")
     if options.cache is not None:
         _check_cache(model, options.cache, prompts)
-    # A stop string needs text; without a tokenizer, `model.tokenizer` raises the error.
-    tokenizer = model.tokenizer if model.files.tokenizer or options.stop else None
-    ids = [_check_prompt(model, prompt, options.allow_special) for prompt in prompts]
-    options.params.check_bias(model.config.vocab_size)
+    ids = check_prompts(model.info, prompts, options)
+    tokenizer = model.tokenizer if model.info.has_tokenizer else None
     runs: list[TokenGenerator] = []
     outputs: list[Continuation] = []
     streams = streams_of(ids)
@@ -273,7 +273,7 @@ def stream_checked(
         )
         runs.append(run)
         outputs += [
-            Continuation(first + i, prompt, used, tokenizer, options.stop, run)
+            Continuation(first + i, prompt, len(used), tokenizer, options.stop, run)
             for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
         ]
     chunks = _chunks(runs, outputs)
@@ -307,17 +307,64 @@ def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
         raise Interrupted([output.result("interrupted") for output in outputs]) from None
 
 
-def _check_prompt(model: Model, prompt: Prompt, allow_special: bool) -> list[int]:
-    """Return the token ids of a prompt."""
-    if not isinstance(prompt, str):
-        return check_ids(prompt, model.config.vocab_size)
-    if not prompt:
+def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Return the prompts as a list, and True if they are a single one."""
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise PromptError(
+            f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
+        )
+    single = isinstance(prompt, str) or is_ids(prompt)
+    return cast("list[Prompt]", [prompt] if single else list(prompt)), single
+
+
+def check_prompts(
+    info: ModelInfo, prompts: list[Prompt], options: CheckedOptions
+) -> list[list[int]]:
+    """Check prompts against a model, which needs no weights; return their token ids.
+
+    Raises
+    ------
+    PromptError
+        A prompt is missing, empty or too long, or has an id outside of the vocabulary.
+    ParameterError
+        The logit bias has such an id.
+    TokenizerError
+        A prompt or a stop string is text, and the model has no tokenizer.
+    """
+    check_not_empty(prompts)
+    if options.stop:
+        _ = info.tokenizer  # raises the error of a model without one
+    ids = [_check_prompt(info, prompt, options.allow_special) for prompt in prompts]
+    options.params.check_bias(info.config.vocab_size)
+    for prompt in ids:
+        fit_prompt(
+            prompt,
+            info.config.n_positions,
+            max_tokens=options.max_tokens,
+            overflow=options.overflow,
+        )
+    return ids
+
+
+def check_not_empty(prompts: list[Prompt]) -> None:
+    """Raise PromptError if there is no prompt, or one is the empty text; this needs no model."""
+    if not prompts:
+        raise PromptError("missing prompt: give at least one")
+    if any(isinstance(prompt, str) and not prompt for prompt in prompts):
         raise PromptError(
             "the prompt is empty: give at least one character (to start a new text, "
             "'<|endoftext|>' with allow_special=True)"
         )
+
+
+def _check_prompt(info: ModelInfo, prompt: Prompt, allow_special: bool) -> list[int]:
+    """Return the token ids of a prompt."""
+    if not isinstance(prompt, str):
+        return check_ids(prompt, info.config.vocab_size)
+    check_not_empty([prompt])
     # A tokenizer of another model may have more tokens than this vocabulary.
-    return check_ids(model.encode(prompt, allow_special=allow_special), model.config.vocab_size)
+    ids = info.tokenizer.encode(prompt, allow_special=allow_special)
+    return check_ids(ids, info.config.vocab_size)
 
 
 def _check_cache(model: Model, cache: KVCache, prompts: list[Prompt]) -> None:

@@ -115,5 +115,5 @@ def test_a_missing_tokenizer_or_one_of_another_model_is_refused(tmp_path: Path) 
     source = source_of("tiny", tmp_path)
     with pytest.raises(TokenizerError, match="has 1024 tokens, the model 101"):
         read(source, tokenizer=EMBEDDED["shakespeare"])
-    with pytest.raises(NotFoundError, match=r"has no tokenizer\.json"):
+    with pytest.raises(NotFoundError, match=r"has no tokenizer: expected tokenizer\.json"):
         read(source, tokenizer=tmp_path)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
+from gptx.generation.found_model import ModelInfo
 from gptx.generation.text_model import Model
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
@@ -40,9 +41,9 @@ def make_model(
     """
     found = drawn_weights(config) if weights is None else weights
     folder = Path("random")
-    files = ModelFiles("random", folder, folder, (), {}, None)
+    info = ModelInfo(ModelFiles("random", folder, folder, (), {}, None), config)
     loaded = load_arrays(found, config, backend, quantization=quantization)
-    return Model(Transformer(loaded.config, loaded.tree, backend), files, loaded.fingerprint)
+    return Model(Transformer(loaded.config, loaded.tree, backend), info, loaded.fingerprint)
 
 
 @lru_cache
