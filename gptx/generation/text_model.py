@@ -273,7 +273,7 @@ def stream_checked(
         )
         runs.append(run)
         outputs += [
-            Continuation(first + i, prompt, len(used), tokenizer, options.stop, run)
+            Continuation(first + i, prompt, used, tokenizer, options.stop, run)
             for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
         ]
     chunks = _chunks(runs, outputs)
