@@ -64,7 +64,7 @@ def convert(
     Returns
     -------
     Checkpoint
-        The source.
+        The source; its notes also say what the format cannot represent.
 
     Raises
     ------
@@ -105,8 +105,8 @@ def convert(
     with atomic_path(destination) as path:
         if row.suffix == "/":
             path.mkdir()
-        row.load_module().write(model, path, **writer_options)
-    return checkpoint
+        notes = row.load_module().write(model, path, **writer_options) or ()
+    return replace(checkpoint, notes=(*checkpoint.notes, *notes))
 
 
 def _target_format(to: str | None, destination: Path, quantize: str | None) -> str:

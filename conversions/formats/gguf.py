@@ -8,7 +8,7 @@ The names of tensors and metadata are those of llama.cpp's converter
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,14 +35,21 @@ from gptx.conversions.containers.gguf import (
     padding,
 )
 from gptx.conversions.containers.gguf_types import FLOAT_TYPES, QUANTIZED_TYPES, TensorType
-from gptx.conversions.vocabularies.token_lists import token_lists, tokenizer_from_lists
+from gptx.conversions.vocabularies.token_lists import (
+    UNUSED,
+    flags_of_added_tokens,
+    token_lists,
+    tokenizer_from_lists,
+)
 from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
 from gptx.files import create
 from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.stored_weights import HEAD, POSITIONS, TABLE, have_same_numbers, settle_head
+from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 QUANTIZATION_VERSION = 2  # of ggml's block types
+LLAMA_CPP_EOS = 11  # the default end of text of a BPE
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, `enum llama_ftype`
 
 # gptx's names -> llama.cpp's. Layer 3 has the prefix `h.3.` in gptx, `blk.3.` in llama.cpp.
@@ -70,7 +77,9 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(
+    path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False
+) -> Checkpoint:
     """Open a file with a GPT-2: tensors of floats, or of blocks of `gguf_types.BLOCK_TYPES`.
 
     Floats are mapped into memory, blocks are decoded to float32. A head that equals the token
@@ -101,7 +110,8 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if config is None:
         config = _config(path, file.metadata, found)
     stored = {name: _stored(file, name, tensor) for name, tensor in found.items()}
-    return Checkpoint(replace(config, quantization=None), stored, tokenizer, notes)
+    config = replace(config, quantization=None)
+    return Checkpoint(config, stored, tokenizer, notes, ignore_unknown)
 
 
 def _require_model(file: GgufFile) -> None:
@@ -161,16 +171,23 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, TensorI
             n_inner=None if M == 4 * C else M,
             layer_norm_epsilon=number("attention.layer_norm_epsilon", float),
             tie_word_embeddings=HEAD not in found,
-            bos_token_id=_token_id(metadata, "bos"),
-            eos_token_id=_token_id(metadata, "eos"),
+            bos_token_id=_token_id(metadata, "bos", found[TABLE].shape[0]),
+            eos_token_id=_token_id(metadata, "eos", found[TABLE].shape[0]),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _token_id(metadata: Mapping[str, Any], kind: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-    return value if isinstance(value, int) else None
+def _token_id(metadata: Mapping[str, Any], kind: str, V: int) -> int | None:
+    """Return the id of a special token; None if it is no id, or the id of a filler."""
+    id, kinds = (
+        metadata.get(f"tokenizer.ggml.{key}") for key in (f"{kind}_token_id", "token_type")
+    )
+    if not (isinstance(id, int) and 0 <= id < V):
+        return None
+    if isinstance(kinds, np.ndarray) and id < len(kinds) and kinds[id] == UNUSED:
+        return None
+    return id
 
 
 def _tokenizer(path: Path, file: GgufFile, V: int) -> PipelineTokenizer | None:
@@ -223,7 +240,7 @@ def write(
     *,
     dtype: str | None = None,
     quantization: Quantization | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write a model for llama.cpp, in chunks of a million numbers.
 
     Parameters
@@ -235,6 +252,11 @@ def write(
         Q8_0 for int8, Q4_0 for int4. A matrix whose rows do not divide into blocks of 32 gets
         `dtype` or F16. A Q4_0 file also has a Q4_0 token embedding, as from `llama-quantize
         --pure`; without `--pure`, llama-quantize makes it Q6_K, which is larger.
+
+    Returns
+    -------
+    tuple
+        Differences of the model in llama.cpp, one sentence each.
 
     Raises
     ------
@@ -256,6 +278,8 @@ def write(
     table_type = layout[TABLE].info.type.name
     metadata = _model_metadata(checkpoint.config, FILE_TYPES[table_type])
     metadata |= _tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
+    ends, notes = _end_of_text(checkpoint.config, metadata)
+    metadata |= ends
     with create(path) as file:
         file.write(encode_header(metadata, (entry.info for entry in layout.values())))
         for name, entry in layout.items():
@@ -263,6 +287,7 @@ def write(
             for rows in row_chunks(array.T if entry.transposed else array):
                 file.write(entry.encode(rows, f"tensor {name}").data)
             file.write(padding(entry.info.n_bytes))
+    return (*notes, *_flag_notes(checkpoint.tokenizer))
 
 
 def _block_type(quantization: Quantization | None) -> TensorType | None:
@@ -317,10 +342,6 @@ def gguf_name(name: str) -> str:
 
 
 def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
-    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
-    for kind, id in ids.items():
-        if id is not None and not 0 <= id < 2**32:
-            raise ConfigError(f"{kind}_token_id is {id}, expected a token id or null")
     return {
         "general.architecture": "gpt2",
         "general.type": "model",
@@ -334,7 +355,7 @@ def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
         "gpt2.vocab_size": config.vocab_size,
         "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
-    } | {f"tokenizer.ggml.{key}_token_id": id for key, id in ids.items() if id is not None}
+    }
 
 
 def _tokenizer_metadata(config: GPT2Config, tokenizer: PipelineTokenizer | None) -> dict[str, Any]:
@@ -348,3 +369,43 @@ def _tokenizer_metadata(config: GPT2Config, tokenizer: PipelineTokenizer | None)
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
     }
+
+
+def _end_of_text(
+    config: GPT2Config, metadata: Mapping[str, Any]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the metadata of the first and the last token of a text, and notes.
+
+    llama.cpp ends each text at token 11 (a comma in OpenAI's vocabulary) if a tokenizer comes
+    without a valid end of text. So a model without one gets <|endoftext|>, which ends texts in
+    llama.cpp anyway, or an id without a token.
+    """
+    V, notes = config.vocab_size, []
+    given = {"bos": config.bos_token_id, "eos": config.eos_token_id}
+    ids = {kind: id for kind, id in given.items() if id is not None and 0 <= id < V}
+    for kind, id in given.items():
+        if id is not None and kind not in ids:
+            notes.append(f"{kind}_token_id {id} is no id of the {V} tokens: it is left out")
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if "eos" not in ids and len(tokens) > LLAMA_CPP_EOS:
+        kinds = metadata["tokenizer.ggml.token_type"]
+        if END_OF_TEXT in tokens:
+            ids["eos"] = tokens.index(END_OF_TEXT)
+        elif UNUSED in kinds:
+            ids["eos"] = kinds.index(UNUSED)
+        else:
+            notes.append(
+                "the model has no end of text: llama.cpp ends each text at token "
+                f"{LLAMA_CPP_EOS}, {tokens[LLAMA_CPP_EOS]!r}"
+            )
+    return {f"tokenizer.ggml.{kind}_token_id": id for kind, id in ids.items()}, tuple(notes)
+
+
+def _flag_notes(tokenizer: PipelineTokenizer | None) -> Iterator[str]:
+    """Yield a note for each added token with flags that GGUF does not have."""
+    if tokenizer is not None:
+        for token, flags in flags_of_added_tokens(tokenizer).items():
+            yield (
+                f"llama.cpp ignores {' and '.join(flags)} of the added token {token!r}: it splits "
+                "some texts with it differently"
+            )

@@ -8,7 +8,7 @@ a token get filler tokens named [PAD1024], as in llama.cpp's converter
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gptx.errors import TokenizerError
@@ -38,21 +38,45 @@ def token_lists(
     """
     definition = tokenizer.definition()
     found = tokens_by_id(definition, vocab_size)
-    model, split = definition["model"], definition["pre_tokenizer"] or {}
-    as_gpt2 = (
-        not model.get("ignore_merges")
-        and definition["normalizer"] is None
-        and split.get("type") == "ByteLevel"
-        and split.get("use_regex", True)
-        and not split.get("add_prefix_space")
-    )
-    if not as_gpt2:
+    if difference := _difference_from_gpt2(definition):
         raise TokenizerError(
-            f"the tokenizer splits text differently from GPT-2's, {program} supports only GPT-2's"
+            f"the tokenizer has {difference}, {program} supports only GPT-2's byte-level BPE: "
+            "convert to a folder of safetensors"
         )
-    entries = [found.get(id, (_pad(id), UNUSED)) for id in range(vocab_size)]
-    merges = [" ".join(pair) for pair in model["merges"]]
+    names = {token for token, _ in found.values()}
+    entries = [found.get(id) or (_filler(id, names), UNUSED) for id in range(vocab_size)]
+    merges = [" ".join(pair) for pair in definition["model"]["merges"]]
     return [token for token, _ in entries], [kind for _, kind in entries], merges
+
+
+def _difference_from_gpt2(definition: dict[str, Any]) -> str | None:
+    """Name a part of a BPE tokenizer that splits text differently from GPT-2's."""
+    model, split = definition["model"], definition["pre_tokenizer"] or {}
+    if (normalizer := definition["normalizer"]) is not None:
+        return f"a normalizer ({normalizer['type']})"
+    if split.get("type") != "ByteLevel":
+        return f"the pre-tokenizer {split.get('type', 'none')}"
+    if not split.get("use_regex", True):
+        return "a pre-tokenizer without GPT-2's pattern (use_regex: false)"
+    if split.get("add_prefix_space"):
+        return "add_prefix_space: true"
+    for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            return f"{name}: {json.dumps(model[name])}"
+    return None
+
+
+def flags_of_added_tokens(tokenizer: PipelineTokenizer) -> dict[str, list[str]]:
+    """Return added token -> its flags that token lists cannot represent, and that change ids.
+
+    The flag `normalized` changes nothing: GPT-2's tokenizer has no normalizer.
+    """
+    flags = ("lstrip", "rstrip", "single_word")
+    found = {
+        token["content"]: [flag for flag in flags if token[flag]]
+        for token in tokenizer.definition()["added_tokens"]
+    }
+    return {token: names for token, names in found.items() if names}
 
 
 def tokens_by_id(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple[str, int]]:
@@ -72,7 +96,10 @@ def tokens_by_id(definition: dict[str, Any], vocab_size: int) -> dict[int, tuple
     """
     model = definition["model"]
     if model["type"] != "BPE":
-        raise TokenizerError(f"the tokenizer is of the type {model['type']}, expected BPE")
+        raise TokenizerError(
+            f"the tokenizer is of the type {model['type']}, expected a byte-level BPE: convert to "
+            "a folder of safetensors"
+        )
     found = {id: (token, NORMAL) for token, id in model["vocab"].items()}
     for added in definition["added_tokens"]:
         kind = CONTROL if added["special"] else USER_DEFINED
@@ -107,7 +134,7 @@ def tokenizer_from_lists(
     ids = [
         id
         for id, token in enumerate(tokens)
-        if token != _pad(id) or (kinds and kinds[id] != UNUSED)
+        if token.rstrip("_") != _pad(id) or (kinds and kinds[id] != UNUSED)
     ]
     vocab = {tokens[id]: id for id in ids}
     if len(vocab) < len(ids):
@@ -131,6 +158,14 @@ def tokenizer_from_lists(
     for entry in definition["added_tokens"]:
         entry["special"] = entry["content"] not in ordinary
     return PipelineTokenizer({}, definition=json.dumps(definition))
+
+
+def _filler(id: int, tokens: Collection[str]) -> str:
+    """Return the filler of an id without a token; none of the tokens has its name."""
+    name = _pad(id)
+    while name in tokens:
+        name += "_"
+    return name
 
 
 def _pad(id: int) -> str:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptx.conversions import convert
+from gptx.conversions import convert, read
 from gptx.conversions.containers import binary
 from gptx.conversions.containers.gguf_types import FLOAT_TYPES, QUANTIZED_TYPES
 from gptx.conversions.formats.gguf import write
@@ -25,9 +25,10 @@ from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
+from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
-from tests.support.gguf import IDS, TYPES, checkpoint, decoded, written
-from tests.support.random_models import CASES, random_ids, to_bfloat16
+from tests.support.gguf import IDS, TYPES, File, checkpoint, decoded, written
+from tests.support.random_models import CASES, random_ids, to_bfloat16, write_model
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row
 KINDS = {kind.name: kind for kinds in (FLOAT_TYPES, QUANTIZED_TYPES) for kind in kinds.values()}
@@ -135,7 +136,6 @@ def test_the_tokenizer_is_inside(tmp_path: Path, tokenizer: PipelineTokenizer) -
     assert stored["tokenizer.ggml.token_type"] == [3] + [1] * 1023 + [5] * 3
     assert stored["tokenizer.ggml.merges"] == [" ".join(pair) for pair in definition["merges"]]
     assert stored["tokenizer.ggml.bos_token_id"] == 0
-    assert "tokenizer.ggml.eos_token_id" not in stored
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -259,23 +259,91 @@ def test_only_the_group_size_of_gguf_is_supported(tmp_path: Path) -> None:
         write(checkpoint(CONFIG), tmp_path / "128", quantization=Quantization(128, 8))
 
 
-def test_an_end_of_text_that_is_no_token_id(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="eos_token_id is -1, expected a token id or null"):
-        written(tmp_path, replace(CONFIG, eos_token_id=-1))
-
-
 def test_a_vocabulary_that_does_not_fit(tmp_path: Path, tokenizer: PipelineTokenizer) -> None:
     with pytest.raises(TokenizerError, match="has the token id 1023, the model 211 tokens"):
         written(tmp_path, CONFIG, tokenizer=tokenizer)
 
 
-def test_a_tokenizer_that_splits_differently(tmp_path: Path) -> None:
-    definition = json.loads((EMBEDDED["shakespeare"] / "tokenizer.json").read_text())
+def test_a_tokenizer_that_splits_differently(tmp_path: Path, tokenizer: PipelineTokenizer) -> None:
+    definition = tokenizer.definition()
     definition["pre_tokenizer"]["add_prefix_space"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    other = PipelineTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
-    with pytest.raises(TokenizerError, match="splits text differently"):
+    other = PipelineTokenizer({}, definition=json.dumps(definition))
+    with pytest.raises(TokenizerError, match=r"has add_prefix_space: true, llama\.cpp supports"):
         written(tmp_path, replace(CONFIG, vocab_size=1024), tokenizer=other)
+
+
+# Special tokens
+
+
+@pytest.mark.parametrize("id", [-1, 211, 50256])
+def test_ids_beyond_the_vocabulary_are_left_out(tmp_path: Path, id: int) -> None:
+    model = checkpoint(replace(CONFIG, bos_token_id=id, eos_token_id=id))
+    notes = write(model, tmp_path / "model.gguf")
+    stored = File((tmp_path / "model.gguf").read_bytes()).metadata
+    assert not [key for key in stored if key.endswith("_token_id")]
+    assert notes == tuple(
+        f"{kind}_token_id {id} is no id of the 211 tokens: it is left out"
+        for kind in ("bos", "eos")
+    )
+
+
+# llama.cpp ends each text at token 11 if the file has no valid end of text.
+
+
+@pytest.mark.parametrize("id", [None, 1024])
+def test_without_an_end_of_text_the_tokenizer_has_it(
+    tmp_path: Path, tokenizer: PipelineTokenizer, id: int | None
+) -> None:
+    config = replace(CONFIG, vocab_size=1024, bos_token_id=None, eos_token_id=id)
+    stored = written(tmp_path, config, tokenizer=tokenizer).metadata
+    assert stored["tokenizer.ggml.eos_token_id"] == 0
+    assert "tokenizer.ggml.bos_token_id" not in stored
+
+
+def byte_tokenizer(**special: int) -> PipelineTokenizer:
+    """Make a tokenizer of bytes and special tokens."""
+    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
+    return PipelineTokenizer.of_vocabulary(vocab | special, [], special)
+
+
+def test_without_an_end_of_text_a_filler_is_the_end(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=258, eos_token_id=None)
+    model = checkpoint(config, tokenizer=byte_tokenizer())
+    assert write(model, tmp_path / "model.gguf") == ()
+    stored = File((tmp_path / "model.gguf").read_bytes()).metadata
+    assert stored["tokenizer.ggml.eos_token_id"] == 256
+    assert read(tmp_path / "model.gguf")[1].config.eos_token_id is None
+
+
+def test_a_model_without_any_end_of_text(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=256, bos_token_id=None, eos_token_id=None)
+    model = checkpoint(config, tokenizer=byte_tokenizer())
+    assert write(model, tmp_path / "model.gguf") == (
+        "the model has no end of text: llama.cpp ends each text at token 11, ','",
+    )
+    stored = File((tmp_path / "model.gguf").read_bytes()).metadata
+    assert "tokenizer.ggml.eos_token_id" not in stored
+
+
+def test_flags_of_added_tokens_are_named(tmp_path: Path) -> None:
+    definition = byte_tokenizer(a1=256, b2=257, c3=258).definition()
+    definition["added_tokens"][1] |= {"lstrip": True, "rstrip": True}
+    definition["added_tokens"][2] |= {"single_word": True, "normalized": True}
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
+    config = replace(CONFIG, vocab_size=259)
+    assert write(checkpoint(config, tokenizer=tokenizer), tmp_path / "model.gguf") == (
+        "llama.cpp ignores lstrip and rstrip of the added token 'b2': it splits some texts with it "
+        "differently",
+        "llama.cpp ignores single_word of the added token 'c3': it splits some texts with it "
+        "differently",
+    )
+
+
+def test_the_notes_of_the_writer_follow_those_of_the_source(tmp_path: Path) -> None:
+    config = replace(CONFIG, bos_token_id=None, eos_token_id=999)
+    write_model(tmp_path, config, random_weights(config))
+    found = convert(tmp_path, tmp_path / "model.gguf")
+    assert found.notes[-1] == "eos_token_id 999 is no id of the 211 tokens: it is left out"
 
 
 # Other programs, if they are installed

@@ -49,6 +49,39 @@ def test_a_filler_of_another_kind_is_a_token(kind: int) -> None:
     assert vocabulary(found)["[PAD256]"] == 256
 
 
+def test_fillers_differ_from_tokens() -> None:
+    source = PipelineTokenizer.of_vocabulary(
+        {letter: id for id, letter in enumerate(LETTERS)}, [], {"[PAD258]": 256, "[PAD258]_": 257}
+    )
+    tokens, kinds, merges = token_lists(source, 259, "a program")
+    assert tokens[256:] == ["[PAD258]", "[PAD258]_", "[PAD258]__"]
+    found = tokenizer_from_lists(tokens, merges, kinds, "the test")
+    assert set(vocabulary(found)) == {*LETTERS, "[PAD258]", "[PAD258]_"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "NFC"}}, r"a normalizer \(NFC\)"),
+        ({"pre_tokenizer": None}, "the pre-tokenizer none"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "the pre-tokenizer Whitespace"),
+        ({"use_regex": False}, "a pre-tokenizer without GPT-2's pattern .*"),
+        ({"add_prefix_space": True}, "add_prefix_space: true"),
+        ({"ignore_merges": True}, "ignore_merges: true"),
+        ({"continuing_subword_prefix": "##"}, 'continuing_subword_prefix: "##"'),
+        ({"end_of_word_suffix": "</w>"}, 'end_of_word_suffix: "</w>"'),
+    ],
+)
+def test_differences_from_gpt2_are_named(changes: dict[str, Any], message: str) -> None:
+    definition = PipelineTokenizer.of_vocabulary({"a": 0}, []).definition()
+    for name, value in changes.items():
+        parts = (definition, definition["pre_tokenizer"], definition["model"])
+        next(part for part in parts if name in part)[name] = value
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
+    with pytest.raises(TokenizerError, match=f"the tokenizer has {message}, a program supports"):
+        token_lists(tokenizer, 10, "a program")
+
+
 def test_a_filler_of_another_id_is_a_token() -> None:
     found = tokenizer_from_lists([*LETTERS, "[PAD257]"], [], (), "the test")
     assert vocabulary(found)["[PAD257]"] == 256
@@ -65,5 +98,5 @@ def test_a_filler_of_another_id_is_a_token() -> None:
 def test_other_tokenizers_than_bpe_are_refused(model: dict[str, Any]) -> None:
     definition = PipelineTokenizer.of_vocabulary({}, []).definition() | {"model": model}
     tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
-    with pytest.raises(TokenizerError, match=f"is of the type {model['type']}, expected BPE"):
+    with pytest.raises(TokenizerError, match=f"is of the type {model['type']}, expected a byte"):
         token_lists(tokenizer, 10, "a program")
