@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import itertools
 import os
 import queue
 import random
@@ -31,6 +32,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 COPIED = ("gptx", "backends", "conversions", "benchmarks", "tests")
 IMPORTED_AS = {"backends": "gptx/backends", "conversions": "gptx/conversions"}
 MIN_TIMEOUT = 60.0  # seconds
+FILE_TIMES = itertools.count(1)  # in seconds; Python compiles a file of another time again
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -162,8 +164,9 @@ def copy_package(folder: Path) -> None:
 
 def run_python(folder: Path, *arguments: str, timeout: float | None = None) -> tuple[int, str]:
     """Run Python on a copy; return the exit code, 1 after a timeout, and the output."""
-    env = {name: value for name, value in os.environ.items() if name != "CI"}
-    env |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    unset = ("CI", "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"PYTHONPATH": str(folder), "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
     command = [sys.executable, *arguments]
     try:
         ran = subprocess.run(
@@ -184,10 +187,9 @@ def survives(folder: Path, path: str, mutant: Mutant, tests: list[str], timeout:
     """Run the tests on a mutant; a timeout counts as a failure."""
     target, backup = folder / path, folder / "original.py"
     shutil.copy2(target, backup)
-    for compiled in (target.parent / "__pycache__").glob(f"{target.stem}.*.pyc"):
-        compiled.unlink()
     try:
         target.write_bytes(mutant.apply(backup.read_bytes()))
+        os.utime(target, (time.time(), next(FILE_TIMES)))
         return run_tests(folder, tests, timeout)[0] == 0
     finally:
         shutil.move(backup, target)
