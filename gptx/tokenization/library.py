@@ -130,6 +130,39 @@ def mark_special(tokenizer: Any, content: str) -> None:
         tokenizer.add_special_tokens([_library_token(token, special=True)])
 
 
+def hide_special(tokenizer: Any) -> Any:
+    """Return a tokenizer with the same ids, for which special tokens are plain text."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer.encode_special_tokens = True  # by default they are found in any text
+    if isinstance(tokenizer.model, models.BPE):
+        return tokenizer
+    # The other models find them in their vocabulary too, where they get unlikely names.
+    definition = json.loads(tokenizer.to_str())
+    model = definition["model"]
+    special = {token["content"] for token in definition["added_tokens"] if token["special"]}
+    special.discard(model.get("unk_token"))
+    if model["type"] == "Unigram":
+        special -= {model["vocab"][model["unk_id"]][0]} if model["unk_id"] is not None else set()
+        model["vocab"] = [[_hidden(token, special), score] for token, score in model["vocab"]]
+    else:
+        model["vocab"] = {_hidden(token, special): id for token, id in model["vocab"].items()}
+    kept = [token for token in definition["added_tokens"] if token["content"] not in special]
+    definition["added_tokens"] = kept
+    hidden = Tokenizer.from_str(json.dumps(definition))
+    hidden.encode_special_tokens = True
+    return hidden
+
+
+def _hidden(token: str, special: set[str]) -> str:
+    return f"\uffff \uffff{token}" if token in special else token
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Test for an error of the library: a bare Exception, or a panic, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _library_token(token: AddedToken, special: bool) -> Any:
     from tokenizers import AddedToken as LibraryToken
 

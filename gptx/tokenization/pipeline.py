@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from gptx.tokenization.decoder import Utf8Decoder, WindowDecoder
 from gptx.tokenization.decoder_steps import Step, is_local, steps_of
 from gptx.tokenization.files import TOKENIZER
 from gptx.tokenization.finding import find_tokenizer
-from gptx.tokenization.library import component, library_tokenizer, mark_special
+from gptx.tokenization.library import (
+    component,
+    hide_special,
+    is_library_error,
+    library_tokenizer,
+    mark_special,
+)
 from gptx.tokenization.protocol import TextDecoder
 from gptx.tokenization.settings import read_settings
 
@@ -47,9 +54,7 @@ class PipelineTokenizer:
         self._files = dict(files)
         self._definition = definition
         self.settings = read_settings(self._files)
-        self._ordinary = self._read()
-        # By default the library finds special tokens in any text.
-        self._ordinary.encode_special_tokens = True
+        self._library = self._read()
 
     @classmethod
     def of_folder(cls, folder: Path) -> PipelineTokenizer | None:
@@ -115,12 +120,19 @@ class PipelineTokenizer:
             return tokenizer
         except TokenizerError:
             raise
-        except Exception as error:  # the library raises bare Exceptions
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
             read = [TOKENIZER] if TOKENIZER in self._files else self._files
             names = " and ".join(str(self._files[name]) for name in read) or "the vocabulary"
             raise TokenizerError(
                 f"{names} cannot be read as a tokenizer ({error}): fetch the model again"
             ) from None
+
+    @cached_property
+    def _ordinary(self) -> Any:
+        """A tokenizer for which special tokens are plain text."""
+        return hide_special(self._library)
 
     @cached_property
     def _special(self) -> Any:
@@ -129,16 +141,20 @@ class PipelineTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._ordinary.get_vocab_size())
+        return int(self._library.get_vocab_size())
 
     @property
     def end_of_text_id(self) -> int | None:
         """Id of `<|endoftext|>`; None if the vocabulary lacks it."""
-        return self._ordinary.token_to_id(END_OF_TEXT)
+        return self.token_id(END_OF_TEXT)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token; None if the vocabulary lacks it."""
+        return self._library.token_to_id(token)
 
     def definition(self) -> dict[str, Any]:
         """Return the contents of its tokenizer.json."""
-        return dict(json.loads(self._ordinary.to_str()))
+        return dict(json.loads(self._library.to_str()))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         try:
@@ -149,13 +165,15 @@ class PipelineTokenizer:
                 f"{error.start}: remove it"
             ) from None
         tokenizer = self._special if allow_special else self._ordinary
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with _named_errors("the text"):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         if self.has_bytes:
             return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         known = [id for id in ids if 0 <= id < 2**32]
-        return str(self._ordinary.decode(known, skip_special_tokens=False))
+        with _named_errors("the tokens"):
+            return str(self._library.decode(known, skip_special_tokens=False))
 
     def decoder(self, prompt: Sequence[int] = ()) -> TextDecoder:
         if self.has_bytes:
@@ -169,15 +187,15 @@ class PipelineTokenizer:
         """True if the tokens are bytes, and a text is their sequence in UTF-8."""
         if steps := self._decoder_steps:
             return [step["type"] for step in steps] == ["ByteLevel"]
-        return component(self._ordinary.pre_tokenizer).get("type") == "ByteLevel"
+        return component(self._library.pre_tokenizer).get("type") == "ByteLevel"
 
     @cached_property
     def _decoder_steps(self) -> list[Step]:
-        return steps_of(component(self._ordinary.decoder))
+        return steps_of(component(self._library.decoder))
 
     def _token(self, id: int) -> str | None:
         """Return a token; None for no id, or one that only pads the vocabulary of the model."""
-        return self._ordinary.id_to_token(id) if 0 <= id < 2**32 else None
+        return self._library.id_to_token(id) if 0 <= id < 2**32 else None
 
     def _is_open(self, id: int) -> bool:
         """Test for a byte of ByteFallback, or an id without a token, which may be among bytes."""
@@ -202,4 +220,16 @@ class PipelineTokenizer:
 
     @cached_property
     def _added(self) -> frozenset[int]:
-        return frozenset(self._ordinary.get_added_tokens_decoder())
+        return frozenset(self._library.get_added_tokens_decoder())
+
+
+@contextmanager
+def _named_errors(subject: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise TokenizerError(
+            f"{subject} cannot be converted by this tokenizer ({error}): check its definition"
+        ) from None

@@ -1,0 +1,167 @@
+"""Tokenizers of every kind: the ids of transformers, and streams of text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptx.errors import TokenizerError
+from gptx.tokenization.decoder_steps import is_local, steps_of
+from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.golden_tokenizers import NAMES, TEXTS, expected, load
+
+any_kind = pytest.mark.parametrize("name", NAMES)
+
+
+@any_kind
+@pytest.mark.parametrize("version", ["4", "5"])
+def test_ids_are_those_of_transformers(name: str, version: str) -> None:
+    found = [load(name).encode(text, allow_special=True) for text in TEXTS]
+    assert found == expected(name, version)["ids"]
+
+
+@any_kind
+def test_special_tokens_are_plain_text_unless_allowed(name: str) -> None:
+    tokenizer = load(name)
+    definition = tokenizer.definition()
+    unknown = definition["model"].get("unk_token", "<unk>")
+    for entry in definition["added_tokens"]:
+        if entry["content"] != unknown:  # the id of any text without a token
+            ids = tokenizer.encode(f"a {entry['content']} b")
+            assert entry["special"] == (entry["id"] not in ids)
+
+
+# Streams
+
+
+def stream(tokenizer: PipelineTokenizer, ids: list[int], prompt: list[int]) -> list[str]:
+    decoder = tokenizer.decoder(prompt)
+    return [*map(decoder.feed, ids), decoder.finish()]
+
+
+def draw_ids(tokenizer: PipelineTokenizer, numbers: list[int]) -> list[int]:
+    """Return ids of the vocabulary, and some that are not in it."""
+    return [n % (tokenizer.vocab_size + 3) for n in numbers]
+
+
+@any_kind
+@given(numbers=st.lists(st.integers(0, 2**16), max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_pieces_join_to_the_text_of_any_ids(name: str, numbers: list[int]) -> None:
+    tokenizer = load(name)
+    ids = draw_ids(tokenizer, numbers)
+    assert "".join(stream(tokenizer, ids, [])) == tokenizer.decode(ids)
+
+
+@any_kind
+@given(numbers=st.lists(st.integers(0, 2**16), max_size=20), at=st.integers(0, 20))
+@settings(max_examples=30, deadline=None)
+def test_the_text_after_a_prompt_continues_its_text(name: str, numbers: list[int], at: int) -> None:
+    tokenizer = load(name)
+    ids = draw_ids(tokenizer, numbers)
+    prompt, new = ids[:at], ids[at:]
+    text = "".join(stream(tokenizer, new, prompt))
+    if not tokenizer.has_bytes and name != "byte_fallback":  # a character may be on both sides
+        assert tokenizer.decode(prompt) + text == tokenizer.decode(ids)
+
+
+@any_kind
+def test_text_comes_with_each_token(name: str) -> None:
+    tokenizer = load(name)
+    ids = [id for text in TEXTS if text.isascii() for id in tokenizer.encode(text)]
+    pieces = stream(tokenizer, ids, [])
+    assert sum(piece != "" for piece in pieces) > 0.7 * len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "text", "pieces"),
+    [
+        ("wordpiece", "", "the word, theory", ["the", " w", "o", "r", "d", ",", " theory"]),
+        ("wordpiece", "we", "the theory", [" the", " theory"]),
+        ("metaspace", "", "the the", ["the", " the"]),
+        ("metaspace", "we", "the the", [" the", " the"]),
+        ("wordlevel", "", "the low", ["the", " low"]),
+        ("wordlevel", "low", "the low", [" the", " low"]),
+        ("word_ends", "we", "the low", [" the", " low"]),
+        ("byte_fallback", "we", "the 🙂!", [" the", " ", "🙂!"]),
+    ],
+)
+def test_pieces(name: str, prompt: str, text: str, pieces: list[str]) -> None:
+    tokenizer = load(name)
+    found = stream(tokenizer, tokenizer.encode(text), tokenizer.encode(prompt))
+    assert [piece for piece in found if piece] == pieces
+
+
+def test_bytes_that_are_not_utf_8_wait_for_the_end_of_their_run() -> None:
+    tokenizer = load("byte_fallback")
+    low, c3, a9, ff = map(tokenizer.token_id, ("low", "<0xC3>", "<0xA9>", "<0xFF>"))
+    assert stream(tokenizer, [c3, a9, low], []) == ["", "", "élow", ""]
+    assert stream(tokenizer, [c3, a9, ff, low], []) == ["", "", "", "\ufffd" * 3 + "low", ""]
+    assert stream(tokenizer, [low, c3], []) == ["low", "", "\ufffd"]
+    # A prompt that ends within a character is not part of the text after it.
+    assert stream(tokenizer, [a9, low], [low, c3]) == ["", "\ufffdlow", ""]
+
+
+# Decoders whose text can change before its end
+
+
+def replace(pattern: dict[str, str]) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": ""}
+
+
+def with_decoder(*steps: dict[str, object]) -> PipelineTokenizer:
+    definition = load("metaspace").definition()
+    definition["decoder"] = {"type": "Sequence", "decoders": steps}
+    return PipelineTokenizer({}, definition=json.dumps(definition))
+
+
+FUSE = {"type": "Fuse"}
+ANY_STEP = [
+    {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 1},
+    replace({"Regex": "a+"}),
+    {"type": "ByteFallback"},
+]
+
+
+@pytest.mark.parametrize(
+    ("steps", "local"),
+    [
+        ([], True),
+        (ANY_STEP, True),
+        ([*ANY_STEP, FUSE], True),
+        ([FUSE, replace({"String": "a"})], True),
+        ([FUSE, replace({"String": "ab"})], False),
+        ([FUSE, replace({"Regex": "a"})], False),
+        ([FUSE, {"type": "Strip", "content": " ", "start": 9, "stop": 0}], True),
+        ([FUSE, {"type": "Strip", "content": " ", "start": 0, "stop": 1}], False),
+        ([FUSE, {"type": "ByteFallback"}], False),
+        ([{"type": "BPEDecoder", "suffix": "</w>"}], True),
+        ([{"type": "BPEDecoder", "suffix": "</w>"}, FUSE], False),
+        ([{"type": "CTC", "pad_token": "", "word_delimiter_token": "|", "cleanup": True}], False),
+        ([{"type": "ByteLevel"}, FUSE], False),
+    ],
+)
+def test_steps_that_are_local(steps: list[dict[str, object]], local: bool) -> None:
+    nested = {"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": steps}]}
+    assert steps_of(nested) == steps
+    assert is_local(steps) == local
+
+
+def test_text_that_later_tokens_change_comes_at_the_end() -> None:
+    tokenizer = with_decoder(FUSE, replace({"Regex": "w$"}))
+    ids = tokenizer.encode("low w")
+    *pieces, last = stream(tokenizer, ids, tokenizer.encode("the"))
+    assert set(pieces) == {""}
+    assert last == tokenizer.decode(ids) == "▁low▁"
+
+
+def test_a_panic_of_the_library_is_an_error() -> None:
+    tokenizer = with_decoder({"type": "Strip", "content": "w", "start": 0, "stop": 9})
+    with pytest.raises(TokenizerError, match="tokens cannot be converted by this tokenizer"):
+        tokenizer.decode(tokenizer.encode("w"))
