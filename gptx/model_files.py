@@ -85,13 +85,24 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder on this machine as a `Source`."""
+    """A folder on this machine as a `Source`.
+
+    Parameters
+    ----------
+    path
+        Path of the folder.
+    name
+        Name of the model; the path if None.
+    hint
+        End of the error about a missing file.
+    """
 
     revision = None
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, hint: str = "") -> None:
         self.path = path
         self.name = str(path) if name is None else name
+        self._hint = hint
 
     def find(self, filename: str) -> Path | None:
         path = self.path / filename
@@ -105,13 +116,13 @@ class Folder:
             return path
         raise NotFoundError(
             f"{filename} is missing in folder {self.path}: expected config.json and "
-            "model.safetensors (or its index and every shard in it)"
+            f"model.safetensors (or its index and every shard in it){self._hint}"
         )
 
     def no_weights(self) -> GptxError:
         return NotFoundError(
             f"model.safetensors is missing in folder {self.path}: fetch it, or make it "
-            f"from weights of another format with `gptx convert {self.path} DST`"
+            f"from weights of another format with `gptx convert {self.path} DST`{self._hint}"
         )
 
     def write_ref(self) -> None:

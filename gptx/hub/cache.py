@@ -64,10 +64,16 @@ class RepositoryCache:
 
     def _load(self, filename: str, revision: str) -> object:
         found = try_to_load_from_cache(self._repository, filename, self.root, revision)
-        if found is None:  # also for a folder without permissions: let the system name it
+        if found is None:  # also in a folder without permissions, which the system names
             with suppress(FileNotFoundError):
-                (self._folder / "snapshots" / revision / filename).stat()
+                (self._folder / "snapshots" / self._commit(revision) / filename).stat()
         return found
+
+    def _commit(self, revision: str) -> str:
+        """Return the commit of a branch or a tag; a commit is its own."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return (self._folder / "refs" / revision).read_text(encoding="utf-8")
+        return revision
 
     def mark_missing(self, filename: str, commit: str) -> None:
         """Mark that a commit lacks a file, which saves the next request."""

@@ -67,8 +67,8 @@ def certificate_problem(error: Exception) -> Fault | None:
         if isinstance(fault, ssl.SSLCertVerificationError):
             return Fault(
                 f"certificate refused: {fault.verify_message}",
-                "check the clock of this machine; for a proxy or a mirror with an authority of its "
-                f"own set {CERTIFICATE_VARIABLES[0]} to the file of its certificate",
+                f"check the clock, or set {CERTIFICATE_VARIABLES[0]} to a file with the "
+                "certificate of the proxy or the mirror",
             )
     return None
 

@@ -19,7 +19,7 @@ from gptx.errors import (
 )
 from gptx.hub.connection import certificate_problem, explain, is_connection_fault, status_of
 
-EMBEDDED_HINT = "-m shakespeare, which needs none"
+EMBEDDED_HINT = "-m shakespeare, which needs no download"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -25,6 +25,13 @@ ALIASES: dict[str, str] = {
 # Hub ids from before names had owners: the cache of other tools may have them.
 FORMER_NAMES = {repo: name for name, repo in ALIASES.items() if repo.endswith(f"/{name}")}
 
+# Suffixes of files of models: a name with one is not taken for a Hub id.
+FILE_SUFFIXES = (
+    *(".bin", ".ckpt", ".dat", ".gguf", ".h5", ".index", ".json", ".mpk", ".msgpack", ".npz"),
+    *(".onnx", ".pt", ".pth", ".safetensors"),
+)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 # No "..", no slash at an end: a revision becomes a path in the cache.
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s\\:\0]+(?<!/)")
 
@@ -113,12 +120,14 @@ def find_source(
                 f"{argument('revision')} is {revision!r}, but {name!r} is not from the Hub"
             )
         folder = EMBEDDED[name] if is_embedded else Path(path).absolute()
-        return Folder(folder, name)
+        return Folder(folder, name, hub_reading(name))
     if os.path.exists(path) and name not in ALIASES:
         raise NotFoundError(f"{name!r} is a file, expected {_expected()}")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_like_path or not isinstance(model, str):
-        raise NotFoundError(f"folder {name!r} does not exist, expected {_expected()}")
+    is_file_name = Path(name).suffix.lower() in FILE_SUFFIXES
+    if looks_like_path or is_file_name or not isinstance(model, str):
+        what = "file" if is_file_name else "folder"
+        raise NotFoundError(f"{what} {name!r} does not exist, expected {_expected()}")
     _check_revision(revision)
 
     with importing_hub():
@@ -158,7 +167,18 @@ def _check_revision(revision: str | None) -> None:
 
 def _expected() -> str:
     names = ", ".join(EMBEDDED)
-    return f"an embedded name ({names}), a folder, or a Hub id such as openai-community/gpt2"
+    return f"an embedded name ({names}), a path, or a Hub id such as openai-community/gpt2"
+
+
+def hub_reading(name: str | os.PathLike[str]) -> str:
+    """Return the end of an error about a folder whose name could be a Hub id; else nothing."""
+    given = os.fspath(name).rstrip("/")
+    if given not in ALIASES and not _HUB_ID.fullmatch(given):
+        return ""
+    return (
+        f"; the folder hides the model {ALIASES.get(given, given)} of the Hub: rename the folder, "
+        "or run gptx in another one, to use that model"
+    )
 
 
 @contextmanager

@@ -16,8 +16,19 @@ from gptx.errors import (
     StorageError,
     WeightsError,
 )
-from gptx.hub.resolve import ALIASES
-from tests.support.hub import CONFIG, Client, check, check_files, index, model, tensors
+from gptx.hub.connection import CERTIFICATE_VARIABLES
+from gptx.hub.resolve import ALIASES, find_source
+from gptx.model_files import find_files, find_weights
+from tests.support.hub import (
+    CONFIG,
+    Client,
+    check,
+    check_files,
+    hub_settings,
+    index,
+    model,
+    tensors,
+)
 from tests.support.hub_server import HubServer, commit_of, etag_of
 
 
@@ -77,6 +88,31 @@ class TestFiles:
         assert after["revision"] == ref.read_text() == new
         check_files(pinned, model(1))
 
+    def test_weights_of_a_later_step_are_of_the_same_commit(
+        self, server: HubServer, client: Client
+    ) -> None:
+        old, new = "a" * 40, "b" * 40
+        repo = server.repos["org/model"] = {"main": old, old: model(1), new: model(2)}
+        with hub_settings(client.url, client.home):
+            source = find_source("org/model")
+            find_files(source, weights=False)
+            repo["main"] = new
+            server.requests.clear()
+            (weights,) = find_weights(source)
+            assert find_files(source).weights == (weights,)
+        assert weights.read_bytes() == model(1)["model.safetensors"]
+        assert [line.partition(" ")[0] for line in server.log()] == ["HEAD", "GET", "GET"]
+        assert all(f"/resolve/{old}/model.safetensors" in line for line in server.log())
+
+    def test_renamed_repository(self, server: HubServer, client: Client) -> None:
+        server.faults.renamed["old/name"] = "org/model"
+        server.faults.gated["org/model"] = "hf_good"
+        online, offline = client.run(
+            {"model": "old/name", "token": "hf_good"}, {"model": "old/name", "offline": True}
+        )
+        check_files(online, model())
+        check_files(offline, model())
+
     @pytest.mark.parametrize("revision", ["refs/pr/1", "v1.0"])
     def test_other_revisions(self, server: HubServer, client: Client, revision: str) -> None:
         server.repos["org/model"][revision] = model(4)
@@ -130,6 +166,20 @@ class TestRefusals:
         check(hidden, AuthorizationError, "without a token")
         check_files(client.one("org/model", env=variables), model())
 
+    @pytest.mark.parametrize("token", ["hf_é", "hf_a b", "hf_\u200b"])
+    def test_token_that_http_cannot_carry(self, client: Client, token: str) -> None:
+        given = client.one("org/model", token=token)
+        check(given, ParameterError, "token contains", "copy it again")
+        variable = client.one("org/model", env={"HF_TOKEN": token})
+        check(variable, ParameterError, "HF_TOKEN contains")
+        client.home.mkdir(exist_ok=True)
+        (client.home / "token").write_text(token, encoding="utf-8")
+        saved = client.one("org/model")
+        check(saved, ParameterError, "the token of `hf auth login` contains")
+        for result in (given, variable, saved):
+            assert result["connections"] == []
+            assert token not in result["message"]
+
     def test_missing(self, server: HubServer, client: Client) -> None:
         files = model()
         del files["config.json"]
@@ -174,14 +224,18 @@ class TestRefusals:
     def test_endpoint_that_is_no_hub(self, server: HubServer, client: Client, url: str) -> None:
         env = {"HF_ENDPOINT": url.format(server.url)}
         result = client.one("org/model", env=env, impatient=True)
-        check(result, NotFoundError if url == "{}/other" else HubUnavailableError)
+        if url == "{}/other":
+            check(result, NotFoundError)
+        else:
+            words = [] if url.endswith(":9") else [f"HF_ENDPOINT is '{url}'", "https://"]
+            check(result, HubUnavailableError, *words)
 
 
 class TestIntegrity:
     @pytest.mark.parametrize("fault", ["corrupt", "shorter"])
     def test_wrong_content(self, server: HubServer, client: Client, fault: str) -> None:
         names = ["model.safetensors", "tokenizer.json", "config.json"]
-        repos = {f"org/{name}": name for name in names}
+        repos = {f"org/{name.replace('.', '-')}": name for name in names}
         for repo, name in repos.items():
             server.repos[repo] = {"main": model()}
             getattr(server.faults, fault).add(f"{repo}/{name}")
@@ -226,7 +280,7 @@ class TestNoConnection:
         )
         check_files(branch, model())
         check_files(pinned, model())
-        check(other, HubUnavailableError, "org/other", client.url)
+        check(other, HubUnavailableError, "org/other", client.url, "-m shakespeare")
 
     def test_incomplete_cache_without_a_connection(self, server: HubServer, client: Client) -> None:
         client.one("org/model", weights=False)
@@ -253,6 +307,7 @@ class TestOffline:
             check_files(result, model())
         for result in (none, unknown):
             check(result, NotFoundError, "org/none", "offline", "gptx download org/none")
+            assert "-m shakespeare, which needs no download" in result["message"]
         check(other, NotFoundError, "org/model", "v1", "offline")
         for result in (found, none, other, plain, unknown):
             assert result["connections"] == []
@@ -281,6 +336,13 @@ class TestOffline:
     def test_invalid_variable(self, client: Client) -> None:
         (result,) = client.finish(client.start({"model": "gpt2"}, HF_HUB_ETAG_TIMEOUT="soon"))
         check(result, ParameterError, "HF_ environment variable", "soon")
+
+    def test_file_of_certificates_that_does_not_exist(self, client: Client) -> None:
+        variables = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/nonexistent")
+        process = client.start({"model": "gpt2"}, HF_ENDPOINT="https://127.0.0.1:9", **variables)
+        (result,) = client.finish(process)
+        problem = f"{CERTIFICATE_VARIABLES[0]} is /nonexistent, which holds no certificates"
+        check(result, HubUnavailableError, problem, f"unset {CERTIFICATE_VARIABLES[0]}")
 
 
 class TestStorage:

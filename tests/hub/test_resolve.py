@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
+from gptx.conversions.registry import FORMATS
 from gptx.embedded import EMBEDDED
-from gptx.errors import NotFoundError, ParameterError, WeightsError
-from gptx.hub.resolve import ALIASES, locate
+from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, WeightsError
+from gptx.hub.resolve import ALIASES, FILE_SUFFIXES, locate
 from tests.support.hub import CONFIG, index, model
+from tests.support.permissions import folder_of_another_user, unprivileged
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 12345\n"
+)
 
 
 class TestNames:
@@ -54,6 +62,18 @@ class TestNames:
             locate(name)
         assert caught.value.exit_code == 66
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["x.gguf", "ckpt.pt", "model.safetensors", "models/x.GGUF", "./x.bin", Path("a.json")],
+    )
+    def test_missing_file(self, name: Any) -> None:
+        with pytest.raises(NotFoundError, match=f"^file '{name}' does not exist, expected"):
+            locate(name)
+
+    def test_suffixes_of_all_formats_are_those_of_files(self) -> None:
+        suffixes = {row.suffix for row in FORMATS.values() if row.suffix != "/"}
+        assert suffixes <= set(FILE_SUFFIXES)
 
     @pytest.mark.parametrize("revision", ["", "../../etc", "/main", "main/", "a b", "a\\b", "a\0"])
     def test_invalid_revision(self, revision: str) -> None:
@@ -141,6 +161,63 @@ class TestFolder:
             locate(tmp_path)
         self.make(tmp_path, {"model.safetensors": b""})
         assert locate(tmp_path).tokenizer == {}
+
+    @pytest.mark.parametrize(
+        ("name", "repository"),
+        [
+            ("gpt2", "openai-community/gpt2"),
+            ("gpt2/", "openai-community/gpt2"),
+            ("org/model", "org/model"),
+        ],
+    )
+    def test_folder_that_hides_a_hub_id(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        hint = f"missing in folder {folder}.*the folder hides the model {repository} of the Hub"
+        with pytest.raises(NotFoundError, match=rf"config\.json is {hint}: rename the folder"):
+            locate(name)
+        self.make(folder, {"config.json": CONFIG})
+        with pytest.raises(NotFoundError, match=rf"model\.safetensors is {hint}"):
+            locate(name)
+        for other in (f"./{name}", folder):
+            with pytest.raises(NotFoundError) as caught:
+                locate(other)
+            assert "Hub" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"]
+    )
+    def test_git_lfs_pointer(self, tmp_path: Path, name: str) -> None:
+        locate(self.make(tmp_path, model()))
+        (tmp_path / name).write_bytes(POINTER)
+        with pytest.raises(DataError, match=f"{name} is a git-lfs pointer.*`git lfs pull`"):
+            locate(tmp_path)
+
+    def test_git_lfs_pointer_in_a_shard(self, tmp_path: Path) -> None:
+        files = {"config.json": CONFIG, "a.safetensors": b"", "b.safetensors": POINTER}
+        files["model.safetensors.index.json"] = index("a.safetensors", "b.safetensors")
+        with pytest.raises(DataError, match=r"b\.safetensors is a git-lfs pointer"):
+            locate(self.make(tmp_path, files))
+
+    @pytest.mark.parametrize("name", ["config.json", "vocab.json", "model.safetensors", ""])
+    def test_no_permission(self, name: str) -> None:
+        with folder_of_another_user() as parent:
+            folder = self.make(parent, model())
+            for path in folder.iterdir():
+                path.chmod(0o644)
+            with unprivileged():
+                locate(folder)
+            path = folder / name
+            path.chmod(0)
+            with (
+                unprivileged(),
+                pytest.raises(StorageError, match=f"{name}.* cannot be read .Permission denied"),
+            ):
+                locate(folder)
+            path.chmod(0o700)
 
     def test_file_instead_of_a_folder(self, tmp_path: Path) -> None:
         self.make(tmp_path, {"model.safetensors": b""})

@@ -42,6 +42,7 @@ class Faults:
     gated: dict[str, str] = field(default_factory=dict)  # repository -> token that may read it
     no_range: bool = False  # the server ignores Range headers
     same_host: bool = False  # redirects lead to another path, not to another port
+    renamed: dict[str, str] = field(default_factory=dict)  # old repository -> new repository
     delay: float = 0.0  # seconds after every 16 KiB
 
 
@@ -151,6 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
         repo, found, rest = self.path.removeprefix("/cdn").strip("/").partition("/resolve/")
         if not found:
             return self._refuse(404)
+        if new := hub.faults.renamed.get(repo):
+            self.send_response(307)
+            self.send_header("Location", f"/{new}/resolve/{rest}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if repo not in hub.repos:
             return self._refuse(404, "RepoNotFound")
         token = hub.faults.gated.get(repo)
