@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,23 @@ import numpy as np
 
 from gptx.config import GPT2Config
 from gptx.conversions.containers.binary import dtype_name
-from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
+from gptx.conversions.vocabularies.tokenizer_files import (
+    UNREAD_FILES,
+    copy_file,
+    write_tokenizer,
+    write_unread_tokenizer,
+)
 from gptx.errors import ConfigError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.safetensors_file import widen_bfloat16
-from gptx.stored_weights import check_weights, have_same_numbers, is_linear_weight
+from gptx.stored_weights import check_weights, drop_unknown, have_same_numbers, is_linear_weight
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 Array = np.ndarray
 
 NO_TOKENIZER_NOTE = "the file has no tokenizer: give the tokenizer of the model's data"
+GENERATION = "generation_config.json"
 HEAD_DIM = 64  # D of all of OpenAI's models: assumed for a format that has no number of heads
 
 
@@ -47,12 +53,15 @@ class StoredTensor:
         [out, in].
     quantization
         Quantization of the `QuantizedTensor`; None for an array.
+    file_type
+        Name of the type in the file if `dtype` is another one, such as "Q6_K"; else None.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], Array | QuantizedTensor]
     quantization: Quantization | None = None
+    file_type: str | None = None
 
     def is_same(self, other: StoredTensor) -> bool:
         """Return True if the tensor has the shape and the numbers of another one of floats."""
@@ -110,6 +119,10 @@ class Checkpoint:
         The model's tokenizer; None if the files contain none.
     notes
         Assumptions of the reader, one sentence each.
+    companions
+        Name -> path, of files of a Hugging Face folder that the fields above do not replace.
+    ignore_unknown : bool
+        Leave out tensors that the config does not have. Otherwise they are an error.
 
     Raises
     ------
@@ -121,10 +134,16 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor]
     tokenizer: PipelineTokenizer | None = None
     notes: tuple[str, ...] = ()
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    ignore_unknown: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_weights(self.stored, self.config)
-        ordered = {name: self.stored[name] for name in self.config.tensor_shapes()}
+    def __post_init__(self, ignore_unknown: bool) -> None:
+        stored = self.stored
+        if ignore_unknown:
+            stored, notes = drop_unknown(stored, self.config)
+            object.__setattr__(self, "notes", self.notes + notes)
+        check_weights(stored, self.config)
+        ordered = {name: stored[name] for name in self.config.tensor_shapes()}
         object.__setattr__(self, "stored", ordered)
         if not any(tensor.quantization for tensor in ordered.values()):
             # A config.json can name a quantization that the tensors do not have.
@@ -265,7 +284,7 @@ def float_array(tensor: Array | QuantizedTensor) -> Array:
 
 
 def write_config_and_tokenizer(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Write config.json and the tokenizer's files.
+    """Write config.json, the tokenizer's files, and those that the source has beside them.
 
     Parameters
     ----------
@@ -279,4 +298,14 @@ def write_config_and_tokenizer(checkpoint: Checkpoint, folder: Path, dtype: str 
     with create(folder / "config.json") as file:
         file.write((json.dumps(data, indent=2) + "\n").encode())
     if checkpoint.tokenizer is not None:
-        write_tokenizer(checkpoint.tokenizer, checkpoint.config.n_positions, folder)
+        write_tokenizer(checkpoint.tokenizer, checkpoint.config, folder)
+    else:
+        write_unread_tokenizer(checkpoint.companions, folder)
+    if path := checkpoint.companions.get(GENERATION):
+        copy_file(path, folder / GENERATION)
+
+
+def find_companions(folder: Path) -> dict[str, Path]:
+    """Find the `Checkpoint.companions` of a folder."""
+    paths = {name: folder / name for name in (GENERATION, *UNREAD_FILES)}
+    return {name: path for name, path in paths.items() if path.is_file()}

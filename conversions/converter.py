@@ -29,6 +29,7 @@ def convert(
     group_size: int = GROUP_SIZE,
     config: str | Path | GPT2Config | None = None,
     tokenizer: str | Path | None = None,
+    ignore_unknown: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -39,7 +40,7 @@ def convert(
 
     Parameters
     ----------
-    source, config, tokenizer, revision, offline
+    source, config, tokenizer, ignore_unknown, revision, offline
         See `gptx.conversions.registry.read`.
     destination
         The file or folder to write. It is written atomically: after a failure it is unchanged.
@@ -82,7 +83,12 @@ def convert(
     quantization = Quantization.named(quantize, group_size)
     _check_destination(destination, row, overwrite)
     _, checkpoint = read(
-        source, config=config, tokenizer=tokenizer, revision=revision, offline=offline
+        source,
+        config=config,
+        tokenizer=tokenizer,
+        ignore_unknown=ignore_unknown,
+        revision=revision,
+        offline=offline,
     )
     model = checkpoint
     if name != "mlx":  # other formats quantize in their own way

@@ -25,13 +25,13 @@ from gptx.config import GPT2Config
 from gptx.errors import WeightsError
 from gptx.quantization import Quantization, QuantizedTensor
 from gptx.safetensors_file import BFLOAT16, Entry, SafetensorsFile, widen_bfloat16
+from gptx.tensor_names import are_out_in, listed, model_names, unknown_error, unknown_note
 
 Tensor = np.ndarray | QuantizedTensor
 T = TypeVar("T")
 
 # Names
 
-_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LINEAR_WEIGHT = re.compile(r"h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight")
 
 TABLE = "wte.weight"
@@ -44,11 +44,6 @@ OWN_HEAD_NOTE = (
     "the model's own head is used"
 )
 COMPARE_NUMBERS = 2**18  # compared at a time: they stay in the cache of a core
-
-
-def is_mask_buffer(name: str) -> bool:
-    """Test for a causal mask, which some files store beside the weights."""
-    return _MASK_BUFFER.fullmatch(name) is not None
 
 
 def is_linear_weight(name: str) -> bool:
@@ -93,7 +88,7 @@ class _Part:
 
     file: SafetensorsFile
     stored_name: str
-    transposed: bool
+    transposed: bool = False
 
     @property
     def entry(self) -> Entry:
@@ -192,16 +187,20 @@ class StoredModel:
         return {name: tensor.map() for name, tensor in self.tensors.items()}
 
 
-def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> StoredModel:
+def open_weights(
+    paths: Iterable[Path], config: GPT2Config | None, *, ignore_unknown: bool = False
+) -> StoredModel:
     """Read the headers of a safetensors file or of its shards, and check every tensor.
 
-    Stored names may have the prefix `transformer.`, or mlx-lm's `model.`, with which the matrices
-    of linear layers are [out, in].
+    `model_names` finds the tensors of the model in the file. Their shapes tell if the matrices of
+    linear layers are [in, out], or [out, in] as those of mlx-lm.
 
     Parameters
     ----------
     config
         None if the files come without one. Then no tensor is checked against it.
+    ignore_unknown
+        Leave out tensors that a GPT-2 or the config does not have. Otherwise they are an error.
 
     Raises
     ------
@@ -211,29 +210,50 @@ def open_weights(paths: Iterable[Path], config: GPT2Config | None) -> StoredMode
         A file cannot be read.
     """
     paths = list(paths)
-    parts: dict[str, _Part] = {}
+    files: dict[str, SafetensorsFile] = {}
     for path in paths:
         file = SafetensorsFile(path)
-        for stored_name, entry in file.entries.items():
-            name = stored_name.removeprefix("transformer.").removeprefix("model.")
-            if is_mask_buffer(name):
-                continue
-            if name in parts:
-                raise WeightsError(f"{path}: duplicate tensor {name}")
-            out_in = stored_name.startswith("model.") and is_linear_weight(name)
-            transposed = out_in and entry.dtype != np.uint32 and len(entry.shape) == 2
-            parts[name] = _Part(file, stored_name, transposed)
+        for stored_name in file.entries:
+            if stored_name in files:
+                raise WeightsError(f"{path}: duplicate tensor {stored_name}")
+            files[stored_name] = file
     try:
-        found = _assembled(parts, config.quantization if config else None)
-        found, config, notes = settle_head(found, config, SafetensorsTensor.is_same)
+        names, notes = model_names(files, ignore_unknown=ignore_unknown)
+        parts = {
+            name: _Part(files[stored_name], stored_name) for stored_name, name in names.items()
+        }
+        found = _assembled(_in_out(parts), config.quantization if config else None)
+        found, config, head_notes = settle_head(found, config, SafetensorsTensor.is_same)
+        notes += head_notes
         if config is not None:
+            if ignore_unknown:
+                found, unknown_notes = drop_unknown(found, config)
+                notes += unknown_notes
             check_weights(found, config)
             if config.quantization and all(t.quantization is None for t in found.values()):
                 notes += (f"no tensor is {config.quantization} as in the config: all are floats",)
                 config = replace(config, quantization=None)
     except WeightsError as error:
-        raise WeightsError(f"{_location(paths)}: {error}") from None
+        raise WeightsError(f"{_location(paths)}: {error.message}") from None
     return StoredModel(found, config, notes)
+
+
+def _in_out(parts: dict[str, _Part]) -> dict[str, _Part]:
+    """Transpose the float matrices of linear layers if the files store them as [out, in].
+
+    A quantized matrix is [out, in], and so are the float matrices beside one.
+    """
+    linear = {name: part for name, part in parts.items() if is_linear_weight(name)}
+    floats = {name: part for name, part in linear.items() if part.entry.dtype != np.uint32}
+    shapes = {name: part.shape for name, part in floats.items()}
+    if len(floats) == len(linear) and not are_out_in(shapes):
+        return parts
+    transposed = {
+        name: replace(part, transposed=True)
+        for name, part in floats.items()
+        if len(part.shape) == 2
+    }
+    return parts | transposed
 
 
 def _location(paths: list[Path]) -> Path:
@@ -259,7 +279,7 @@ def _assembled(
                 "fetch config.json again"
             )
         if missing := [name for name in names if name not in parts]:
-            raise WeightsError(f"{_names(missing)} missing: {layer} is incomplete")
+            raise WeightsError(f"{listed(missing)} missing: {layer} is incomplete")
         matrices[names[0]] = _matrix(names, tuple(parts.pop(name) for name in names), quantization)
     arrays = {
         name: SafetensorsTensor(part.shape, part.entry.dtype, None, (part,))
@@ -356,6 +376,23 @@ def have_same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     return True
 
 
+def drop_unknown(
+    found: Mapping[str, T], config: GPT2Config
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Leave out the tensors that the config does not have; return the others, and a note."""
+    expected = config.tensor_shapes()
+    known = {name: tensor for name, tensor in found.items() if name in expected}
+    unknown = [name for name in found if name not in expected]
+    return known, (unknown_note(unknown),) if unknown else ()
+
+
+def type_name(tensor: DescribedTensor) -> str:
+    """Return the name of the type of a tensor: "float32", "bfloat16", "int4"."""
+    if tensor.quantization is not None:
+        return f"int{tensor.quantization.bits}"
+    return "bfloat16" if tensor.dtype == BFLOAT16 else str(tensor.dtype)
+
+
 def check_weights(found: Mapping[str, Tensor | DescribedTensor], config: GPT2Config) -> None:
     """Check names, shapes and types of all tensors of a model against its config.
 
@@ -374,9 +411,9 @@ def check_weights(found: Mapping[str, Tensor | DescribedTensor], config: GPT2Con
                 f"tensor {HEAD} is missing, but the config has tie_word_embeddings: false: fetch "
                 "the model again, or set it to true if the head is the table of tokens"
             )
-        raise WeightsError(f"{_names(missing)} missing: the weights do not fit the config")
+        raise WeightsError(f"{listed(missing)} missing: the weights do not fit the config")
     if unknown := [name for name in found if name not in expected]:
-        raise WeightsError(f"{_names(unknown)} unknown: the weights do not fit the config")
+        raise unknown_error(unknown)
     for name, expected_shape in expected.items():
         shape, dtype, quantization = _described(name, found[name])
         if quantization is not None:
@@ -404,10 +441,3 @@ def _described(
         shape = tensor.shape[::-1] if is_linear_weight(name) else tensor.shape
         return shape, np.dtype(np.float32), tensor.quantization
     return tensor.shape, tensor.dtype, tensor.quantization
-
-
-def _names(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"tensor {names[0]} is"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensors {', '.join(names[:3])}{more} are"

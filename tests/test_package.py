@@ -29,9 +29,9 @@ SOURCES = {
 # row never import each other. The longest prefix of a module's name is its room.
 ROOMS = [
     "gptx._version gptx.errors gptx.embedded",
-    "gptx.files gptx.safetensors_file gptx.quantization",
+    "gptx.files gptx.lfs_pointer gptx.safetensors_file gptx.quantization",
     "gptx.config gptx.tokenization",
-    "gptx.random_weights gptx.model_files",
+    "gptx.random_weights gptx.model_files gptx.tensor_names",
     "gptx.backends.positions",
     "gptx.backends.base",
     "gptx.backends.graph",

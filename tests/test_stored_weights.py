@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from gptx.errors import DataError, StorageError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import read_safetensors, widen_bfloat16
-from gptx.stored_weights import check_weights, have_same_numbers, open_weights
+from gptx.stored_weights import (
+    check_weights,
+    have_same_numbers,
+    is_linear_weight,
+    open_weights,
+)
 from tests.support.random_models import CASES, to_bfloat16, write_model
 from tests.support.safetensors_bytes import MICRO, weights_path
 
@@ -79,6 +84,37 @@ def test_prefix_and_shards(tmp_path: Path, prefix: str, shards: int) -> None:
     assert set(found) == set(expected)
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.model.transformer."])
+@pytest.mark.parametrize("out_in", [False, True])
+def test_the_shapes_tell_the_layout(tmp_path: Path, prefix: str, out_in: bool) -> None:
+    """The prefix `model.` is mlx-lm's, with [out, in], and Lightning's, with either layout."""
+    config = CASES["355M"]
+    expected = random_weights(config)
+    stored = {
+        prefix + name: np.ascontiguousarray(array.T if out_in and is_linear_weight(name) else array)
+        for name, array in expected.items()
+    }
+    found = open_weights([weights_path(tmp_path, stored, config)], config)
+    assert found.notes == ()
+    for name, array in found.map().items():
+        np.testing.assert_array_equal(array, expected[name])
+        np.testing.assert_array_equal(found.tensors[name].read(), expected[name])
+
+
+def test_unknown_tensors_of_a_file(tmp_path: Path) -> None:
+    """Names of no GPT-2, and of a layer that the config does not have."""
+    extra = {"clip.weight": np.ones(2, np.float32), "h.1.ln_1.bias": np.ones(2, np.float32)}
+    path = weights_path(tmp_path, random_weights(MICRO) | extra)
+    with pytest.raises(WeightsError, match=r"clip\.weight is unknown: .*ignore_unknown=True"):
+        open_weights([path], MICRO)
+    found = open_weights([path], MICRO, ignore_unknown=True)
+    assert set(found.tensors) == set(MICRO.tensor_shapes())
+    assert found.notes == (
+        "tensor clip.weight is unknown: left out",
+        "tensor h.1.ln_1.bias is unknown: left out",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])

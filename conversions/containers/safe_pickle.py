@@ -4,8 +4,9 @@ A pickle is a program for a stack machine, and Python's unpickler lets it call a
 one has the same instructions (https://github.com/python/cpython, Lib/pickletools.py, protocols 2 to
 5), but builds only dicts, lists, tuples, strings, numbers and descriptions of tensors. It imports
 nothing and calls nothing that a file names: a global is replaced from a table of those that
-`torch.save` writes for tensors (`torch_globals.py`); any other one is an error. A value that no
-model needs becomes `IGNORED`.
+`torch.save` writes for tensors (`torch_globals.py`). Any other one is an error, except a class of
+which the file has an object, such as the config of a training script. A value that no model needs,
+such as that object, becomes `IGNORED`.
 
 The cost of an instruction is bounded by its bytes in the file: no instruction copies a value, so
 nested lists do not grow exponentially.
@@ -20,6 +21,7 @@ from gptx.conversions.containers.torch_globals import (
     IGNORED,
     MAX_NAME_LENGTH,
     TorchStorage,
+    UnknownGlobal,
     resolve_global,
     storage_of_id,
 )
@@ -66,11 +68,14 @@ class Unpickled:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stack below each mark
         self._memo: dict[int, Any] = {}
+        self._unused: dict[str, UnknownGlobal] = {}  # named, but not as the class of an object
         try:
             self._run()
         except (IndexError, KeyError, UnicodeDecodeError):  # missing item or memo
             raise WeightsError(f"its pickle is damaged before byte {self.end}") from None
-        del self._data, self._stack, self._below, self._memo
+        for unknown in self._unused.values():
+            raise unknown.error()
+        del self._data, self._stack, self._below, self._memo, self._unused
 
     def _run(self) -> None:
         for _ in range(MAX_INSTRUCTIONS):
@@ -176,20 +181,33 @@ class Unpickled:
                 items = self._to_mark()
                 _update(self._stack[-1], items)
             case "GLOBAL":
-                stack.append(resolve_global(argument))
+                stack.append(self._resolve(argument))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
                 if not (isinstance(module, str) and isinstance(name, str)):
                     raise WeightsError("its pickle has a global without a name")
-                stack.append(resolve_global(f"{module} {name}"))
-            case "REDUCE" | "NEWOBJ":
+                stack.append(self._resolve(f"{module} {name}"))
+            case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(function, arguments))
+            case "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                if isinstance(function, UnknownGlobal) and arguments == ():
+                    self._unused.pop(function.name, None)
+                    stack.append(IGNORED)
+                else:
+                    stack.append(_call(function, arguments))
             case "NEWOBJ_EX":
                 _, arguments, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(_call(function, arguments))
             case "STORAGE":
                 stack.append(self._storage(stack.pop()))
+
+    def _resolve(self, name: str) -> Any:
+        found = resolve_global(name)
+        if isinstance(found, UnknownGlobal):
+            self._unused[name] = found
+        return found
 
     def _to_mark(self) -> list[Any]:
         """Pop the items above the last mark, and the mark."""
@@ -211,6 +229,8 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 
 def _update(target: Any, items: list[Any]) -> None:
+    if target is IGNORED:
+        return
     if not isinstance(target, dict) or len(items) % 2:
         raise WeightsError("its pickle sets items of a value that is not a dict")
     # Short strings only: a file can make other keys arbitrarily slow to hash and to compare.
@@ -220,6 +240,8 @@ def _update(target: Any, items: list[Any]) -> None:
 
 
 def _call(function: Any, arguments: Any) -> Any:
+    if isinstance(function, UnknownGlobal):
+        raise function.error()
     if not callable(function) or not isinstance(arguments, tuple):
         raise WeightsError("its pickle calls a value that is not a function")
     return function(arguments)

@@ -30,6 +30,7 @@ LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 LEGACY_MAGIC = b"\x8a\x0a" + LEGACY_MAGIC_NUMBER.to_bytes(10, "little")  # in every pickle protocol
 LEGACY_VERSION = 1001
 MAX_TENSOR_NAME_LENGTH = 200  # characters
+MAX_DICT_DEPTH = 3  # of a dict in the saved value, in keys
 READ_BYTES = 2**20  # at a time, for checksums and comparisons
 DETECT_BYTES = 600
 
@@ -146,40 +147,52 @@ class TorchFile:
             raise WeightsError(f"it has {file.size} bytes, expected {at}: fetch it again")
         return pickled, locations
 
-    def tensors(self, value: Any) -> dict[str, TorchTensor]:
-        """Return a part of `self.value`, which must be a dict of tensors.
+    def tensors(self, value: dict[str, Any]) -> dict[str, FileTensor]:
+        """Return the tensors of a dict in `self.value`; other items are left out.
 
         Raises
         ------
         WeightsError
-            It is something else, or a name is invalid.
+            A name is invalid.
         """
-        if not isinstance(value, dict) or not value:
-            raise WeightsError(f"{self.path} has no dict of tensors")
-        for name, tensor in value.items():
+        found = {
+            name: FileTensor(self, item)
+            for name, item in value.items()
+            if isinstance(item, TorchTensor)
+        }
+        for name in found:
             if not (name.isascii() and name.isprintable() and len(name) <= MAX_TENSOR_NAME_LENGTH):
                 raise WeightsError(f"{self.path} is damaged: a tensor has an invalid name")
-            if not isinstance(tensor, TorchTensor):
-                raise WeightsError(f"{self.path}: {name} is not a tensor, expected one")
-        return dict(value)
+        return found
 
-    def reader(self, tensor: TorchTensor, name: str) -> Callable[[], Array]:
-        """Return a function that reads a tensor; its first call compares the storage's CRC-32.
+    def find_dicts(self, is_wanted: Callable[[dict[str, Any]], bool]) -> dict[str, dict[str, Any]]:
+        """Find dicts in `self.value`, down to `MAX_DICT_DEPTH` keys below it.
 
         Parameters
         ----------
-        name
-            Name of the tensor in error messages.
+        is_wanted
+            Function that selects a dict; those inside of a selected dict are not searched.
 
-        Raises
-        ------
-        WeightsError
-            The tensor overlaps itself, so that a small file could fill the memory. The function
-            raises it if the tensor is damaged.
+        Returns
+        -------
+        dict
+            Keys on the way, with a point between (`model.ema`) -> dict; the outer ones first.
         """
-        if math.prod(tensor.shape) > tensor.extent:
-            raise WeightsError(f"{self.path}: tensor {name} overlaps itself")
-        return lambda: self._read(tensor, f"tensor {name}")
+        found: dict[str, dict[str, Any]] = {}
+        level: list[tuple[str, Any]] = [("", self.value)]
+        seen: set[int] = set()  # a file can contain one dict any number of times
+        for _ in range(MAX_DICT_DEPTH + 1):
+            inner: list[tuple[str, Any]] = []
+            for path, value in level:
+                if not isinstance(value, dict) or id(value) in seen:
+                    continue
+                seen.add(id(value))
+                if is_wanted(value):
+                    found[path] = value
+                else:
+                    inner += [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
+            level = inner
+        return found
 
     def _read(self, tensor: TorchTensor, label: str) -> Array:
         storage, location = tensor.storage, self._locations[tensor.storage.key]
@@ -200,15 +213,6 @@ class TorchFile:
         strides = [step * size for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides)
 
-    def is_same(self, tensor: TorchTensor, other: TorchFile, other_tensor: TorchTensor) -> bool:
-        """Return True if a tensor has the numbers of one of another file, bit for bit."""
-        if self is other and tensor == other_tensor:
-            return True
-        layouts = [(t.shape, t.strides, t.storage.dtype) for t in (tensor, other_tensor)]
-        if layouts[0] != layouts[1]:
-            return False
-        return all(map(operator.eq, self._chunks(tensor), other._chunks(other_tensor)))
-
     def _chunks(self, tensor: TorchTensor) -> Iterator[bytes]:
         """Yield the bytes from the first number of a tensor to its last."""
         size = tensor.storage.dtype.itemsize
@@ -223,3 +227,49 @@ class TorchFile:
         for chunk in self._chunks(TorchTensor(storage, 0, (storage.size,), (1,))):
             crc = zlib.crc32(chunk, crc)
         return crc
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor and the file that has its numbers."""
+
+    file: TorchFile
+    view: TorchTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.view.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the array."""
+        return self.view.storage.dtype
+
+    def reader(self, name: str) -> Callable[[], Array]:
+        """Return a function that reads the tensor; its first call compares the storage's CRC-32.
+
+        Parameters
+        ----------
+        name
+            Name of the tensor in error messages.
+
+        Raises
+        ------
+        WeightsError
+            The tensor overlaps itself, so that a small file could fill the memory. The function
+            raises it if the tensor is damaged.
+        """
+        if math.prod(self.shape) > self.view.extent:
+            raise WeightsError(f"{self.file.path}: tensor {name} overlaps itself")
+        return lambda: self.file._read(self.view, f"tensor {name}")
+
+    def is_same(self, other: FileTensor) -> bool:
+        """Return True if the tensor has the numbers of another one; one view is not read twice."""
+        if self == other:
+            return True
+        layouts = [(t.shape, t.view.strides, t.dtype) for t in (self, other)]
+        if layouts[0] != layouts[1]:
+            return False
+        chunks = [t.file._chunks(t.view) for t in (self, other)]
+        return all(map(operator.eq, *chunks))

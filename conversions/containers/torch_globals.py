@@ -2,7 +2,7 @@
 
 A tensor is described, not built. Where PyTorch calls a function with arguments from the file
 (torch/_utils.py, https://github.com/pytorch/pytorch), gptx calls one of this module, which has no
-side effects. A global that is not in `GLOBALS` is an error.
+side effects. A global that is not in `GLOBALS` is an `UnknownGlobal`.
 """
 
 from __future__ import annotations
@@ -76,26 +76,41 @@ def storage_of_id(id: Any) -> TorchStorage:
     raise WeightsError("its pickle has a storage of a form that PyTorch does not write")
 
 
+@dataclass(frozen=True, slots=True)
+class UnknownGlobal:
+    """A global that tensors do not need.
+
+    Attributes
+    ----------
+    name
+        Module and name, with a space between.
+    """
+
+    name: str
+
+    def error(self) -> WeightsError:
+        """Return the error for a pickle that calls it."""
+        shown = ".".join(self.name.split())[:100]
+        return WeightsError(
+            f"its pickle names {ascii(shown)[1:-1]}, which no tensor needs, and gptx runs no code "
+            "of a file: if you trust it, save only its tensors with torch.save"
+        )
+
+
 def resolve_global(name: str) -> Any:
     """Return the replacement of a global: a function of a tuple of arguments, or a dtype.
 
     Parameters
     ----------
     name
-        Module and name, with a space between.
-
-    Raises
-    ------
-    WeightsError
-        The global is not one that tensors need.
+        Module and name, with a space between. A name that is not in `GLOBALS` becomes an
+        `UnknownGlobal`.
     """
-    if name not in GLOBALS:
-        shown = ".".join(name.split())[:100]
-        raise WeightsError(
-            f"its pickle names {ascii(shown)[1:-1]}, which no tensor needs, and gptx runs no code "
-            "of a file: if you trust it, save only its tensors with torch.save"
-        )
-    return GLOBALS[name]
+    return GLOBALS.get(name) or UnknownGlobal(name)
+
+
+def _empty_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    return {}
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -150,7 +165,9 @@ GLOBALS: dict[str, Any] = {
     "torch CharStorage": np.dtype("<i1"),
     "torch ByteStorage": np.dtype("<u1"),
     "torch BoolStorage": np.dtype("?"),
-    # Other values of a checkpoint: a loss that NumPy computed, a device, a set.
+    "collections defaultdict": _empty_dict,  # its items follow
+    # Other values of a checkpoint: a loss that NumPy computed, a device, a set, the state of a
+    # generator of random numbers, the path of the best file.
     **dict.fromkeys(
         (
             "torch Size",
@@ -162,11 +179,38 @@ GLOBALS: dict[str, Any] = {
             "numpy dtype",
             "numpy.core.multiarray scalar",
             "numpy._core.multiarray scalar",
+            "numpy.core.multiarray _reconstruct",
+            "numpy._core.multiarray _reconstruct",
+            "numpy ndarray",
             "_codecs encode",
+            "collections Counter",
+            "collections deque",
+            "datetime datetime",
+            "datetime timedelta",
+            "pathlib Path",
+            "pathlib PosixPath",
+            "pathlib PurePosixPath",
+            "pathlib WindowsPath",
+            "pathlib PureWindowsPath",
+            "pathlib._local PosixPath",
+            "pathlib._local WindowsPath",
+            "torch.torch_version TorchVersion",
+            "typing Any",
             *(
                 f"{module} {name}"
                 for module in ("builtins", "__builtin__")
-                for name in ("set", "frozenset", "bytearray")
+                for name in (
+                    "set",
+                    "frozenset",
+                    "bytearray",
+                    "list",
+                    "dict",
+                    "tuple",
+                    "int",
+                    "float",
+                    "str",
+                    "bool",
+                )
             ),
         ),
         _ignored,

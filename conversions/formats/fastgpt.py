@@ -128,7 +128,7 @@ def detect(path: Path) -> bool:
     return start.startswith(MAGIC) and start[32:].startswith(OFFSET_KEY.encode())
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a file of version 2.
 
     Parameters
@@ -164,7 +164,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             raise WeightsError(f"{path}: tensor {part.name} is missing or does not fit the header")
     if found:
         raise WeightsError(f"{path}: tensor {next(iter(found))} is unknown")
-    return make_checkpoint(file.file, header, file.tensors, config)
+    return make_checkpoint(file.file, header, file.tensors, config, ignore_unknown)
 
 
 def check_version(path: Path, mark: int, version: int, expected: int) -> None:
@@ -185,7 +185,11 @@ def check_header(path: Path, numbers: Sequence[int]) -> Header:
 
 
 def make_checkpoint(
-    file: BinaryFile, header: Header, parts: Mapping[str, TensorInfo], config: GPT2Config | None
+    file: BinaryFile,
+    header: Header,
+    parts: Mapping[str, TensorInfo],
+    config: GPT2Config | None,
+    ignore_unknown: bool,
 ) -> Checkpoint:
     """Make the model of a file after a check of the positions of its parts."""
     tokenizer = _tokenizer(file, header, parts)
@@ -199,7 +203,8 @@ def make_checkpoint(
             **end_of_text_ids(header.n_vocab, tokenizer),
         )
     stored = dict(_stored(file, header, parts))
-    return Checkpoint(replace(config, quantization=None), stored, tokenizer)
+    config = replace(config, quantization=None)
+    return Checkpoint(config, stored, tokenizer, ignore_unknown=ignore_unknown)
 
 
 def _stored(
@@ -213,7 +218,7 @@ def _stored(
         n_bytes = math.prod(shape) * part.type.block_bytes
         for i, name in enumerate(names):
             offset = part.offset + i * n_bytes
-            read_tensor = partial(file.array, offset, shape, part.type.dtype, f"tensor {name}")
+            read_tensor = partial(file.map, offset, shape, part.type.dtype, f"tensor {name}")
             yield name, StoredTensor(shape, part.type.dtype, read_tensor)
 
 

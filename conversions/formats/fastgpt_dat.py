@@ -42,7 +42,7 @@ def detect(path: Path) -> bool:
     return numbers[0] == MARK or (first.is_plausible() and first.n_embd % first.n_head == 0)
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a file of version 0 or 1.
 
     Parameters
@@ -74,7 +74,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             f"{path} is truncated or damaged: it has {file.size} bytes, expected {offset} by its "
             "header: fetch it again"
         )
-    return make_checkpoint(file, header, parts, config)
+    return make_checkpoint(file, header, parts, config, ignore_unknown)
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

@@ -2,13 +2,14 @@
 
 The names of tensors and metadata are those of llama.cpp's converter
 (https://github.com/ggml-org/llama.cpp, conversion/gpt2.py, gguf-py/gguf/constants.py).
-`containers/gguf.py` reads and writes the file, `containers/gguf_types.py` has its types of numbers.
+`containers/gguf.py` reads and writes the file, `containers/gguf_types.py` has its types of numbers,
+and `gguf_tokenizer.py` has the metadata of the tokenizer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,21 +36,17 @@ from gptx.conversions.containers.gguf import (
     padding,
 )
 from gptx.conversions.containers.gguf_types import FLOAT_TYPES, QUANTIZED_TYPES, TensorType
-from gptx.conversions.vocabularies.token_lists import (
-    UNUSED,
-    flags_of_added_tokens,
-    token_lists,
-    tokenizer_from_lists,
+from gptx.conversions.formats.gguf_tokenizer import (
+    end_of_text_ids,
+    read_tokenizer,
+    tokenizer_metadata,
 )
-from gptx.errors import ConfigError, ParameterError, TokenizerError, WeightsError
+from gptx.errors import ConfigError, ParameterError, WeightsError
 from gptx.files import create
 from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.stored_weights import HEAD, POSITIONS, TABLE, have_same_numbers, settle_head
-from gptx.tokenization.byte_level import END_OF_TEXT
-from gptx.tokenization.pipeline import PipelineTokenizer
 
 QUANTIZATION_VERSION = 2  # of ggml's block types
-LLAMA_CPP_EOS = 11  # the default end of text of a BPE
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.h, `enum llama_ftype`
 
 # gptx's names -> llama.cpp's. Layer 3 has the prefix `h.3.` in gptx, `blk.3.` in llama.cpp.
@@ -77,9 +74,7 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(
-    path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False
-) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a file with a GPT-2: tensors of floats, or of blocks of `gguf_types.BLOCK_TYPES`.
 
     Floats are mapped into memory, blocks are decoded to float32. A head that equals the token
@@ -106,12 +101,12 @@ def read(
             raise WeightsError(
                 f"{path} is not a complete GPT-2: the matrix {gguf_name(name)} is missing"
             )
-    tokenizer = _tokenizer(path, file, found[TABLE].shape[0])
+    tokenizer = read_tokenizer(file, found[TABLE].shape[0])
     if config is None:
         config = _config(path, file.metadata, found)
     stored = {name: _stored(file, name, tensor) for name, tensor in found.items()}
     config = replace(config, quantization=None)
-    return Checkpoint(config, stored, tokenizer, notes, ignore_unknown)
+    return Checkpoint(config, stored, tokenizer, notes, ignore_unknown=ignore_unknown)
 
 
 def _require_model(file: GgufFile) -> None:
@@ -171,44 +166,10 @@ def _config(path: Path, metadata: Mapping[str, Any], found: Mapping[str, TensorI
             n_inner=None if M == 4 * C else M,
             layer_norm_epsilon=number("attention.layer_norm_epsilon", float),
             tie_word_embeddings=HEAD not in found,
-            bos_token_id=_token_id(metadata, "bos", found[TABLE].shape[0]),
-            eos_token_id=_token_id(metadata, "eos", found[TABLE].shape[0]),
+            **end_of_text_ids(metadata, found[TABLE].shape[0]),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _token_id(metadata: Mapping[str, Any], kind: str, V: int) -> int | None:
-    """Return the id of a special token; None if it is no id, or the id of a filler."""
-    id, kinds = (
-        metadata.get(f"tokenizer.ggml.{key}") for key in (f"{kind}_token_id", "token_type")
-    )
-    if not (isinstance(id, int) and 0 <= id < V):
-        return None
-    if isinstance(kinds, np.ndarray) and id < len(kinds) and kinds[id] == UNUSED:
-        return None
-    return id
-
-
-def _tokenizer(path: Path, file: GgufFile, V: int) -> PipelineTokenizer | None:
-    model, split = (file.scalar(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model in (None, "none", "no_vocab"):
-        return None
-    if model != "gpt2" or split not in (None, "gpt-2"):
-        raise TokenizerError(
-            f"{path} has the tokenizer {describe_value(model)}, {describe_value(split)}, expected "
-            "'gpt2', 'gpt-2'"
-        )
-    metadata = file.metadata
-    tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
-    kinds = metadata.get("tokenizer.ggml.token_type", np.empty(0, np.int32))
-    if not (
-        isinstance(tokens, list) and isinstance(merges, list) and isinstance(kinds, np.ndarray)
-    ):
-        raise TokenizerError(f"{path} has a tokenizer without lists of tokens and merges")
-    if len(tokens) != V:
-        raise TokenizerError(f"{path} has {len(tokens)} tokens, expected {V} by its embedding")
-    return tokenizer_from_lists(tokens, merges, kinds.tolist(), str(path))
 
 
 def _is_same(file: GgufFile, a: TensorInfo, b: TensorInfo) -> bool:
@@ -223,12 +184,13 @@ def _is_transposed(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _stored(file: GgufFile, name: str, tensor: TensorInfo) -> StoredTensor:
-    return stored_array(
+    stored = stored_array(
         partial(file.read, tensor),
         tensor.shape,
         tensor.type.dtype,
         transposed=_is_transposed(name, tensor.shape),
     )
+    return replace(stored, file_type=tensor.type.name if tensor.type.decoder else None)
 
 
 # Writing
@@ -277,9 +239,8 @@ def write(
     }
     table_type = layout[TABLE].info.type.name
     metadata = _model_metadata(checkpoint.config, FILE_TYPES[table_type])
-    metadata |= _tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
-    ends, notes = _end_of_text(checkpoint.config, metadata)
-    metadata |= ends
+    tokenizer, notes = tokenizer_metadata(checkpoint.config, checkpoint.tokenizer)
+    metadata |= tokenizer
     with create(path) as file:
         file.write(encode_header(metadata, (entry.info for entry in layout.values())))
         for name, entry in layout.items():
@@ -287,7 +248,7 @@ def write(
             for rows in row_chunks(array.T if entry.transposed else array):
                 file.write(entry.encode(rows, f"tensor {name}").data)
             file.write(padding(entry.info.n_bytes))
-    return (*notes, *_flag_notes(checkpoint.tokenizer))
+    return notes
 
 
 def _block_type(quantization: Quantization | None) -> TensorType | None:
@@ -356,56 +317,3 @@ def _model_metadata(config: GPT2Config, file_type: int) -> dict[str, Any]:
         "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-
-
-def _tokenizer_metadata(config: GPT2Config, tokenizer: PipelineTokenizer | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}  # llama.cpp then takes token ids only
-    tokens, kinds, merges = token_lists(tokenizer, config.vocab_size, "llama.cpp")
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-    }
-
-
-def _end_of_text(
-    config: GPT2Config, metadata: Mapping[str, Any]
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the metadata of the first and the last token of a text, and notes.
-
-    llama.cpp ends each text at token 11 (a comma in OpenAI's vocabulary) if a tokenizer comes
-    without a valid end of text. So a model without one gets <|endoftext|>, which ends texts in
-    llama.cpp anyway, or an id without a token.
-    """
-    V, notes = config.vocab_size, []
-    given = {"bos": config.bos_token_id, "eos": config.eos_token_id}
-    ids = {kind: id for kind, id in given.items() if id is not None and 0 <= id < V}
-    for kind, id in given.items():
-        if id is not None and kind not in ids:
-            notes.append(f"{kind}_token_id {id} is no id of the {V} tokens: it is left out")
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    if "eos" not in ids and len(tokens) > LLAMA_CPP_EOS:
-        kinds = metadata["tokenizer.ggml.token_type"]
-        if END_OF_TEXT in tokens:
-            ids["eos"] = tokens.index(END_OF_TEXT)
-        elif UNUSED in kinds:
-            ids["eos"] = kinds.index(UNUSED)
-        else:
-            notes.append(
-                "the model has no end of text: llama.cpp ends each text at token "
-                f"{LLAMA_CPP_EOS}, {tokens[LLAMA_CPP_EOS]!r}"
-            )
-    return {f"tokenizer.ggml.{kind}_token_id": id for kind, id in ids.items()}, tuple(notes)
-
-
-def _flag_notes(tokenizer: PipelineTokenizer | None) -> Iterator[str]:
-    """Yield a note for each added token with flags that GGUF does not have."""
-    if tokenizer is not None:
-        for token, flags in flags_of_added_tokens(tokenizer).items():
-            yield (
-                f"llama.cpp ignores {' and '.join(flags)} of the added token {token!r}: it splits "
-                "some texts with it differently"
-            )

@@ -106,7 +106,7 @@ def detect(path: Path) -> bool:
     return start == b"\x83\xa8metadata"
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a folder with config.json and model.mpk, or model.mpk with config.json beside it.
 
     Raises
@@ -153,7 +153,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     }
     if folded is not None:
         stored["ln_f.bias"] = StoredTensor(folded.shape, folded.dtype, lambda: folded)
-    return Checkpoint(found, stored, None, tuple(notes))
+    return Checkpoint(found, stored, None, tuple(notes), ignore_unknown=ignore_unknown)
 
 
 def _read_sizes(path: Path) -> dict[str, int]:

@@ -58,7 +58,7 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a file, with the config.json beside it if it exists.
 
     This scans all of the file for the tensors and the count of their numbers. The numbers are
@@ -82,7 +82,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     stored, config, head_notes = settle_head(stored, config, StoredTensor.is_same)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     config, notes = infer_config(shapes, config)
-    return Checkpoint(config, stored, notes=head_notes + notes)
+    return Checkpoint(config, stored, None, head_notes + notes, ignore_unknown=ignore_unknown)
 
 
 @dataclass(frozen=True)

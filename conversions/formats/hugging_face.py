@@ -52,7 +52,7 @@ def _begins_with_header(path: Path) -> bool:
         return False
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a folder, or one safetensors file, with the config.json beside it if it exists.
 
     Raises
@@ -66,17 +66,20 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         beside = path.with_name(CONFIG)
         if config is None and beside.is_file():
             config = GPT2Config.from_file(beside)
-        return _checkpoint((path,), config, None)
+        return _checkpoint((path,), config, None, ignore_unknown)
     files = find_files(Folder(path))
     found = GPT2Config.from_file(files.config)
     tokenizer = PipelineTokenizer(files.tokenizer) if files.tokenizer else None
-    return _checkpoint(files.weights, config or found, tokenizer)
+    return _checkpoint(files.weights, config or found, tokenizer, ignore_unknown)
 
 
 def _checkpoint(
-    paths: Sequence[Path], config: GPT2Config | None, tokenizer: PipelineTokenizer | None
+    paths: Sequence[Path],
+    config: GPT2Config | None,
+    tokenizer: PipelineTokenizer | None,
+    ignore_unknown: bool,
 ) -> Checkpoint:
-    found = open_weights(paths, config)
+    found = open_weights(paths, config, ignore_unknown=ignore_unknown)
     config, notes = found.config, found.notes
     if config is None:
         shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
@@ -85,7 +88,7 @@ def _checkpoint(
         name: StoredTensor(tensor.shape, tensor.dtype, tensor.read, tensor.quantization)
         for name, tensor in found.tensors.items()
     }
-    return Checkpoint(config, stored, tokenizer, notes)
+    return Checkpoint(config, stored, tokenizer, notes, ignore_unknown=ignore_unknown)
 
 
 # Writing

@@ -50,7 +50,7 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a model file of version 1, 3 or 5.
 
     Parameters
@@ -99,11 +99,11 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     stored = {}
     offset = HEADER_BYTES
     for name, shape in _layout(found):
-        read_tensor = partial(file.array, offset, shape, dtype, f"tensor {name}")
+        read_tensor = partial(file.map, offset, shape, dtype, f"tensor {name}")
         stored[name] = stored_array(read_tensor, shape, dtype, transposed=is_linear_weight(name))
         rows = padded if name == "wte.weight" else shape[0]
         offset += rows * math.prod(shape[1:]) * dtype.itemsize
-    return Checkpoint(config or found, stored)
+    return Checkpoint(config or found, stored, ignore_unknown=ignore_unknown)
 
 
 def _count_numbers(config: GPT2Config, padded: int) -> int:

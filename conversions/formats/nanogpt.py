@@ -1,7 +1,8 @@
 """ckpt.pt of nanoGPT: the model, the state of its optimizer, and its settings.
 
-Its linear layers are `nn.Linear`, `[out, in]`; its norms have OpenAI's epsilon; its head is tied.
-Either all layers have biases or none has. Since May 2023 its MLP uses the erf form of GELU, before
+It is a checkpoint of a trainer, see `pytorch_folder.py`, with the settings of the model. Its linear
+layers are `nn.Linear`, `[out, in]`; its norms have OpenAI's epsilon; its head is tied. Either all
+layers have biases or none has. Since May 2023 its MLP uses the erf form of GELU, before
 that the tanh form (`gelu_new`); the file does not contain the form
 (https://github.com/karpathy/nanoGPT, model.py, train.py). The format is read only, without the
 optimizer.
@@ -9,7 +10,6 @@ optimizer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,15 +24,13 @@ from gptx.conversions.checkpoint import (
     Checkpoint,
     StoredTensor,
     end_of_text_ids,
-    stored_array,
 )
-from gptx.conversions.containers.torch_file import TorchFile, is_torch
-from gptx.conversions.containers.torch_globals import TorchTensor
+from gptx.conversions.containers.torch_file import FileTensor, TorchFile, is_torch
+from gptx.conversions.formats.pytorch_folder import describe, model_tensors
 from gptx.errors import ConfigError, GptxError, WeightsError
-from gptx.stored_weights import HEAD, is_linear_weight, is_mask_buffer, settle_head
+from gptx.stored_weights import HEAD, settle_head
 
 FILE = "ckpt.pt"
-WRAPPER_PREFIXES = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile, DDP
 
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
@@ -56,7 +54,7 @@ def _is_nanogpt(value: Any) -> bool:
     return isinstance(value, dict) and "model" in value and "model_args" in value
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open ckpt.pt, or its folder.
 
     Parameters
@@ -75,34 +73,18 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     file = TorchFile(path)
     if not _is_nanogpt(file.value):
         raise WeightsError(f'{path} is not a file of nanoGPT: it has no "model" and "model_args"')
-    tensors: dict[str, TorchTensor] = {}
-    for file_name, tensor in file.tensors(file.value["model"]).items():
-        name = WRAPPER_PREFIXES.sub("", file_name)
-        if name in tensors:
-            raise WeightsError(f"{path}: duplicate tensor {name}")
-        if not is_mask_buffer(name):
-            tensors[name] = tensor
+    tensors, notes = model_tensors([file], ignore_unknown=ignore_unknown)
     # The head is tied, except in nanoGPT's first weeks.
-    tensors, config, head_notes = settle_head(
-        tensors, config, lambda head, table: file.is_same(head, file, table)
-    )
-    notes = (*head_notes, NO_TOKENIZER_NOTE)
+    tensors, config, head_notes = settle_head(tensors, config, FileTensor.is_same)
+    notes = (*notes, *head_notes, NO_TOKENIZER_NOTE)
     if config is None:
         tied = HEAD not in tensors
         config = _config(path, file.value["model_args"], len(tensors), tied)
         notes = (ACTIVATION_NOTE, *notes)
     else:
         config = replace(config, quantization=None)
-    stored = {
-        name: stored_array(
-            file.reader(tensor, name),
-            tensor.shape,
-            tensor.storage.dtype,
-            transposed=is_linear_weight(name),
-        )
-        for name, tensor in tensors.items()
-    }
-    return Checkpoint(config, dict(_with_biases(stored, config)), None, notes)
+    stored = dict(_with_biases(describe(tensors), config))
+    return Checkpoint(config, stored, None, notes, ignore_unknown=ignore_unknown)
 
 
 def _config(path: Path, arguments: Any, n_tensors: int, tied: bool) -> GPT2Config:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from gptx.conversions.checkpoint import (
 from gptx.conversions.containers.tensor_bundle import TensorBundle, is_bundle
 from gptx.conversions.vocabularies.token_lists import CONTROL, NORMAL, tokenizer_from_lists
 from gptx.errors import ConfigError, NotFoundError, StorageError, TokenizerError, WeightsError
+from gptx.tensor_names import unknown_error, unknown_note
 from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
 
@@ -45,7 +45,7 @@ def detect(path: Path) -> bool:
     return bool(_indexes(path))
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a checkpoint.
 
     Parameters
@@ -81,7 +81,12 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
         config = _config(hparams, tokenizer)
     else:
         config, notes = _infer_config(bundle)
-    return Checkpoint(config, _stored(bundle, config), tokenizer, notes)
+    stored = _stored(bundle, config)
+    if unknown := _unknown_variables(bundle, config):
+        if not ignore_unknown:
+            raise WeightsError(f"{index}: {unknown_error(unknown).message}")
+        notes += (unknown_note(unknown),)
+    return Checkpoint(config, stored, tokenizer, notes)
 
 
 def _indexes(path: Path) -> list[Path]:
@@ -119,7 +124,6 @@ def _variable_name(name: str) -> str:
 
 def _stored(bundle: TensorBundle, config: GPT2Config) -> dict[str, StoredTensor]:
     variables = {name: _variable_name(name) for name in config.tensor_shapes()}
-    _check_names(bundle, set(variables.values()))
     stored = {}
     for name, variable in variables.items():
         if variable in bundle.entries:
@@ -129,18 +133,18 @@ def _stored(bundle: TensorBundle, config: GPT2Config) -> dict[str, StoredTensor]
     return stored
 
 
-def _check_names(bundle: TensorBundle, known: Collection[str]) -> None:
-    """Raise an error for a variable of another model; ignore those of an optimizer.
+def _unknown_variables(bundle: TensorBundle, config: GPT2Config) -> list[str]:
+    """Return the variables of another model; those of an optimizer are not.
 
     An optimizer's variable is outside of `model/`, such as `beta1_power`, or below a variable of
     the model, such as `model/wte/Adam`.
     """
-    for name in bundle.entries:
-        belongs = name in known or name.rpartition("/")[0] in known
-        if name.startswith("model/") and not belongs:
-            raise WeightsError(
-                f"{bundle.index}: tensor {name} is unknown: it does not fit the config"
-            )
+    known = {_variable_name(name) for name in config.tensor_shapes()}
+    return [
+        name
+        for name in bundle.entries
+        if name.startswith("model/") and name not in known and name.rpartition("/")[0] not in known
+    ]
 
 
 def _read(bundle: TensorBundle, name: str, shape: tuple[int, ...]) -> Array:

@@ -1,24 +1,29 @@
-"""pytorch_model.bin, one file or shards, with config.json and the tokenizer's files.
+"""Files of torch.save: pytorch_model.bin, one file or shards, and the checkpoints of trainers.
 
 transformers saved GPT-2 in this form before safetensors: names with or without `transformer.`,
 Conv1D `[in, out]`, masks among the tensors, with or without the head
 (https://github.com/huggingface/transformers, src/transformers/models/gpt2/modeling_gpt2.py). The
 format is read only: transformers writes safetensors now.
+
+A trainer saves a dict in which the model's tensors are one value, such as `model_state_dict`, or
+`state_dict` of Lightning. The states of its optimizer are not read. Matrices of linear layers are
+[out, in] if the model has them as torch.nn.Linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Checkpoint, StoredTensor, infer_config, stored_array
-from gptx.conversions.containers.torch_file import TorchFile, is_torch
+from gptx.conversions.containers.torch_file import FileTensor, TorchFile, is_torch
 from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import NotFoundError, WeightsError
 from gptx.model_files import shard_names
-from gptx.stored_weights import is_mask_buffer, settle_head
+from gptx.stored_weights import is_linear_weight, settle_head
+from gptx.tensor_names import are_out_in, is_gpt2_tensor, model_names
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 WEIGHTS = "pytorch_model.bin"
@@ -32,7 +37,7 @@ def detect(path: Path) -> bool:
     return is_torch(path)
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a folder, or one file, with the config.json beside it if it exists.
 
     Raises
@@ -46,8 +51,9 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     if config is None and (folder / "config.json").is_file():
         config = GPT2Config.from_file(folder / "config.json")
     if path.is_dir():
-        return _checkpoint(_files(folder), config, PipelineTokenizer.of_folder(folder))
-    return _checkpoint([path], config, None)
+        tokenizer = PipelineTokenizer.of_folder(folder)
+        return _checkpoint(_files(folder), config, tokenizer, ignore_unknown)
+    return _checkpoint([path], config, None, ignore_unknown)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,37 +66,90 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _checkpoint(
-    paths: Iterable[Path], config: GPT2Config | None, tokenizer: PipelineTokenizer | None
+    paths: Sequence[Path],
+    config: GPT2Config | None,
+    tokenizer: PipelineTokenizer | None,
+    ignore_unknown: bool,
 ) -> Checkpoint:
-    found: dict[str, _FileTensor] = {}
-    for path in paths:
-        file = TorchFile(path)
-        for file_name, tensor in file.tensors(file.value).items():
-            name = file_name.removeprefix("transformer.")
-            if is_mask_buffer(name):
-                continue
-            if name in found:
-                raise WeightsError(f"{path}: duplicate tensor {name}")
-            found[name] = _FileTensor(file, tensor)
-    found, config, head_notes = settle_head(found, config, _FileTensor.is_same)
-    stored = {name: tensor.stored(name) for name, tensor in found.items()}
-    config, notes = infer_config({name: tensor.shape for name, tensor in stored.items()}, config)
-    return Checkpoint(config, stored, tokenizer, head_notes + notes)
+    found, notes = model_tensors([TorchFile(path) for path in paths], ignore_unknown=ignore_unknown)
+    found, config, head_notes = settle_head(found, config, FileTensor.is_same)
+    stored = describe(found)
+    config, config_notes = infer_config({n: tensor.shape for n, tensor in stored.items()}, config)
+    notes += head_notes + config_notes
+    return Checkpoint(config, stored, tokenizer, notes, ignore_unknown=ignore_unknown)
 
 
-@dataclass(frozen=True)
-class _FileTensor:
-    """A tensor and its file."""
+def model_tensors(
+    files: Sequence[TorchFile], *, ignore_unknown: bool = False
+) -> tuple[dict[str, FileTensor], tuple[str, ...]]:
+    """Find the tensors of a GPT-2 in a file or in shards.
 
-    file: TorchFile
-    tensor: TorchTensor
+    Returns
+    -------
+    tensors, notes
+        Name in gptx -> tensor, and what is left out, one sentence each; see `model_names`.
 
-    def is_same(self, other: _FileTensor) -> bool:
-        """Return True if the tensor has the numbers of another one; equal views are not read."""
-        return self.file.is_same(self.tensor, other.file, other.tensor)
+    Raises
+    ------
+    WeightsError
+        The files have no model or several ones; see `model_names`.
+    """
+    tensors: dict[str, FileTensor] = {}
+    notes: tuple[str, ...] = ()
+    for file in files:
+        state, state_notes = _state_dict(file)
+        notes += state_notes
+        for stored_name, tensor in file.tensors(state).items():
+            if stored_name in tensors:
+                raise WeightsError(f"{file.path}: duplicate tensor {stored_name}")
+            tensors[stored_name] = tensor
+    names, name_notes = model_names(tensors, ignore_unknown=ignore_unknown)
+    return {name: tensors[stored] for stored, name in names.items()}, notes + name_notes
 
-    def stored(self, name: str) -> StoredTensor:
-        """Describe the tensor as a part of a checkpoint."""
-        tensor = self.tensor
-        read_tensor = self.file.reader(tensor, name)
-        return stored_array(read_tensor, tensor.shape, tensor.storage.dtype)
+
+def describe(tensors: Mapping[str, FileTensor]) -> dict[str, StoredTensor]:
+    """Describe the tensors as those of a checkpoint, with matrices [in, out]."""
+    out_in = are_out_in({name: tensor.shape for name, tensor in tensors.items()})
+    return {
+        name: stored_array(
+            tensor.reader(name),
+            tensor.shape,
+            tensor.dtype,
+            transposed=out_in and is_linear_weight(name),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+# Where trainers store a model, the usual ones first.
+STATE_DICTS = ("", "state_dict", "model_state_dict", "model", "module")
+
+
+def _state_dict(file: TorchFile) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Find the dict of the model's tensors; add a note if there are several."""
+    found = file.find_dicts(_has_gpt2)
+    if len(found) > 1 and (usual := [path for path in STATE_DICTS if path in found]):
+        others = ", ".join(repr(path)[:40] for path in found if path != usual[0])
+        note = f"the file has several models: {usual[0]!r} is read, {others} are not"
+        return found[usual[0]], (note,)
+    if len(found) == 1:
+        return next(iter(found.values())), ()
+    value = file.value
+    if found:
+        fault = f"several models ({_keys(found)}): save one of them"
+    elif not isinstance(value, dict):
+        fault = "no dict of tensors: save the model's state_dict()"
+    elif all(isinstance(item, TorchTensor) for item in value.values()):
+        return value, ()  # `model_names` names the tensors
+    else:
+        fault = f"no model: found the keys {_keys(value) or '(none)'}"
+    raise WeightsError(f"{file.path} has {fault}")
+
+
+def _has_gpt2(value: dict[str, Any]) -> bool:
+    return any(isinstance(item, TorchTensor) and is_gpt2_tensor(k) for k, item in value.items())
+
+
+def _keys(value: dict[str, Any]) -> str:
+    shown = [ascii(key[:40])[1:-1] for key in list(value)[:8]]
+    return ", ".join(shown) + (f" and {len(value) - 8} more" if len(value) > 8 else "")

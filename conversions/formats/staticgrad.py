@@ -55,7 +55,7 @@ def detect(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / METADATA).is_file()
 
 
-def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
+def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Open a folder, with its config.json if it has one.
 
     The merges of the tokenizer are recovered from the order of the tokens.
@@ -75,7 +75,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
     for name, shape in _metadata_entries(path / METADATA):
         if name in stored:
             raise WeightsError(f"{path / METADATA}: duplicate tensor {name}")
-        read_tensor = partial(file.array, offset, shape, DTYPE, f"tensor {name}")
+        read_tensor = partial(file.map, offset, shape, DTYPE, f"tensor {name}")
         stored[name] = StoredTensor(shape, DTYPE, read_tensor)
         offset += math.prod(shape) * DTYPE.itemsize
     if file.size != offset:
@@ -95,7 +95,7 @@ def read(path: Path, config: GPT2Config | None = None) -> Checkpoint:
             )
         elif config is None:
             found = replace(found, **end_of_text_ids(found.vocab_size, tokenizer))
-    return Checkpoint(found, stored, tokenizer, notes)
+    return Checkpoint(found, stored, tokenizer, notes, ignore_unknown=ignore_unknown)
 
 
 def _metadata_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -45,6 +45,9 @@ from gptx.hub.resolve import importing_hub
 @click.option(
     "--tokenizer", metavar="DIR", help="A folder with a tokenizer, for an SRC that has none."
 )
+@click.option(
+    "--ignore-unknown", is_flag=True, help="Leave out tensors that a GPT-2 does not have."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @click.option(
     "--upload", metavar="OWNER/NAME", help="Upload DST to this repository on the Hub, at the end."
@@ -94,8 +97,8 @@ def convert(
             raise click.UsageError("--check SRC takes no other arguments: leave out SRC and DST")
         from gptx.conversions.verify import check
 
-        places = {name: options[name] for name in ("config", "tokenizer", "revision", "offline")}
-        name, checkpoint = read(check_source, **places)
+        names = ("config", "tokenizer", "ignore_unknown", "revision", "offline")
+        name, checkpoint = read(check_source, **{name: options[name] for name in names})
         _print_notes(checkpoint.notes)
         check(checkpoint)
         click.echo(f"{check_source}: {FORMATS[name].title}, valid: {_summary(checkpoint.config)}")

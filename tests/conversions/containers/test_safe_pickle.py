@@ -229,6 +229,40 @@ def test_a_global_is_shown_in_one_short_line() -> None:
     assert len(str(info.value)) < 600
 
 
+class Settings:
+    """A class of a training script."""
+
+    def __init__(self) -> None:
+        self.width = 8
+
+
+class Items(dict[str, int]):
+    """Like Lightning's AttributeDict."""
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_objects_of_a_class_are_ignored(protocol: int) -> None:
+    value = {"a": Settings(), "b": Items(x=1), "c": [Settings()], "d": 3}
+    found = Unpickled(pickle.dumps(value, protocol)).value
+    assert found == {"a": IGNORED, "b": IGNORED, "c": [IGNORED], "d": 3}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cposix\nsystem\n)R",  # called as a function
+        b"cposix\nsystem\n0N",  # named, then dropped
+        b"cposix\nsystem\nX\1\0\0\0x\x85\x81",  # made with an argument
+        b"cposix\nsystem\n)}\x92",
+        b"ca\nB\n)\x81cposix\nsystem\n\x86",  # beside an object
+        b"ca\nB\n)\x81}X\1\0\0\0xcposix\nsystem\nsb",  # in the state of an object
+    ],
+)
+def test_other_uses_of_a_global_are_refused(code: bytes) -> None:
+    with pytest.raises(WeightsError, match=r"names posix\.system, which no tensor needs"):
+        Unpickled(b"\x80\x04" + code + b".")
+
+
 def test_pickle_is_not_imported() -> None:
     """The modules of the reader have no reference to Python's own loader."""
     for module in (safe_pickle, torch_file, torch_globals):

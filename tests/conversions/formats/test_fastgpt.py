@@ -171,7 +171,7 @@ def test_the_embedded_model_with_its_tokenizer(tmp_path: Path, format: str) -> N
 
 def test_version_1_has_a_mark_before_it(tmp_path: Path) -> None:
     path = written(tmp_path, "fastgpt-dat")
-    expected = dict(read(path)[1].tensors)
+    expected = {name: np.array(array) for name, array in read(path)[1].tensors.items()}
     path.write_bytes(struct.pack("<2i", 0xFA51697, 1) + path.read_bytes())
     name, model = read(path)
     assert name == "fastgpt-dat"

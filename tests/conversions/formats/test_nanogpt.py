@@ -145,7 +145,11 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (changed(n_layer=2), WeightsError, "tensors h.1.ln_1.weight, .* and 9 more are missing"),
         (changed(block_size=9), WeightsError, r"wpe.weight has shape \[8, 8\].*\[9, 8\]"),
         (nanogpt(CONFIG, WEIGHTS) | {"model_args": []}, ConfigError, "model_args is not a dict"),
-        (nanogpt(CONFIG, WEIGHTS) | {"model": None}, WeightsError, "no dict of tensors"),
+        (
+            nanogpt(CONFIG, WEIGHTS) | {"model": None},
+            WeightsError,
+            "no model: found the keys model, opt",
+        ),
     ],
 )
 def test_invalid_models_are_refused(

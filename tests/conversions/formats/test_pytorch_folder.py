@@ -21,13 +21,14 @@ from gptx.conversions.containers import torch_file
 from gptx.conversions.formats import pytorch_folder
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
-from gptx.hub.resolve import locate
 from gptx.random_weights import random_weights
+from gptx.stored_weights import OWN_HEAD_NOTE, is_linear_weight
 from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, random_ids, to_bfloat16
 from tests.support.torch_files import (
     CONTAINERS,
     Pickle,
+    Raw,
     View,
     legacy_bytes,
     state_dict,
@@ -100,13 +101,12 @@ def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) ->
     source = write_folder(tmp_path / "bin", config, container(state_dict(weights)))
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (source / name).write_bytes((EMBEDDED["shakespeare"] / name).read_bytes())
-    with pytest.raises(NotFoundError, match=r"gptx convert .* DST"):
-        locate(source)
     convert(source, tmp_path / "out")
-    converted = gptx.load(tmp_path / "out", compile=False)
     ids = random_ids(config, 1, 20).tolist()[0]
-    assert (converted.logits(ids) == model.logits(ids)).all()
-    assert converted.encode("All's well") == model.encode("All's well")
+    for folder in (source, tmp_path / "out"):
+        loaded = gptx.load(folder, compile=False)
+        assert (loaded.logits(ids) == model.logits(ids)).all()
+        assert loaded.encode("All's well") == model.encode("All's well")
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -181,14 +181,16 @@ def test_a_file_of_a_big_endian_machine_is_read(dtype: str, tmp_path: Path) -> N
     ("found", "message"),
     [
         ([1, 2], "has no dict of tensors"),
-        ({}, "has no dict of tensors"),
-        ({"state_dict": {}}, "state_dict is not a tensor"),
+        ({}, "has no tensor, expected the tensors of a GPT-2"),
+        ({"state_dict": {}, "epoch\n": 3}, r"has no model: found the keys state_dict, epoch\\n$"),
+        (dict.fromkeys(map(str, range(10))), "no model: found the keys 0, .*, 7 and 2 more$"),
+        ({"bert.w": view(np.ones(3))}, "it has bert.w, expected the tensors of a GPT-2"),
         ({"wte.weight\n": view(np.ones(3))}, "an invalid name"),
         ({"ln_f.weight": View(np.ones(3, "<f4"), 1, (3,), (1,))}, "is not within its storage"),
         ({"ln_f.weight": View(np.ones(3, "<f4"), 0, (3,), (-1,))}, "is not within its storage"),
         ({"ln_f.weight": View(np.ones(3, "<f4"), 0, (10**9,), (0,))}, "overlaps itself"),
         (state_dict(WEIGHTS) | {"ln_f.weight": view(WEIGHTS["ln_f.weight"])}, "duplicate tensor"),
-        (state_dict(WEIGHTS) | {"score.weight": view(np.ones(3))}, "score.weight is unknown"),
+        (state_dict(WEIGHTS) | {"x.weight": view(np.ones(3))}, "x.weight is unknown"),
         (
             state_dict(WEIGHTS) | {"transformer.ln_f.bias": View(np.ones(8, "<i8"), 0, (8,), (1,))},
             "ln_f.bias is of type int64",
@@ -201,6 +203,102 @@ def test_invalid_models_are_refused(
     folder = write_folder(tmp_path / "m", CONFIG, container(found))
     with pytest.raises(WeightsError, match=message):
         read(folder)
+
+
+# Checkpoints of trainers
+
+STATE = state_dict(WEIGHTS)
+MOMENTS = {"wte.weight": view(np.ones((101, 8))), "h.0.ln_1.bias": view(np.ones(8))}
+SCRIPT_CONFIG = Raw(b"c__main__\nGPTConfig\n)\x81}X\x05\0\0\0n_embK\x08sb")  # an object of a class
+REST = {"epoch": 3, "optimizer": {"state": {"0": {"exp_avg": view(np.ones(8))}}, "lr": 1e-3}}
+TRAINERS: dict[str, Any] = {
+    "model_state_dict": {"model_state_dict": STATE, **REST},
+    "Lightning": {"state_dict": {f"model.{name}": x for name, x in STATE.items()}, **REST},
+    "a script with its config": {"model": STATE, "config": SCRIPT_CONFIG, **REST},
+    "DeepSpeed": {"module": {f"module.{name}": x for name, x in STATE.items()}, **REST},
+    "an unusual key": {**REST, "step_9": {"policy": STATE}},
+    "moments under names": {"optimizer": {"exp_avg": MOMENTS}, "model": STATE},
+    "numbers beside the tensors": {**STATE, "epoch": 3, "best": None},
+    "torch.compile, then DDP": {f"module._orig_mod.{name}": x for name, x in STATE.items()},
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_checkpoint_of_a_trainer(trainer: str, container: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG, container(TRAINERS[trainer]), "last.ckpt")
+    name, checkpoint = read(folder / "last.ckpt")
+    assert name == "pytorch"
+    assert checkpoint.config == CONFIG
+    assert_contains(checkpoint, WEIGHTS, "float32")
+    several = trainer == "moments under names"
+    assert checkpoint.notes == (
+        ("the file has several models: 'model' is read, 'optimizer.exp_avg' are not",)
+        if several
+        else ()
+    )
+
+
+def test_matrices_of_linear_modules_are_transposed(container: Any, tmp_path: Path) -> None:
+    """A script's own model, as in build-nanogpt: [out, in], without a config.json."""
+    config = replace(CASES["355M"], n_head=1, bos_token_id=None, eos_token_id=None)
+    weights = random_weights(config)
+    found = {
+        name: view(array.T if is_linear_weight(name) else array) for name, array in weights.items()
+    }
+    file = tmp_path / "model_00100.pt"
+    file.write_bytes(container({"model": found, "config": SCRIPT_CONFIG}))
+    checkpoint = read(file)[1]
+    assert checkpoint.config == config
+    assert_contains(checkpoint, weights, "float32")
+
+
+def test_several_models_of_unusual_keys_are_refused(container: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG, container({"policy": STATE, "ref": STATE | {}}))
+    with pytest.raises(WeightsError, match=r"has several models \(policy, ref\): save one of them"):
+        read(folder)
+
+
+def test_a_dict_below_many_keys_is_not_searched(tmp_path: Path) -> None:
+    for depth, is_found in ((3, True), (4, False)):
+        value: Any = STATE
+        for _ in range(depth):
+            value = {"a": value}
+        folder = write_folder(tmp_path / f"{depth}", CONFIG, zip_bytes(value))
+        if is_found:
+            assert_contains(read(folder)[1], WEIGHTS, "float32")
+        else:
+            with pytest.raises(WeightsError, match=r"has no model: found the keys a$"):
+                read(folder)
+
+
+def test_unknown_tensors_are_left_out_on_request(container: Any, tmp_path: Path) -> None:
+    extra = {"clip.weight": view(np.ones(3)), "transformer.h.1.ln_1.bias": view(np.ones(8))}
+    folder = write_folder(tmp_path / "m", CONFIG, container(STATE | extra))
+    with pytest.raises(WeightsError, match=r"tensor clip\.weight is unknown"):
+        read(folder)
+    checkpoint = read(folder, ignore_unknown=True)[1]
+    assert_contains(checkpoint, WEIGHTS, "float32")
+    assert checkpoint.notes == (
+        "tensor clip.weight is unknown: left out",
+        "tensor h.1.ln_1.bias is unknown: left out",
+    )
+
+
+def test_a_head_that_differs_is_used(container: Any, tmp_path: Path) -> None:
+    head = WEIGHTS["wte.weight"].copy()
+    head[100, 7] += 1
+    folder = write_folder(tmp_path / "m", CONFIG, container(STATE | {"lm_head.weight": view(head)}))
+    checkpoint = read(folder)[1]
+    assert checkpoint.config == replace(CONFIG, tie_word_embeddings=False)
+    assert checkpoint.notes == (OWN_HEAD_NOTE,)
+    assert_contains(checkpoint, WEIGHTS | {"lm_head.weight": head}, "float32")
+    equal = state_dict(WEIGHTS) | {"lm_head.weight": view(WEIGHTS["wte.weight"])}
+    folder = write_folder(tmp_path / "equal", CONFIG, container(equal))
+    assert read(folder)[1].config == CONFIG
+    only = state_dict(WEIGHTS)
+    only["lm_head.weight"] = only.pop("transformer.wte.weight")
+    folder = write_folder(tmp_path / "only", CONFIG, container(only))
+    assert_contains(read(folder)[1], WEIGHTS, "float32")
 
 
 def test_checksum_of_an_archive_detects_a_changed_number(tmp_path: Path) -> None:
