@@ -5,13 +5,16 @@ Standard output carries the text only; diagnostics go to standard error, one lin
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -19,8 +22,9 @@ import click
 from gptx._version import __version__
 from gptx.cli import signals
 from gptx.cli.openblas import select_kernels
-from gptx.errors import DeviceOutOfMemory, GptxError, Interrupted, StorageError
+from gptx.errors import DeviceOutOfMemory, GptxError, Interrupted, ModelWarning, StorageError
 
+REPLACE = "gptx.cli.replace"  # the name of the handler of characters that cannot be encoded
 BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE ended
 
 # Each command is the function of this name in the file of this name.
@@ -59,7 +63,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _notes():
+                return super().invoke(ctx)
         except BrokenPipeError as error:  # click would exit with 1
             _discard_output(error)
             ctx.exit(BROKEN_PIPE)
@@ -95,6 +100,23 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
         return f"{max(opts, key=len)} {shown}".rstrip()
 
     return show
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Print the warnings about a model as notes on standard error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ModelWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *details: Any) -> None:
+            if issubclass(category, ModelWarning):
+                click.echo(f"Note: {message}", err=True)
+            else:
+                others(message, category, *details)
+
+        warnings.showwarning = show  # `catch_warnings` restores it
+        yield
 
 
 def load_command(name: str) -> click.Command:
@@ -145,13 +167,27 @@ def run(args: Sequence[str] | None = None) -> int:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # the parent process has closed it
             setattr(sys, name, open(os.devnull, "r" if fd == 0 else "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    replaced: list[str] = []
+    codecs.register_error(REPLACE, partial(_replace, replaced))
+    for stream, errors in ((sys.stdout, REPLACE), (sys.stderr, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # print "?" for a character it cannot encode
+            stream.reconfigure(errors=errors)
     try:
         return _run(args)
     finally:
         signals.exit_at_once()
+        if replaced:
+            _print_error(
+                f"Note: standard output is in {sys.stdout.encoding}, without some characters of "
+                "the text, which are printed as ?: use --json, or set PYTHONUTF8=1"
+            )
+
+
+def _replace(replaced: list[str], error: UnicodeError) -> tuple[str, int]:
+    """Encode "?" for characters that the encoding lacks, and append them to a list."""
+    assert isinstance(error, UnicodeEncodeError)
+    replaced.append(error.object[error.start : error.end])
+    return "?" * (error.end - error.start), error.end
 
 
 def _run(args: Sequence[str] | None) -> int:

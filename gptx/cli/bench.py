@@ -17,7 +17,7 @@ from gptx.quantization import BITS
 CLEAR_LINE = "\r\x1b[K"
 
 
-class _List(click.ParamType[tuple[Any, ...]]):
+class _List(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no argument
     """Values separated by commas."""
 
     name = "list"
@@ -116,10 +116,16 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
     show_default=True,
     help=f"Format of the output: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
 )
+@click.option("--wide", is_flag=True, help="Print all columns of the table, in any width.")
 @click.option("--plot", metavar="DIR", help="Also draw plots: PNG and SVG files in this folder.")
 @offline_option
 def bench(
-    preset: str | None, output_format: str, plot: str | None, offline: bool, **chosen: Any
+    preset: str | None,
+    output_format: str,
+    wide: bool,
+    plot: str | None,
+    offline: bool,
+    **chosen: Any,
 ) -> None:
     """Measure the speed of models: reading a prompt (pp) and generating (tg).
 
@@ -144,8 +150,11 @@ def bench(
     from gptx.bench.plots import draw, prepare_folder
     from gptx.bench.presets import GRID, TABLE
     from gptx.bench.setups import Settings
-    from gptx.bench.tables import render
+    from gptx.bench.tables import NARROW, render
 
+    if wide and output_format != "md":
+        raise click.UsageError(f"--wide does not apply to -o {output_format}: leave it out")
+    width = None if wide else shutil.get_terminal_size((NARROW, 0)).columns
     row = TABLE[preset] if preset else GRID
     given = {name: value for name, value in chosen.items() if value is not None}
     _check_options(set(given) | ({"plot"} if plot else set()), row.takes, preset)
@@ -164,10 +173,11 @@ def bench(
     finally:  # also after an error or Ctrl-C
         _progress("")
         if records and output_format != "jsonl":
-            click.echo(render(records, row.columns(records), output_format))
+            click.echo(render(records, row.columns(records), output_format, width=width))
     if folder is not None:
-        for path in draw(records, folder):
-            click.echo(f"wrote {path}", err=True)
+        written, omitted = draw(records, folder)
+        for line in (*(f"wrote {path}" for path in written), *omitted):
+            click.echo(line, err=True)
 
 
 def _check_options(given: set[str], taken: Set[str], preset: str | None) -> None:

@@ -1,6 +1,14 @@
-"""Sizes in bytes as text."""
+"""Output of more than one command: JSON, sizes in bytes."""
 
 from __future__ import annotations
+
+import codecs
+import json
+import math
+import sys
+from typing import Any
+
+import click
 
 
 def format_size(n_bytes: float) -> str:
@@ -12,3 +20,29 @@ def format_size(n_bytes: float) -> str:
         if n_bytes < 1000:
             return f"{n_bytes:.1f} {unit}"
     return f"{n_bytes / 1000:.1f} GB"
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON.
+
+    If the encoding of standard output is not UTF-8, other characters than ASCII are escaped. NaN
+    and infinities, which JSON does not have, are null.
+    """
+    escape = not is_utf8(sys.stdout)
+    click.echo(json.dumps(_finite(value), ensure_ascii=escape, allow_nan=False))
+
+
+def is_utf8(stream: Any) -> bool:
+    """Return True for a text stream that encodes its text in UTF-8."""
+    try:
+        return codecs.lookup(stream.encoding).name == "utf-8"
+    except (AttributeError, TypeError, LookupError):  # no file, or an unknown encoding
+        return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,54 +2,128 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import click
 
 from gptx.backends import TABLE
-from gptx.cli.formatting import format_size
-from gptx.cli.options import group_size_option, json_option, offline_option, revision_option
-from gptx.errors import Interrupted, PromptError
+from gptx.cli.formatting import print_json
+from gptx.cli.options import (
+    Sections,
+    complete_model,
+    config_option,
+    group_size_option,
+    json_option,
+    offline_option,
+    revision_option,
+)
+from gptx.cli.prompts import SOURCES, read_prompt
+from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print_statistics
+from gptx.errors import Interrupted
+from gptx.files import check_replaceable
 from gptx.generation.api import load_once
-from gptx.generation.options import MAX_TOKENS, CheckedOptions, Options, Overflow, check_options
+from gptx.generation.options import (
+    MAX_TOKENS,
+    CheckedOptions,
+    LoadOptions,
+    Options,
+    Overflow,
+    check_options,
+)
 from gptx.generation.results import Result
 from gptx.generation.sampling import SamplingParams
-from gptx.generation.text_model import Model, stream_checked
+from gptx.generation.text_model import Model, check_prompts, stream_checked
+from gptx.kv_cache import KVCache
+from gptx.quantization import BITS
 
 DEFAULT = SamplingParams()
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class _BackendName(click.ParamType[str]):
-    """The name of a backend, for completion; `get_backend` reports an unknown one."""
+class _Bias(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no argument
+    """ID=X: a token id and a number."""
 
-    name = "name"
+    name = "bias"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[click.shell_completion.CompletionItem]:
-        return [click.shell_completion.CompletionItem(n) for n in TABLE if n.startswith(incomplete)]
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        id, _, number = value.partition("=")
+        try:
+            return int(id), float(number)
+        except ValueError:
+            self.fail(f"{value!r} is not ID=X, such as 198=-inf or 50256=2.5", param, ctx)
 
 
-@click.command()
+def _as_dict(
+    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[int, float], ...]
+) -> dict[int, float]:
+    bias = dict(pairs)
+    if len(bias) < len(pairs):
+        raise click.BadParameter("a token id is given twice: give it once", ctx, param)
+    return bias
+
+
+@click.command(
+    cls=Sections,
+    sections={
+        "Prompt": "prompt_option",
+        "Model": "model",
+        "Sampling": "temperature",
+        "End of the text": "max_tokens",
+        "Output": "as_json",
+    },
+)
 @click.argument("prompt", required=False)
 @click.option(
     "-p", "--prompt", "prompt_option", metavar="TEXT", help="Use TEXT in place of PROMPT."
 )
 @click.option(
+    "-f",
+    "--file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Read the prompt from a text file; - is standard input.",
+)
+@click.option(
+    "--allow-special",
+    is_flag=True,
+    help="Read <|endoftext|> in the prompt as that token, not as text.",
+)
+@click.option(
+    "--prompt-cache",
+    metavar="FILE",
+    type=click.Path(),
+    help="Read the KV cache of earlier text from FILE if it exists, and write it at the end. Text "
+    "that the prompt shares with it is not computed again.",
+)
+@click.option(
     "-m",
     "--model",
     metavar="MODEL",
+    shell_complete=complete_model,
     default="gpt2",
     show_default=True,
-    help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder, or a Hub id.",
+    help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hub id, or a file or folder of "
+    "any format (see gptx convert --list).",
+)
+@revision_option
+@offline_option
+@config_option
+@click.option(
+    "--tokenizer",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Use the tokenizer of this folder or model, for a model that has none.",
 )
 @click.option(
     "-b",
     "--backend",
-    type=_BackendName(),
+    metavar="NAME",
+    type=click.Choice(tuple(TABLE)),
     default="numpy",
     show_default=True,
     help=f"Array library that runs the model: {', '.join(TABLE)} (see gptx backends).",
@@ -57,12 +131,14 @@ class _BackendName(click.ParamType[str]):
 @click.option(
     "--dtype",
     metavar="NAME",
+    type=click.Choice(DTYPES),
     help="Type to compute in: float32, float64 (numpy, cupy), float16 or bfloat16 (cupy, mlx).  "
     "[default: float32]",
 )
 @click.option(
     "--cache-dtype",
     metavar="NAME",
+    type=click.Choice(DTYPES),
     help="Type of the KV cache: float16 takes half of the memory of float32.  "
     "[default: as --dtype]",
 )
@@ -74,18 +150,12 @@ class _BackendName(click.ParamType[str]):
     help="CPU threads of the numpy backend.  [default: one for each core]",
 )
 @click.option(
-    "--quantize", metavar="NAME", help="Quantize the weights while loading: int8 or int4."
+    "--quantize",
+    metavar="NAME",
+    type=click.Choice(tuple(BITS)),
+    help="Quantize the weights while loading: int8 or int4.",
 )
 @group_size_option
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=int,
-    metavar="N",
-    default=MAX_TOKENS,
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
 @click.option(
     "--temperature",
     type=float,
@@ -127,11 +197,44 @@ class _BackendName(click.ParamType[str]):
     help="Penalize tokens that the text already has by the factor X; 1 is off.",
 )
 @click.option(
+    "--presence-penalty",
+    type=float,
+    metavar="X",
+    default=DEFAULT.presence_penalty,
+    show_default=True,
+    help="Subtract X from the logits of tokens that the output already has.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    metavar="X",
+    default=DEFAULT.frequency_penalty,
+    show_default=True,
+    help="Subtract X from the logit of a token for each time that the output has it.",
+)
+@click.option(
+    "--logit-bias",
+    type=_Bias(),
+    metavar="ID=X",
+    multiple=True,
+    callback=_as_dict,
+    help="Add X to the logit of the token ID (repeatable); -inf bans the token.",
+)
+@click.option(
     "-s",
     "--seed",
     type=int,
     metavar="N",
     help="Seed of the sampling: the same seed gives the same text.  [default: random]",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    default=MAX_TOKENS,
+    show_default=True,
+    help="Maximum number of tokens to generate.",
 )
 @click.option(
     "--stop",
@@ -144,131 +247,120 @@ class _BackendName(click.ParamType[str]):
     "--overflow",
     type=click.Choice(get_args(Overflow)),
     metavar="NAME",
-    default="error",
-    show_default=True,
     help="If the text exceeds the context: error; truncate (drop the start of the prompt); "
-    "slide (drop the older half, repeatedly).",
+    "slide (drop the older half, repeatedly).  [default: error; slide in a session]",
 )
-@revision_option
-@offline_option
 @json_option
+@click.option(
+    "--logprobs",
+    is_flag=True,
+    help="Also print the log-probability of each token: on standard error, or in the JSON.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no statistics.")
 def generate(
     *,
     prompt: str | None,
     prompt_option: str | None,
+    file: str | None,
+    prompt_cache: str | None,
     model: str,
-    backend: str,
-    dtype: str | None,
-    cache_dtype: str | None,
-    threads: int | None,
-    quantize: str | None,
-    group_size: int,
-    revision: str | None,
-    offline: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt and print the text token by token.
 
-    PROMPT is text, or - to read it from standard input. The new text goes to standard output,
-    without the prompt; statistics go to standard error.
+    PROMPT is text, or - to read it from standard input. Files and standard input are text in UTF-8:
+    a byte-order mark is dropped, CRLF is read as LF, and a line end at the end is dropped. The new
+    text goes to standard output, without the prompt; statistics go to standard error.
+
+    Without a prompt, on a terminal, a session starts: each line that you enter is added to the
+    text, and the model continues it.
 
     \b
     Examples:
       gptx generate -m shakespeare "ROMEO:"
       gptx generate -m gpt2-xl -n 50 --temperature 0.8 --top-p 0.95 "The moon is"
       echo "ROMEO:" | gptx generate -m shakespeare --json -
+      gptx generate -m shakespeare --temperature 0.8
     """
-    text = _prompt_text(prompt, prompt_option)
+    load_options = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+    text = read_prompt(prompt, prompt_option, file)
+    if text is None:
+        _check_session(as_json=as_json, logprobs=options["logprobs"], prompt_cache=prompt_cache)
+        from gptx.cli.terminal import run_session
+
+        run_session(model, cast("LoadOptions", load_options), options, quiet=quiet)
+        return
+    options["overflow"] = options["overflow"] or "error"
     checked = check_options(cast("Options", options))  # before the download of a large model
+    if prompt_cache is not None:
+        check_replaceable(prompt_cache)
     loaded = load_once(
         model,
         checked.max_tokens,
-        backend=backend,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        threads=threads,
-        quantize=quantize,
-        group_size=group_size,
-        revision=revision,
-        offline=offline,
+        lambda info: check_prompts(info, [text], checked),
+        **cast("LoadOptions", load_options),
     )
-    shown: list[str] = []
+    _generate(loaded, text, checked, prompt_cache, as_json=as_json, quiet=quiet)
+
+
+_LOAD_OPTIONS = LoadOptions.__annotations__
+
+
+def _check_session(**given: Any) -> None:
+    """Raise an error unless a session can start: on a terminal, without these options."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise click.UsageError(f"missing prompt: {SOURCES}")
+    for param in generate.params:
+        if given.get(param.name or ""):
+            raise click.UsageError(f"{param.opts[0]} needs a prompt: {SOURCES}")
+
+
+def _generate(
+    model: Model,
+    text: str,
+    options: CheckedOptions,
+    prompt_cache: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Continue a prompt; print the output, also that before an interrupt; write the cache."""
+    caches: list[KVCache] = []
+    if prompt_cache is not None and Path(prompt_cache).exists():
+        options = replace(options, cache=model.load_cache(prompt_cache))
+    chunks = stream_checked(model, [text], options, caches.append)
+    interrupt = None
     try:
-        result = _stream(loaded, text, checked, shown, show=not as_json)
-    except Interrupted as interrupt:
-        if interrupt.results:
-            rest = str(interrupt.results[0])[len("".join(shown)) :]  # held back for a stop string
-            if not as_json:
-                click.echo(rest, nl=False)
-            _finish(loaded, interrupt.results[0], as_json, quiet)
-        raise
-    _finish(loaded, result, as_json, quiet)
+        result = print_chunks(chunks, show=not as_json)
+    except Interrupted as error:
+        if not error.results:
+            raise
+        interrupt, result = error, error.results[0]
+    n_cached = count_cached(model, text, options, result)
+    _print_end(model, result, n_cached, as_json=as_json, logprobs=options.logprobs, quiet=quiet)
+    if prompt_cache is not None and caches:
+        caches[0].save(prompt_cache)
+    if interrupt is not None:
+        raise interrupt
 
 
-def _prompt_text(argument: str | None, option: str | None) -> str:
-    """Return the prompt from the argument, the option or standard input."""
-    if (argument is None) == (option is None):
-        problem = "missing prompt" if argument is None else "duplicate prompt"
-        raise click.UsageError(f"{problem}: give PROMPT, or --prompt TEXT, or - for standard input")
-    if option is not None:
-        return option
-    assert argument is not None
-    return _standard_input() if argument == "-" else argument
-
-
-def _standard_input() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"standard input has byte 0x{data[error.start]:02x} at position {error.start}, "
-            "expected text in UTF-8: convert it, for example with iconv -t UTF-8"
-        ) from None
-    return text.removesuffix("\n")  # `echo` and editors end a text with it
-
-
-def _stream(
-    loaded: Model, text: str, options: CheckedOptions, shown: list[str], show: bool
-) -> Result:
-    """Generate; append each printed piece of text to `shown`."""
-    result = None
-    chunks = stream_checked(loaded, [text], options)
-    try:
-        for chunk in chunks:
-            if show and chunk.text:
-                shown.append(chunk.text)
-                click.echo(chunk.text, nl=False)
-                sys.stdout.flush()
-            result = chunk.result
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as interrupt:  # between two chunks; the generator has the results
-        chunks.throw(interrupt)
-    assert result is not None
-    return result
-
-
-def _finish(loaded: Model, result: Result, as_json: bool, quiet: bool) -> None:
+def _print_end(
+    model: Model, result: Result, n_cached: int, *, as_json: bool, logprobs: bool, quiet: bool
+) -> None:
     """Print the JSON object, or the newline that ends the text; then the statistics."""
     if as_json:
         about = {
-            "model": loaded.name,
-            "backend": loaded.backend.name,
-            "dtype": loaded.backend.dtype,
+            "model": model.name,
+            "backend": model.backend.name,
+            "dtype": model.backend.dtype,
+            "cached_tokens": n_cached,
         }
-        click.echo(json.dumps(about | asdict(result), ensure_ascii=False))
+        print_json(about | asdict(result))
     elif not str(result).endswith("\n"):
         click.echo()
+    if logprobs and not as_json:
+        print_logprobs(model, result)
     if not quiet:
-        click.echo(
-            f"[prompt: {result.prompt_tokens} tokens, {result.prompt_tps:,.0f} tokens per second | "
-            f"output: {len(result.tokens)} tokens, {result.generation_tps:,.0f} tokens per second, "
-            f"first after {result.time_to_first_token:.3f} s | "
-            f"peak memory: {format_size(result.peak_memory)} | seed: {result.seed} | "
-            f"finish: {result.finish_reason}]",
-            err=True,
-        )
+        print_statistics(result, n_cached)

@@ -1,12 +1,50 @@
-"""Options of more than one command."""
+"""Options of more than one command, their types, and help in sections."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 Command = TypeVar("Command", bound=Any)
+
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the name of a model: known names, and files."""
+    names = [name for name in known_models() if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *map(CompletionItem, names)]
+
+
+def known_models() -> list[str]:
+    """Return the embedded models, the short names of Hub models, and the GPT-2s in the cache."""
+    from gptx.embedded import EMBEDDED
+    from gptx.hub.resolve import ALIASES
+
+    return [*EMBEDDED, *ALIASES, *_cached_models()]
+
+
+def _cached_models() -> list[str]:
+    """Return the ids of Hub models whose config is in the cache and is that of a GPT-2."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return []
+    from pathlib import Path
+
+    found = set()
+    for config in Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json"):
+        try:
+            is_gpt2 = '"gpt2"' in config.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+        if is_gpt2:
+            found.add("/".join(config.parents[2].name.split("--")[1:]))
+    return sorted(found)
+
 
 revision_option = click.option(
     "--revision", metavar="NAME", help="Branch, tag or commit hash of a Hub model."
@@ -18,6 +56,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 config_option = click.option(
     "--config",
     metavar="FILE",
+    type=click.Path(),
     help="A config.json, for formats that store only part of the configuration.",
 )
 
@@ -34,3 +73,32 @@ def group_size_option(command: Command) -> Command:
         show_default=True,
         help="Weights that share a quantization scale: 32, 64 or 128.",
     )(command)
+
+
+class Sections(click.Command):
+    """A command whose help lists its options in sections.
+
+    Parameters
+    ----------
+    sections
+        Title -> name of the first option of the section. A section has the options from there to
+        the next one, in the order of the code.
+    """
+
+    def __init__(self, *args: Any, sections: Mapping[str, str], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sections = {first: title for title, first in sections.items()}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        title = "Options"
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Argument):
+                continue
+            title = self.sections.get(param.name or "", title)
+            record = param.get_help_record(ctx)
+            if record is not None:
+                rows.setdefault(title, []).append(record)
+        for title, records in rows.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

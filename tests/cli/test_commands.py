@@ -63,7 +63,8 @@ def test_backends_imports_no_model(imports: dict[str, set[str]]) -> None:
 def test_a_command_imports_no_other_command(imports: dict[str, set[str]]) -> None:
     for name in COMMANDS:
         files = {module for module in imports[name] if module.startswith("gptx.cli.")}
-        assert files - {"gptx.cli.options", "gptx.cli.formatting"} == {f"gptx.cli.{name}"}
+        shared = {f"gptx.cli.{x}" for x in ("options", "formatting", "prompts", "streaming")}
+        assert files - shared == {f"gptx.cli.{name}"}
 
 
 def test_python_m_gptx() -> None:

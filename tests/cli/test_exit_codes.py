@@ -87,7 +87,7 @@ def test_ctrl_c_during_a_write_keeps_the_statistics(
     """The interrupt arrives outside of the generator, between two tokens."""
     pieces = [str(chunk) for chunk in shakespeare.stream("ROMEO:", max_tokens=3)]
     assert all(pieces)
-    import gptx.cli.generate as module
+    import gptx.cli.streaming as module
 
     real = module.click.echo
     written: list[str] = []

@@ -85,12 +85,17 @@ def test_json_has_every_field_of_the_result(shakespeare: Model) -> None:
     done = run(*GENERATE, "-n", "5", "--json", "ROMÉO:")
     assert done.out.count("\n") == 1
     data = json.loads(done.out)
-    assert set(data) == {"model", "backend", "dtype"} | {field.name for field in fields(Result)}
+    about = {"model", "backend", "dtype", "cached_tokens"}
+    assert set(data) == about | {field.name for field in fields(Result)}
     expected = shakespeare.generate("ROMÉO:", max_tokens=5)
     for name in ("prompt", "text", "tokens", "finish_reason", "prompt_tokens", "logprobs"):
         assert data[name] == getattr(expected, name)
-    about = ("shakespeare", "numpy", "float32")
-    assert (data["model"], data["backend"], data["dtype"]) == about
+    assert [data[name] for name in ("model", "backend", "dtype", "cached_tokens")] == [
+        "shakespeare",
+        "numpy",
+        "float32",
+        0,
+    ]
     assert STATISTICS.fullmatch(done.err.strip())
 
 
@@ -173,11 +178,25 @@ def copy_of_shakespeare(model: Model, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("encoding", "expected"), [("latin-1", "ROMÉO ?"), ("utf-8", "ROMÉO 漢")])
-def test_characters_that_the_encoding_lacks(encoding: str, expected: str) -> None:
-    done = run(*GENERATE, "-n", "3", "-q", "--json", "-p", "ROMÉO 漢", encoding=encoding)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1252", "ascii", "utf-16", "shift_jis"])
+def test_json_is_exact_in_every_encoding(encoding: str) -> None:
+    """Escaped where a reader of UTF-8 would read something else."""
+    prompt = "naïve — 漢 🙂"
+    done = run(*GENERATE, "-n", "3", "-q", "--json", "-p", prompt, encoding=encoding)
     assert (done.code, done.err) == (0, "")
-    assert json.loads(done.out)["prompt"] == expected
+    assert json.loads(done.out)["prompt"] == prompt
+    assert done.out.isascii() == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("latin-1", "???"), ("utf-8", "\ufffd" * 3)])
+def test_a_note_on_text_that_the_encoding_lacks(encoding: str, text: str) -> None:
+    """The bias generates the first byte of a character, which is decoded as U+FFFD."""
+    args = (*GENERATE, "-n", "3", "-q", "--logit-bias", "163=1e6", "A")
+    done = run(*args, encoding=encoding)
+    assert (done.code, done.out) == (0, f"{text}\n")
+    notes = done.err.splitlines()
+    assert len(notes) == (encoding != "utf-8")
+    assert all(note.startswith("Note: standard output is in latin-1, without") for note in notes)
 
 
 def test_characters_in_a_process_without_a_locale() -> None:

@@ -1,0 +1,79 @@
+"""Text and statistics of a generation: printed token by token, by `generate` and its session."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from gptx.cli.formatting import format_size
+from gptx.errors import Interrupted
+from gptx.generation.batching import common_prefix
+from gptx.generation.options import CheckedOptions
+from gptx.generation.results import Result
+from gptx.generation.text_model import Chunks, Model
+
+
+def print_chunks(chunks: Chunks, show: bool = True) -> Result:
+    """Print the text of each chunk, if `show`; return the result.
+
+    Raises
+    ------
+    Interrupted
+        Ctrl-C; the text so far is printed.
+    """
+    shown: list[str] = []
+    try:
+        return _print_each(chunks, shown, show)
+    except Interrupted as interrupt:
+        if interrupt.results and show:
+            rest = str(interrupt.results[0])[len("".join(shown)) :]  # held back for a stop string
+            click.echo(rest, nl=False)
+        raise
+
+
+def _print_each(chunks: Chunks, shown: list[str], show: bool) -> Result:
+    """Print chunks; append each printed piece of text to `shown`."""
+    result = None
+    try:
+        for chunk in chunks:
+            if show and chunk.text:
+                shown.append(chunk.text)
+                click.echo(chunk.text, nl=False)
+                sys.stdout.flush()
+            result = chunk.result
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interrupt:  # between two chunks; the generator has the results
+        chunks.throw(interrupt)
+    assert result is not None
+    return result
+
+
+def count_cached(model: Model, text: str, options: CheckedOptions, result: Result) -> int:
+    """Return the number of tokens of a prompt that the given cache had."""
+    if options.cache is None:
+        return 0
+    ids = model.encode(text, allow_special=options.allow_special)
+    return common_prefix(options.cache, ids[len(ids) - result.prompt_tokens :])
+
+
+def print_statistics(result: Result, n_cached: int) -> None:
+    """Print the speed, the seed and the finish reason; `n_cached` prompt tokens were in a cache."""
+    cached = f" ({n_cached} cached)" if n_cached else ""
+    click.echo(
+        f"[prompt: {result.prompt_tokens} tokens{cached}, "
+        f"{result.prompt_tps:,.0f} tokens per second | "
+        f"output: {len(result.tokens)} tokens, {result.generation_tps:,.0f} tokens per second, "
+        f"first after {result.time_to_first_token:.3f} s | "
+        f"peak memory: {format_size(result.peak_memory)} | seed: {result.seed} | "
+        f"finish: {result.finish_reason}]",
+        err=True,
+    )
+
+
+def print_logprobs(model: Model, result: Result) -> None:
+    """Print a line for each token: its log-probability, its id and its text."""
+    click.echo(f"{'logprob':>9} {'id':>6}  token", err=True)
+    for id, logprob in zip(result.tokens, result.logprobs or [], strict=True):
+        click.echo(f"{logprob:>9.4f} {id:>6}  {model.decode([id])!r}", err=True)
