@@ -119,10 +119,10 @@ class Checkpoint:
         The model's tokenizer; None if the files contain none.
     notes
         Assumptions of the reader, one sentence each.
-    companions
-        Name -> path, of files of a Hugging Face folder that the fields above do not replace.
     ignore_unknown : bool
         Leave out tensors that the config does not have. Otherwise they are an error.
+    companions
+        Name -> path, of files of a Hugging Face folder that no other field replaces.
 
     Raises
     ------
@@ -134,8 +134,8 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor]
     tokenizer: PipelineTokenizer | None = None
     notes: tuple[str, ...] = ()
-    companions: Mapping[str, Path] = field(default_factory=dict)
     ignore_unknown: InitVar[bool] = False
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self, ignore_unknown: bool) -> None:
         stored = self.stored

@@ -82,7 +82,11 @@ class Format:
         return importlib.import_module(f"gptx.conversions.formats.{self.module}")
 
 
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_TOKENIZER = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "generation_config.json"),
+)
 _SAFETENSORS = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER)
 
 # `detect` tries the formats in this order.
@@ -223,6 +227,7 @@ def read(
         The files are damaged, or contain no GPT-2 that gptx supports.
     """
     from gptx.config import GPT2Config
+    from gptx.conversions.checkpoint import find_companions
 
     path = find_path(source, revision=revision, offline=offline)
     if config is not None and not isinstance(config, GPT2Config):
@@ -237,6 +242,8 @@ def read(
     if tokenizer is not None:
         found = find_tokenizer(tokenizer, checkpoint.config, offline=offline)
         checkpoint = _with_tokenizer(checkpoint, found)
+    if path.is_dir():
+        checkpoint = replace(checkpoint, companions=find_companions(path))
     return name, checkpoint
 
 

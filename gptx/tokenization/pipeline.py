@@ -41,6 +41,8 @@ class PipelineTokenizer:
 
     Attributes
     ----------
+    files
+        Files that it was read from; empty for a definition.
     settings
         Settings beside the vocabulary.
 
@@ -51,9 +53,9 @@ class PipelineTokenizer:
     """
 
     def __init__(self, files: Mapping[str, Path], *, definition: str | None = None) -> None:
-        self._files = dict(files)
+        self.files = dict(files)
         self._definition = definition
-        self.settings = read_settings(self._files)
+        self.settings = read_settings(self.files)
         self._library = self._read()
 
     @classmethod
@@ -111,7 +113,7 @@ class PipelineTokenizer:
 
         try:
             if self._definition is None:
-                tokenizer = library_tokenizer(self._files, self.settings)
+                tokenizer = library_tokenizer(self.files, self.settings)
             else:
                 tokenizer = Tokenizer.from_str(self._definition)
             tokenizer.no_padding()
@@ -123,8 +125,8 @@ class PipelineTokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            read = [TOKENIZER] if TOKENIZER in self._files else self._files
-            names = " and ".join(str(self._files[name]) for name in read) or "the vocabulary"
+            read = [TOKENIZER] if TOKENIZER in self.files else self.files
+            names = " and ".join(str(self.files[name]) for name in read) or "the vocabulary"
             raise TokenizerError(
                 f"{names} cannot be read as a tokenizer ({error}): fetch the model again"
             ) from None
@@ -138,6 +140,11 @@ class PipelineTokenizer:
     def _special(self) -> Any:
         """A second tokenizer, which finds special tokens."""
         return self._read()
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of its files; None for a definition."""
+        return next((path.parent for path in self.files.values()), None)
 
     @property
     def vocab_size(self) -> int:

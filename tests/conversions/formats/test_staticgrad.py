@@ -49,7 +49,7 @@ def source(tmp_path: Path) -> Path:
     path = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
     tokenizer = tokenizer_from_bytes(TOKENS)
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG.n_positions, path)
+    write_tokenizer(tokenizer, CONFIG, path)
     return path
 
 
@@ -106,13 +106,13 @@ def test_ids_without_a_token_have_no_bytes(source: Path, tmp_path: Path) -> None
     model = write_model(tmp_path / "larger", CONFIG, random_weights(CONFIG))
     tokenizer = tokenizer_from_bytes([*TOKENS[:-2], TOKENS[-1]])
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG.n_positions, model)
+    write_tokenizer(tokenizer, CONFIG, model)
     convert(model, tmp_path / "out", "staticgrad")
     expected = [*TOKENS[:-2], TOKENS[-1], b""]
     assert (tmp_path / "out" / NAMES[2]).read_bytes() == vocabulary(expected)
     assert staticgrad.read(tmp_path / "out", CONFIG).tokenizer is not None
     small = write_model(tmp_path / "small", config, random_weights(config))
-    write_tokenizer(tokenizer, config.n_positions, small)
+    write_tokenizer(tokenizer, config, small)
     with pytest.raises(TokenizerError, match="has the token id 258, the model 211 tokens"):
         convert(small, tmp_path / "no", "staticgrad")
 
@@ -122,7 +122,7 @@ def test_id_beyond_the_vocabulary_after_a_gap_is_refused(tmp_path: Path) -> None
     assert tokenizer is not None
     assert tokenizer.vocab_size < CONFIG.vocab_size
     model = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
-    write_tokenizer(tokenizer, CONFIG.n_positions, model)
+    write_tokenizer(tokenizer, CONFIG, model)
     with pytest.raises(TokenizerError, match="has the token id 260, the model 260 tokens"):
         convert(model, tmp_path / "out", "staticgrad")
 
