@@ -7,7 +7,8 @@ module has
 
 - `detect(path) -> bool`, if it reads: True if the content of a file or folder is of this format;
   raises nothing;
-- `read(path, config=None) -> Checkpoint`, if it reads: the tensors are read later, one by one;
+- `read(path, config=None, ignore_unknown=False) -> Checkpoint`, if it reads: the tensors are read
+  later, one by one;
 - `write(checkpoint, path, **options)`, if it writes: to a path that does not exist, or into an
   empty folder. `convert` then puts the output in its place atomically. It may return notes: what
   the format cannot represent, one sentence each.
@@ -147,8 +148,8 @@ def detect(path: Path) -> str:
         return name
     if path.is_file() and path.stat().st_size == 0:
         raise WeightsError(f"{path} is an empty file: fetch it again")
-    if program := _program_of(path):
-        raise WeightsError(f"{path} is {program}")
+    if description := describe_unreadable(path):
+        raise WeightsError(f"{path} is {description}")
     names = ", ".join(name for name, row in FORMATS.items() if row.reads)
     raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list")
 
@@ -184,8 +185,8 @@ _OTHER_PROGRAMS = {
 }
 
 
-def _program_of(path: Path) -> str | None:
-    """Describe a known file, or a folder of one, of a format that gptx does not read."""
+def describe_unreadable(path: Path) -> str | None:
+    """Describe a file, or a folder with one, of a known format that gptx does not read."""
     for pattern, text in _OTHER_PROGRAMS.items():
         if path.match(pattern) or (path.is_dir() and any(path.glob(pattern))):
             return text
@@ -197,6 +198,7 @@ def read(
     *,
     config: str | Path | GPT2Config | None = None,
     tokenizer: str | Path | None = None,
+    ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,
 ) -> tuple[str, Checkpoint]:
@@ -210,7 +212,9 @@ def read(
         A config.json, for a format without a complete configuration.
     tokenizer
         A folder with the tokenizer's files, or a model that has a tokenizer, for a format without
-        one: see `find_tokenizer`.
+        one: see `read_tokenizer`. None: that of the model, or the files beside it.
+    ignore_unknown
+        Leave out tensors that a GPT-2 does not have, with a note. Otherwise they are an error.
     revision, offline
         Options for a Hub model, see `gptx.hub.resolve.locate`.
 
@@ -234,14 +238,16 @@ def read(
         config = GPT2Config.from_file(config)
     name = detect(path)
     try:
-        checkpoint: Checkpoint = FORMATS[name].load_module().read(path, config)
+        checkpoint: Checkpoint = FORMATS[name].load_module().read(path, config, ignore_unknown)
     except DataError as error:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from None
     if tokenizer is not None:
-        found = find_tokenizer(tokenizer, checkpoint.config, offline=offline)
+        found = read_tokenizer(tokenizer, checkpoint.config, offline=offline)
         checkpoint = _with_tokenizer(checkpoint, found)
+    elif checkpoint.tokenizer is None and not path.is_dir():
+        checkpoint = _with_files_beside(checkpoint, path)
     if path.is_dir():
         checkpoint = replace(checkpoint, companions=find_companions(path))
     return name, checkpoint
@@ -267,7 +273,7 @@ def find_path(
     return path
 
 
-def find_tokenizer(
+def read_tokenizer(
     source: str | os.PathLike[str],
     config: GPT2Config,
     *,
@@ -315,6 +321,17 @@ def find_tokenizer(
             f"{config.vocab_size}: give the tokenizer of this model"
         )
     return found
+
+
+def _with_files_beside(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Add the tokenizer in the folder of a file, unless it is that of a larger model."""
+    from gptx.tokenization.pipeline import PipelineTokenizer
+
+    tokenizer = PipelineTokenizer.of_folder(path.absolute().parent)
+    if tokenizer is None or tokenizer.vocab_size > checkpoint.config.vocab_size:
+        return checkpoint
+    note = f"the tokenizer in the folder of {path.name} is used"
+    return _with_tokenizer(replace(checkpoint, notes=(*checkpoint.notes, note)), tokenizer)
 
 
 def _with_tokenizer(checkpoint: Checkpoint, tokenizer: PipelineTokenizer) -> Checkpoint:

@@ -66,6 +66,7 @@ def load(
     *,
     quantization: Quantization | None = None,
     threads: int | None = None,
+    ignore_unknown: bool = False,
 ) -> LoadedWeights:
     """Read, check and quantize the weights of a model, and bring them to a backend.
 
@@ -77,6 +78,8 @@ def load(
         Quantization of the matrices; None keeps the one in the files.
     threads
         CPU threads that quantize; None takes one for each processor.
+    ignore_unknown
+        Leave out tensors that a GPT-2 does not have, with a note. Otherwise they are an error.
 
     Raises
     ------
@@ -87,7 +90,7 @@ def load(
     StorageError
         A file cannot be read.
     """
-    stored = open_weights(files, config)
+    stored = open_weights(files, config, ignore_unknown=ignore_unknown)
     loaded = load_arrays(
         stored.map(),
         stored.config or config,

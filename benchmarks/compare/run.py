@@ -108,7 +108,7 @@ def prepare_folders(model: Path | None, size: str, work: Path) -> tuple[Path, Pa
     if model is None:
         source = find_source(RANDOM + size, work)
         write_source(source)
-        model = source.folder
+        model = source.path
     converted = work / f"{model.resolve().name}-converted"
     converted.mkdir(exist_ok=True)
     return model, converted

@@ -30,7 +30,7 @@ def load_model(size: str, quantize: str | None = None) -> tuple[GPT2Config, dict
     name = RANDOM + size if size in SIZES else size
     source = find_source(name, Path(tempfile.gettempdir()), offline=True)
     write_source(source)
-    weights = open_weights([source.folder / "model.safetensors"], source.config).map()
+    weights = open_weights([source.path / "model.safetensors"], source.config).map()
     quantized, config = quantize_weights(weights, source.config, Quantization.named(quantize))
     return config, quantized
 

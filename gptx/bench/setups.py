@@ -67,7 +67,7 @@ class Setup:
     """One way to run one model; one or more rows of the table."""
 
     model: str
-    folder: str
+    path: str
     backend: str = "numpy"
     dtype: str = "float32"
     threads: int | None = None
@@ -96,12 +96,12 @@ class Setup:
     def facts(self) -> dict[str, Any]:
         """The fields that go into its records."""
         facts = asdict(self)
-        del facts["folder"]
+        del facts["path"]
         return facts
 
     def load(self) -> Model:
         """Load the model."""
-        return load(self.folder, **self.options)
+        return load(self.path, **self.options)
 
 
 def plan_setups(settings: Settings, sources: Iterable[Source]) -> list[Setup]:
@@ -119,9 +119,9 @@ def plan_setups(settings: Settings, sources: Iterable[Source]) -> list[Setup]:
         for dtype, threads in product(settings.dtypes, _threads(settings, backend)):
             activations = split_dtype(dtype).get("dtype", "float32")
             get_backend(backend, dtype=activations, threads=threads, generic=settings.generic)
-            folder = str(source.folder)
+            path = str(source.path)
             setups += [
-                Setup(source.name, folder, backend, dtype, threads, batch, settings.generic)
+                Setup(source.name, path, backend, dtype, threads, batch, settings.generic)
                 for batch in settings.batches
             ]
     return setups

@@ -1,4 +1,4 @@
-"""The measured models: those that `gptx.load` finds, and random weights of a known size."""
+"""The measured models: those that `gptx.load` takes, and random weights of a known size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from gptx.config import SIZES, GPT2Config
 from gptx.errors import ParameterError, StorageError, argument
-from gptx.hub.resolve import locate
+from gptx.generation.found_model import find_model
 from gptx.random_weights import random_tensors
 
 RANDOM = "random:"
@@ -21,10 +21,10 @@ RANDOM = "random:"
 
 @dataclass(frozen=True)
 class Source:
-    """A model: its name in the table, its folder, and its config."""
+    """A model: its name in the table, the path that `gptx.load` takes, and its config."""
 
     name: str
-    folder: Path
+    path: Path
     config: GPT2Config
 
 
@@ -43,8 +43,8 @@ def open_sources(names: Sequence[str], *, offline: bool = False) -> Iterator[dic
 def find_source(name: str, scratch: Path, *, offline: bool = False) -> Source:
     """Find one model; the folder of random weights is in `scratch`."""
     if not name.startswith(RANDOM):
-        files = locate(name, offline=offline)
-        return Source(name, files.folder, GPT2Config.from_file(files.config))
+        found = find_model(name, offline=offline)
+        return Source(name, found.fetch(), found.info.config)
     size = name.removeprefix(RANDOM)
     if size not in SIZES:
         sizes = ", ".join(RANDOM + known for known in SIZES)
@@ -57,16 +57,16 @@ def write_source(source: Source) -> None:
 
     They go to a file, in float32 as GPT-2's own, so that loading them is a user's loading.
     """
-    if not source.name.startswith(RANDOM) or source.folder.exists():
+    if not source.name.startswith(RANDOM) or source.path.exists():
         return
     needed = 4 * source.config.n_parameters
-    free = shutil.disk_usage(source.folder.parent).free
+    free = shutil.disk_usage(source.path.parent).free
     if free < 1.05 * needed:
         raise StorageError(
-            f"{source.folder.parent} has {free / 1e9:.1f} GB left, the weights of {source.name} "
+            f"{source.path.parent} has {free / 1e9:.1f} GB left, the weights of {source.name} "
             f"take {needed / 1e9:.1f} GB: set TMPDIR to a folder on another disk"
         )
-    write_random_model(source.folder, source.config)
+    write_random_model(source.path, source.config)
 
 
 def write_random_model(folder: Path, config: GPT2Config) -> Path:

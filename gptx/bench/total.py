@@ -24,11 +24,11 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 19, 20
 
 SCRIPT = """
 import json, sys, time
-folder, options, prompt, output = json.loads(sys.argv[1])
+path, options, prompt, output = json.loads(sys.argv[1])
 start = time.perf_counter()
 import gptx.generation.api
 imported = time.perf_counter()
-model = gptx.generation.api.load_once(folder, output, **options)
+model = gptx.generation.api.load_once(path, output, **options)
 loaded = time.perf_counter()
 result = model.generate(prompt, max_tokens=output, ignore_eos=True)
 done = time.perf_counter()
@@ -91,7 +91,7 @@ def run(settings: Settings) -> Events:
 
 def run_once(setup: Setup, prompt: list[int], output: int) -> dict[str, float]:
     """Run the process once; return its `total` seconds and its parts."""
-    arguments: list[Any] = [setup.folder, setup.options, prompt, output]
+    arguments: list[Any] = [setup.path, setup.options, prompt, output]
     command = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
     seconds, done = worker.time_process(command)
     if done.returncode > 0:  # a traceback ends with gptx.errors.WeightsError: tensor ...

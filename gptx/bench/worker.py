@@ -22,12 +22,13 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from gptx import errors
-from gptx.errors import DeviceOutOfMemory, GptxError
+from gptx.errors import DeviceOutOfMemory, GptxError, ModelWarning
 
 KILLED = -9  # the return code of a POSIX process that the system killed to free memory
 
@@ -205,6 +206,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # standard error is closed
         os.dup2(2, 1)  # the output of a library is not an answer
     sys.stdout = sys.stderr
+    warnings.simplefilter("ignore", ModelWarning)  # a note on a model, for each of its setups
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     while True:

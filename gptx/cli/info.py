@@ -10,62 +10,71 @@ from typing import Any
 import click
 
 from gptx.cli.formatting import format_size
-from gptx.cli.options import json_option, offline_option, revision_option
+from gptx.cli.options import config_option, json_option, offline_option, revision_option
 from gptx.config import GPT2Config
-from gptx.hub.resolve import locate
-from gptx.quantization import QuantizedTensor
-from gptx.safetensors_file import BFLOAT16
-from gptx.stored_weights import Tensor, open_weights
+from gptx.generation.found_model import find_model
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @click.command()
 @click.argument("model")
+@config_option
+@click.option(
+    "--ignore-unknown", is_flag=True, help="Leave out tensors that a GPT-2 does not have."
+)
 @revision_option
 @offline_option
 @json_option
-def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
+def info(
+    model: str,
+    config: str | None,
+    ignore_unknown: bool,
+    revision: str | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
     """Show the configuration, the tensors and the memory of a model.
 
-    MODEL is shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder, or a Hub id. The weights
-    in a folder are compared with its config.json. For a Hub model gptx downloads config.json and
-    the tokenizer, not the weights.
+    MODEL is shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hub id, or a file or folder of a
+    format that gptx convert --list names. The names, shapes and types of the weights in a file are
+    compared with the configuration; their numbers are not read. For a Hub model gptx downloads
+    config.json and the tokenizer, not the weights.
 
     \b
-    Example:
+    Examples:
       gptx info gpt2-large
+      gptx info model.gguf
     """
-    files = locate(model, revision=revision, offline=offline, weights=False)
-    config = GPT2Config.from_file(files.config)
-    stored = stored_bytes = None
-    if files.revision is None:
-        paths = locate(model).weights
-        found = open_weights(paths, config)
-        config = found.config or config
-        stored = sorted(set(map(_stored_type, found.map().values())))
-        stored_bytes = sum(path.stat().st_size for path in paths)
+    found = find_model(
+        model, config=config, ignore_unknown=ignore_unknown, revision=revision, offline=offline
+    )
+    settings, files = found.info.config, found.info.files
+    stored = found.describe_weights()
+    if stored is not None:
+        settings = stored.config
+    tokenizer = sorted(files.tokenizer)
+    if found.info.has_tokenizer and not tokenizer:
+        tokenizer = [files.config.name]
     about = {
         "model": files.name,
         "revision": files.revision,
-        "config": config.to_dict(),
-        "parameters": config.n_parameters,
-        "stored": stored,
-        "stored_bytes": stored_bytes,
-        "tokenizer": sorted(files.tokenizer),
-        "tensors": {name: list(shape) for name, shape in config.tensor_shapes().items()},
-        "weights_bytes": {name: n * config.n_parameters for name, n in ITEM_BYTES.items()},
+        "format": stored and stored.format,
+        "config": settings.to_dict(),
+        "parameters": settings.n_parameters,
+        "stored": stored and list(stored.types),
+        "stored_bytes": stored and stored.n_bytes,
+        "tokenizer": tokenizer,
+        "notes": list(stored.notes) if stored else [],
+        "tensors": {name: list(shape) for name, shape in settings.tensor_shapes().items()},
+        "weights_bytes": {name: n * settings.n_parameters for name, n in ITEM_BYTES.items()},
         "cache_bytes_per_token": {
-            name: n * _cache_floats_per_token(config) for name, n in ITEM_BYTES.items()
+            name: n * _cache_floats_per_token(settings) for name, n in ITEM_BYTES.items()
         },
     }
-    click.echo(json.dumps(about) if as_json else _text(config, about))
-
-
-def _stored_type(array: Tensor) -> str:
-    if isinstance(array, QuantizedTensor):
-        return f"int{array.bits}"
-    return "bfloat16" if array.dtype == BFLOAT16 else str(array.dtype)
+    for note in about["notes"]:
+        click.echo(f"Note: {note}", err=True)
+    click.echo(json.dumps(about) if as_json else _text(settings, about))
 
 
 def _cache_floats_per_token(config: GPT2Config) -> int:
@@ -87,8 +96,8 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
     if config.quantization:
         lines.append(f"  matrices quantized: {config.quantization}")
     if about["stored"]:
-        size = format_size(about["stored_bytes"])
-        lines.append(f"  weights stored as {', '.join(about['stored'])}, complete: {size}")
+        types, size = ", ".join(about["stored"]), format_size(about["stored_bytes"])
+        lines.append(f"  {about['format']}, stored as {types}, complete: {size}")
     lines += ["", f"{'tensor':<26} {'shape':<14} {'count':>5} {'parameters':>14}"]
     for name, (shape, count) in _tensor_groups(config).items():
         n = count * math.prod(shape)

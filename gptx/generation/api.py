@@ -38,8 +38,8 @@ from gptx.weights import quantized_config
 # Numba takes: 100 tokens of the 124M model.
 MIN_WORK_TO_COMPILE = 100 * 124_000_000
 
-# Options of `load` that say where the model is.
-PLACES = ("config", "tokenizer", "revision", "offline", "token")
+# Options of `find_model`.
+FIND_OPTIONS = ("config", "tokenizer", "ignore_unknown", "revision", "offline", "token")
 
 Check = Callable[[ModelInfo], object]
 
@@ -58,6 +58,7 @@ def load(
     group_size: int = GROUP_SIZE,
     config: str | os.PathLike[str] | GPT2Config | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
@@ -94,7 +95,8 @@ def load(
     options = LoadOptions(
         backend=backend, dtype=dtype, device=device, threads=threads, generic=generic,
         compile=compile, cache_dtype=cache_dtype, quantize=quantize, group_size=group_size,
-        config=config, tokenizer=tokenizer, revision=revision, offline=offline, token=token,
+        config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown,
+        revision=revision, offline=offline, token=token,
     )  # fmt: skip
     return _load(model, options)
 
@@ -103,10 +105,10 @@ def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model
     """Load a model; `check` gets its config and tokenizer before the weights are downloaded."""
     rest = dict(options)
     quantize, group_size = rest.pop("quantize", None), rest.pop("group_size", GROUP_SIZE)
-    places = {name: rest.pop(name) for name in PLACES if name in rest}
+    find_options = {name: rest.pop(name) for name in FIND_OPTIONS if name in rest}
     quantization = Quantization.named(quantize, group_size)
     backend = get_backend(rest.pop("backend", "numpy"), **rest)
-    found = find_model(model, **places)
+    found = find_model(model, **find_options)
     info = found.info
     quantized_config(info.config, quantization)
     if check is not None:

@@ -6,9 +6,10 @@ a repository of the Hub are read here; `gptx.conversions` reads every other form
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from gptx.errors import TokenizerError, argument
 from gptx.hub.resolve import find_source, local_path
 from gptx.model_files import CONFIG, INDEX, WEIGHTS, ModelFiles, Source, find_files, find_weights
 from gptx.quantization import Quantization
+from gptx.stored_weights import open_weights, type_name
+from gptx.tokenization.finding import describe_unreadable
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.weights import LoadedWeights
@@ -70,12 +73,39 @@ class ModelInfo:
         if self._tokenizer is not None:
             return self._tokenizer
         if not self.files.tokenizer:
+            if unreadable := describe_unreadable(self.files.folder):
+                raise TokenizerError(f"{self.name} has no tokenizer that gptx reads: {unreadable}")
             raise TokenizerError(
                 f"{self.name} has no tokenizer: give {argument('tokenizer')}, a folder or a model "
                 "that has one (such as gpt2), or put tokenizer.json (or vocab.json and merges.txt) "
                 f"into {self.files.folder}, or give token ids instead of text"
             )
         return PipelineTokenizer(self.files.tokenizer)
+
+
+@dataclass(frozen=True)
+class StoredFacts:
+    """The weights of a model in its files, from the headers.
+
+    Attributes
+    ----------
+    format
+        Title of the format.
+    types
+        Types of the tensors: "float32", "int4", "Q6_K".
+    n_bytes
+        Size of the files, or of the tensors in a folder of another format.
+    config
+        Config that fits the tensors.
+    notes
+        See `gptx.generation.text_model.Model.notes`.
+    """
+
+    format: str
+    types: tuple[str, ...]
+    n_bytes: int
+    config: GPT2Config
+    notes: tuple[str, ...]
 
 
 class FoundModel(ABC):
@@ -100,6 +130,10 @@ class FoundModel(ABC):
         """
 
     @abstractmethod
+    def describe_weights(self) -> StoredFacts | None:
+        """Read the headers of the weights; None if they are on the Hub."""
+
+    @abstractmethod
     def load_weights(
         self,
         backend: Backend,
@@ -116,11 +150,12 @@ class FoundModel(ABC):
 class _FolderModel(FoundModel):
     """config.json, weights and tokenizer in a folder, or in a repository of the Hub."""
 
-    def __init__(self, source: Source, config: GPT2Config | None) -> None:
+    def __init__(self, source: Source, config: GPT2Config | None, ignore_unknown: bool) -> None:
         files = find_files(source, weights=False)
         self.info = ModelInfo(files, config or GPT2Config.from_file(files.config))
         self._source = source
         self._given_config = config
+        self._ignore_unknown = ignore_unknown
 
     def fetch(self) -> Path:
         paths = find_weights(self._source)
@@ -128,40 +163,95 @@ class _FolderModel(FoundModel):
         self.info.files = replace(self.info.files, weights=paths)
         return self.info.files.folder
 
-    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
-        folder = self.fetch()
+    def describe_weights(self) -> StoredFacts | None:
+        if self._source.revision is not None:
+            return None
+        self.fetch()
+        if not self._is_safetensors():
+            return _describe_checkpoint(*self._open(), self.info.files.weights)
         paths = self.info.files.weights
-        if paths[0].suffix == ".safetensors":
-            return weights.load(paths, self.info.config, backend, **options)
+        stored = open_weights(paths, self.info.config, ignore_unknown=self._ignore_unknown)
+        types = {type_name(tensor) for tensor in stored.tensors.values()}
+        return StoredFacts(
+            "safetensors",
+            tuple(sorted(types)),
+            sum(path.stat().st_size for path in paths),
+            stored.config or self.info.config,
+            stored.notes,
+        )
+
+    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
+        self.fetch()
+        if not self._is_safetensors():
+            return _load_checkpoint(self._open()[1], backend, **options)
+        return weights.load(
+            self.info.files.weights,
+            self.info.config,
+            backend,
+            ignore_unknown=self._ignore_unknown,
+            **options,
+        )
+
+    def _is_safetensors(self) -> bool:
+        return self.info.files.weights[0].suffix == ".safetensors"
+
+    def _open(self) -> tuple[str, Checkpoint]:
+        """Open weights that are no safetensors."""
         from gptx.conversions.registry import read
 
-        return _load_checkpoint(read(folder, config=self._given_config)[1], backend, **options)
+        return read(
+            self.info.files.folder,
+            config=self._given_config,
+            ignore_unknown=self._ignore_unknown,
+        )
 
 
 class _CheckpointModel(FoundModel):
     """A model that `gptx.conversions` has opened."""
 
-    def __init__(self, name: str, path: Path, checkpoint: Checkpoint) -> None:
+    def __init__(self, name: str, path: Path, format: str, checkpoint: Checkpoint) -> None:
         path = path.absolute()
         folder = path if path.is_dir() else path.parent
         files = ModelFiles(name, folder, path, (path,), {}, None)
         self.info = ModelInfo(files, checkpoint.config, checkpoint.tokenizer)
-        self.checkpoint = checkpoint
+        self._format = format
+        self._checkpoint = checkpoint
 
     def fetch(self) -> Path:
         return self.info.files.config
 
+    def describe_weights(self) -> StoredFacts:
+        return _describe_checkpoint(self._format, self._checkpoint, self.info.files.weights)
+
     def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
-        return _load_checkpoint(self.checkpoint, backend, **options)
+        return _load_checkpoint(self._checkpoint, backend, **options)
+
+
+def _describe_checkpoint(
+    format: str, checkpoint: Checkpoint, paths: tuple[Path, ...]
+) -> StoredFacts:
+    from gptx.conversions.registry import FORMATS
+
+    tensors = checkpoint.stored.values()
+    if all(path.is_file() for path in paths):
+        n_bytes = sum(path.stat().st_size for path in paths)
+    else:
+        n_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+    types = tuple(sorted({tensor.file_type or type_name(tensor) for tensor in tensors}))
+    notes = _notes_of(checkpoint)
+    return StoredFacts(FORMATS[format].title, types, n_bytes, checkpoint.config, notes)
 
 
 def _load_checkpoint(checkpoint: Checkpoint, backend: Backend, **options: Any) -> LoadedWeights:
+    loaded = weights.load_arrays(checkpoint.tensors, checkpoint.config, backend, **options)
+    return replace(loaded, notes=_notes_of(checkpoint))
+
+
+def _notes_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the notes, without that on the tokenizer: the use of a missing one is an error."""
     from gptx.conversions.checkpoint import NO_TOKENIZER_NOTE
 
-    loaded = weights.load_arrays(checkpoint.tensors, checkpoint.config, backend, **options)
-    # A use of the missing tokenizer is an error; token ids need none.
-    notes = tuple(note for note in checkpoint.notes if note != NO_TOKENIZER_NOTE)
-    return replace(loaded, notes=notes)
+    return tuple(note for note in checkpoint.notes if note != NO_TOKENIZER_NOTE)
 
 
 def find_model(
@@ -169,6 +259,7 @@ def find_model(
     *,
     config: str | os.PathLike[str] | GPT2Config | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
@@ -182,18 +273,20 @@ def find_model(
         config = GPT2Config.from_file(config)
     if not _needs_conversions(model):
         source = find_source(model, revision=revision, offline=offline, token=token)
-        found = _FolderModel(source, config)
+        found = _FolderModel(source, config, ignore_unknown)
         if tokenizer is not None:
-            from gptx.conversions.registry import find_tokenizer
+            from gptx.conversions.registry import read_tokenizer
 
-            given = find_tokenizer(tokenizer, found.info.config, offline=offline, token=token)
+            given = read_tokenizer(tokenizer, found.info.config, offline=offline, token=token)
             found.info = ModelInfo(found.info.files, found.info.config, given)
         return found
     from gptx.conversions.registry import find_path, read
 
     path = find_path(model, revision=revision, offline=offline)
-    _, checkpoint = read(path, config=config, tokenizer=tokenizer, offline=offline)
-    return _CheckpointModel(os.fspath(model), path, checkpoint)
+    format, checkpoint = read(
+        path, config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown, offline=offline
+    )
+    return _CheckpointModel(os.fspath(model), path, format, checkpoint)
 
 
 def _needs_conversions(model: str | os.PathLike[str]) -> bool:
@@ -205,6 +298,6 @@ def _needs_conversions(model: str | os.PathLike[str]) -> bool:
         return path is not None
     if (path / CONFIG).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         return False
-    from gptx.conversions.registry import find_format
+    from gptx.conversions.registry import describe_unreadable, find_format
 
-    return find_format(path) is not None
+    return find_format(path) is not None or describe_unreadable(path) is not None

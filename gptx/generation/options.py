@@ -86,6 +86,8 @@ class LoadOptions(TypedDict, total=False):
     tokenizer
         A folder with a tokenizer's files, or a model that has a tokenizer, such as "gpt2", for a
         file without one. It replaces the tokenizer of the model.
+    ignore_unknown
+        Leave out tensors that a GPT-2 does not have, with a warning. Otherwise they are an error.
     revision
         Branch, tag or commit on the Hub.
     offline
@@ -105,6 +107,7 @@ class LoadOptions(TypedDict, total=False):
     group_size: int
     config: str | os.PathLike[str] | GPT2Config | None
     tokenizer: str | os.PathLike[str] | None
+    ignore_unknown: bool
     revision: str | None
     offline: bool
     token: str | None

@@ -61,17 +61,17 @@ def test_random_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_sources(["random:tiny"]) as found:
         source = found["random:tiny"]
         write_source(source)
-        before = (source.folder / "model.safetensors").stat().st_mtime_ns
+        before = (source.path / "model.safetensors").stat().st_mtime_ns
         write_source(source)  # already written
-        assert (source.folder / "model.safetensors").stat().st_mtime_ns == before
-        model = gptx.load(source.folder, generic=True)
+        assert (source.path / "model.safetensors").stat().st_mtime_ns == before
+        model = gptx.load(source.path, generic=True)
         assert model.config == source.config == GPT2Config(n_layer=2, n_head=2, n_embd=8)
         np.testing.assert_array_equal(
             model.gpt2.weights.wte.weight, random_weights(model.config)["wte.weight"]
         )
         assert len(model.generate([1, 2, 3], max_tokens=3, ignore_eos=True).tokens) == 3
         del model
-    assert not source.folder.exists()
+    assert not source.path.exists()
 
 
 def test_random_weights_need_disk_space(monkeypatch: pytest.MonkeyPatch) -> None:
