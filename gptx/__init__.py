@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
 from gptx._version import __version__
 
+TYPE_CHECKING = False  # for type checkers it is True; the import of `typing` takes time
 if TYPE_CHECKING:
+    from typing import Any
+
     from gptx.backends import Backend, available, get_backend
     from gptx.config import GPT2Config
     from gptx.errors import GptxError, Interrupted
