@@ -31,7 +31,7 @@ COLUMNS = (
     tables.THREADS,
     Column("reused", lambda r: r["rung"], right=False),
     tables.RATE,
-    Column("a token", lambda r: duration(r["seconds_per_token"])),
+    Column("a token", lambda r: duration(r["seconds_per_token"]), wide=True),
     Column("times faster", lambda r: f"{r['speedup']:.2f}"),
     Column("tokens", lambda r: "the same" if r["same_tokens"] else "others", right=False),
 )

@@ -149,7 +149,7 @@ def columns(records: Sequence[Event]) -> tuple[Column, ...]:
         tables.BACKEND,
         tables.DTYPE,
         tables.THREADS,
-        Column("budget", lambda r: f"{r['budget']:g} s"),
+        Column("budget", lambda r: f"{r['budget']:g} s", setup=True),
         Column("cache", lambda r: "yes" if r["cache"] else "no", right=False),
         Column("inputs for 1 output", lambda r: mark_full(r["inputs"], r["context"])),
         *(outputs(prompt) for prompt in (records[0]["outputs"] if records else ())),

@@ -303,22 +303,22 @@ def _format_step(p50: float | None, p99: float | None) -> str:
 
 COLUMNS = (
     tables.MODEL,
-    Column("size", lambda r: tables.megabytes(r["size"])),
-    Column("params", lambda r: f"{r['parameters'] / 1e6:,.2f} M"),
+    Column("size", lambda r: tables.megabytes(r["size"]), wide=True),
+    Column("params", lambda r: tables.parameters(r["parameters"]), setup=True),
     tables.BACKEND,
     tables.DTYPE,
     tables.THREADS,
-    Column("batch", lambda r: str(r["batch"])),
-    Column("test", lambda r: r["test"]),
+    Column("batch", lambda r: str(r["batch"]), setup=True, usual="1"),
+    Column("test", lambda r: r["test"], setup=True),
     tables.RATE,
-    Column("first token", lambda r: duration(r["time_to_first_token"])),
-    Column("a step (p99)", lambda r: _format_step(r["step_p50"], r["step_p99"])),
-    Column("first run", lambda r: duration(r["first_run"])),
-    tables.LOAD,
+    Column("first token", lambda r: duration(r["time_to_first_token"]), wide=True),
+    Column("a step (p99)", lambda r: _format_step(r["step_p50"], r["step_p99"]), wide=True),
+    Column("first run", lambda r: duration(r["first_run"]), wide=True),
+    replace(tables.LOAD, wide=True),
     tables.MEMORY,
-    Column("of bandwidth", lambda r: tables.ratio(r["of_bandwidth"])),
+    Column("bandwidth", lambda r: tables.percent(r["of_bandwidth"])),
 )
-KERNELS = Column("kernels a token", lambda r: str(r["kernels"] or tables.NOTHING))
+KERNELS = Column("kernels a token", lambda r: str(r["kernels"] or tables.NOTHING), wide=True)
 
 
 def columns(records: Sequence[Event]) -> tuple[Column, ...]:

@@ -57,6 +57,7 @@ class Plot:
     y: Callable[[Event], float] = _rate
     deviation: Callable[[Event], float | None] = lambda record: None
     relative: bool = False  # to the first point of each line; the ideal line is y = x
+    example: str = "-t 1,2"  # option that gives several x
 
 
 PLOTS = (
@@ -79,6 +80,7 @@ PLOTS = (
         "depth",
         "tokens in the cache before",
         deviation=_rate_deviation,
+        example="-d 0,512",
     ),
 )
 
@@ -103,18 +105,27 @@ def prepare_folder(folder: str) -> Path:
     return path
 
 
-def draw(records: Sequence[Event], folder: Path) -> list[Path]:
-    """Draw the plots that the records have numbers for, and return the files.
+def draw(records: Sequence[Event], folder: Path) -> tuple[list[Path], list[str]]:
+    """Draw the plots that the records have at least two x for.
 
     Backends without a number of threads are in the plot by context only.
+
+    Returns
+    -------
+    written, omitted
+        The files, and a sentence about each plot that is not drawn.
     """
     import matplotlib
 
-    written = []
+    written, omitted = [], []
     with matplotlib.rc_context(STYLE):
         for plot in PLOTS:
             chosen = [record for record in records if record[plot.x] is not None]
-            if not chosen:
+            if len({record[plot.x] for record in chosen}) < 2:
+                omitted.append(
+                    f"{plot.file} is not drawn: it needs results for at least two numbers of "
+                    f"{plot.x_label}, such as {plot.example}"
+                )
                 continue
             figure = _figure(plot, chosen)
             for ending, options in (
@@ -125,7 +136,7 @@ def draw(records: Sequence[Event], folder: Path) -> list[Path]:
                 with atomic_file(path) as file:
                     figure.savefig(file, format=ending, **options)
                 written.append(path)
-    return written
+    return written, omitted
 
 
 def _figure(plot: Plot, records: Sequence[Event]) -> Any:

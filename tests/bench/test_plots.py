@@ -39,9 +39,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plots, "PNG_DPI", 60)  # this and one panel instead of two save time
         monkeypatch.setattr(plots, "PLOTS", PLOTS[:2])
-        written = plots.draw(generating, folder)
+        written, omitted = plots.draw(generating, folder)
         monkeypatch.setattr(plots, "PLOTS", PLOTS[2:])
-        written += plots.draw(many(), folder)
+        more, none = plots.draw(many(), folder)
+        written += more
+    assert omitted == none == []
     names = [f"{plot.file}.{ending}" for plot in PLOTS for ending in ("png", "svg")]
     assert [path.name for path in written] == names
     return folder
@@ -71,14 +73,32 @@ def test_labels_of_lines_name_what_differs(drawn: Path) -> None:
     assert {"float32, after 0 tokens", "int4, after 512 tokens"} <= found
 
 
-def test_a_single_point(tmp_path: Path) -> None:
-    """Without threads, only the plot by context is drawn; equal records give equal files."""
+def test_a_single_x_is_not_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    single = many(threads=(2,), depths=(512,))
+    written, omitted = plots.draw(single, tmp_path)
+    assert written == list(tmp_path.iterdir()) == []
+    assert omitted == [
+        "tokens-per-second-by-threads is not drawn: it needs results for at least two numbers of "
+        "threads, such as -t 1,2",
+        "seconds-per-token-by-threads is not drawn: it needs results for at least two numbers of "
+        "threads, such as -t 1,2",
+        "speedup-by-threads is not drawn: it needs results for at least two numbers of threads, "
+        "such as -t 1,2",
+        "tokens-per-second-by-context is not drawn: it needs results for at least two numbers of "
+        "tokens in the cache before, such as -d 0,512",
+    ]
+
+
+def test_records_without_threads(tmp_path: Path) -> None:
+    """Only the plot by context is drawn; equal records give equal files."""
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        written = plots.draw([make_record(Trial(4, 0), 1.0, threads=None)], tmp_path / name)
+        several = [make_record(Trial(4, 0, depth), 1.0, threads=None) for depth in (0, 8)]
+        written, _ = plots.draw(several, tmp_path / name)
         assert {path.stem for path in written} == {"tokens-per-second-by-context"}
         contents.append([path.read_bytes() for path in written])
     [png] = (data for data in contents[0] if data.startswith(b"\x89PNG"))

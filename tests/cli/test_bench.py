@@ -42,6 +42,18 @@ def test_the_grid_as_a_table(tiny: str) -> None:
     assert re.search(r"^memory read at [\d.]+ GB/s \(numpy, 1 thread\)$", done.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_table_fits_a_terminal(
+    tiny: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run("bench", "-m", tiny, *BOTH, "--dtype", "float32,float64")
+    table = [line for line in done.out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4
+    assert {len(line) for line in table} <= set(range(columns + 1))
+    assert len(run("bench", "-m", tiny, *BOTH, "--wide").out.splitlines()[0]) > 150
+
+
 @pytest.mark.parametrize("output_format", ["csv", "json", "jsonl"])
 def test_the_grid_in_other_formats(tiny: str, output_format: str) -> None:
     done = run("bench", "-m", tiny, *BOTH, "-r", "2", "-d", "0,4", "-o", output_format)
@@ -88,6 +100,7 @@ def test_lists_and_repeated_options_are_the_same(tiny: str) -> None:
         (("-m", "./no-such-folder"), 66, "does not exist"),
         (("-m", "random:9M"), 2, "model is 'random:9M', expected one of random:124M"),
         (("-m", "random:"), 2, "model is 'random:'"),
+        (("--wide", "-o", "csv"), 2, "--wide does not apply to -o csv: leave it out"),
         (("-o", "xml"), 2, "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
         (("--preset", "speed"), 2, "'speed' is not one of 'ablation', 'threads'"),
         (("--budget", "1"), 2, "--budget does not apply to the grid: leave it out"),
@@ -130,7 +143,8 @@ def test_a_damaged_model_after_finished_rows(
     (bad / "model.safetensors").write_bytes(b"damaged")
     done = run("bench", "-m", f"{good},{bad}", *BOTH)
     assert done.code == 65
-    assert {row["model"] for row in parse_table(done.out)} == {str(good)}
+    assert [row["test"] for row in parse_table(done.out)] == ["pp3", "tg2"]
+    assert str(good) in done.out
     [line] = done.err.splitlines()
     assert "is truncated or not a valid safetensors file" in line
 
@@ -155,7 +169,8 @@ def test_each_preset_ends_in_a_table(
     monkeypatch.setattr(grid, "count_cores", lambda: 3)
     seconds = dict.fromkeys(("total", *total.PARTS), 1.0)
     monkeypatch.setattr(total, "run_once", lambda *_: seconds)
-    done = run("bench", "-m", tiny, "--preset", preset, "-r", "1", *args.split())
+    command = ("bench", "-m", tiny, "--preset", preset, "-r", "1", *args.split())
+    done = run(*command, "--wide")
     assert (done.code, done.err) == (0, "")
     rows = parse_table(done.out)
     assert {row["model"] for row in rows} == {tiny}
@@ -169,12 +184,22 @@ def test_plots(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:1])
     monkeypatch.setattr(plots, "PNG_DPI", 60)
     drawn = tmp_path / "new" / "drawn"
-    done = run("bench", "-m", tiny, *READ, "-o", "jsonl", "--plot", str(drawn))
+    done = run("bench", "-m", tiny, *READ, "-t", "2", "-o", "jsonl", "--plot", str(drawn))
     assert done.code == 0
-    assert len(parse(done.out, "jsonl")) == 1
+    assert len(parse(done.out, "jsonl")) == 2
     files = [f"{plot.file}.{ending}" for plot in plots.PLOTS for ending in ("png", "svg")]
     assert done.err.splitlines() == [f"wrote {drawn / file}" for file in files]
     assert sorted(os.listdir(drawn)) == sorted(files)
+
+
+def test_a_plot_that_is_not_drawn(tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = run("bench", "-m", tiny, *READ, "--plot", str(tmp_path / "drawn"))
+    assert done.code == 0
+    assert [line.partition(":")[0] for line in done.err.splitlines()] == [
+        f"{plot.file} is not drawn" for plot in plots.PLOTS
+    ]
+    assert not list((tmp_path / "drawn").iterdir())
 
 
 def test_an_invalid_folder_for_plots(tmp_path: Path) -> None:
@@ -221,7 +246,8 @@ def test_ctrl_c_prints_the_finished_rows(
         yield from real(task, **arguments)
 
     monkeypatch.setattr(worker, "run_task", interrupted)
-    done = run("bench", "-m", tiny, *READ, "--batch", "1,2,3", "-o", output_format)
+    wide = ["--wide"] if output_format == "md" else []
+    done = run("bench", "-m", tiny, *READ, "--batch", "1,2,3", "-o", output_format, *wide)
     assert done.code == 130
     rows = parse_table(done.out) if output_format == "md" else parse(done.out, "csv")
     assert [str(row["batch"]) for row in rows] == ["1"]
@@ -279,7 +305,7 @@ def test_a_full_disk(tiny: str) -> None:
 
 def test_the_mlx_backend(tiny: str) -> None:
     pytest.importorskip("mlx.core")
-    done = run("bench", "-m", tiny, "-b", "mlx", "-p", "2", "-n", "2", "-r", "1")
+    done = run("bench", "-m", tiny, "-b", "mlx", "-p", "2", "-n", "2", "-r", "1", "--wide")
     assert (done.code, done.err) == (0, "")
     assert {(row["backend"], row["threads"]) for row in parse_table(done.out)} == {("mlx", "–")}
 
@@ -287,10 +313,10 @@ def test_the_mlx_backend(tiny: str) -> None:
 def test_the_cupy_backend(tiny: str) -> None:
     """The table names the device and counts the kernels."""
     with cupy_stand_in.installed():
-        done = run("bench", "-m", tiny, "-b", "cupy", "-p", "0", "-n", "1", "-r", "1")
+        done = run("bench", "-m", tiny, "-b", "cupy", "-p", "0", "-n", "1", "-r", "1", "--wide")
     assert (done.code, done.err) == (0, "")
     [row] = parse_table(done.out)
     assert (row["backend"], row["threads"], row["test"]) == ("cupy", "–", "tg1")
     assert int(row["kernels a token"]) > 0
-    assert "; a stand-in, number 0, " in done.out
+    assert "\na stand-in, number 0, " in done.out
     assert re.search(r"^memory read at [\d.]+ GB/s \(cupy\)$", done.out, re.MULTILINE)
