@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from gptx.cli.options import config_option, group_size_option, offline_option, revision_option
+from gptx.cli.options import (
+    config_option,
+    group_size_option,
+    ignore_unknown_option,
+    offline_option,
+    revision_option,
+    tokenizer_option,
+)
 from gptx.config import GPT2Config
 from gptx.conversions import DTYPES, FORMATS, QUANTIZED_TYPES, read
 from gptx.hub.resolve import importing_hub
@@ -42,12 +49,8 @@ from gptx.hub.resolve import importing_hub
     help="Output of an ONNX graph: logits, or argmax (only the next token id).  [default: logits]",
 )
 @config_option
-@click.option(
-    "--tokenizer", metavar="DIR", help="A folder with a tokenizer, for an SRC that has none."
-)
-@click.option(
-    "--ignore-unknown", is_flag=True, help="Leave out tensors that a GPT-2 does not have."
-)
+@tokenizer_option
+@ignore_unknown_option
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @click.option(
     "--upload", metavar="OWNER/NAME", help="Upload DST to this repository on the Hub, at the end."

@@ -1,11 +1,13 @@
-"""`gptx download`: models from the Hub, for later use without a connection."""
+"""`gptx download`: models from the Hub and from OpenAI, for later use without a connection."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
 from gptx.cli.options import revision_option
-from gptx.hub.resolve import locate
+from gptx.hub.resolve import local_path, locate
 
 
 @click.command()
@@ -14,14 +16,23 @@ from gptx.hub.resolve import locate
 def download(models: tuple[str, ...], revision: str | None) -> None:
     """Download models from the Hub, and verify downloaded ones.
 
-    MODEL is a Hub id, or gpt2, gpt2-medium, gpt2-large or gpt2-xl. Each file is compared with the
-    SHA-256 that the Hub states; a damaged one is downloaded again. The command prints the folder of
-    each model. Then the other commands find the model with --offline.
+    MODEL is a Hub id, or gpt2, gpt2-medium, gpt2-large or gpt2-xl; or openai:124M (355M, 774M,
+    1558M), OpenAI's own files. Each file is compared with the SHA-256 that the Hub states; a
+    damaged one is downloaded again. The command prints the folder of each model. Then the other
+    commands find the model with --offline.
 
     \b
     Example:
       gptx download gpt2 gpt2-xl
     """
     for model in models:
-        files = locate(model, revision=revision, verify_cached=True)
-        click.echo(str(files.folder))
+        click.echo(str(_download(model, revision)))
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """Return the path of a model; a file or folder on this machine needs no download."""
+    from gptx.generation.found_model import find_model, is_openai
+
+    if is_openai(model) or local_path(model) is not None:
+        return find_model(model, revision=revision).fetch()
+    return locate(model, revision=revision, verify_cached=True).folder

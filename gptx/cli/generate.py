@@ -16,9 +16,11 @@ from gptx.cli.options import (
     complete_model,
     config_option,
     group_size_option,
+    ignore_unknown_option,
     json_option,
     offline_option,
     revision_option,
+    tokenizer_option,
 )
 from gptx.cli.prompts import SOURCES, read_prompt
 from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print_statistics
@@ -35,7 +37,7 @@ from gptx.generation.options import (
 )
 from gptx.generation.results import Result
 from gptx.generation.sampling import SamplingParams
-from gptx.generation.text_model import Model, check_prompts, stream_checked
+from gptx.generation.text_model import Model, check_not_empty, check_prompts, stream_checked
 from gptx.kv_cache import KVCache
 from gptx.quantization import BITS
 
@@ -113,12 +115,8 @@ def _as_dict(
 @revision_option
 @offline_option
 @config_option
-@click.option(
-    "--tokenizer",
-    metavar="MODEL",
-    shell_complete=complete_model,
-    help="Use the tokenizer of this folder or model, for a model that has none.",
-)
+@tokenizer_option
+@ignore_unknown_option
 @click.option(
     "-b",
     "--backend",
@@ -294,6 +292,7 @@ def generate(
         return
     options["overflow"] = options["overflow"] or "error"
     checked = check_options(cast("Options", options))  # before the download of a large model
+    check_not_empty([text])
     if prompt_cache is not None:
         check_replaceable(prompt_cache)
     loaded = load_once(

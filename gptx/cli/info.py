@@ -10,7 +10,13 @@ from typing import Any
 import click
 
 from gptx.cli.formatting import format_size
-from gptx.cli.options import config_option, json_option, offline_option, revision_option
+from gptx.cli.options import (
+    config_option,
+    ignore_unknown_option,
+    json_option,
+    offline_option,
+    revision_option,
+)
 from gptx.config import GPT2Config
 from gptx.generation.found_model import find_model
 
@@ -20,9 +26,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 @click.command()
 @click.argument("model")
 @config_option
-@click.option(
-    "--ignore-unknown", is_flag=True, help="Leave out tensors that a GPT-2 does not have."
-)
+@ignore_unknown_option
 @revision_option
 @offline_option
 @json_option

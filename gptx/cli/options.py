@@ -59,6 +59,15 @@ config_option = click.option(
     type=click.Path(),
     help="A config.json, for formats that store only part of the configuration.",
 )
+tokenizer_option = click.option(
+    "--tokenizer",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Use the tokenizer of this folder or model, for a model that has none.",
+)
+ignore_unknown_option = click.option(
+    "--ignore-unknown", is_flag=True, help="Leave out tensors that a GPT-2 does not have."
+)
 
 
 def group_size_option(command: Command) -> Command:

@@ -289,9 +289,14 @@ def find_model(
     return _CheckpointModel(os.fspath(model), path, format, checkpoint)
 
 
+def is_openai(model: object) -> bool:
+    """Test for the name of one of OpenAI's own models: "openai:124M"."""
+    return isinstance(model, str) and model.startswith(OPENAI)
+
+
 def _needs_conversions(model: str | os.PathLike[str]) -> bool:
     """Test for a model that is neither embedded nor a Hugging Face folder nor on the Hub."""
-    if str(model).startswith(OPENAI):
+    if is_openai(model):
         return True
     path = local_path(model)
     if path is None or not path.is_dir():
