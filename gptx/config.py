@@ -16,6 +16,14 @@ from gptx.errors import ConfigError, StorageError
 from gptx.quantization import Quantization
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
+# Other names in transformers for the same functions; rounding differs by less than 5e-7.
+ACTIVATION_ALIASES = {
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_python": "gelu",
+}
 
 # transformers accepts these names too.
 KEY_ALIASES = {
@@ -61,8 +69,11 @@ class GPT2Config:
         True if attention scores are also divided by the number of the layer, counted from 1.
     tie_word_embeddings
         True if the head is the transposed token embedding; otherwise it is `lm_head.weight`.
-    bos_token_id, eos_token_id
-        Token ids of the beginning and the end of a text; None if the model has none.
+    bos_token_id
+        Token id of the beginning of a text; None if the model has none.
+    eos_token_id
+        Token id of the end of a text, or several ids; None if the model has none. See
+        `eos_token_ids`.
     quantization
         Quantization of the matrices; None for floats.
 
@@ -84,7 +95,7 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -103,10 +114,9 @@ class GPT2Config:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected true or false")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            if value is not None and not _is_int(value):
-                raise ConfigError(f"{name} is {value!r}, expected one token id or null")
+        if self.bos_token_id is not None and not _is_int(self.bos_token_id):
+            raise ConfigError(f"bos_token_id is {self.bos_token_id!r}, expected one id or null")
+        object.__setattr__(self, "eos_token_id", _end_ids(self.eos_token_id))
         epsilon = self.layer_norm_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a number")
@@ -114,14 +124,20 @@ class GPT2Config:
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected more than 0, at most 1")
         if self.activation_function not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function is {self.activation_function!r}, "
-                f"gptx supports {', '.join(ACTIVATIONS)}"
+                f"activation_function is {self.activation_function!r}, which is not supported: "
+                f"expected {', '.join(ACTIVATIONS)} or another name of one of them"
             )
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
                 "the heads cannot share it evenly"
             )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a text, the main one first."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, tuple) else () if ids is None else (ids,)
 
     @property
     def head_dim(self) -> int:
@@ -197,29 +213,39 @@ class GPT2Config:
         for other, name in KEY_ALIASES.items():
             if other in data:
                 given.setdefault(name, data[other])
+        activation = given.get("activation_function")
+        if isinstance(activation, str):
+            given["activation_function"] = ACTIVATION_ALIASES.get(activation, activation)
         return cls(**given)
 
     @classmethod
     def from_file(cls, path: str | Path) -> GPT2Config:
-        """Read a config.json.
+        """Read a config.json, and the ends of a text of the generation_config.json beside it.
+
+        transformers generates with those of the second file if it exists.
 
         Raises
         ------
         ConfigError
-            The file is not valid JSON, or a value is invalid or not supported.
+            A file is not valid JSON, or a value is invalid or not supported.
         StorageError
-            The file cannot be read.
+            A file cannot be read.
         """
+        path = Path(path)
         try:
-            data = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:  # also what is not UTF-8
-            raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
-        try:
-            return cls.from_dict(data)
+            config = cls.from_dict(_read_json(path))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise _located(error, path) from None
+        beside = path.with_name("generation_config.json")
+        if not beside.is_file():
+            return config
+        try:
+            data = _read_json(beside)
+            if isinstance(data, dict) and "eos_token_id" in data:
+                config = replace(config, eos_token_id=data["eos_token_id"])
+        except ConfigError as error:
+            raise _located(error, beside) from None
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a config.json for gptx and other GPT-2 libraries."""
@@ -232,6 +258,29 @@ class GPT2Config:
         if self.quantization is None:
             del data["quantization"]
         return data
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
+
+
+def _located(error: ConfigError, path: Path) -> ConfigError:
+    message = error.message
+    return error if message.startswith(str(path)) else ConfigError(f"{path}: {message}")
+
+
+def _end_ids(value: Any) -> int | tuple[int, ...] | None:
+    """Check the ids that end a text; a list of one id or none becomes that id or None."""
+    ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(map(_is_int, ids)):
+        raise ConfigError(f"eos_token_id is {value!r}, expected a token id, a list of ids or null")
+    unique = tuple(dict.fromkeys(ids))
+    return unique if len(unique) > 1 else unique[0] if unique else None
 
 
 def _is_int(value: object) -> bool:

@@ -18,6 +18,7 @@ from gptx.lfs_pointer import check_content
 from gptx.tokenization.finding import find_tokenizer
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"  # of models from before safetensors
 INDEX = f"{WEIGHTS}.index.json"
@@ -163,6 +164,7 @@ def find_files(source: Source, *, weights: bool = True) -> ModelFiles:
         A file or its folder cannot be read.
     """
     config = source.need(CONFIG)
+    source.find(GENERATION)  # beside config.json, for `GPT2Config.from_file`
     # Vocabularies of several forms have the same contents: of the Hub's files, one is enough.
     tokenizer = find_tokenizer(source.find, all_forms=source.revision is None)
     return ModelFiles(

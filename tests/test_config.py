@@ -229,7 +229,7 @@ def test_attention_scale(switches: dict[str, bool], scales: list[float]) -> None
         ("pruned_heads", {"0": [1, 2]}),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("activation_function", "silu"),
-        ("activation_function", "gelu_fast"),
+        ("activation_function", "quick_gelu"),
         ("activation_function", None),
         ("activation_function", ["gelu_new"]),
     ],
@@ -252,7 +252,8 @@ SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_e
         *[(name, value) for name in SWITCHES for value in (0, 1, "true", None)],
         *[("layer_norm_epsilon", value) for value in (0, -1e-5, math.nan, math.inf, "1e-5", True)],
         ("layer_norm_epsilon", None),
-        *[(name, value) for name in ("bos_token_id", "eos_token_id") for value in ("0", 1.0, [0])],
+        *[("bos_token_id", value) for value in ("0", 1.0, [0], True)],
+        *[("eos_token_id", value) for value in ("0", 1.0, ["0"], [0, None], [[0]], {"0": 1}, True)],
     ],
     ids=str,
 )
@@ -262,12 +263,84 @@ def test_an_invalid_value_is_named(name: str, value: Any) -> None:
     assert str(error.value).startswith(f"{name} is {value!r}, expected ")
 
 
+@pytest.mark.parametrize(
+    ("value", "expected", "ids"),
+    [
+        (5, 5, (5,)),
+        (None, None, ()),
+        ([], None, ()),
+        ([5], 5, (5,)),
+        ([5, 5], 5, (5,)),
+        ([7, 5, 7], (7, 5), (7, 5)),
+        (0, 0, (0,)),
+    ],
+)
+def test_ids_that_end_a_text(value: Any, expected: Any, ids: tuple[int, ...]) -> None:
+    config = GPT2Config.from_dict({"eos_token_id": value})
+    assert config.eos_token_id == expected
+    assert config.eos_token_ids == ids
+    assert hash(config) == hash(GPT2Config(eos_token_id=expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gelu_new", "gelu_new"),
+        ("gelu_pytorch_tanh", "gelu_new"),
+        ("gelu_python_tanh", "gelu_new"),
+        ("gelu_fast", "gelu_new"),
+        ("gelu_accurate", "gelu_new"),
+        ("gelu_python", "gelu"),
+        ("gelu", "gelu"),
+        ("relu", "relu"),
+    ],
+)
+def test_other_names_of_an_activation(name: str, expected: str) -> None:
+    """A written config has the name that every program knows."""
+    config = GPT2Config.from_dict({"activation_function": name})
+    assert config.activation_function == expected
+    assert config.to_dict()["activation_function"] == expected
+
+
 def test_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="n_embd 768 is not a multiple of n_head 7"):
         GPT2Config(n_head=7)
 
 
 # Files
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"eos_token_id": [3, 4]}', (3, 4)),  # generate of transformers uses these
+        ('{"eos_token_id": 3}', 3),
+        ('{"eos_token_id": null}', None),
+        ('{"temperature": 0.5}', 9),
+        ("[]", 9),
+        (None, 9),
+    ],
+)
+def test_the_ends_of_generation_config(tmp_path: Path, content: str | None, expected: Any) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(content)
+    assert GPT2Config.from_file(tmp_path / "config.json").eos_token_id == expected
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "x"}'])
+def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        GPT2Config.from_file(tmp_path / "config.json")
+    assert str(error.value).startswith(f"{tmp_path / 'generation_config.json'}")
+    assert str(error.value).count(str(tmp_path)) == 1
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + b'{"n_layer": 3}')
+    assert GPT2Config.from_file(tmp_path / "config.json").n_layer == 3
 
 
 @pytest.mark.parametrize(
@@ -331,7 +404,9 @@ CONFIGS = st.builds(
     scale_attn_by_inverse_layer_idx=st.booleans(),
     tie_word_embeddings=st.booleans(),
     bos_token_id=st.none() | st.integers(0, 10**6),
-    eos_token_id=st.none() | st.integers(0, 10**6),
+    eos_token_id=st.none()
+    | st.integers(0, 10**6)
+    | st.lists(st.integers(0, 10**6), max_size=3).map(tuple),
     quantization=st.none()
     | st.builds(Quantization, st.sampled_from([32, 64, 128]), st.sampled_from([4, 8])),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import repeat
 
 from gptx.errors import PromptError
@@ -37,8 +37,8 @@ class TokenGenerator:
     max_tokens
         Limit of new tokens for each prompt; None generates to the end of the context, of which a
         truncated prompt leaves half.
-    eos_id
-        Token id that ends a sequence; None if no token does.
+    eos_ids
+        Token ids that end a sequence.
     overflow
         Action if prompt and output do not fit the context. "error" raises an error at the start.
         "truncate" drops the oldest tokens of the prompt, but keeps at least half a context of it,
@@ -73,14 +73,14 @@ class TokenGenerator:
         *,
         streams: list[int] | None = None,
         max_tokens: int | None = MAX_TOKENS,
-        eos_id: int | None = None,
+        eos_ids: Collection[int] = (),
         overflow: Overflow = "error",
         logprobs: bool = False,
         cache: KVCache | None = None,
     ) -> None:
         self.model = model
         self.params = params
-        self.eos_id = eos_id
+        self.eos_ids = frozenset(eos_ids)
         self.logprobs = logprobs
         n_positions = model.config.n_positions
         self.prompts = [
@@ -175,7 +175,7 @@ class TokenGenerator:
 
     def _token(self, row: int, id: int, logprob: float | None) -> Token:
         self._left[row] -= 1
-        if id == self.eos_id:
+        if id in self.eos_ids:
             self._finished.add(row)
             return Token(row, None, None, "stop")
         if self._left[row] == 0:

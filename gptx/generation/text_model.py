@@ -266,7 +266,7 @@ def stream_checked(
             options.params,
             streams=streams[batch],
             max_tokens=options.max_tokens,
-            eos_id=None if options.ignore_eos else model.config.eos_token_id,
+            eos_ids=() if options.ignore_eos else model.config.eos_token_ids,
             overflow=options.overflow,
             logprobs=options.logprobs,
             cache=options.cache,

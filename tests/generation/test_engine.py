@@ -60,11 +60,19 @@ def test_each_step_continues_from_its_last_tokens(counting: Transformer) -> None
 
 
 def test_finish_reasons(counting: Transformer) -> None:
-    run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_id=10)
+    run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=(10,))
     steps = list(run)
     assert [len(step) for step in steps] == [3, 3, 3, 2, 2]
     assert steps[2][1] == Token(1, None, None, "stop")
     assert steps[4] == [Token(0, 8, None, "length"), Token(2, 6, None, "length")]
+
+
+def test_each_of_several_ids_ends_a_sequence(counting: Transformer) -> None:
+    run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=[9, 6])
+    steps = list(run)
+    assert steps[1][1] == Token(1, None, None, "stop")
+    assert steps[2][0] == Token(0, None, None, "stop")
+    assert steps[4] == [Token(2, None, None, "stop")]
 
 
 def test_a_finished_sequence_leaves_the_batch(counting: Transformer) -> None:

@@ -98,7 +98,7 @@ def assert_equal_steps(found: list[list[Token]], expected: list[list[Token]]) ->
     params=st.sampled_from(list(PARAMS)),
     overflow=st.sampled_from(["error", "truncate", "slide"]),
     max_tokens=st.integers(1, 16) | st.sampled_from([30, None]),
-    eos_id=st.sampled_from([None, EOS]),
+    eos_ids=st.sampled_from([(), (EOS,), (EOS, 5)]),
     logprobs=st.booleans(),
     finish=st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=3),
 )
