@@ -10,6 +10,7 @@ import numpy as np
 from gptx.backends import get_backend
 from gptx.conversions.checkpoint import Array, Checkpoint, float_array
 from gptx.conversions.containers.binary import cast, dtype_name, row_chunks
+from gptx.conversions.vocabularies.comparison import compare_tokenizers
 from gptx.errors import WeightsError
 from gptx.logits import all_logits
 from gptx.model import Transformer
@@ -75,6 +76,8 @@ class Comparison:
         the shapes differ.
     tokenizer
         True if both models have the same tokenizer; None if one of them has none.
+    tokenizer_differences
+        Part -> its two values, for parts of the tokenizers that differ and decide ids or text.
     """
 
     config: dict[str, tuple[object, object]]
@@ -82,6 +85,7 @@ class Comparison:
     logits: float | None
     agreement: float | None
     tokenizer: bool | None
+    tokenizer_differences: dict[str, tuple[str, str]]
 
     @property
     def identical(self) -> bool:
@@ -99,7 +103,7 @@ class Comparison:
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
-    """Compare the settings, the tensors and the logits of a fixed prompt of two models.
+    """Compare settings, tokenizers, tensors and the logits of a fixed prompt of two models.
 
     Raises
     ------
@@ -116,11 +120,12 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
         for name, value in settings[0].items()
         if value != settings[1][name]
     }
-    tokenizer = None
+    tokenizer, tokenizer_differences = None, {}
     if a.tokenizer is not None and b.tokenizer is not None:
-        tokenizer = _vocabulary(a) == _vocabulary(b)
+        tokenizer_differences = compare_tokenizers(a.tokenizer, b.tokenizer)
+        tokenizer = not tokenizer_differences
     if a.config.tensor_shapes() != b.config.tensor_shapes():
-        return Comparison(differing, {}, None, None, tokenizer)
+        return Comparison(differing, {}, None, None, tokenizer, tokenizer_differences)
     tensors = {
         name: _difference(
             float_array(a.tensors[name]),
@@ -136,13 +141,8 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
         float(np.abs(logits[0] - logits[1]).max()),
         float((logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1)).mean()),
         tokenizer,
+        tokenizer_differences,
     )
-
-
-def _vocabulary(checkpoint: Checkpoint) -> object:
-    assert checkpoint.tokenizer is not None
-    model = checkpoint.tokenizer.definition()["model"]
-    return {name: model.get(name) for name in ("type", "vocab", "merges")}
 
 
 def _narrower(a: np.dtype, b: np.dtype) -> str:

@@ -26,10 +26,11 @@ MAX_TENSORS_SHOWN = 10
 @offline_option
 @json_option
 def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> None:
-    """Compare two models: configuration, tensors and logits.
+    """Compare two models: configuration, tokenizer, tensors and logits.
 
     A and B are files or folders of any format (see gptx convert --list), embedded models or Hub
-    ids. The logits are those of a fixed prompt.
+    ids. The logits are those of a fixed prompt. Of the tokenizers, everything that decides the
+    token ids of a text, or the text of token ids, is compared.
 
     The exit code is 0 if the models are the same, except for rounding to the types in which they
     are stored; 1 if they differ.
@@ -72,8 +73,10 @@ def _without_nan(value: Any) -> Any:
 
 def _text(result: Comparison) -> str:
     lines = [f"{name}: {x} in A, {y} in B" for name, (x, y) in result.config.items()]
-    if result.tokenizer is False:
-        lines.append("the tokenizers differ")
+    lines += [
+        f"tokenizer: {part}: {x} in A, {y} in B"
+        for part, (x, y) in result.tokenizer_differences.items()
+    ]
     differing = {name: d for name, d in result.tensors.items() if d.largest != 0}
     if differing:
         lines.append(f"{'tensor':<28} {'largest difference':>18} {'relative difference':>22}")

@@ -52,3 +52,17 @@ def test_json(tmp_path: Path) -> None:
     assert data["same"] is False
     assert data["config"]["n_embd"] == [192, 96]
     assert data["logits"] is None
+
+
+def test_tokenizers_that_give_other_ids(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    run("convert", "shakespeare", str(other))
+    definition = json.loads((other / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(definition))
+    done = run("verify", "shakespeare", str(other))
+    assert done.code == 1
+    assert 'tokenizer: normalizer: [] in A, [{"type": "Lowercase"}] in B' in done.out
+    data = json.loads(run("verify", "shakespeare", str(other), "--json").out)
+    assert data["tokenizer"] is False
+    assert data["tokenizer_differences"] == {"normalizer": ["[]", '[{"type": "Lowercase"}]']}

@@ -132,6 +132,7 @@ def test_another_tokenizer_is_another_model() -> None:
     with_it = [replace(checkpoint(), tokenizer=t) for t in (tokenizer, fewer)]
     assert compare(with_it[0], with_it[0]).tokenizer is True
     assert compare(with_it[0], with_it[1]).tokenizer is False
+    assert list(compare(with_it[0], with_it[1]).tokenizer_differences) == ["merges 766"]
     assert not compare(with_it[0], with_it[1]).same
     assert compare(with_it[0], checkpoint()).same
 
