@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import (
     Checkpoint,

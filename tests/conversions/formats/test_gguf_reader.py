@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 from collections.abc import Callable
@@ -26,23 +25,11 @@ from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
-from tests.support.gguf import TYPES, checkpoint, written
+from tests.support.gguf import TYPES, checkpoint, small_tokenizer, written
 from tests.support.random_models import CASES
 
 CONFIG = CASES["124M"]
 SMALL = GPT2Config(300, 8, 32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=256)
-
-
-def small_tokenizer() -> PipelineTokenizer:
-    """Make a tokenizer of all bytes, one merge, the end of a text, and an ordinary added token."""
-    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
-    vocab |= {"<|endoftext|>": 256, "th": 257, "<br>": 258}
-    tokenizer = PipelineTokenizer.of_vocabulary(
-        vocab, [("t", "h")], {"<|endoftext|>": 256, "<br>": 258}
-    )
-    definition = tokenizer.definition()
-    definition["added_tokens"][1]["special"] = False
-    return PipelineTokenizer({}, definition=json.dumps(definition))
 
 
 def numbers(model: Checkpoint) -> dict[str, np.ndarray]:

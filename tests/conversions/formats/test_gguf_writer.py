@@ -300,6 +300,30 @@ def test_without_an_end_of_text_the_tokenizer_has_it(
     assert "tokenizer.ggml.bos_token_id" not in stored
 
 
+def test_several_ends_of_text(tmp_path: Path) -> None:
+    config = replace(CONFIG, bos_token_id=None, eos_token_id=(5, 300, 6, 7, 8))
+    model = checkpoint(config)
+    assert write(model, tmp_path / "model.gguf") == (
+        "eos_token_id 300 is no id of the 211 tokens: it is left out",
+        "GGUF has no place for 4 ends of text: 8 is left out",
+    )
+    stored = File((tmp_path / "model.gguf").read_bytes()).metadata
+    assert [stored[f"tokenizer.ggml.{x}_token_id"] for x in ("eos", "eot", "eom")] == [5, 6, 7]
+    assert read(tmp_path / "model.gguf")[1].config.eos_token_id == (5, 6, 7)
+
+
+def test_special_tokens_that_the_tokenizer_names(tmp_path: Path) -> None:
+    definition = byte_tokenizer(**{"<s>": 256, "</s>": 257, "<pad>": 258}).definition()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = PipelineTokenizer.of_folder(tmp_path)
+    config = replace(CONFIG, vocab_size=260, bos_token_id=None, eos_token_id=999)
+    stored = written(tmp_path, config, tokenizer=tokenizer).metadata
+    kinds = {"bos": 256, "eos": 257, "padding": 258, "unknown": 0}
+    assert {kind: stored[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds} == kinds
+
+
 def byte_tokenizer(**special: int) -> PipelineTokenizer:
     """Make a tokenizer of bytes and special tokens."""
     vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
