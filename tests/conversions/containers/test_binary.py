@@ -133,6 +133,8 @@ def test_bfloat16_is_the_source_of_every_type(dtype: str) -> None:
     if dtype == "bfloat16":
         assert found.dtype == np.uint16
         np.testing.assert_array_equal(found, bits)
+        signaling_nan = np.array([0x7F81], np.uint16)
+        assert cast(signaling_nan.view(BFLOAT16), dtype, "x") == signaling_nan
     else:
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, [[1, -2, np.inf], [1.5, 0, -0.0]])
@@ -197,6 +199,7 @@ def test_names_of_types() -> None:
         ((5, 4), [2, 2, 1]),
         ((3, 9), [1, 1, 1]),  # a row is longer than a chunk
         ((7, 8), [1] * 7),
+        ((10, 1), [8, 2]),
         ((5, 2, 2), [2, 2, 1]),
         ((20,), [1]),
         ((), [1]),
