@@ -118,7 +118,7 @@ def test_the_figures_of_a_trial() -> None:
 
 def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
     path = folder("124M", dtype="float16")
-    setup = {"model": "m", "folder": str(path), "threads": 1, "generic": True}
+    setup = {"model": "m", "path": str(path), "threads": 1, "generic": True}
     events = list(grid.measure(setup, [[3, 0, 0], [0, 2, 1]], repetitions=2))
     assert [event["progress"] for event in events[:-2]] == [
         "pp3, warm-up",
@@ -138,7 +138,7 @@ def test_a_setup_is_measured(folder: Callable[..., Path]) -> None:
         assert event["dtype"] == "float32"
         assert event["kernels"] is None
         assert event["device"] is None
-        assert "folder" not in event
+        assert "path" not in event
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,13 @@ def test_the_dtype_of_quantized_weights(folder: Callable[..., Path], tmp_path: P
         (floats, "int4/float64", "int4/float64"),
         (int8, "float32", "int8"),
     ):
-        setup = {"model": "m", "folder": str(path), "dtype": given, "threads": 1, "generic": True}
+        setup = {"model": "m", "path": str(path), "dtype": given, "threads": 1, "generic": True}
         assert list(grid.measure(setup, [[2, 0, 0]], 1))[-1]["dtype"] == dtype
 
 
 def test_a_gpu_is_measured(folder: Callable[..., Path]) -> None:
     with cupy_stand_in.installed():
-        setup = {"model": "m", "folder": str(folder()), "backend": "cupy"}
+        setup = {"model": "m", "path": str(folder()), "backend": "cupy"}
         *progress, read, generated = grid.measure(setup, [[3, 0, 0], [0, 2, 4]], repetitions=1)
     turns = [event["progress"] for event in progress if "pp3" in event["progress"]]
     assert turns == ["pp3, warm-up"] * 7 + ["pp3, round 1 of 1"]

@@ -66,7 +66,7 @@ def test_the_budget_on_a_fake_machine(
     monkeypatch.setattr(budget, "time", machine)
     monkeypatch.setattr(budget, "_cached_steps", machine.cached_steps)
     monkeypatch.setattr(budget, "_uncached_steps", machine.uncached_steps)
-    setup = {"model": "m", "folder": str(folder("124M")), "threads": 1, "generic": True}
+    setup = {"model": "m", "path": str(folder("124M")), "threads": 1, "generic": True}
     events = budget.measure(setup, prompts=[5, 30, 50], budget=45.0, repetitions=3)
     with_cache, without = records(events)
     assert (with_cache["cache"], without["cache"]) == (True, False)
