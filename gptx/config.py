@@ -34,6 +34,7 @@ KEY_ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 
+MAX_CONFIG_BYTES = 2**24
 MAX_LAYERS = 10_000  # limits the list of tensor names of a damaged file
 
 # Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
@@ -262,7 +263,11 @@ class GPT2Config:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"over {MAX_CONFIG_BYTES} bytes")
+        return json.loads(text)
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:  # also what is not UTF-8

@@ -18,6 +18,7 @@ from gptx.lfs_pointer import check_content
 from gptx.tokenization.finding import find_tokenizer
 
 CONFIG = "config.json"
+MAX_INDEX_BYTES = 2**23  # that of 1558M has 0.05 MB
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 TORCH_WEIGHTS = "pytorch_model.bin"  # of models from before safetensors
@@ -206,12 +207,17 @@ def shard_names(index: Path) -> list[str]:
         The index cannot be read.
     """
     try:
-        names = list(json.loads(index.read_bytes())["weight_map"].values())
+        with open(index, "rb") as file:
+            text = file.read(MAX_INDEX_BYTES + 1)
+        if len(text) > MAX_INDEX_BYTES:
+            raise ValueError
+        names = list(json.loads(text)["weight_map"].values())
     except OSError as error:
         raise StorageError(f"{index} cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise WeightsError(
-            f'{index} is invalid: expected JSON with an object "weight_map": fetch the model again'
+            f'{index} is invalid: expected JSON with an object "weight_map", of at most '
+            f"{MAX_INDEX_BYTES} bytes: fetch the model again"
         ) from None
     for name in names:
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):

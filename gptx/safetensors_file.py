@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,7 +40,11 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 
+ALIGNMENT_BYTES = 8  # of the data in a written file
 MAX_NAME_LENGTH = 200  # characters; the Hub's names have fewer than 50
+# 1558M has 580 tensors and a header of 0.06 MB.
+MAX_HEADER_BYTES = 2**23
+MAX_TENSORS = 20_000
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,21 @@ class SafetensorsFile:
         from safetensors import SafetensorError, safe_open
 
         try:
+            with open(self.path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                text = file.read(min(size, MAX_HEADER_BYTES))
+                is_complete = size <= os.fstat(file.fileno()).st_size - 8
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if is_complete and size > MAX_HEADER_BYTES:
+            raise self._too_large(f"a header of {size} bytes, expected at most {MAX_HEADER_BYTES}")
+        if is_complete and text.count(b"{") > MAX_TENSORS:  # each entry is an object
+            raise self._too_large(f"over {MAX_TENSORS} tensors")
+        try:
             # The safetensors library checks lengths, offsets, overlaps and the size of the file.
             with safe_open(self.path, framework="np"):
                 pass
-            with open(self.path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                return json.loads(file.read(size), object_pairs_hook=_unique), 8 + size
+            return json.loads(text, object_pairs_hook=_unique), 8 + size
         except (SafetensorError, ValueError) as error:
             raise WeightsError(
                 f"{self.path} is truncated or not a valid safetensors file ({error}): "
@@ -107,6 +122,9 @@ class SafetensorsFile:
             ) from None
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def _too_large(self, what: str) -> WeightsError:
+        return WeightsError(f"{self.path} has {what}: it is no GPT-2, or it is damaged")
 
     def _entry(self, name: str, entry: dict[str, Any], start: int) -> Entry:
         if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
@@ -196,6 +214,28 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
     """
     file = SafetensorsFile(path)
     return {name: file.map(name) for name in file.entries}, file.metadata
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays in memory to a file; the same arrays and metadata give the same bytes."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": names[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in tensors.values():
+        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        file.write(np.ascontiguousarray(little_endian).data)
 
 
 def widen_bfloat16(array: np.ndarray) -> np.ndarray:

@@ -24,7 +24,13 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.errors import WeightsError
 from gptx.quantization import Quantization, QuantizedTensor
-from gptx.safetensors_file import BFLOAT16, Entry, SafetensorsFile, widen_bfloat16
+from gptx.safetensors_file import (
+    BFLOAT16,
+    MAX_TENSORS,
+    Entry,
+    SafetensorsFile,
+    widen_bfloat16,
+)
 from gptx.tensor_names import are_out_in, listed, model_names, unknown_error, unknown_note
 
 Tensor = np.ndarray | QuantizedTensor
@@ -217,6 +223,8 @@ def open_weights(
             if stored_name in files:
                 raise WeightsError(f"{path}: duplicate tensor {stored_name}")
             files[stored_name] = file
+        if len(files) > MAX_TENSORS:
+            raise WeightsError(f"{path.parent} has over {MAX_TENSORS} tensors: this is not a GPT-2")
     try:
         names, notes = model_names(files, ignore_unknown=ignore_unknown)
         parts = {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptx.config import ACTIVATIONS, SIZES, GPT2Config
+from gptx.config import ACTIVATIONS, MAX_CONFIG_BYTES, SIZES, GPT2Config
 from gptx.errors import ConfigError, DataError
 from gptx.quantization import Quantization
 from tests.support.random_models import CASES
@@ -336,6 +336,15 @@ def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> N
         GPT2Config.from_file(tmp_path / "config.json")
     assert str(error.value).startswith(f"{tmp_path / 'generation_config.json'}")
     assert str(error.value).count(str(tmp_path)) == 1
+
+
+def test_a_large_file_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"{}" + b" " * (MAX_CONFIG_BYTES - 2))
+    assert GPT2Config.from_file(path) == GPT2Config()
+    path.write_bytes(b"{}" + b" " * (MAX_CONFIG_BYTES - 1))
+    with pytest.raises(ConfigError, match=f"is not valid JSON .over {MAX_CONFIG_BYTES} bytes.: "):
+        GPT2Config.from_file(path)
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from gptx.errors import StorageError, WeightsError
-from gptx.safetensors_file import DTYPES, SafetensorsFile, read_safetensors, widen_bfloat16
+from gptx.safetensors_file import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    SafetensorsFile,
+    read_safetensors,
+    widen_bfloat16,
+)
 from tests.support.safetensors_bytes import DATA, entry, safetensors, weights_path
 
 
@@ -268,3 +275,48 @@ def test_a_file_that_is_truncated_after_its_header_was_read(tmp_path: Path) -> N
     path.unlink()
     with pytest.raises(StorageError, match="cannot be read"):
         file.read("ln_f.bias")
+
+
+# Large headers
+
+
+def no_parser(*args: Any, **options: Any) -> NoReturn:
+    raise AssertionError("the header was parsed")
+
+
+def test_a_header_of_many_tensors_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.safetensors"
+    few = {f"h.{i}.x": entry(shape=[0], end=0) for i in range(MAX_TENSORS - 1)}
+    path.write_bytes(safetensors(few))
+    assert len(SafetensorsFile(path).entries) == MAX_TENSORS - 1
+    # The escape hides the name of a key from a search, but no brace.
+    many = json.dumps(few | {"last": entry(shape=[0], end=0)}).encode()
+    path.write_bytes(safetensors(many.replace(b"data_", b"data\\u005f")))
+    monkeypatch.setattr("safetensors.safe_open", no_parser)
+    monkeypatch.setattr(json, "loads", no_parser)
+    with pytest.raises(WeightsError) as caught:
+        SafetensorsFile(path)
+    assert str(caught.value) == (
+        f"{path} has over {MAX_TENSORS} tensors: it is no GPT-2, or it is damaged"
+    )
+
+
+def test_a_long_header_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(safetensors(b"{}" + b" " * (MAX_HEADER_BYTES - 2)))
+    assert not SafetensorsFile(path).entries
+    monkeypatch.setattr("safetensors.safe_open", no_parser)
+    path.write_bytes(safetensors(b"{}" + b" " * (MAX_HEADER_BYTES - 1)))
+    with pytest.raises(WeightsError, match=f"has a header of {MAX_HEADER_BYTES + 1} bytes"):
+        SafetensorsFile(path)
+
+
+def test_the_length_of_another_file_is_not_taken_for_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(b"{" * (MAX_TENSORS + 20))
+    with pytest.raises(WeightsError, match="truncated or not a valid safetensors file"):
+        SafetensorsFile(path)

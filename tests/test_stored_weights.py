@@ -292,6 +292,18 @@ def test_a_tensor_with_and_without_the_prefix(tmp_path: Path) -> None:
         open_weights([weights_path(tmp_path, both)], MICRO).map()
 
 
+def test_shards_of_many_tensors_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, MICRO, random_weights(MICRO), shards=3)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    monkeypatch.setattr("gptx.stored_weights.MAX_TENSORS", 16)
+    assert len(open_weights(paths, MICRO).tensors) == 16
+    monkeypatch.setattr("gptx.stored_weights.MAX_TENSORS", 15)
+    with pytest.raises(WeightsError, match=f"{tmp_path} has over 15 tensors"):
+        open_weights(paths, MICRO)
+
+
 def test_the_tensors_of_a_missing_shard(tmp_path: Path) -> None:
     write_model(tmp_path, MICRO, random_weights(MICRO), shards=3)
     paths = sorted(tmp_path.glob("*.safetensors"))[:2]

@@ -21,6 +21,7 @@ from gptx.conversions.containers import torch_file
 from gptx.conversions.formats import pytorch_folder
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
+from gptx.model_files import MAX_INDEX_BYTES
 from gptx.random_weights import random_weights
 from gptx.stored_weights import OWN_HEAD_NOTE, is_linear_weight
 from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
@@ -402,6 +403,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     for text in ("", "[]", '{"weight_map": {"a": "../b.bin"}}', '{"weight_map": {}}'):
         index.write_text(text)
         assert not accepted(lambda: pytorch_folder.read(tmp_path), text)
+    index.write_text('{"weight_map": {"a": "b.bin"}}' + " " * MAX_INDEX_BYTES)
+    with pytest.raises(WeightsError, match=f"of at most {MAX_INDEX_BYTES} bytes"):
+        pytorch_folder.read(tmp_path)
 
 
 def test_tensors_are_read_on_request(
