@@ -124,7 +124,7 @@ def get_backend(
             "compile": not compile,
             "cache_dtype": cache_dtype is not None,
         }
-        if names := ", ".join(name for name in is_given if is_given[name]):
+        if names := ", ".join(argument(name) for name in is_given if is_given[name]):
             raise ParameterError(
                 f"{names} cannot be set on an existing Backend: pass them to get_backend()"
             )
@@ -146,7 +146,7 @@ def get_backend(
         return Backend(_conforming(backend), **options)
     if backend not in TABLE:
         raise BackendError(
-            f"backend is {backend!r}, expected {', '.join(map(repr, TABLE))} "
+            f"{argument('backend')} is {backend!r}, expected {', '.join(map(repr, TABLE))} "
             "or an array-API namespace"
         )
     made: Backend = getattr(_import(backend), TABLE[backend].cls)(**options)
@@ -203,7 +203,7 @@ def _conforming(namespace: Any) -> Any:
         return importlib.import_module(f"array_api_compat.{name}")
     if not all(hasattr(namespace, op) for op in ("matmul", "take", "permute_dims", "astype")):
         raise BackendError(
-            f"backend is {namespace!r}, expected {', '.join(map(repr, TABLE))} "
+            f"{argument('backend')} is {namespace!r}, expected {', '.join(map(repr, TABLE))} "
             "or an array-API namespace (one with matmul, take, permute_dims, astype, ...)"
         )
     return namespace

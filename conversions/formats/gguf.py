@@ -39,7 +39,7 @@ from gptx.conversions.formats.gguf_tokenizer import (
     read_tokenizer,
     tokenizer_metadata,
 )
-from gptx.errors import ConfigError, ParameterError, WeightsError
+from gptx.errors import ConfigError, ParameterError, WeightsError, argument
 from gptx.files import create
 from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.stored_weights import HEAD, POSITIONS, TABLE, have_same_numbers, settle_head
@@ -255,8 +255,8 @@ def _block_type(quantization: Quantization | None) -> TensorType | None:
     kind = QUANTIZED_TYPES[quantization.bits]
     if quantization.group_size not in (kind.block_numbers, GROUP_SIZE):  # the default means any
         raise ParameterError(
-            f"group_size is {quantization.group_size}, expected {kind.block_numbers}, GGUF's: "
-            "leave it out"
+            f"{argument('group_size')} is {quantization.group_size}, expected "
+            f"{kind.block_numbers}, GGUF's: leave it out"
         )
     return kind
 

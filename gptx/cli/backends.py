@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
 
 from gptx.backends import available
+from gptx.cli.formatting import print_json
 from gptx.cli.options import json_option
 
 
@@ -20,7 +20,7 @@ def backends(as_json: bool) -> None:
     """
     statuses = available()
     if as_json:
-        click.echo(json.dumps([asdict(status) for status in statuses]))
+        print_json([asdict(status) for status in statuses])
         return
     for status in statuses:
         mark = "yes" if status.available else "no"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import closing
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from gptx.backends import TABLE
 from gptx.bench import FORMATS, PRESETS
-from gptx.cli.options import offline_option
+from gptx.cli.options import known_models, offline_option
+from gptx.config import SIZES
 from gptx.quantization import BITS
 
 CLEAR_LINE = "\r\x1b[K"
@@ -37,6 +40,22 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has 
             expected = f"whole numbers of at least {self.minimum}, such as 1,2"
             self.fail(f"{value!r} is not a list of {expected}", param, ctx)
         return tuple(map(int, items))
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the last item of a list of names."""
+        before, comma, start = incomplete.rpartition(",")
+        names = _NAMES.get(param.name or "", tuple)()
+        return [CompletionItem(before + comma + name) for name in names if name.startswith(start)]
+
+
+# Names that complete an item of a list.
+_NAMES: dict[str, Callable[[], Sequence[str]]] = {
+    "models": lambda: [*known_models(), *(f"random:{size}" for size in SIZES)],
+    "backends": lambda: tuple(TABLE),
+    "dtypes": lambda: ("float32", "float16", "bfloat16", "float64", *BITS),
+}
 
 
 def _is_count(item: str) -> bool:
@@ -117,7 +136,12 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
     help=f"Format of the output: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
 )
 @click.option("--wide", is_flag=True, help="Print all columns of the table, in any width.")
-@click.option("--plot", metavar="DIR", help="Also draw plots: PNG and SVG files in this folder.")
+@click.option(
+    "--plot",
+    metavar="DIR",
+    type=click.Path(),
+    help="Also draw plots: PNG and SVG files in this folder.",
+)
 @offline_option
 def bench(
     preset: str | None,

@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from gptx.cli.options import (
+    complete_model,
+    complete_names,
     config_option,
     group_size_option,
     ignore_unknown_option,
@@ -24,28 +26,32 @@ from gptx.hub.resolve import importing_hub
 
 
 @click.command()
-@click.argument("source", metavar="SRC", required=False)
+@click.argument("source", metavar="SRC", required=False, shell_complete=complete_model)
 @click.argument("destination", metavar="DST", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--to",
     metavar="FORMAT",
+    shell_complete=complete_names(*(name for name, row in FORMATS.items() if row.writes)),
     help="Format to write, a name from --list.  [default: from the suffix of DST]",
 )
 @click.option(
     "--dtype",
     metavar="NAME",
+    shell_complete=complete_names(*DTYPES),
     help=f"Type of the tensors in DST: {', '.join(DTYPES)} (see --list).  "
     "[default: as in SRC, or float32]",
 )
 @click.option(
     "--quantize",
     metavar="NAME",
+    shell_complete=complete_names(*QUANTIZED_TYPES),
     help=f"Quantize the matrices: {' or '.join(QUANTIZED_TYPES)} (see --list).",
 )
 @group_size_option
 @click.option(
     "--head",
     metavar="NAME",
+    shell_complete=complete_names("logits", "argmax"),
     help="Output of an ONNX graph: logits, or argmax (only the next token id).  [default: logits]",
 )
 @config_option
@@ -63,6 +69,7 @@ from gptx.hub.resolve import importing_hub
     "--check",
     "check_source",
     metavar="SRC",
+    shell_complete=complete_model,
     help="Check the tensors, numbers and checksums of SRC; write nothing.",
 )
 @revision_option

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
-from gptx.cli.options import revision_option
+from gptx.cli.options import complete_model, revision_option
 from gptx.hub.resolve import local_path, locate
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument(
+    "models", nargs=-1, required=True, metavar="MODEL...", shell_complete=complete_model
+)
 @revision_option
 def download(models: tuple[str, ...], revision: str | None) -> None:
     """Download models from the Hub, and verify downloaded ones.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
 
 import click
 
-from gptx.cli.formatting import format_size
+from gptx.cli.formatting import format_size, print_json
 from gptx.cli.options import (
+    complete_model,
     config_option,
     ignore_unknown_option,
     json_option,
@@ -24,7 +24,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @config_option
 @ignore_unknown_option
 @revision_option
@@ -78,7 +78,10 @@ def info(
     }
     for note in about["notes"]:
         click.echo(f"Note: {note}", err=True)
-    click.echo(json.dumps(about) if as_json else _text(settings, about))
+    if as_json:
+        print_json(about)
+    else:
+        click.echo(_text(settings, about))
 
 
 def _cache_floats_per_token(config: GPT2Config) -> int:

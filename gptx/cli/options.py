@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 Command = TypeVar("Command", bound=Any)
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def complete_model(
@@ -17,6 +18,13 @@ def complete_model(
     """Complete the name of a model: known names, and files."""
     names = [name for name in known_models() if name.startswith(incomplete)]
     return [CompletionItem(incomplete, type="file"), *map(CompletionItem, names)]
+
+
+def complete_names(*names: str) -> Complete:
+    """Return a function that completes one of these names."""
+    return lambda ctx, param, incomplete: [
+        CompletionItem(name) for name in names if name.startswith(incomplete)
+    ]
 
 
 def known_models() -> list[str]:

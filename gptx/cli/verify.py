@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
-from typing import Any
 
 import click
 
-from gptx.cli.options import config_option, json_option, offline_option
+from gptx.cli.formatting import print_json
+from gptx.cli.options import complete_model, config_option, json_option, offline_option
 from gptx.conversions import read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.verify import PROMPT_LENGTH, Comparison, compare
@@ -20,8 +18,8 @@ MAX_TENSORS_SHOWN = 10
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_model)
+@click.argument("b", shell_complete=complete_model)
 @config_option
 @offline_option
 @json_option
@@ -41,7 +39,10 @@ def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> 
     """
     models = [_open(source, config, offline) for source in (a, b)]
     result = compare(*models)
-    click.echo(json.dumps(_json_object(result)) if as_json else _text(result))
+    if as_json:
+        print_json({"same": result.same, "identical": result.identical, **asdict(result)})
+    else:
+        click.echo(_text(result))
     if not result.same:
         raise click.exceptions.Exit(DIFFERENT)
 
@@ -57,18 +58,6 @@ def _open(source: str, config: str | None, offline: bool) -> Checkpoint:
         if config is None or not checkpoint.notes:
             return checkpoint
     return read(source, config=config, offline=offline)[1]
-
-
-def _json_object(result: Comparison) -> dict[str, Any]:
-    fields = {"same": result.same, "identical": result.identical, **asdict(result)}
-    return {name: _without_nan(value) for name, value in fields.items()}
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {name: _without_nan(x) for name, x in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(result: Comparison) -> str:
