@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-from gptx.config import SIZES
+from gptx.config import SIZES, GPT2Config
 from gptx.conversions.containers.tensor_bundle import TensorBundle
 from gptx.conversions.formats import openai_tensorflow
 from gptx.errors import (
@@ -29,11 +29,13 @@ from gptx.errors import (
     NotFoundError,
     ParameterError,
     StorageError,
+    argument,
 )
 from gptx.hub.connection import explain, status_of
 from gptx.hub.download import download
 from gptx.hub.errors import NotResumableError, is_storage_fault, not_stored
 from gptx.hub.staging import remove, staging
+from gptx.tokenization.pipeline import PipelineTokenizer
 
 PREFIX = "openai:"
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -71,30 +73,57 @@ def fetch(name: str, *, revision: str | None = None, offline: bool = False) -> P
     ParameterError
         `revision` is given, or GPTX_OPENAI_URL is invalid.
     """
+    folder = _folder(name, revision)
+    if not folder.is_dir():
+        with _staging(name, folder, offline) as (partial, url):
+            if not folder.is_dir():  # another process may have completed it meanwhile
+                partial.mkdir(exist_ok=True)
+                _fill(partial, url)
+                os.replace(partial, folder)
+    return folder
+
+
+def fetch_settings(
+    name: str, *, revision: str | None = None, offline: bool = False
+) -> tuple[GPT2Config, PipelineTokenizer | None]:
+    """Return config and tokenizer of one of OpenAI's models without its tensors; see `fetch`."""
+    folder = _folder(name, revision)
+    if not folder.is_dir():
+        with _staging(name, folder, offline) as (partial, url):
+            if not folder.is_dir():
+                partial.mkdir(exist_ok=True)
+                _receive_small_files(partial, url)
+                return openai_tensorflow.read_settings(partial)
+    return openai_tensorflow.read_settings(folder)
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    """Return the folder of a model in the cache."""
     size = name.removeprefix(PREFIX)
     if size not in SIZES:
         names = ", ".join(PREFIX + size for size in SIZES)
         raise NotFoundError(f"model {name!r} does not exist, expected one of {names}")
     if revision is not None:
-        raise ParameterError(f"revision is {revision!r}, but {name!r} is not from the Hub")
-    folder = Path(constants.HF_ASSETS_CACHE) / "gptx" / "openai" / size
-    if folder.is_dir():
-        return folder
+        raise ParameterError(
+            f"{argument('revision')} is {revision!r}, but {name!r} is not from the Hub"
+        )
+    return Path(constants.HF_ASSETS_CACHE) / "gptx" / "openai" / size
+
+
+@contextmanager
+def _staging(name: str, folder: Path, offline: bool) -> Iterator[tuple[Path, str]]:
+    """Yield the folder of a partial download and its URL; raise the errors of `fetch`."""
     if offline or constants.HF_HUB_OFFLINE:
         raise NotFoundError(
             f"{name} is not in the cache {folder.parent}, and gptx is offline: "
-            "convert it with a connection first"
+            f"run `gptx download {name}` with a connection first"
         )
-    url = f"{_server()}/{size}"
+    url = f"{_server()}/{folder.name}"
     with (
         _translated(url, folder.parent),
-        staging(folder, folder.with_name(f"{size}.lock")) as partial,
+        staging(folder, folder.with_name(f"{folder.name}.lock")) as partial,
     ):
-        if not folder.is_dir():  # another process may have completed it meanwhile
-            partial.mkdir(exist_ok=True)
-            _fill(partial, url)
-            os.replace(partial, folder)
-    return folder
+        yield partial, url
 
 
 def _server() -> str:
@@ -131,9 +160,7 @@ def _fill(folder: Path, url: str) -> None:
 
 def _complete(folder: Path, url: str) -> None:
     """Download the missing files of a folder, and verify all files."""
-    for name in SMALL_FILES:
-        (folder / name).unlink(missing_ok=True)  # their sizes are unknown, so download them again
-        _receive(folder / name, f"{url}/{name}")
+    _receive_small_files(folder, url)
     try:
         for path, size in TensorBundle(folder / INDEX).sizes.items():
             _receive(path, f"{url}/{path.name}", size)
@@ -148,6 +175,12 @@ def _complete(folder: Path, url: str) -> None:
         raise
     except DataError as error:
         raise IntegrityError(f"{url} sent an invalid file, try again: {error}") from error
+
+
+def _receive_small_files(folder: Path, url: str) -> None:
+    for name in SMALL_FILES:
+        (folder / name).unlink(missing_ok=True)  # their sizes are unknown, so download them again
+        _receive(folder / name, f"{url}/{name}")
 
 
 def _receive(path: Path, url: str, size: int | None = None) -> None:

@@ -89,6 +89,12 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
     return Checkpoint(config, stored, tokenizer, notes)
 
 
+def read_settings(folder: Path) -> tuple[GPT2Config, PipelineTokenizer | None]:
+    """Read config and tokenizer of a folder, which may have no tensors; see `read`."""
+    tokenizer = _tokenizer(folder)
+    return _config(folder / "hparams.json", tokenizer), tokenizer
+
+
 def _indexes(path: Path) -> list[Path]:
     """Find the index; return several if the choice is ambiguous."""
     if not path.is_dir():

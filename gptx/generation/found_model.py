@@ -18,7 +18,7 @@ from gptx import weights
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import TokenizerError, argument
-from gptx.hub.resolve import find_source, local_path
+from gptx.hub.resolve import find_source, importing_hub, local_path
 from gptx.model_files import CONFIG, INDEX, WEIGHTS, ModelFiles, Source, find_files, find_weights
 from gptx.quantization import Quantization
 from gptx.stored_weights import open_weights, type_name
@@ -210,9 +210,7 @@ class _CheckpointModel(FoundModel):
     """A model that `gptx.conversions` has opened."""
 
     def __init__(self, name: str, path: Path, format: str, checkpoint: Checkpoint) -> None:
-        path = path.absolute()
-        folder = path if path.is_dir() else path.parent
-        files = ModelFiles(name, folder, path, (path,), {}, None)
+        files = _files_at(name, path)
         self.info = ModelInfo(files, checkpoint.config, checkpoint.tokenizer)
         self._format = format
         self._checkpoint = checkpoint
@@ -225,6 +223,46 @@ class _CheckpointModel(FoundModel):
 
     def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
         return _load_checkpoint(self._checkpoint, backend, **options)
+
+
+class _OpenAIModel(FoundModel):
+    """One of OpenAI's own models, whose tensors may have to be downloaded."""
+
+    def __init__(self, name: str, offline: bool, revision: str | None, **given: Any) -> None:
+        from gptx.conversions.registry import read_tokenizer
+
+        with importing_hub():
+            from gptx.conversions.formats.openai_download import fetch_settings
+        config, tokenizer = fetch_settings(name, revision=revision, offline=offline)
+        config = given["config"] or config
+        if given["tokenizer"] is not None:
+            tokenizer = read_tokenizer(given["tokenizer"], config, offline=offline)
+        self.info = ModelInfo(_files_at(name, Path(name)), config, tokenizer)
+        self._offline = offline
+        self._given = given
+
+    def fetch(self) -> Path:
+        from gptx.conversions.formats.openai_download import fetch
+
+        path = fetch(self.info.name, offline=self._offline)
+        self.info.files = _files_at(self.info.name, path)
+        return path
+
+    def describe_weights(self) -> None:
+        return None
+
+    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
+        from gptx.conversions.registry import read
+
+        _, checkpoint = read(self.fetch(), offline=self._offline, **self._given)
+        return _load_checkpoint(checkpoint, backend, **options)
+
+
+def _files_at(name: str, path: Path) -> ModelFiles:
+    """Return the files of a model of which one file or folder has all."""
+    path = path.absolute()
+    folder = path if path.is_dir() else path.parent
+    return ModelFiles(name, folder, path, (path,), {}, None)
 
 
 def _describe_checkpoint(
@@ -244,7 +282,7 @@ def _describe_checkpoint(
 
 def _load_checkpoint(checkpoint: Checkpoint, backend: Backend, **options: Any) -> LoadedWeights:
     loaded = weights.load_arrays(checkpoint.tensors, checkpoint.config, backend, **options)
-    return replace(loaded, notes=_notes_of(checkpoint))
+    return replace(loaded, notes=_notes_of(checkpoint) + loaded.notes)
 
 
 def _notes_of(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -271,6 +309,15 @@ def find_model(
     """
     if config is not None and not isinstance(config, GPT2Config):
         config = GPT2Config.from_file(config)
+    if is_openai(model):
+        return _OpenAIModel(
+            os.fspath(model),
+            offline,
+            revision,
+            config=config,
+            tokenizer=tokenizer,
+            ignore_unknown=ignore_unknown,
+        )
     if not _needs_conversions(model):
         source = find_source(model, revision=revision, offline=offline, token=token)
         found = _FolderModel(source, config, ignore_unknown)
@@ -295,9 +342,7 @@ def is_openai(model: object) -> bool:
 
 
 def _needs_conversions(model: str | os.PathLike[str]) -> bool:
-    """Test for a model that is neither embedded nor a Hugging Face folder nor on the Hub."""
-    if is_openai(model):
-        return True
+    """Test for a file, or a folder of another format than Hugging Face's."""
     path = local_path(model)
     if path is None or not path.is_dir():
         return path is not None

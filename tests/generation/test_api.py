@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from gptx.errors import (
     TokenizerError,
 )
 from gptx.random_weights import random_weights
+from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.cli import raises_error, run
 from tests.support.hub import hub_settings
 from tests.support.hub_server import Files, HubServer, commit_of
 from tests.support.random_models import write_model
+from tests.support.tensor_bundle_bytes import write_openai
 from tests.support.torch_files import state_dict, zip_bytes
 
 CONFIG = GPT2Config(
@@ -142,7 +145,7 @@ def test_the_weights_come_after_the_config_and_the_tokenizer(
     assert result.tokens == expected.tokens
     names = [line.rpartition("/")[2] for line in server.log("GET")]
     assert names == ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors"]
-    assert len(server.log("HEAD", "main/config.json")) == 1  # one request gives the commit of all files
+    assert len(server.log("HEAD", "main/config.json")) == 1  # all files are of that commit
     requests = server.log()
     assert gptx.generate("x", model="gpt2", max_tokens=1, offline=True).tokens
     assert server.log() == requests
@@ -187,3 +190,54 @@ def test_a_request_that_is_refused_keeps_the_commit_of_the_cache(
     with pytest.raises(PromptError):
         gptx.generate("x " * 200, model="gpt2")
     assert gptx.load("gpt2", offline=True, compile=False).generate([1], max_tokens=1).tokens
+
+
+@pytest.fixture
+def openai(folder: Path, tmp_path: Path) -> Iterator[HubServer]:
+    """Serve the model as openai:124M."""
+    path = write_openai(tmp_path / "124M", CONFIG, WEIGHTS, PipelineTokenizer.of_folder(folder))
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    with (
+        HubServer({"models": {"124M": files}}) as hub,
+        hub_settings(hub.url, tmp_path / "home", GPTX_OPENAI_URL=f"{hub.url}/models/resolve"),
+    ):
+        yield hub
+
+
+class TestOpenAI:
+    """OpenAI's own files by their size."""
+
+    def test_the_tensors_come_last(self, openai: HubServer, folder: Path) -> None:
+        with raises_error(PromptError, "the context holds 64"):
+            gptx.generate("x " * 200, model="openai:124M", max_tokens=1)
+        assert openai.log("GET", "encoder.json")
+        assert not openai.log("GET", ".data-")
+        result = gptx.generate("ROMEO:", model="openai:124M", max_tokens=5, compile=False)
+        expected = gptx.load(folder, compile=False).generate("ROMEO:", max_tokens=5)
+        assert result.tokens == expected.tokens
+        assert len(openai.log("GET", ".data-")) == 1
+        openai.stop()
+        model = gptx.load("openai:124M", offline=True, compile=False)
+        assert (model.name, model.fingerprint) == ("openai:124M", gptx.load(folder).fingerprint)
+        assert gptx.load(model.files.folder, compile=False).fingerprint == model.fingerprint
+
+    def test_info_and_download(self, openai: HubServer) -> None:
+        assert f"{CONFIG.n_parameters:,} parameters" in run("info", "openai:124M").out
+        assert not openai.log("GET", ".data-")
+        done = run("download", "openai:124M")
+        assert (done.code, done.err) == (0, "")
+        assert (Path(done.out.strip()) / "model.ckpt.index").is_file()
+
+    def test_given_config_and_tokenizer(self, openai: HubServer) -> None:
+        config = replace(CONFIG, layer_norm_epsilon=0.1)
+        model = gptx.load("openai:124M", config=config, tokenizer="shakespeare", compile=False)
+        assert model.config == config
+        assert model.encode("ROMEO:")
+
+    def test_errors(self, openai: HubServer) -> None:
+        with raises_error(NotFoundError, "'openai:125M' does not exist", "openai:124M"):
+            gptx.load("openai:125M")
+        with raises_error(ParameterError, "revision is 'v1'"):
+            gptx.load("openai:124M", revision="v1")
+        with raises_error(NotFoundError, "offline", "gptx download openai:124M"):
+            gptx.load("openai:124M", offline=True)
