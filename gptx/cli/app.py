@@ -30,12 +30,12 @@ BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE en
 # Each command is the function of this name in the file of this name.
 COMMANDS = {
     "backends": "Show which backends work on this machine, and how to install more.",
-    "bench": "Measure the speed of models: reading a prompt (pp) and generating (tg).",
+    "bench": "Measure the speed of reading prompts (pp) and generating text (tg).",
     "convert": "Convert a model from one file format to another.",
     "download": "Download models from the Hub, and verify downloaded ones.",
     "generate": "Continue a prompt and print the text token by token.",
     "info": "Show the configuration, the tensors and the memory of a model.",
-    "verify": "Compare two models: configuration, tensors and logits.",
+    "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from gptx import __version__, errors
 from gptx.cli.app import BROKEN_PIPE, COMMANDS, load_command
 from gptx.errors import GptxError, Interrupted
-from tests.support.cli import Done, run
+from tests.support.cli import run
 
 # Runs commands in turn, and prints the modules that each of them imports.
 IMPORTS = """
@@ -86,11 +86,13 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_lists_commands_and_exit_codes(option: str) -> None:
+def test_help_lists_commands_and_exit_codes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of the usual width, each summary has one line."""
+    monkeypatch.setenv("COLUMNS", "80")
     done = run(option)
     assert (done.code, done.err) == (0, "")
-    for name in COMMANDS:
-        assert re.search(rf"^  {name} ", done.out, re.MULTILINE)
+    for name, summary in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", done.out, re.MULTILINE)
     kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, GptxError)]
     codes = {kind.exit_code for kind in kinds} | {Interrupted.exit_code, BROKEN_PIPE}
     listed = re.findall(r"^ +(\d+)  \w", done.out, re.MULTILINE)
@@ -119,21 +121,3 @@ def test_help_without_a_command() -> None:
     assert done.code in (0, 2)
     assert text.startswith("Usage: gptx")
     assert len(text.splitlines()) > 10
-
-
-def complete(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
-    """Complete the last word as bash does."""
-    monkeypatch.setenv("_GPTX_COMPLETE", "bash_complete")
-    monkeypatch.setenv("COMP_WORDS", " ".join(words))
-    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
-    done: Done = run()
-    assert (done.code, done.err) == (0, "")
-    return [line.partition(",")[2] for line in done.out.splitlines()]
-
-
-def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complete(monkeypatch, "gptx", "") == sorted(COMMANDS)
-    assert complete(monkeypatch, "gptx", "gen") == ["generate"]
-    assert complete(monkeypatch, "gptx", "convert", "--over") == ["--overwrite"]
-    assert complete(monkeypatch, "gptx", "generate", "--overflow", "s") == ["slide"]
-    assert complete(monkeypatch, "gptx", "generate", "-b", "") == ["numpy", "cupy", "mlx"]
