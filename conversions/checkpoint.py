@@ -18,6 +18,7 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions.containers.binary import dtype_name
 from gptx.conversions.vocabularies.tokenizer_files import (
+    TEMPLATES,
     UNREAD_FILES,
     copy_file,
     write_tokenizer,
@@ -34,6 +35,7 @@ Array = np.ndarray
 
 NO_TOKENIZER_NOTE = "the file has no tokenizer: give the tokenizer of the model's data"
 GENERATION = "generation_config.json"
+CARRIED_FILES = (GENERATION, *TEMPLATES)  # conversions copy them
 HEAD_DIM = 64  # D of all of OpenAI's models: assumed for a format that has no number of heads
 
 

@@ -257,7 +257,9 @@ def find_path(
     source: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False
 ) -> Path:
     """Return the path of a model's files; download them if necessary. See `read`."""
-    from gptx.hub.resolve import importing_hub, local_path, locate
+    from gptx.conversions.checkpoint import CARRIED_FILES
+    from gptx.hub.resolve import find_source, importing_hub, local_path
+    from gptx.model_files import find_files
 
     if str(source).startswith(OPENAI):
         with importing_hub():
@@ -265,7 +267,12 @@ def find_path(
         return fetch(str(source), revision=revision, offline=offline)
     path = local_path(source)
     if path is None:
-        return locate(source, revision=revision, offline=offline).folder
+        found = find_source(source, revision=revision, offline=offline)
+        folder = find_files(found).folder
+        for name in CARRIED_FILES:
+            found.find(name)
+        found.write_ref()
+        return folder
     if revision is not None:
         raise ParameterError(
             f"{argument('revision')} is {revision!r}, but {str(source)!r} is not from the Hub"

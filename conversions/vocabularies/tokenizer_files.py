@@ -133,7 +133,7 @@ def _derived_options(
     end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
     names = {
         "bos_token": tokens.get(config.bos_token_id, end),
-        "eos_token": tokens.get(next(iter(config.eos_token_ids), None), end),
+        "eos_token": next((tokens[id] for id in config.eos_token_ids if id in tokens), end),
         "unk_token": end,
     }
     cls = _class_of(tokenizer, definition)

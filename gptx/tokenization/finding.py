@@ -49,6 +49,9 @@ def find_tokenizer(
     vocabularies = list(found)
     if found:
         add((SETTINGS, ADDED_TOKENS, SPECIAL_TOKENS))
+    else:
+        for name in SENTENCEPIECE:  # beside the others, so that `describe_unreadable` finds it
+            find(name)
     if vocabularies == [WORDS] and read_settings(found).cls != BERT:
         return {}
     return found

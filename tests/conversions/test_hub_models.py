@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from tests.support.hub_server import HubServer
 from tests.support.random_models import CASES
 
 Convert = Callable[..., dict[str, Any]]
+COMPANIONS = {
+    "tokenizer_config.json": b'{"pad_token": "<|endoftext|>"}',
+    "generation_config.json": b'{"eos_token_id": [0, 1]}',
+    "chat_template.jinja": b"{{ 1 }}",
+}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -36,6 +42,7 @@ def server(folder: Callable[..., Path]) -> Iterator[HubServer]:
         "org/single": {"main": single},
         "openai-community/gpt2": {"main": files_of(folder("355M", "alias", prefix="transformer."))},
         "org/shards": {"main": files_of(folder("774M", "shards", shards=3))},
+        "org/chat": {"main": single | COMPANIONS},
         "org/none": {"main": {name: single[name] for name in names}},
     }
     with HubServer(repositories) as hub:
@@ -134,3 +141,11 @@ def test_failed_conversion_leaves_no_folder(
     result = convert(source)
     assert (result["exit"], word in result["message"]) == (exit, True), result
     assert not (tmp_path / "out").exists()
+
+
+def test_files_beside_the_model_are_carried_over(convert: Convert, tmp_path: Path) -> None:
+    assert convert("org/chat") == {}
+    written = files_of(tmp_path / "out")
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert written[name] == COMPANIONS[name]
+    assert json.loads(written["tokenizer_config.json"])["pad_token"] == "<|endoftext|>"

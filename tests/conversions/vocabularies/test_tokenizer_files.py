@@ -121,7 +121,7 @@ def test_special_tokens_of_the_config(source: Callable[..., PipelineTokenizer], 
     tokenizer = source("metaspace")
     (tokenizer.files["tokenizer_config.json"]).unlink()
     tokenizer = PipelineTokenizer({"tokenizer.json": tokenizer.files["tokenizer.json"]})
-    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    ids = {"bos_token_id": 0, "eos_token_id": [500, 1]}
     write_tokenizer(tokenizer, GPT2Config(**{**vars(CONFIG), **ids}), out)
     assert settings_of(out) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
