@@ -30,7 +30,7 @@ BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE en
 # Each command is the function of this name in the file of this name.
 COMMANDS = {
     "backends": "Show which backends work on this machine, and how to install more.",
-    "bench": "Measure the speed of reading prompts (pp) and generating text (tg).",
+    "bench": "Measure the speed of reading (pp) and of generating text (tg).",
     "convert": "Convert a model from one file format to another.",
     "download": "Download models from the Hub, and verify downloaded ones.",
     "generate": "Continue a prompt and print the text token by token.",

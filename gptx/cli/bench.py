@@ -151,7 +151,7 @@ def bench(
     offline: bool,
     **chosen: Any,
 ) -> None:
-    """Measure the speed of reading prompts (pp) and generating text (tg).
+    """Measure the speed of reading (pp) and of generating text (tg).
 
     A LIST has values separated by commas; all combinations make a grid. Each setup runs in a
     fresh process.
