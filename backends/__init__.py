@@ -177,7 +177,7 @@ def _compiler() -> str:
         return f", compiled with Numba {metadata.version('numba')}"
     except metadata.PackageNotFoundError:
         return (
-            "; pip install 'gptx[fast]' compiles the forward pass, "
+            "; `pip install '.[fast]'` in a checkout of gptx compiles the forward pass, "
             "and keeps quantized weights small"
         )
 

@@ -36,6 +36,11 @@ from gptx.stored_weights import (
     should_quantize,
 )
 
+NO_NUMBA_NOTE = (
+    "the quantized weights are computed as floats, which takes more memory and time, because Numba "
+    "cannot be imported: run `pip install '.[fast]'` in a checkout of gptx"
+)
+
 
 @dataclass(frozen=True)
 class LoadedWeights:
@@ -50,7 +55,8 @@ class LoadedWeights:
     fingerprint
         See `fingerprint`.
     notes
-        Differences between the given config and the weights, one sentence each.
+        Differences between the given config and the weights, and between the files and what the
+        backend computes with, one sentence each.
     """
 
     tree: SimpleNamespace
@@ -98,7 +104,7 @@ def load(
         quantization=quantization,
         threads=threads,
     )
-    return replace(loaded, notes=stored.notes)
+    return replace(loaded, notes=stored.notes + loaded.notes)
 
 
 def load_arrays(
@@ -127,7 +133,16 @@ def load_arrays(
 
     with backend.scope():
         tree = as_tree({name: bring(name) for name in found})
-    return LoadedWeights(tree, described, _checksum(samples))
+    notes = (NO_NUMBA_NOTE,) if described.quantization and _lacks_numba(tree, backend) else ()
+    return LoadedWeights(tree, described, _checksum(samples), notes)
+
+
+def _lacks_numba(tree: SimpleNamespace, backend: Backend) -> bool:
+    """Test for quantized weights that are floats on a backend which has kernels with Numba."""
+    method = getattr(backend.pack_quantized, "__func__", None)
+    has_kernels = backend.name == "numpy" and method is not Backend.pack_quantized
+    weight = tree.h[0].attn.c_attn.weight
+    return has_kernels and backend.dtype == "float32" and isinstance(weight, np.ndarray)
 
 
 def quantized_config(config: GPT2Config, quantization: Quantization | None) -> GPT2Config:
@@ -245,3 +260,11 @@ def _attributes(node: Any) -> Any:
     if isinstance(node, list):
         return [_attributes(child) for child in node]
     return node
+
+
+def array_bytes(tree: Any) -> int:
+    """Sum the bytes of the arrays in a tree of namespaces, lists and objects."""
+    if hasattr(tree, "nbytes"):
+        return int(tree.nbytes)
+    children = tree if isinstance(tree, list | tuple) else getattr(tree, "__dict__", {}).values()
+    return sum(map(array_bytes, children))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from gptx import weights
-from gptx.backends import Backend
+from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.stored_weights import open_weights
-from gptx.weights import to_backend
+from gptx.weights import NO_NUMBA_NOTE, to_backend
 from tests.support.backends import make_backend
 from tests.support.random_models import CASES
 from tests.support.safetensors_bytes import MICRO, weights_path
@@ -29,6 +31,27 @@ def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
     quantized = weights.load([path], config, backend, quantization=quantization, threads=1)
     assert quantized.config.quantization == quantization
     assert quantized.fingerprint != loaded.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "has_note"),
+    [
+        ({}, True),
+        ({"compile": False}, True),
+        ({"generic": True}, False),
+        ({"dtype": "float64"}, False),
+    ],
+)
+def test_quantized_weights_without_numba_have_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], has_note: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "gptx.backends.cpu.quantized", None)
+    backend = get_backend("numpy", threads=1, **options)
+    path = weights_path(tmp_path, config=CASES["relu"])
+    for quantization in (None, Quantization(32, 4)):
+        loaded = weights.load([path], CASES["relu"], backend, quantization=quantization, threads=1)
+        expected = (NO_NUMBA_NOTE,) if has_note and quantization else ()
+        assert loaded.notes == expected
 
 
 def test_float32_reaches_numpy_without_a_copy(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gptx.stored_weights import is_linear_weight, should_quantize
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 HEADS = ("logits", "argmax")
-INSTALL = "pip install 'gptx[onnx]'"
+INSTALL = "run `pip install '.[onnx]'` in a checkout of gptx"
 
 # A large tensor is aligned to the largest page of any system, so that it can be mapped.
 PAGE_BYTES, ALIGNMENT_BYTES, LARGE_TENSOR_BYTES = 2**16, 64, 2**20

@@ -98,7 +98,7 @@ def prepare_folder(folder: str) -> Path:
     except ImportError as error:
         raise ParameterError(
             f"{argument('plot')} needs matplotlib, which cannot be imported ({error}): "
-            "pip install 'gptx[plot]'"
+            "run `pip install '.[plot]'` in a checkout of gptx"
         ) from error
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

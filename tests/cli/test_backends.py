@@ -52,6 +52,7 @@ def test_missing_numba_has_its_install_command(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(metadata, "version", version)
     line = run("backends").out.splitlines()[0]
     assert line.endswith(
-        f"numpy {np.__version__}; pip install 'gptx[fast]' compiles the forward pass, "
+        f"numpy {np.__version__}; `pip install '.[fast]'` in a checkout of gptx compiles the "
+        "forward pass, "
         "and keeps quantized weights small"
     )

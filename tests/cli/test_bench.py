@@ -218,7 +218,7 @@ def test_without_matplotlib_nothing_is_measured(
     assert (done.code, done.out) == (2, "")
     [line] = done.err.splitlines()
     assert line.startswith("Error: --plot needs matplotlib")
-    assert "pip install 'gptx[plot]'" in line
+    assert "`pip install '.[plot]'` in a checkout of gptx" in line
     assert not (tmp_path / "new").exists()
 
 

@@ -40,7 +40,7 @@ class Row:
 
 def _gptx(precision: str, *skips: str, **options: str) -> Row:
     where, files = "gptx_peer:GptxEngine", options.get("quantize", "")
-    return Row(precision, where, "'gptx[fast]'", options, files and f"gptx-{files}", skips)
+    return Row(precision, where, "'.[fast]'", options, files and f"gptx-{files}", skips)
 
 
 def _gptx_f16_cache(precision: str, **options: str) -> Row:

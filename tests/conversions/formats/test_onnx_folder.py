@@ -23,7 +23,7 @@ from tests.support.backends import make_backend
 from tests.support.models import EXACT, make_model
 from tests.support.random_models import CASES, random_ids, write_model
 
-INSTALL = "pip install 'gptx[test]'"
+INSTALL = "pip install '.[test]'"
 pytest.importorskip("ndonnx", reason=INSTALL)
 onnx = pytest.importorskip("onnx", reason=INSTALL)
 
@@ -295,7 +295,7 @@ def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ndonnx", None)
     monkeypatch.delitem(sys.modules, "gptx.conversions.formats.onnx_trace", raising=False)
-    with pytest.raises(BackendError, match=r"ndonnx.*pip install 'gptx\[onnx\]'"):
+    with pytest.raises(BackendError, match=r"ndonnx.*`pip install '\.\[onnx\]'`"):
         convert("shakespeare", tmp_path / "onnx", "onnx")
     assert not list(tmp_path.iterdir())
 
