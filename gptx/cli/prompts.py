@@ -54,13 +54,15 @@ def decode(data: bytes, name: str) -> str:
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
             raise PromptError(_not_utf8(f"{name} is in {encoding}", encoding))
+    if b"\0" in data:
+        raise PromptError(
+            _not_utf8(f"{name} has a byte 0, as UTF-16 and binary files have", "UTF-16")
+        )
     try:
-        text = data.removeprefix(codecs.BOM_UTF8).decode()
+        text = data.decode().removeprefix("\ufeff")  # the mark
     except UnicodeDecodeError as error:
         bad = f"{name} has byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise PromptError(_not_utf8(bad, "WINDOWS-1252")) from None
-    if "\0" in text:
-        raise PromptError(_not_utf8(f"{name} has a byte 0, as UTF-16 and binary files", "UTF-16"))
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
