@@ -32,6 +32,8 @@ from gptx.errors import (
     WeightsError,
     argument,
 )
+from gptx.hub.resolve import hub_reading
+from gptx.lfs_pointer import check_content, check_named_files
 
 if TYPE_CHECKING:
     from gptx.config import GPT2Config
@@ -150,8 +152,12 @@ def detect(path: Path) -> str:
         raise WeightsError(f"{path} is an empty file: fetch it again")
     if description := describe_unreadable(path):
         raise WeightsError(f"{path} is {description}")
+    if path.is_dir():
+        check_named_files(path)
     names = ", ".join(name for name, row in FORMATS.items() if row.reads)
-    raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list")
+    raise WeightsError(
+        f"{path} is in no supported format ({names}): see gptx convert --list{hub_reading(path)}"
+    )
 
 
 def find_format(path: Path) -> str | None:
@@ -166,6 +172,8 @@ def find_format(path: Path) -> str | None:
             raise WeightsError(
                 f"{path} is neither a file nor a folder: write the model to a file first"
             )
+        if path.is_file():
+            check_content(path)
         for name, row in FORMATS.items():
             if row.reads and row.load_module().detect(path):
                 return name
@@ -232,6 +240,7 @@ def read(
     """
     from gptx.config import GPT2Config
     from gptx.conversions.checkpoint import find_companions
+    from gptx.tokenization import finding
 
     path = find_path(source, revision=revision, offline=offline)
     if config is not None and not isinstance(config, GPT2Config):
@@ -240,6 +249,8 @@ def read(
     try:
         checkpoint: Checkpoint = FORMATS[name].load_module().read(path, config, ignore_unknown)
     except DataError as error:
+        if path.is_dir():
+            check_named_files(path, str(error))
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from None
@@ -249,7 +260,10 @@ def read(
     elif checkpoint.tokenizer is None and not path.is_dir():
         checkpoint = _with_files_beside(checkpoint, path)
     if path.is_dir():
-        checkpoint = replace(checkpoint, companions=find_companions(path))
+        notes = checkpoint.notes
+        if checkpoint.tokenizer is None and (fault := finding.describe_unreadable(path)):
+            notes += (f"the model has no tokenizer that gptx reads: {fault}",)
+        checkpoint = replace(checkpoint, companions=find_companions(path), notes=notes)
     return name, checkpoint
 
 
