@@ -32,7 +32,6 @@ from gptx.errors import (
     WeightsError,
     argument,
 )
-from gptx.hub.resolve import hub_reading
 from gptx.lfs_pointer import check_content, check_named_files
 
 if TYPE_CHECKING:
@@ -152,6 +151,8 @@ def detect(path: Path) -> str:
         raise WeightsError(f"{path} is an empty file: fetch it again")
     if description := describe_unreadable(path):
         raise WeightsError(f"{path} is {description}")
+    from gptx.hub.resolve import hub_reading
+
     if path.is_dir():
         check_named_files(path)
     names = ", ".join(name for name, row in FORMATS.items() if row.reads)

@@ -10,6 +10,21 @@ SIGNATURE = b"version https://git-lfs.github.com/spec/v"
 MAX_POINTER_BYTES = 1024  # Source: the specification of git-lfs, docs/spec.md
 
 
+def check_named_files(folder: Path, message: str = "") -> None:
+    """Check the content of the files of a folder that an error names; of all without a message.
+
+    Files that no reader needs may be pointers.
+
+    Raises
+    ------
+    DataError
+        One of them is a pointer of git-lfs.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (not message or path.name in message):
+            check_content(path)
+
+
 def check_content(path: Path) -> None:
     """Open a regular file, and check that it has its content.
 
