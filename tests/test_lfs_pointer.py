@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gptx.conversions.registry import read
+from gptx.embedded import EMBEDDED
 from gptx.errors import DataError, StorageError
 from gptx.lfs_pointer import MAX_POINTER_BYTES, check_content
 
@@ -24,6 +26,40 @@ def test_pointer(tmp_path: Path) -> None:
 def test_content(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     check_content(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("config.json", "model.safetensors"),
+        ("config.json+", "pytorch_model.bin"),
+        ("gpt2_metadata.json", "gpt2_vocab.bin", "gpt2_weights.bin"),
+        ("checkpoint+", "model.ckpt.index", "model.ckpt.data-00000-of-00001"),
+        ("model.gguf",),
+        ("ckpt.pt",),
+        ("gpt2_124M.bin",),
+        ("model.mpk",),
+        ("model_weights.json",),
+        ("model.dat",),
+    ],
+    ids=lambda files: files[-1],
+)
+def test_formats(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """A name with "+" has its content, the others are pointers; the reader may need any of them."""
+    for name in files:
+        content = b"{}" if name.endswith("+") else HEAD
+        (tmp_path / name.removesuffix("+")).write_bytes(content)
+    for path in (tmp_path, tmp_path / files[-1]):
+        with pytest.raises(DataError, match=f"^{tmp_path}/[^ ]+ is a git-lfs pointer"):
+            read(path)
+
+
+def test_pointers_that_no_reader_needs(tmp_path: Path) -> None:
+    for path in EMBEDDED["shakespeare"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
+        (tmp_path / name).write_bytes(HEAD)
+    assert read(tmp_path)[0] == "safetensors"
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
