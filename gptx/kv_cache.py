@@ -7,6 +7,7 @@ length. The engine calls `extend` before a forward pass, the model calls `update
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 from gptx.backends import Backend, Positions
 from gptx.config import GPT2Config
 from gptx.errors import DataError, NotFoundError, ParameterError
-from gptx.files import atomic_write
-from gptx.safetensors_file import read_safetensors
+from gptx.files import atomic_file
+from gptx.safetensors_file import read_safetensors, write_safetensors
 
 Array = Any
 FORMAT = "gptx-kv-cache"
+MAX_REPR_SEQUENCES = 8  # whose lengths the `repr` of a cache shows
 
 
 class KVCache:
@@ -55,6 +57,22 @@ class KVCache:
         layers = range(config.n_layer)
         self.keys = [buffers[2 * layer, ...] for layer in layers]
         self.values = [buffers[2 * layer + 1, ...] for layer in layers]
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(str(length) for length in self.lengths[:MAX_REPR_SEQUENCES])
+        more = ", …" if len(self.lengths) > MAX_REPR_SEQUENCES else ""
+        plural = "s" * (len(self.lengths) != 1)
+        return (
+            f"<gptx.KVCache of {len(self.lengths)} sequence{plural}: {lengths}{more} of "
+            f"{self.capacity} tokens, {self.backend.name} {self.backend.cache_dtype}, "
+            f"{self.n_bytes / 1e6:,.2f} MB>"
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the buffers, in bytes."""
+        itemsize = int(self.backend.cache_dtype[-2:]) // 8  # "bfloat16" has 2 bytes
+        return itemsize * sum(math.prod(x.shape) for x in (*self.keys, *self.values))
 
     def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
         """Add `counts[b]` new tokens to sequence b; return their positions.
@@ -116,8 +134,6 @@ class KVCache:
         StorageError
             The file cannot be written; an existing file stays unchanged.
         """
-        from safetensors.numpy import save
-
         stop = int(self.lengths.max())
         tensors = {"lengths": self.lengths}
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -130,7 +146,8 @@ class KVCache:
             "fingerprint": self.fingerprint,
             "tokens": json.dumps(self.tokens),
         }
-        atomic_write(path, save(tensors, metadata))
+        with atomic_file(path) as file:
+            write_safetensors(file, tensors, metadata)
 
     @classmethod
     def load(

@@ -50,6 +50,7 @@ ROOMS = [
     "gptx.conversions.converter",
     "gptx.conversions",
     "gptx.generation.sampling",
+    "gptx.generation.names gptx.generation.prompts",
     "gptx.generation.options",
     "gptx.generation.results",
     "gptx.generation.batching",

@@ -43,6 +43,7 @@ from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
 from gptx.model import Transformer
+from gptx.weights import array_bytes
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128  # the defaults of llama-bench
 
@@ -282,16 +283,8 @@ def weights_bytes(model: Transformer) -> tuple[int, int]:
     """
     weights = model.weights
     skipped = [weights.wpe] if model.config.tie_word_embeddings else [weights.wpe, weights.wte]
-    size = _array_bytes(weights)
-    return size, size - sum(map(_array_bytes, skipped))
-
-
-def _array_bytes(node: Any) -> int:
-    """Sum the bytes of the arrays in a tree of namespaces, lists and objects."""
-    if hasattr(node, "nbytes"):
-        return int(node.nbytes)
-    children = node if isinstance(node, list | tuple) else getattr(node, "__dict__", {}).values()
-    return sum(map(_array_bytes, children))
+    size = array_bytes(weights)
+    return size, size - sum(map(array_bytes, skipped))
 
 
 # The table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,7 +29,6 @@ from gptx.files import check_replaceable
 from gptx.generation.api import load_once
 from gptx.generation.options import (
     MAX_TOKENS,
-    CheckedOptions,
     LoadOptions,
     Options,
     Overflow,
@@ -37,7 +36,7 @@ from gptx.generation.options import (
 )
 from gptx.generation.results import Result
 from gptx.generation.sampling import SamplingParams
-from gptx.generation.text_model import Model, check_not_empty, check_prompts, stream_checked
+from gptx.generation.text_model import Model, Request, stream_request
 from gptx.kv_cache import KVCache
 from gptx.quantization import BITS
 
@@ -291,25 +290,29 @@ def generate(
         run_session(model, cast("LoadOptions", load_options), options, quiet=quiet)
         return
     options["overflow"] = options["overflow"] or "error"
-    checked = check_options(cast("Options", options))  # before the download of a large model
-    check_not_empty([text])
+    # before the download of a large model
+    request = Request([text], check_options(cast("Options", options)))
     if prompt_cache is not None:
         check_replaceable(prompt_cache)
     loaded = load_once(
         model,
-        checked.max_tokens,
-        lambda info: check_prompts(info, [text], checked),
+        request.options.max_tokens,
+        request.check,
         **cast("LoadOptions", load_options),
     )
-    _generate(loaded, text, checked, prompt_cache, as_json=as_json, quiet=quiet)
+    _generate(loaded, request, prompt_cache, as_json=as_json, quiet=quiet)
 
 
 _LOAD_OPTIONS = LoadOptions.__annotations__
 
 
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _check_session(**given: Any) -> None:
     """Raise an error unless a session can start: on a terminal, without these options."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _on_a_terminal():
         raise click.UsageError(f"missing prompt: {SOURCES}")
     for param in generate.params:
         if given.get(param.name or ""):
@@ -318,8 +321,7 @@ def _check_session(**given: Any) -> None:
 
 def _generate(
     model: Model,
-    text: str,
-    options: CheckedOptions,
+    request: Request,
     prompt_cache: str | None,
     *,
     as_json: bool,
@@ -328,8 +330,8 @@ def _generate(
     """Continue a prompt; print the output, also that before an interrupt; write the cache."""
     caches: list[KVCache] = []
     if prompt_cache is not None and Path(prompt_cache).exists():
-        options = replace(options, cache=model.load_cache(prompt_cache))
-    chunks = stream_checked(model, [text], options, caches.append)
+        request = request.with_cache(model.load_cache(prompt_cache))
+    chunks = stream_request(model, request, caches.append)
     interrupt = None
     try:
         result = print_chunks(chunks, show=not as_json)
@@ -337,7 +339,8 @@ def _generate(
         if not error.results:
             raise
         interrupt, result = error, error.results[0]
-    n_cached = count_cached(model, text, options, result)
+    options = request.options
+    n_cached = count_cached(model, str(result.prompt), options, result)
     _print_end(model, result, n_cached, as_json=as_json, logprobs=options.logprobs, quiet=quiet)
     if prompt_cache is not None and caches:
         caches[0].save(prompt_cache)

@@ -13,7 +13,7 @@ from gptx.cli.streaming import count_cached, print_chunks, print_statistics
 from gptx.errors import GptxError, Interrupted
 from gptx.generation.options import Options, check_options
 from gptx.generation.results import Result
-from gptx.generation.text_model import Model, stream_checked
+from gptx.generation.text_model import Model, Request, stream_request
 from gptx.kv_cache import KVCache
 
 HELP = """\
@@ -108,7 +108,7 @@ class Session:
         """
         prompt = self.text + entry
         options = check_options(cast("Options", {**self.options, "cache": self._cache}))
-        chunks = stream_checked(self.model, [prompt], options, self._keep)
+        chunks = stream_request(self.model, Request([prompt], options), self._keep)
         try:
             result = print_chunks(chunks)
         except Interrupted as interrupt:

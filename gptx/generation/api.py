@@ -6,29 +6,28 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Unpack, cast, overload
+from typing import Any, Never, Unpack, cast, overload
 
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ModelWarning, ParameterError
 from gptx.generation.found_model import ModelInfo, find_model
+from gptx.generation.names import check_names
 from gptx.generation.options import (
     AllOptions,
-    CheckedOptions,
     LoadOptions,
     Options,
-    Prompt,
+    check_load_options,
     check_options,
 )
+from gptx.generation.prompts import Prompt, single_prompt, split_prompts
 from gptx.generation.results import Result
 from gptx.generation.text_model import (
     Chunks,
     Model,
-    check_not_empty,
-    check_prompts,
-    generate_checked,
-    split_prompts,
-    stream_checked,
+    Request,
+    generate_request,
+    stream_request,
 )
 from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
@@ -62,6 +61,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
+    **unknown: Never,
 ) -> Model:
     """Load a model.
 
@@ -77,7 +77,7 @@ def load(
     Raises
     ------
     ParameterError
-        The model cannot be quantized in this way.
+        An option is unknown or invalid, or the model cannot be quantized in this way.
     NotFoundError, HubUnavailableError, AuthorizationError, IntegrityError, StorageError
         The files do not exist, or cannot be downloaded or read.
     ConfigError, WeightsError
@@ -96,13 +96,14 @@ def load(
         backend=backend, dtype=dtype, device=device, threads=threads, generic=generic,
         compile=compile, cache_dtype=cache_dtype, quantize=quantize, group_size=group_size,
         config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown,
-        revision=revision, offline=offline, token=token,
+        revision=revision, offline=offline, token=token, **unknown,
     )  # fmt: skip
     return _load(model, options)
 
 
 def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model:
     """Load a model; `check` gets its config and tokenizer before the weights are downloaded."""
+    check_load_options(options)
     rest = dict(options)
     quantize, group_size = rest.pop("quantize", None), rest.pop("group_size", GROUP_SIZE)
     find_options = {name: rest.pop(name) for name in FIND_OPTIONS if name in rest}
@@ -144,7 +145,7 @@ def load_once(
     ----------
     check
         Function that gets config and tokenizer before the weights are downloaded or read. It raises
-        the error of a request that this model cannot fulfill, see `text_model.check_prompts`.
+        the error of a request that this model cannot fulfill, see `text_model.Request.check`.
     """
     loaded = _load(model, options, check)
     if "compile" not in options and not isinstance(options.get("backend"), Backend):
@@ -179,8 +180,8 @@ def generate(
     prompt is checked before the weights are downloaded or read. For more than one call, `load` the
     model once.
     """
-    loaded, checked = _loaded(model, split_prompts(prompt)[0], options)
-    return generate_checked(loaded, prompt, checked)
+    prompts, single = split_prompts(prompt)
+    return generate_request(*_loaded(model, prompts, options), single=single)
 
 
 def stream(
@@ -190,25 +191,19 @@ def stream(
     **options: Unpack[AllOptions],
 ) -> Chunks:
     """Load a model and continue one prompt, see `Model.stream`; options as of `generate`."""
-    loaded, checked = _loaded(model, [prompt], options)
-    return stream_checked(loaded, [prompt], checked)
+    return stream_request(*_loaded(model, [single_prompt(prompt, "stream")], options))
 
 
-def _loaded(model: Any, prompts: list[Prompt], options: AllOptions) -> tuple[Model, CheckedOptions]:
+def _loaded(model: Any, prompts: list[Prompt], options: AllOptions) -> tuple[Model, Request]:
+    check_names(options, AllOptions.__annotations__)
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
     rest = cast("Options", {k: v for k, v in options.items() if k not in given})
-    checked = check_options(rest)  # before the download of a large model
+    request = Request(prompts, check_options(rest))  # before the download of a large model
     if isinstance(model, Model):
         if given:
             raise ParameterError(
                 f"a loaded model takes no {', '.join(given)}: give it to gptx.load()"
             )
-        return model, checked
-    check_not_empty(prompts)
-    loaded = load_once(
-        model,
-        checked.max_tokens,
-        lambda info: check_prompts(info, prompts, checked),
-        **cast("LoadOptions", given),
-    )
-    return loaded, checked
+        return model, request
+    max_tokens = request.options.max_tokens
+    return load_once(model, max_tokens, request.check, **cast("LoadOptions", given)), request

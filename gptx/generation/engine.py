@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import repeat
 
-from gptx.errors import PromptError
+from gptx.errors import PromptError, argument
 from gptx.generation.batching import Batch
 from gptx.generation.options import MAX_TOKENS, Overflow
 from gptx.generation.results import Token
@@ -214,12 +214,12 @@ def fit_prompt(
         if len(ids) > n_positions:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, the context holds {n_positions}: shorten the "
-                "prompt, or use overflow='truncate' or 'slide'"
+                f"prompt, or use {argument('overflow', 'truncate', 'slide')}"
             )
         given = f"{len(ids)} prompt token{'s' * (len(ids) > 1)} and {max_tokens} new tokens"
         raise PromptError(
-            f"{given} exceed the context of {n_positions}: shorten the prompt, lower max_tokens, "
-            "or use overflow='truncate' or 'slide'"
+            f"{given} exceed the context of {n_positions}: shorten the prompt, lower "
+            f"{argument('max_tokens')}, or use {argument('overflow', 'truncate', 'slide')}"
         )
     half = n_positions // 2
     n_output = half if max_tokens is None else min(max_tokens - 1, half)

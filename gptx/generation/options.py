@@ -1,7 +1,8 @@
 """Options of `load`, `generate` and `stream`, and the checks of a request.
 
-A request is checked once, here: `check_options` runs before a model is loaded, `check_ids` on each
-prompt. The engine checks only that the prompts and their output fit the context.
+A request is checked once: `check_options` runs before a model is loaded, the checks of
+`gptx.generation.prompts` on each prompt. The engine checks only that the prompts and their output
+fit the context.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, Literal, TypedDict, get_args
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, PromptError
+from gptx.errors import ParameterError, argument
+from gptx.generation.names import check_names
 from gptx.generation.sampling import SamplingParams, is_int, random_seed
 from gptx.kv_cache import KVCache
 
-Prompt = str | Sequence[int]
 Overflow = Literal["error", "truncate", "slide"]
+MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
 MAX_TOKENS = 100  # default number of new tokens for each prompt
 BATCH_SIZE = 8  # default number of prompts in a batch
 
@@ -148,19 +150,23 @@ def check_options(options: Options) -> CheckedOptions:
     ParameterError
         An option is unknown or outside its range.
     """
-    if unknown := set(options) - set(Options.__annotations__):
-        raise ParameterError(
-            f"unknown option {', '.join(sorted(unknown))}: "
-            f"expected one of {', '.join(Options.__annotations__)}"
-        )
+    elsewhere = dict.fromkeys(LoadOptions.__annotations__, "gptx.load")
+    check_names(options, Options.__annotations__, elsewhere)
+    for name in ("ignore_eos", "logprobs", "allow_special"):
+        check_bool(name, options.get(name, False))
     max_tokens, overflow = options.get("max_tokens", MAX_TOKENS), options.get("overflow", "error")
     _check_limits(max_tokens, overflow)
     cache = options.get("cache")
     if cache is not None and not isinstance(cache, KVCache):
-        raise ParameterError(f"cache is {cache!r}, expected the result of Model.prefill")
+        raise ParameterError(
+            f"{argument('cache')} is {_shown(cache)}, expected the result of Model.prefill"
+        )
     batch_size = options.get("batch_size", BATCH_SIZE)
     if not is_int(batch_size) or batch_size < 1:
-        raise ParameterError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+        raise ParameterError(
+            f"{argument('batch_size')} is {_shown(batch_size)}, "
+            "expected a whole number of at least 1"
+        )
     given = {f.name: options[f.name] for f in fields(SamplingParams) if f.name in options}  # type: ignore[literal-required]
     if given.get("seed") is None:
         given["seed"] = random_seed()
@@ -172,59 +178,68 @@ def check_options(options: Options) -> CheckedOptions:
         overflow=overflow,
         logprobs=options.get("logprobs", False),
         allow_special=options.get("allow_special", False),
-        batch_size=batch_size,
+        batch_size=int(batch_size),
         cache=cache,
     )
+
+
+def check_load_options(options: LoadOptions) -> None:
+    """Check the names of options of `load`, and the values that no other function checks.
+
+    Raises
+    ------
+    ParameterError
+        An option is unknown or of another type.
+    """
+    elsewhere = dict.fromkeys(Options.__annotations__, "generate")
+    check_names(options, LoadOptions.__annotations__, elsewhere)
+    for name in ("generic", "compile", "ignore_unknown", "offline"):
+        check_bool(name, options.get(name, False))
+    for name in ("revision", "token"):
+        value = options.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ParameterError(f"{argument(name)} is {_shown(value)}, expected a string")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ParameterError unless the value of an option is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ParameterError(f"{argument(name)} is {_shown(value)}, expected True or False")
+
+
+def _shown(value: Any) -> str:
+    """Return the start of the `repr` of a value, in one line."""
+    return " ".join(repr(value).split())[:MAX_SHOWN_CHARACTERS]
 
 
 def _check_limits(max_tokens: int | None, overflow: str) -> None:
     if overflow not in get_args(Overflow):
         raise ParameterError(
-            f"overflow is {overflow!r}, expected one of {', '.join(get_args(Overflow))}"
+            f"{argument('overflow')} is {_shown(overflow)}, "
+            f"expected one of {', '.join(get_args(Overflow))}"
         )
     if max_tokens is None and overflow == "slide":
         raise ParameterError(
-            "max_tokens is None, expected a number with overflow='slide', which has no end"
+            f"{argument('max_tokens')} is None, expected a number with "
+            f"{argument('overflow', 'slide')}, which has no end"
         )
     if max_tokens is not None and (not is_int(max_tokens) or max_tokens < 1):
-        raise ParameterError(f"max_tokens is {max_tokens!r}, expected a whole number of at least 1")
+        raise ParameterError(
+            f"{argument('max_tokens')} is {_shown(max_tokens)}, "
+            "expected a whole number of at least 1"
+        )
 
 
 def _stop_strings(stop: Any) -> list[str]:
-    if not isinstance(stop, str | Sequence | None):
-        raise ParameterError(f"stop is {stop!r}, expected a string or a list of strings")
+    if not isinstance(stop, str | Sequence | None) or isinstance(stop, bytes | bytearray):
+        raise ParameterError(
+            f"{argument('stop')} is {_shown(stop)}, expected a string or a list of strings"
+        )
     strings = [stop] if isinstance(stop, str) else list(stop or [])
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ParameterError(f"stop has {string!r}, expected strings of at least one character")
+            raise ParameterError(
+                f"{argument('stop')} has {_shown(string)}, "
+                "expected strings of at least one character"
+            )
     return strings
-
-
-def is_ids(prompt: Any) -> bool:
-    """Return True if a prompt is one list of token ids, False if it is a list of prompts."""
-    return isinstance(prompt, np.ndarray) or (
-        len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))
-    )
-
-
-def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Return token ids as a list of ints: at least one, each in the vocabulary.
-
-    Raises
-    ------
-    PromptError
-        There is no id, one is not an integer, or one is outside the vocabulary.
-    """
-    try:
-        array = np.asarray(ids)
-    except (ValueError, TypeError, OverflowError):  # for example, lists of different lengths
-        array = np.asarray(None)
-    if array.shape == (0,):
-        raise PromptError("the prompt is empty: give at least one token")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        given = " ".join(str(ids)[:60].split())
-        raise PromptError(f"token ids are {given}, expected one list of whole numbers")
-    if array.min() < 0 or array.max() >= vocab_size:
-        bad = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise PromptError(f"token id is {bad}, expected 0 to {vocab_size - 1}")
-    return array.tolist()

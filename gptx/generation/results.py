@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gptx.generation.options import Prompt
+from gptx.generation.prompts import Prompt
 
+MAX_REPR_CHARACTERS = 80  # of a text in the `repr` of its result
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
@@ -34,9 +35,9 @@ class Token:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """The continuation of one prompt; `str(result)` is its text.
+    """The continuation of one prompt; `str(result)` is its text, and f"{result:>80}" formats it.
 
     Attributes
     ----------
@@ -83,6 +84,17 @@ class Result:
     def __str__(self) -> str:
         return self.text or ""
 
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    def __repr__(self) -> str:
+        output = _shortened(self.tokens if self.text is None else self.text)
+        return (
+            f"<gptx.Result {output}: {len(self.tokens)} tokens at {self.generation_tps:,.1f} t/s, "
+            f"{self.finish_reason}, after {self.prompt_tokens} prompt tokens in "
+            f"{self.time_to_first_token:.3f} s, seed {self.seed}>"
+        )
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -112,8 +124,11 @@ class Chunk:
     def __str__(self) -> str:
         return self.text
 
+    def __format__(self, spec: str) -> str:
+        return format(self.text, spec)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Score:
     """The log-probabilities of the tokens of a text.
 
@@ -127,6 +142,12 @@ class Score:
 
     tokens: list[int]
     logprobs: list[float | None]
+
+    def __repr__(self) -> str:
+        return (
+            f"<gptx.Score of {self.n_scored} tokens: loss {self.loss:.4f} nats per token, "
+            f"perplexity {self.perplexity:.4g}>"
+        )
 
     @property
     def n_scored(self) -> int:
@@ -142,3 +163,12 @@ class Score:
     def perplexity(self) -> float:
         """exp(loss); infinite if that exceeds the range of a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def _shortened(value: str | list[int]) -> str:
+    """Return the `repr` of a text or of token ids, shortened in the middle."""
+    shown = repr(value)
+    if len(shown) <= MAX_REPR_CHARACTERS:
+        return shown
+    half = MAX_REPR_CHARACTERS // 2 - 2
+    return f"{shown[:half]} … {shown[-half:]}"

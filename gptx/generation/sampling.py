@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends import Backend
-from gptx.errors import ParameterError
+from gptx.errors import ParameterError, argument
 
 Array = Any
 MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
@@ -86,41 +86,47 @@ class SamplingParams:
             value = getattr(self, name)
             if not _is_real(value) or not low <= value <= high:
                 raise ParameterError(
-                    f"{name} is {value!r}, expected a number from {low:g} to {high:g}"
+                    f"{argument(name)} is {value!r}, expected a number from {low:g} to {high:g}"
                 )
             # A NumPy scalar turns float32 arrays into float64.
             object.__setattr__(self, name, float(value))
         if not is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(
-                f"top_k is {self.top_k!r}, expected a whole number of at least 0 (0 keeps all)"
+                f"{argument('top_k')} is {self.top_k!r}, expected a whole number of at least 0 "
+                "(0 keeps all)"
             )
         if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise ParameterError(
-                f"seed is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
+                f"{argument('seed')} is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
             )
         object.__setattr__(self, "top_k", int(self.top_k))
         object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
         # Callers may give None for no bias.
         if not isinstance(self.logit_bias, Mapping | None):
             raise ParameterError(
-                f"logit_bias is {self.logit_bias!r}, expected a dict of token id: number"
+                f"{argument('logit_bias')} is {self.logit_bias!r}, "
+                "expected a dict of token id: number"
             )
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
             if not is_int(token) or not _is_real(bias):
-                raise ParameterError(f"logit_bias has {token!r}: {bias!r}, expected id: number")
+                raise ParameterError(
+                    f"{argument('logit_bias')} has {token!r}: {bias!r}, expected id: number"
+                )
             if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
                 raise ParameterError(
-                    f"logit_bias of token {token} is {bias}, expected -inf, or a number from "
-                    f"{-MAX_PARAMETER:g} to {MAX_PARAMETER:g}"
+                    f"{argument('logit_bias')} of token {token} is {bias}, "
+                    f"expected -inf, or a number from {-MAX_PARAMETER:g} to {MAX_PARAMETER:g}"
                 )
 
     def check_bias(self, vocab_size: int) -> None:
         """Raise ParameterError unless `logit_bias` fits a vocabulary of V tokens."""
         if bad := [token for token in self.logit_bias if not 0 <= token < vocab_size]:
-            raise ParameterError(f"logit_bias has token {bad[0]}, expected 0 to {vocab_size - 1}")
+            raise ParameterError(
+                f"{argument('logit_bias')} has token {bad[0]}, expected 0 to {vocab_size - 1}"
+            )
         if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab_size:
-            raise ParameterError("logit_bias bans every token: leave at least one")
+            raise ParameterError(f"{argument('logit_bias')} bans every token: leave at least one")
 
     @property
     def greedy(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from gptx.generation.engine import TokenGenerator
-from gptx.generation.options import Prompt
+from gptx.generation.prompts import Prompt
 from gptx.generation.results import Chunk, FinishReason, Result, Token
 from gptx.tokenization.protocol import Tokenizer
 

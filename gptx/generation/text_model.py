@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Unpack, cast, overload
+from typing import Self, Unpack, overload
 
 import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import DataError, Interrupted, ParameterError, PromptError
+from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument
 from gptx.generation.engine import TokenGenerator, fit_prompt, streams_of
 from gptx.generation.found_model import ModelInfo
 from gptx.generation.options import (
     CheckedOptions,
     Options,
+    check_bool,
+    check_options,
+)
+from gptx.generation.prompts import (
     Prompt,
     check_ids,
-    check_options,
-    is_ids,
+    check_not_empty,
+    list_of_ids,
+    single_prompt,
+    split_prompts,
 )
 from gptx.generation.results import Chunk, Result, Score
 from gptx.generation.sampling import is_int
@@ -30,6 +37,7 @@ from gptx.logits import all_logits, next_token_logits
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
 from gptx.tokenization.protocol import Tokenizer
+from gptx.weights import array_bytes
 
 Chunks = Generator[Chunk, None, None]
 
@@ -37,10 +45,13 @@ Chunks = Generator[Chunk, None, None]
 class Model:
     """A GPT-2 with its tokenizer, on one backend; `gptx.load` returns one.
 
+    A `with` statement releases the weights at its end, as `close` does:
+
+        with gptx.load("gpt2") as model:
+            print(model.generate("To be"))
+
     Attributes
     ----------
-    gpt2
-        Config, weights and backend, for `gptx.model.forward`.
     info
         Files and tokenizer.
     fingerprint
@@ -57,13 +68,51 @@ class Model:
         fingerprint: str,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.gpt2 = gpt2
+        self._gpt2: Transformer | None = gpt2
+        self._config, self._backend = gpt2.config, gpt2.backend
         self.info = info
         self.fingerprint = fingerprint
         self.notes = notes
 
     def __repr__(self) -> str:
-        return f"<gptx.Model {self.name} on {self.backend!r}>"
+        if self._gpt2 is None:
+            return f"<gptx.Model {self.name}, closed>"
+        config, backend = self.config, self.backend
+        kind = f" as {config.quantization}" if config.quantization else ""
+        return (
+            f"<gptx.Model {self.name}: {config.n_parameters / 1e6:,.1f}M parameters{kind} in "
+            f"{self.n_bytes / 1e6:,.1f} MB, context {config.n_positions}, "
+            f"{backend.name} {backend.dtype}>"
+        )
+
+    def __enter__(self) -> Self:
+        _ = self.gpt2  # raises the error of a closed model
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the weights. The model cannot compute after that; its tokenizer stays."""
+        self._gpt2 = None
+
+    @property
+    def gpt2(self) -> Transformer:
+        """Config, weights and backend, for `gptx.model.forward`.
+
+        Raises
+        ------
+        ParameterError
+            The model is closed.
+        """
+        if self._gpt2 is None:
+            raise ParameterError(f"the model {self.name} is closed: load it again")
+        return self._gpt2
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the weights on the backend, in bytes."""
+        return array_bytes(self.gpt2.weights)
 
     @property
     def name(self) -> str:
@@ -78,12 +127,12 @@ class Model:
     @property
     def config(self) -> GPT2Config:
         """Config: sizes and settings of the model."""
-        return self.gpt2.config
+        return self._config
 
     @property
     def backend(self) -> Backend:
         """Backend that holds the weights."""
-        return self.gpt2.backend
+        return self._backend
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -98,15 +147,14 @@ class Model:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text; `<|endoftext|>` is plain text unless allowed."""
+        check_bool("allow_special", allow_special)
         if not isinstance(text, str):
-            raise PromptError(f"the text is {text!r}, expected a string")
+            raise PromptError(f"the text is {repr(text)[:60]}, expected a string")
         return self.tokenizer.encode(text, allow_special=allow_special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; an id outside the vocabulary has no text."""
-        if not isinstance(ids, Sequence | np.ndarray) or not all(map(is_int, ids)):
-            raise PromptError(f"token ids are {ids!r}, expected a list of whole numbers")
-        return self.tokenizer.decode([int(i) for i in ids])
+        return self.tokenizer.decode(list_of_ids(ids))
 
     @overload
     def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Result: ...
@@ -137,7 +185,8 @@ class Model:
             Ctrl-C; its `results` hold the output so far.
         PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
         """
-        return generate_checked(self, prompt, check_options(options))
+        prompts, single = split_prompts(prompt)
+        return generate_request(self, Request(prompts, check_options(options)), single=single)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Chunks:
         """Continue one prompt; yield a `Chunk` for each token, the last with the `result`.
@@ -146,14 +195,16 @@ class Model:
         iterated over. After the first chunk, `chunks.throw(KeyboardInterrupt())` raises an
         `Interrupted` with the output so far.
         """
-        return stream_checked(self, [prompt], check_options(options))
+        checked = check_options(options)
+        return stream_request(self, Request([single_prompt(prompt, "stream")], checked))
 
     def prefill(self, prompt: Prompt, *, allow_special: bool = False) -> KVCache:
         """Read a prompt into a KV cache, for `generate(prompt + more, cache=...)`.
 
         The cache can be saved (`cache.save(path)`) and loaded on any backend (`load_cache`).
         """
-        ids = _check_prompt(self.info, prompt, allow_special)
+        check_bool("allow_special", allow_special)
+        ids = _check_prompt(self.info, single_prompt(prompt, "prefill"), allow_special)
         self._check_context(ids)
         cache = KVCache(self.config, self.backend, 1, len(ids))
         with self.backend.scope():
@@ -201,15 +252,18 @@ class Model:
         overlap. Every token but the first is scored once: in the first window with all tokens
         before it, or with a full context of them.
         """
-        ids = _check_prompt(self.info, text, allow_special)
+        check_bool("allow_special", allow_special)
+        ids = _check_prompt(self.info, single_prompt(text, "score"), allow_special)
         n_positions = self.config.n_positions
         stride = n_positions if stride is None else stride
         if not is_int(stride) or not 1 <= stride <= n_positions:
-            raise ParameterError(f"stride is {stride!r}, expected 1 to {n_positions} (the context)")
+            raise ParameterError(
+                f"{argument('stride')} is {stride!r}, expected 1 to {n_positions} (the context)"
+            )
         if len(ids) < 2:
             raise PromptError(
                 "the text has 1 token, expected at least 2: give a longer text, or start it with "
-                "'<|endoftext|>' and allow_special=True"
+                f"'<|endoftext|>' and {argument('allow_special', True)}"
             )
         with self.backend.scope():
             return score(self.gpt2, ids, stride)
@@ -222,13 +276,61 @@ class Model:
             )
 
 
-def generate_checked(
-    model: Model, prompt: Prompt | Sequence[Prompt], options: CheckedOptions
-) -> Result | list[Result]:
-    """Continue a prompt, or each of several, with checked options; see `Model.generate`."""
-    prompts, single = split_prompts(prompt)
+class Request:
+    """Prompts and options, checked against a model before its weights are loaded.
+
+    Attributes
+    ----------
+    prompts
+        Prompts as given.
+    options
+        Options, checked by `check_options`.
+    """
+
+    def __init__(self, prompts: list[Prompt], options: CheckedOptions) -> None:
+        check_not_empty(prompts)
+        self.prompts = prompts
+        self.options = options
+        self._ids: list[list[int]] | None = None
+
+    def check(self, info: ModelInfo) -> list[list[int]]:
+        """Check the prompts at the first call, which needs no weights; return their token ids.
+
+        Raises
+        ------
+        PromptError
+            A prompt is too long, or has an id outside of the vocabulary.
+        ParameterError
+            The logit bias has such an id.
+        TokenizerError
+            A prompt or a stop string is text, and the model has no tokenizer.
+        """
+        if self._ids is None:
+            self._ids = self._encode(info)
+        return self._ids
+
+    def _encode(self, info: ModelInfo) -> list[list[int]]:
+        options = self.options
+        if options.stop:
+            _ = info.tokenizer  # raises the error of a model without one
+        ids = [_check_prompt(info, prompt, options.allow_special) for prompt in self.prompts]
+        options.params.check_bias(info.config.vocab_size)
+        limits = {"max_tokens": options.max_tokens, "overflow": options.overflow}
+        for prompt in ids:
+            fit_prompt(prompt, info.config.n_positions, **limits)
+        return ids
+
+    def with_cache(self, cache: KVCache) -> Request:
+        """Return the same request with a KV cache of an earlier prompt."""
+        request = Request(self.prompts, replace(self.options, cache=cache))
+        request._ids = self._ids
+        return request
+
+
+def generate_request(model: Model, request: Request, *, single: bool) -> Result | list[Result]:
+    """Continue the prompts of a request; see `Model.generate`."""
     results: dict[int, Result] = {}
-    chunks = stream_checked(model, prompts, options)
+    chunks = stream_request(model, request)
     try:
         for chunk in chunks:
             if chunk.result is not None:
@@ -237,23 +339,21 @@ def generate_checked(
         raise
     except KeyboardInterrupt as interrupt:  # raised here, between two chunks
         chunks.throw(interrupt)
-    return results[0] if single else [results[i] for i in range(len(prompts))]
+    return results[0] if single else [results[i] for i in range(len(request.prompts))]
 
 
-def stream_checked(
-    model: Model,
-    prompts: list[Prompt],
-    options: CheckedOptions,
-    keep_cache: Callable[[KVCache], None] | None = None,
+def stream_request(
+    model: Model, request: Request, keep_cache: Callable[[KVCache], None] | None = None
 ) -> Chunks:
-    """Check prompts, and return the chunks of all their continuations, batch by batch.
+    """Check a request, and return the chunks of all its continuations, batch by batch.
 
     At the end, also after an error or an interrupt, `keep_cache` gets a KV cache of a single prompt
     and its output, unless the model has read none of them.
     """
+    prompts, options = request.prompts, request.options
     if options.cache is not None:
         _check_cache(model, options.cache, prompts)
-    ids = check_prompts(model.info, prompts, options)
+    ids = request.check(model.info)
     tokenizer = model.tokenizer if model.info.has_tokenizer else None
     runs: list[TokenGenerator] = []
     outputs: list[Continuation] = []
@@ -307,56 +407,6 @@ def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
         raise Interrupted([output.result("interrupted") for output in outputs]) from None
 
 
-def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """Return the prompts as a list, and True if they are a single one."""
-    if not isinstance(prompt, Sequence | np.ndarray):
-        raise PromptError(
-            f"the prompt is {prompt!r}, expected a text, token ids, or a list of those"
-        )
-    single = isinstance(prompt, str) or is_ids(prompt)
-    return cast("list[Prompt]", [prompt] if single else list(prompt)), single
-
-
-def check_prompts(
-    info: ModelInfo, prompts: list[Prompt], options: CheckedOptions
-) -> list[list[int]]:
-    """Check prompts against a model, which needs no weights; return their token ids.
-
-    Raises
-    ------
-    PromptError
-        A prompt is missing, empty or too long, or has an id outside of the vocabulary.
-    ParameterError
-        The logit bias has such an id.
-    TokenizerError
-        A prompt or a stop string is text, and the model has no tokenizer.
-    """
-    check_not_empty(prompts)
-    if options.stop:
-        _ = info.tokenizer  # raises the error of a model without one
-    ids = [_check_prompt(info, prompt, options.allow_special) for prompt in prompts]
-    options.params.check_bias(info.config.vocab_size)
-    for prompt in ids:
-        fit_prompt(
-            prompt,
-            info.config.n_positions,
-            max_tokens=options.max_tokens,
-            overflow=options.overflow,
-        )
-    return ids
-
-
-def check_not_empty(prompts: list[Prompt]) -> None:
-    """Raise PromptError if there is no prompt, or one is the empty text; this needs no model."""
-    if not prompts:
-        raise PromptError("missing prompt: give at least one")
-    if any(isinstance(prompt, str) and not prompt for prompt in prompts):
-        raise PromptError(
-            "the prompt is empty: give at least one character (to start a new text, "
-            "'<|endoftext|>' with allow_special=True)"
-        )
-
-
 def _check_prompt(info: ModelInfo, prompt: Prompt, allow_special: bool) -> list[int]:
     """Return the token ids of a prompt."""
     if not isinstance(prompt, str):
@@ -371,7 +421,7 @@ def _check_cache(model: Model, cache: KVCache, prompts: list[Prompt]) -> None:
     if len(prompts) > 1 or len(cache.lengths) > 1:
         raise ParameterError(
             f"prompts: {len(prompts)}, sequences of the cache: {len(cache.lengths)}, expected one "
-            "prompt and one sequence: omit cache"
+            f"prompt and one sequence: omit {argument('cache')}"
         )
     if cache.fingerprint != model.fingerprint:
         raise ParameterError("the cache belongs to another model: prefill one with this model")

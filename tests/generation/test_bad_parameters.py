@@ -93,27 +93,27 @@ def test_parameters_out_of_range(shakespeare: Model, options: Any, message: str)
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--temperature", "-1", "temperature is -1.0"),
+        ("--temperature", "-1", "--temperature is -1.0"),
         ("--temperature", "nan", "temperature is nan"),
         ("--temperature", "inf", "temperature is inf"),
         ("--temperature", "hot", "'hot' is not a valid float"),
-        ("--top-p", "1.5", "top_p is 1.5"),
-        ("--top-p", "nan", "top_p is nan"),
-        ("--min-p", "-0.5", "min_p is -0.5"),
-        ("--top-k", "-1", "top_k is -1"),
+        ("--top-p", "1.5", "--top-p is 1.5"),
+        ("--top-p", "nan", "--top-p is nan"),
+        ("--min-p", "-0.5", "--min-p is -0.5"),
+        ("--top-k", "-1", "--top-k is -1"),
         ("--top-k", "1.5", "'1.5' is not a valid integer"),
-        ("--repetition-penalty", "0", "repetition_penalty is 0.0"),
+        ("--repetition-penalty", "0", "--repetition-penalty is 0.0"),
         ("--seed", "-1", "seed is -1"),
         ("--seed", str(2**64), "seed is 18446744073709551616"),
         ("--seed", "1.5", "'1.5' is not a valid integer"),
-        ("--max-tokens", "0", "max_tokens is 0"),
-        ("--max-tokens", "-5", "max_tokens is -5"),
+        ("--max-tokens", "0", "-n/--max-tokens is 0"),
+        ("--max-tokens", "-5", "-n/--max-tokens is -5"),
         ("--max-tokens", "many", "'many' is not a valid integer"),
         ("--overflow", "wrap", "'wrap' is not one of 'error', 'truncate', 'slide'"),
         ("--stop", "", "stop has ''"),
-        ("--backend", "jax", "backend is 'jax', expected 'numpy', 'cupy', 'mlx'"),
+        ("--backend", "jax", "'jax' is not one of 'numpy', 'cupy', 'mlx'"),
         ("--dtype", "float16", "dtype is 'float16', the numpy backend computes in float32"),
-        ("--dtype", "int8", "dtype is 'int8'"),
+        ("--dtype", "int8", "'int8' is not one of 'float32'"),
         ("--threads", "0", "threads is 0"),
         ("--threads", "-1", "threads is -1"),
         ("--threads", "two", "'two' is not a valid integer"),
@@ -128,7 +128,7 @@ def test_options_out_of_range(option: str, value: str, message: str) -> None:
 def test_parameters_are_checked_before_the_model_is_loaded() -> None:
     done = run("generate", "-m", "./no-such-folder", "--top-p", "2", "O")
     assert done.code == 2
-    assert "top_p is 2.0" in done.err
+    assert "--top-p is 2.0" in done.err
 
 
 @pytest.mark.parametrize("top_k", [1025, 10**6, 10**30])

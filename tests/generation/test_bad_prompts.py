@@ -68,7 +68,7 @@ def test_a_long_prompt_on_standard_input() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\xff\xfe", "byte 0xff at position 0"),
+        (b"\xff\xfa", "byte 0xff at position 0"),
         (b"good \xe2\x82", "byte 0xe2 at position 5"),
         (b"\xed\xa0\x80", "byte 0xed at position 0"),  # a surrogate, which UTF-8 does not allow
         (b"caf\xe9\n", "byte 0xe9 at position 3"),

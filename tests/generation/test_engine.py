@@ -14,7 +14,7 @@ from gptx.backends import Backend, get_backend
 from gptx.errors import NonFiniteError, PromptError
 from gptx.generation.batching import Batch
 from gptx.generation.engine import TokenGenerator, streams_of
-from gptx.generation.options import check_ids
+from gptx.generation.prompts import check_ids
 from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
