@@ -126,7 +126,7 @@ def find_source(
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     is_file_name = Path(name).suffix.lower() in FILE_SUFFIXES
     if looks_like_path or is_file_name or not isinstance(model, str):
-        what = "file" if is_file_name else "folder"
+        what = "address" if "://" in name else "file" if is_file_name else "folder"
         raise NotFoundError(f"{what} {name!r} does not exist, expected {_expected()}")
     _check_revision(revision)
 
@@ -136,7 +136,16 @@ def find_source(
     if not is_repository_name(repository):
         raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
     former = FORMER_NAMES.get(repository)
-    return Repository(repository, revision or "main", offline, token or None, verify_cached, former)
+    try:
+        return Repository(
+            repository, revision or "main", offline, token or None, verify_cached, former
+        )
+    except NotFoundError as error:
+        from difflib import get_close_matches
+
+        if "/" in repository or not (known := get_close_matches(name, [*ALIASES, *EMBEDDED], 1)):
+            raise
+        raise NotFoundError(f"{error.message}; did you mean {known[0]}?") from None
 
 
 def local_path(model: str | os.PathLike[str]) -> Path | None:

@@ -166,6 +166,17 @@ class TestRefusals:
         check(hidden, AuthorizationError, "without a token")
         check_files(client.one("org/model", env=variables), model())
 
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [("gtp2", "gpt2"), ("gpt2-meduim", "gpt2-medium"), ("shakespear", "shakespeare")],
+    )
+    def test_misspelled_name(self, client: Client, name: str, meant: str) -> None:
+        for offline in (False, True):
+            result = client.one(name, offline=offline)
+            check(result, NotFoundError, name, f"; did you mean {meant}?")
+        other = client.one(f"org/{name}")
+        assert "did you mean" not in other["message"]
+
     @pytest.mark.parametrize("token", ["hf_é", "hf_a b", "hf_\u200b"])
     def test_token_that_http_cannot_carry(self, client: Client, token: str) -> None:
         given = client.one("org/model", token=token)

@@ -54,7 +54,7 @@ class TestNames:
         "name",
         [
             *("./gpt2", "../gpt2", "/gpt2", "~/no-such-folder", "a/b/c", "a\\b", "a b", "-a"),
-            *("a--b", "https://huggingface.co/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
+            *("a--b", "https://huggingface.co/org/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
         ],
     )
     def test_missing_folder_or_repository(self, name: Any) -> None:
