@@ -183,6 +183,8 @@ def find_format(path: Path) -> str | None:
     return None
 
 
+_FILE_SUFFIXES = {".gguf", ".pt", ".pth", ".bin", ".safetensors", ".dat"}
+
 # Files that gptx does not read -> description, and a way to a file that it reads.
 _OTHER_PROGRAMS = {
     "*.onnx": "an ONNX graph, which gptx writes and does not read: give the model that it was "
@@ -195,11 +197,23 @@ _OTHER_PROGRAMS = {
 
 
 def describe_unreadable(path: Path) -> str | None:
-    """Describe a file, or a folder with one, of a known format that gptx does not read."""
+    """Describe a file of a known format that gptx does not read, or a folder with a model file."""
     for pattern, text in _OTHER_PROGRAMS.items():
         if path.match(pattern) or (path.is_dir() and any(path.glob(pattern))):
             return text
+    if path.is_dir() and (names := _model_files(path)):
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        return f"a folder with {names[0]}{more}: give the path of that file, {path / names[0]}"
     return None
+
+
+def _model_files(folder: Path) -> list[str]:
+    """List files whose suffix is that of a format of one file; shards are not complete models."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in _FILE_SUFFIXES and "-of-" not in file.name and file.is_file()
+    )
 
 
 def read(
@@ -254,7 +268,7 @@ def read(
             check_named_files(path, str(error))
         if str(path) in str(error):
             raise
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error.message}") from None
     if tokenizer is not None:
         found = read_tokenizer(tokenizer, checkpoint.config, offline=offline)
         checkpoint = _with_tokenizer(checkpoint, found)

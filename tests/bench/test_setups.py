@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from gptx.bench import sources
 from gptx.bench.machine import count_cores
 from gptx.bench.setups import Settings, Setup, plan_setups
 from gptx.bench.sources import Source, open_sources, random_ids, write_source
+from gptx.bench.worker import Worker
 from gptx.config import GPT2Config
+from gptx.conversions import convert
 from gptx.errors import BackendError, NotFoundError, StorageError
 from gptx.random_weights import random_weights
 from tests.support.cli import raises_error
@@ -94,3 +97,18 @@ def test_random_ids_repeat() -> None:
     ids = random_ids(SMALL.config, 2, 3)
     assert [len(row) for row in ids] == [3, 3]
     assert random_ids(SMALL.config, 2, 3) == ids != random_ids(SMALL.config, 2, 3, seed=1)
+
+
+def test_a_file_is_measured_in_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has another working folder, and prints no notes."""
+    convert("shakespeare", tmp_path / "model", "staticgrad")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(models=("model",), generic=True, threads=(1,))
+    with open_sources(settings.models) as found:
+        assert found["model"].path == tmp_path / "model"
+        assert found["model"].config.n_layer == 6
+        [setup] = plan_setups(settings, found.values())
+        with (tmp_path / "log").open("w+") as log, Worker(log=log) as worker:
+            [size] = worker.run("tests.bench.worker_tasks:parameters", setup=asdict(setup))
+            assert (tmp_path / "log").read_text() == ""
+    assert size == {"model": "model", "parameters": 2_915_328}

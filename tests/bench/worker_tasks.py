@@ -30,3 +30,11 @@ def fail(kind: str) -> Iterator[dict[str, Any]]:
 def run_forever() -> Iterator[dict[str, Any]]:
     yield {"pid": os.getpid()}
     time.sleep(1000)
+
+
+def parameters(setup: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Load the model of a setup."""
+    from gptx.bench.setups import Setup
+
+    model = Setup(**setup).load()
+    yield {"model": setup["model"], "parameters": model.config.n_parameters}

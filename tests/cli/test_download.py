@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptx.conversions import convert
 from gptx.generation.text_model import Model
 from tests.support.cli import error_lines, run, start
 
@@ -14,6 +15,14 @@ COMMANDS = [("download",), ("info",), ("generate", "O", "-m")]
 
 def test_download_prints_the_folder_of_the_embedded_model(shakespeare: Model) -> None:
     assert run("download", "shakespeare").out == f"{shakespeare.files.folder}\n"
+
+
+def test_a_file_on_this_machine_needs_no_download(tmp_path: Path) -> None:
+    convert("shakespeare", tmp_path / "model.gguf")
+    done = run("download", str(tmp_path / "model.gguf"))
+    assert (done.code, done.out, done.err) == (0, f"{tmp_path / 'model.gguf'}\n", "")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    assert run("download", str(tmp_path / "other.gguf")).code == 65
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,9 +6,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
+import pytest
+
+from gptx.conversions import convert
+from gptx.conversions.containers.gguf import GgufFile
 from gptx.generation.text_model import Model
+from gptx.random_weights import random_weights
 from tests.support.cli import run
+from tests.support.random_models import CASES
 
 
 def test_the_embedded_model() -> None:
@@ -59,3 +67,52 @@ def test_weights_that_do_not_fit_the_config(folder: Callable[..., Path]) -> None
     done = run("info", str(path))
     assert (done.code, done.out) == (65, "")
     assert "h.1.ln_1.weight" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "stored", "line"),
+    [
+        ({}, ["float16", "float32"], "GGUF (llama.cpp), stored as float16, float32, complete:"),
+        ({"quantize": "int8"}, ["Q8_0", "float32"], "stored as Q8_0, float32, complete:"),
+    ],
+)
+def test_a_file_of_another_format(
+    options: dict[str, str], stored: list[str], line: str, tmp_path: Path, shakespeare: Model
+) -> None:
+    path = tmp_path / "model.gguf"
+    convert("shakespeare", path, **options)
+    with mock.patch.object(GgufFile, "read", side_effect=AssertionError):  # no tensor is read
+        done = run("info", str(path))
+        data = json.loads(run("info", str(path), "--json").out)
+    assert (done.code, done.err) == (0, "")
+    assert f"{path}: 2,915,328 parameters" in done.out
+    assert "tokenizer: model.gguf" in done.out
+    assert line in done.out
+    assert (data["format"], data["stored"]) == ("GGUF (llama.cpp)", stored)
+    assert data["stored_bytes"] == path.stat().st_size
+    assert data["config"] == shakespeare.config.to_dict()
+
+
+def test_notes_and_a_given_config(tmp_path: Path, shakespeare: Model) -> None:
+    path = tmp_path / "model"
+    convert("shakespeare", path, "staticgrad")
+    done = run("info", str(path), "--json")
+    assert done.err.startswith("Note: the file has no number of heads: 3 of width 64")
+    data = json.loads(done.out)
+    assert len(data["notes"]) == 1
+    assert data["stored_bytes"] == 4 * 2_915_328
+    config = shakespeare.files.config
+    done = run("info", str(path), "--json", "--config", str(config))
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["config"] == shakespeare.config.to_dict()
+
+
+def test_unknown_tensors_can_be_left_out(folder: Callable[..., Path]) -> None:
+    weights = random_weights(CASES["tiny"]) | {"v_head.summary.weight": np.ones((1, 8), "f4")}
+    path = folder(weights=weights)
+    more = folder("tiny", "more", weights=weights | {"h.0.extra.weight": np.ones(3, "f4")})
+    assert run("info", str(path)).code == 0
+    assert run("info", str(more)).code == 65
+    done = run("info", str(more), "--ignore-unknown")
+    assert done.code == 0
+    assert "h.0.extra.weight" in done.err

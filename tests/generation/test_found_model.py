@@ -386,6 +386,19 @@ class TestRefusals:
         with raises_error(WeightsError, *words):
             gptx.load(tmp_path)
 
+    @pytest.mark.parametrize("name", ["m.gguf", "ckpt_2000.pt", "weights.safetensors"])
+    def test_a_folder_with_a_file_of_a_model(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(b"model")
+        (tmp_path / "notes.txt").write_bytes(b"text")
+        with raises_error(
+            WeightsError, f"a folder with {name}: give the path", str(tmp_path / name)
+        ):
+            gptx.load(tmp_path)
+        (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"shard")
+        (tmp_path / "z.gguf").write_bytes(b"model")
+        with raises_error(WeightsError, f"{name} (and 1 more)"):
+            gptx.load(tmp_path)
+
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
         with raises_error(NotFoundError, "config.json is missing"):
             gptx.load(tmp_path)
