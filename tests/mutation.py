@@ -61,9 +61,9 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitOr: ast.BitAnd,
     ast.BitXor: ast.BitOr,
 }
-# Neither types, asserts, nor the text of messages are mutated.
+# Types, decorators, asserts, and the text of messages are not mutated.
 SKIPPED = (ast.Assert, ast.JoinedStr)
-ANNOTATIONS = ("annotation", "returns")
+SKIPPED_FIELDS = ("annotation", "returns", "decorator_list")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def find_mutants(source: str) -> list[Mutant]:
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
     yield node
     for field, value in ast.iter_fields(node):
-        if field not in ANNOTATIONS:
+        if field not in SKIPPED_FIELDS:
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and not isinstance(child, SKIPPED):
                     yield from _walk(child)

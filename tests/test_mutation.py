@@ -40,6 +40,7 @@ def test_changes_of_an_expression(source: str, expected: list[str]) -> None:
         ("if a:\n    b\nelif c:\n    d\n", ["if (False):\n", "elif (False):\n"]),
         ("if TYPE_CHECKING:\n    b\n", []),
         ("assert a < b\n", []),
+        ("@dataclass(frozen=True)\nclass A:\n    b = 1\n", ["b = (2)"]),
         ("def f(a: x | y = 1) -> x | y:\n    b: x | y\n", ["a: x | y = (2)"]),
         ("'é'; x = (1 +\n    y)\n", ["'é'; x = ((2) +", "'é'; x = ((1 - y))"]),
     ],

@@ -18,7 +18,7 @@ from gptx.conversions.containers.gguf import (
     encode_header,
     padding,
 )
-from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES
+from gptx.conversions.containers.gguf_types import BLOCK_TYPES, FLOAT_TYPES, TensorType
 from gptx.errors import StorageError, WeightsError
 from gptx.safetensors_file import BFLOAT16
 
@@ -199,6 +199,13 @@ def test_other_versions(path: Path, version: int, message: str) -> None:
         GgufFile(write(path, version=version))
 
 
+@pytest.mark.parametrize("magic", [b"lmgg", b"fmgg", b"tjgg", b"algg"])
+def test_files_from_before_gguf(path: Path, magic: bytes) -> None:
+    path.write_bytes(magic + bytes(100))
+    with pytest.raises(WeightsError, match="is a ggml file from before GGUF"):
+        GgufFile(path)
+
+
 def test_another_magic(path: Path) -> None:
     path.write_bytes(b"GGUFX"[1:] + bytes(20))
     with pytest.raises(WeightsError, match="is not a GGUF: it starts with b'GUFX'"):
@@ -210,6 +217,12 @@ def test_a_file_that_does_not_exist(path: Path) -> None:
         GgufFile(path)
 
 
+@pytest.mark.parametrize(("count", "most"), [("n_tensors", 130_000), ("n_entries", 65_536)])
+def test_a_header_fits_the_memory(path: Path, count: str, most: int) -> None:
+    with pytest.raises(WeightsError, match=f"is {most + 1}, expected at most {most}"):
+        GgufFile(write(path, **{count: most + 1}))
+
+
 @pytest.mark.parametrize(
     ("limit", "count", "items"),
     [("MAX_TENSORS", "n_tensors", "tensors"), ("MAX_KEYS", "n_entries", "metadata")],
@@ -217,7 +230,6 @@ def test_a_file_that_does_not_exist(path: Path) -> None:
 def test_counts_are_limited(
     path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, count: str, items: str
 ) -> None:
-    assert getattr(gguf, limit) < 2**17 < 8 * getattr(gguf, limit)
     monkeypatch.setattr(gguf, limit, 2)
     infos = [info(f"t{i}", [8], F32, 32 * i) for i in range(2)]
     entries = [entry(f"k{i}", 4, bytes(4)) for i in range(2)]
@@ -350,14 +362,19 @@ def test_types_without_a_reader_are_named(path: Path) -> None:
 def test_blocks_are_decoded_in_chunks(
     path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, rows: int
 ) -> None:
+    decode, chunks = TensorType.decode, []
     monkeypatch.setattr(gguf, "CHUNK_NUMBERS", 2 * kind.block_numbers)
+    monkeypatch.setattr(
+        TensorType, "decode", lambda kind, raw: chunks.append(len(raw)) or decode(kind, raw)
+    )
     raw = np.random.default_rng(rows).integers(0, 60, (rows * 3, kind.block_bytes), dtype=np.uint8)
     data = raw.tobytes() + bytes(-raw.size % 32)
     write(path, [info("a", [3 * kind.block_numbers, rows], kind.id, 0)], data)
     file = GgufFile(path)
     found = file.read(file.tensors["a"])
     assert found.shape == (rows, 3 * kind.block_numbers)
-    assert found.tobytes() == kind.decode(raw).tobytes()
+    assert found.tobytes() == decode(kind, raw).tobytes()
+    assert chunks == {1: [2, 1], 3: [2, 2, 2, 2, 1]}[rows]
 
 
 @pytest.mark.parametrize(("n", "fits"), [(32, True), (48, False), (31, False), (64, True)])
@@ -375,17 +392,18 @@ def test_rows_have_whole_blocks(path: Path, n: int, fits: bool) -> None:
 
 def test_an_encoded_header_is_that_of_the_specification() -> None:
     metadata = {"s": "é", "f": 0.5, "i": np.int32(-3), "u": 2**32 - 1}
-    metadata |= {"words": ["a", ""], "ids": [1, -2], "none": []}
+    metadata |= {"words": ["a", ""], "ids": [1, -2], "id": [7], "none": []}
     tensors = [
         TensorInfo("a", (2, 3), FLOAT_TYPES["float16"]),
         TensorInfo("b", (8,), FLOAT_TYPES["float32"]),
         TensorInfo("c", (1,), FLOAT_TYPES["float32"]),
     ]
-    expected = b"GGUF" + struct.pack("<IQQ", 3, 3, 7)
+    expected = b"GGUF" + struct.pack("<IQQ", 3, 3, 8)
     expected += entry("s", 8, text("é")) + entry("f", 6, struct.pack("<f", 0.5))
     expected += entry("i", 5, struct.pack("<i", -3)) + entry("u", 4, b"\xff" * 4)
     expected += entry("words", 9, struct.pack("<IQ", 8, 2) + text("a") + text(""))
     expected += entry("ids", 9, struct.pack("<IQii", 5, 2, 1, -2))
+    expected += entry("id", 9, struct.pack("<IQi", 5, 1, 7))
     expected += entry("none", 9, struct.pack("<IQ", 8, 0))
     expected += info("a", [3, 2], F16, 0) + info("b", [8], F32, 32) + info("c", [1], F32, 64)
     assert encode_header(metadata, tensors) == expected + bytes(-len(expected) % 32)

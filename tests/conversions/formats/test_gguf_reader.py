@@ -260,15 +260,6 @@ def test_lists_instead_of_single_values(
         read(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(("at", "most"), [(8, 130_000), (16, 65_536)])
-def test_counts_are_bounded(tmp_path: Path, at: int, most: int) -> None:
-    data = written(tmp_path, SMALL).data
-    path = tmp_path / "model.gguf"
-    path.write_bytes(data[:at] + struct.pack("<Q", most + 1) + data[at + 8 :])
-    with pytest.raises(WeightsError, match=f"is {most + 1}, expected at most {most}"):
-        read(path)
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -359,9 +350,8 @@ def test_metadata_that_is_damaged(tmp_path: Path, old: str, new: bytes, message:
         read(path)
 
 
-@pytest.mark.parametrize("magic", [b"lmgg", b"fmgg", b"tjgg", b"algg"])
-def test_ggml_files_from_before_gguf_are_named(tmp_path: Path, magic: bytes) -> None:
-    (tmp_path / "model.bin").write_bytes(magic + bytes(100))
+def test_ggml_files_from_before_gguf_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"tjgg" + bytes(100))
     with pytest.raises(WeightsError, match="is a ggml file from before GGUF"):
         read(tmp_path / "model.bin")
 
