@@ -29,10 +29,13 @@ class Fault(NamedTuple):
         At most 250 characters, without the token.
     remedy
         Change that can mend it, as an imperative.
+    is_setting
+        True if a setting causes it, and another attempt fails in the same way.
     """
 
     reason: str
     remedy: str
+    is_setting: bool = False
 
 
 def explain(error: Exception, address: str) -> Fault:
@@ -41,7 +44,9 @@ def explain(error: Exception, address: str) -> Fault:
         return Fault(reason(error), "try again later")
     if not _is_address(address):
         return Fault(
-            f"HF_ENDPOINT is {address!r}", "unset HF_ENDPOINT, or set it to an https:// address"
+            f"HF_ENDPOINT is {address!r}",
+            "unset HF_ENDPOINT, or set it to an https:// address",
+            is_setting=True,
         )
     if (problem := certificate_problem(error)) is not None:
         return problem
@@ -62,6 +67,7 @@ def certificate_problem(error: Exception) -> Fault | None:
             return Fault(
                 f"{name} is {path}, which holds no certificates",
                 f"unset {name}, or set it to a file with the certificates of authorities",
+                is_setting=True,
             )
     for fault in faults:
         if isinstance(fault, ssl.SSLCertVerificationError):
@@ -69,6 +75,7 @@ def certificate_problem(error: Exception) -> Fault | None:
                 f"certificate refused: {fault.verify_message}",
                 f"check the clock, or set {CERTIFICATE_VARIABLES[0]} to a file with the "
                 "certificate of the proxy or the mirror",
+                is_setting=True,
             )
     return None
 

@@ -31,6 +31,10 @@ class NotResumableError(HubUnavailableError):
     """A download was interrupted, and the server sends the file only from its start."""
 
 
+class InvalidSettingError(HubUnavailableError):
+    """A setting of the connection is invalid: another attempt fails, too."""
+
+
 @contextmanager
 def translated(repository: str, revision: str, filename: str) -> Iterator[None]:
     """Raise any exception as a gptx error about this file."""
@@ -89,7 +93,8 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
     if is_storage_fault(error):
         return not_stored(subject, constants.HF_HUB_CACHE, error)
     fault = explain(error, hub)
-    return HubUnavailableError(
+    kind = InvalidSettingError if fault.is_setting else HubUnavailableError
+    return kind(
         f"{hub} did not deliver {subject} ({fault.reason}): {fault.remedy}, or use a cached model "
         f"offline, or {EMBEDDED_HINT}"
     )

@@ -31,6 +31,7 @@ from gptx.hub.cache import RepositoryCache
 from gptx.hub.download import download
 from gptx.hub.errors import (
     EMBEDDED_HINT,
+    InvalidSettingError,
     NoSuchFileError,
     NotResumableError,
     no_such_file,
@@ -223,8 +224,8 @@ class Repository:
         except NoSuchFileError:
             self._hub_answered = True
             raise
-        except HubUnavailableError:
-            if attempts == 1:
+        except HubUnavailableError as error:
+            if attempts == 1 or isinstance(error, InvalidSettingError):
                 raise
             time.sleep(RETRY_SECONDS)
             return self._request_metadata(filename, attempts - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,6 +18,7 @@ from gptx.errors import (
     WeightsError,
 )
 from gptx.hub.connection import CERTIFICATE_VARIABLES
+from gptx.hub.repository import METADATA_ATTEMPTS
 from gptx.hub.resolve import ALIASES, find_source
 from gptx.model_files import find_files, find_weights
 from tests.support.hub import (
@@ -240,6 +242,13 @@ class TestRefusals:
         else:
             words = [] if url.endswith(":9") else [f"HF_ENDPOINT is '{url}'", "https://"]
             check(result, HubUnavailableError, *words)
+
+    def test_invalid_setting_is_not_tried_again(self, client: Client) -> None:
+        with mock.patch("time.sleep") as sleep:
+            client.one("org/model", env={"HF_ENDPOINT": "nonsense"})
+            sleep.assert_not_called()
+            client.one("org/model", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+            assert sleep.call_count == METADATA_ATTEMPTS - 1
 
 
 class TestIntegrity:
