@@ -5,8 +5,8 @@ The file is little endian. The data of each tensor start at a multiple of 32 byt
 reader, https://github.com/ggml-org/ggml/blob/master/src/gguf.cpp, rejects gaps). Versions 2 and 3
 have the same layout; gptx writes 3.
 
-The package `gguf` is not used: it needs 3 s and 160 MB for GPT-2's tokens, maps files into memory,
-and raises arbitrary exceptions for damaged files.
+The package `gguf` is not used: it needs 3 s and 160 MB for GPT-2's tokens, and raises arbitrary
+exceptions for damaged files.
 """
 
 from __future__ import annotations
