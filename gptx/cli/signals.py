@@ -35,6 +35,11 @@ def raise_exceptions() -> None:
     _raises = True
 
 
+def rearm() -> None:
+    """Count the next signal as a first one: the command has handled the last one."""
+    _last.clear()
+
+
 def exit_at_once() -> None:
     """End the process at a signal: the command has ended."""
     global _raises

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import click
 
+from gptx.cli import signals
 from gptx.cli.session import Commands, Session
 from gptx.files import atomic_path
 from gptx.generation.api import load_once
@@ -35,6 +36,7 @@ def run_session(
         )
     with _line_editing(commands.words):
         while True:
+            signals.rearm()
             try:
                 commands.read(_read_line())
             except EOFError:
