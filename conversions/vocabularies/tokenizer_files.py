@@ -69,6 +69,8 @@ def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Pa
         options.setdefault("chat_template", template)
     carried.pop(SETTINGS, None)
     _write_json(folder / SETTINGS, options)
+    if tokenizer.settings.cls == GPT2 and options["tokenizer_class"] == ANY_CLASS:
+        carried.pop(TOKENIZER, None)  # GPT2Tokenizer sets the prefix space, this class does not
     for name, path in carried.items():
         copy_file(path, folder / name)
     if TOKENIZER not in carried:

@@ -50,6 +50,11 @@ def _gpt2_tokenizer(files: Mapping[str, Path], settings: TokenizerSettings) -> A
     if sorted(added.values()) != list(range(len(vocab), len(vocab) + len(added))):
         # The library numbers added tokens without gaps, unless the vocabulary has them.
         vocab |= added
+    if len(set(vocab.values())) < len(vocab):
+        raise TokenizerError(
+            f"{files[VOCAB]} is damaged: some tokens, added ones included, have the same id: fetch "
+            "the model again"
+        )
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(settings.add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()

@@ -148,3 +148,12 @@ def test_added_tokens_after_a_gap_keep_their_ids(tmp_path: Path) -> None:
     assert [i for i in tokenizer.encode("x<b><a>low") if i > 324] == [330, 325]
     assert tokenizer.token_id("low") == tokenizer.encode("low")[0] < 320  # the vocabulary has it
     assert tokenizer.decode([325, 326, 330]) == "<a><b>"
+
+
+@pytest.mark.parametrize("added", [{"<a>": 5}, {"<a>": 319}])
+def test_two_tokens_of_one_id(tmp_path: Path, added: dict[str, int]) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder_of("added_tokens") / name, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(TokenizerError, match=r"vocab\.json is damaged: .* the same id"):
+        PipelineTokenizer.of_folder(tmp_path)

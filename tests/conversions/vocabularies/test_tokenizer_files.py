@@ -170,6 +170,20 @@ def test_a_class_with_gpt2_in_its_settings_stays(
     assert settings_of(out) == options
 
 
+def test_the_prefix_space_of_gpt2_stays_when_the_class_changes(
+    source: Callable[..., PipelineTokenizer], out: Path
+) -> None:
+    definition = load("lower").definition()
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer = source("prefix_without_config", tokenizer__json=definition)
+    write_tokenizer(tokenizer, CONFIG, out)
+    assert settings_of(out)["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings_of(out)["add_prefix_space"] is False
+    found = PipelineTokenizer.of_folder(out)
+    assert found is not None
+    assert [found.encode(t) for t in TEXTS] == [load("lower").encode(t) for t in TEXTS]
+
+
 def test_chat_templates(source: Callable[..., PipelineTokenizer], out: Path) -> None:
     tokenizer = source("metaspace", chat_template__jinja="{{ 1 }}", chat_template__json={"a": 1})
     write_tokenizer(tokenizer, CONFIG, out)
