@@ -258,16 +258,16 @@ class GPT2Config:
         }
         if self.quantization is None:
             del data["quantization"]
+        else:
+            data["quantization"] = self.quantization.to_dict()
         return data
 
 
 def _read_json(path: Path) -> Any:
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        if len(text) > MAX_CONFIG_BYTES:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"over {MAX_CONFIG_BYTES} bytes")
-        return json.loads(text)
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:  # also what is not UTF-8

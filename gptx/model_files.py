@@ -207,11 +207,9 @@ def shard_names(index: Path) -> list[str]:
         The index cannot be read.
     """
     try:
-        with open(index, "rb") as file:
-            text = file.read(MAX_INDEX_BYTES + 1)
-        if len(text) > MAX_INDEX_BYTES:
+        if index.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError
-        names = list(json.loads(text)["weight_map"].values())
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
     except OSError as error:
         raise StorageError(f"{index} cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

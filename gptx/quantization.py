@@ -1,5 +1,7 @@
 """Quantization: matrices of 8-bit and 4-bit integers, in MLX's affine layout.
 
+A file can have other quantizations of MLX, which `gptx.dequantization` reads as floats.
+
 Each row consists of groups of `group_size` weights. A group has one scale and one offset, and each
 weight a quantized value q of `bits` bits: w = scale · q + offset. The quantized values are packed
 in 32-bit words along the input, lowest bits first. A file calls the offsets `biases`, as MLX does.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,12 @@ MIN_SCALE = np.float32(1e-7)  # MLX's
 MAX_MAGNITUDE = 1e30  # of a weight; divided by MIN_SCALE, it is still a float32
 
 
+# Modes of MLX. A mode of small floats has one group size and one number of bits.
+SMALL_FLOATS = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+STORED_BITS = (2, 3, 4, 5, 6, 8)  # of the mode affine
+_SETTINGS = {"group_size", "bits", "mode"}
+
+
 @dataclass(frozen=True)
 class Quantization:
     """The quantization that the matrices of a model share.
@@ -36,7 +44,12 @@ class Quantization:
     group_size
         Number of weights that share a scale and an offset: 32, 64 or 128.
     bits
-        Number of bits of a quantized value: 4 or 8.
+        Number of bits of a quantized value: 4 or 8. A file can have 2, 3, 5 or 6 too.
+    mode
+        "affine". A file can have "mxfp4", "mxfp8" or "nvfp4" too; these have a group size and bits
+        of their own.
+    layers
+        Layers of a file with another quantization, or with floats (None): `h.0.attn.c_attn`, ...
 
     Raises
     ------
@@ -46,9 +59,17 @@ class Quantization:
 
     group_size: int
     bits: int
+    mode: str = "affine"
+    layers: tuple[tuple[str, Quantization | None], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("group_size", GROUP_SIZES), ("bits", tuple(BITS.values()))):
+        if not isinstance(self.mode, str) or self.mode not in ("affine", *SMALL_FLOATS):
+            modes = _alternatives(("affine", *SMALL_FLOATS))
+            raise ParameterError(f"mode is {self.mode!r}, expected {modes}")
+        group_sizes, bits = GROUP_SIZES, STORED_BITS
+        if self.mode != "affine":
+            group_sizes, bits = ((value,) for value in SMALL_FLOATS[self.mode])
+        for name, allowed in (("group_size", group_sizes), ("bits", bits)):
             value = getattr(self, name)
             if not isinstance(value, int) or value not in allowed:
                 raise ParameterError(
@@ -56,7 +77,24 @@ class Quantization:
                 )
 
     def __str__(self) -> str:
-        return f"int{self.bits} in groups of {self.group_size}"
+        return f"{self.type_name} in groups of {self.group_size}"
+
+    @property
+    def type_name(self) -> str:
+        """Name of the type of the quantized values: "int4", "mxfp4", ..."""
+        return f"int{self.bits}" if self.mode == "affine" else self.mode
+
+    @property
+    def computed(self) -> Quantization | None:
+        """The part with which backends compute; None if all matrices are read as floats."""
+        if self.mode == "affine" and self.bits in BITS.values():
+            return replace(self, layers=())
+        return None
+
+    def check_computed(self) -> None:
+        """Raise ParameterError for a quantization that only files have."""
+        if self.computed is None:
+            raise ParameterError(f"bits is {self.bits!r}, expected {_alternatives(BITS.values())}")
 
     @classmethod
     def named(cls, quantize: str | None, group_size: int = GROUP_SIZE) -> Quantization | None:
@@ -96,22 +134,41 @@ class Quantization:
                 f"{name} is of the method {data['quant_method']!r}, expected MLX's: "
                 f"load the model's float weights with {argument('quantize', 'int4')}"
             )
-        if data.get("mode", "affine") != "affine":
-            raise ConfigError(f"{name} has the mode {data['mode']!r}, gptx reads 'affine'")
-        if more := [key for key in data if key not in ("group_size", "bits", "mode")]:
-            raise ConfigError(
-                f"{name} has {more[0]!r}, which is not supported: "
-                "expected one group_size and bits for all layers"
-            )
+        layers = {key: value for key, value in data.items() if key not in _SETTINGS}
+        for key, value in layers.items():
+            known = isinstance(value, bool) or (isinstance(value, dict) and set(value) <= _SETTINGS)
+            if not known or "." not in key:
+                raise ConfigError(
+                    f"{name} has {key!r}, which is not supported: expected group_size, bits and "
+                    "mode, of all layers or of one"
+                )
         try:
-            return cls(data.get("group_size"), data.get("bits"))  # type: ignore[arg-type]
+            others = tuple(
+                (key.removeprefix("model."), cls._of_settings(value) if value else None)
+                for key, value in layers.items()
+                if value is not True  # as all
+            )
+            return replace(cls._of_settings(data), layers=others)
         except ParameterError as error:
             raise ConfigError(f"{name} is not supported: {error}") from None
+
+    @classmethod
+    def _of_settings(cls, data: dict[str, Any]) -> Quantization:
+        group_size, bits = (data.get(name) for name in ("group_size", "bits"))
+        return cls(group_size, bits, data.get("mode", "affine"))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object for a config.json."""
+        data: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
+        if self.mode != "affine":
+            data["mode"] = self.mode
+        layers = {f"model.{name}": kind.to_dict() if kind else False for name, kind in self.layers}
+        return data | layers
 
 
 def _alternatives(values: Iterable[Any]) -> str:
     *first, last = map(repr, values)
-    return f"{', '.join(first)} or {last}"
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,23 +199,8 @@ class QuantizedTensor:
     bits: int
 
     def __post_init__(self) -> None:
-        Quantization(self.group_size, self.bits)
-        if self.weight.dtype != np.uint32 or self.weight.ndim != 2:
-            raise WeightsError(
-                f"the quantized values are {self.weight.dtype} {list(self.weight.shape)}, "
-                "expected a matrix of uint32"
-            )
-        n_out, n_in = self.shape
-        n_groups = -(-n_in // self.group_size)
-        for name in ("scales", "offsets"):
-            part = getattr(self, name)
-            if part.dtype != np.float32 or part.shape != (n_out, n_groups):
-                raise WeightsError(
-                    f"the {name} are {part.dtype} {list(part.shape)}, expected float32 "
-                    f"{[n_out, n_groups]} for {[n_out, n_in]} in groups of {self.group_size}"
-                )
-        if n_in % self.group_size:
-            raise WeightsError(f"{n_in} inputs do not divide into groups of {self.group_size}")
+        self.quantization.check_computed()
+        check_packed(self.quantization, self.weight, scales=self.scales, offsets=self.offsets)
 
     def __getitem__(self, rows: slice) -> QuantizedTensor:
         """Return the matrix of some rows."""
@@ -179,6 +221,40 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes of all three arrays."""
         return self.weight.nbytes + self.scales.nbytes + self.offsets.nbytes
+
+
+def check_packed(kind: Quantization, weight: np.ndarray, **groups: np.ndarray) -> tuple[int, int]:
+    """Check the arrays of a quantized matrix against each other; return its shape [O, I].
+
+    Parameters
+    ----------
+    weight
+        Numbers of `kind.bits` bits, packed: uint32 [O, I * bits / 32].
+    groups
+        Name -> numbers of the groups [O, G]: float32 for the mode affine, else uint8.
+
+    Raises
+    ------
+    WeightsError
+        They do not fit each other.
+    """
+    if weight.dtype != np.uint32 or weight.ndim != 2:
+        raise WeightsError(
+            f"the quantized values are {weight.dtype} {list(weight.shape)}, "
+            "expected a matrix of uint32"
+        )
+    dtype = np.dtype(np.float32 if kind.mode == "affine" else np.uint8)
+    n_out, n_in = weight.shape[0], weight.shape[1] * 32 // kind.bits
+    n_groups = -(-n_in // kind.group_size)
+    for name, array in groups.items():
+        if array.dtype != dtype or array.shape != (n_out, n_groups):
+            raise WeightsError(
+                f"the {name} are {array.dtype} {list(array.shape)}, expected {dtype} "
+                f"{[n_out, n_groups]} for {[n_out, n_in]} in groups of {kind.group_size}"
+            )
+    if n_in % kind.group_size:
+        raise WeightsError(f"{n_in} inputs do not divide into groups of {kind.group_size}")
+    return n_out, n_in
 
 
 def check_group_size(n_in: int, group_size: int, name: str) -> None:
@@ -224,7 +300,7 @@ def quantize(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    Quantization(group_size, bits)
+    Quantization(group_size, bits).check_computed()
     n_out, n_in = w.shape
     check_group_size(n_in, group_size, name)
     n_groups = n_in // group_size
@@ -257,7 +333,7 @@ def quantize(
         packed[rows] = q if bits == 8 else q[:, 0::2] | q[:, 1::2] << 4
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # NumPy releases the GIL
-        for _ in pool.map(fill, _row_blocks(n_out, n_in)):
+        for _ in pool.map(fill, row_blocks(n_out, n_in)):
             pass  # the iteration raises the errors of the threads
     return QuantizedTensor(packed.view("<u4"), scales, offsets, group_size, bits)
 
@@ -277,13 +353,13 @@ def dequantize(q: QuantizedTensor) -> np.ndarray:
     """Return the floats of a quantized matrix, float32 [O, I]."""
     n_out, n_in = q.shape
     w = np.empty((n_out, n_in // q.group_size, q.group_size), np.float32)
-    for rows in _row_blocks(n_out, n_in):
+    for rows in row_blocks(n_out, n_in):
         np.multiply(unpack(q[rows]).reshape(w[rows].shape), q.scales[rows, :, None], out=w[rows])
         w[rows] += q.offsets[rows, :, None]
     return w.reshape(n_out, n_in)
 
 
-def _row_blocks(n_out: int, n_in: int) -> Iterator[slice]:
+def row_blocks(n_out: int, n_in: int) -> Iterator[slice]:
     """Yield slices of rows with about `BLOCK_WEIGHTS` weights each."""
     n = max(1, BLOCK_WEIGHTS // max(1, n_in))
     return (slice(first, first + n) for first in range(0, n_out, n))

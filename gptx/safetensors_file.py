@@ -102,13 +102,13 @@ class SafetensorsFile:
         try:
             with open(self.path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                text = file.read(min(size, MAX_HEADER_BYTES))
                 is_complete = size <= os.fstat(file.fileno()).st_size - 8
+                text = file.read(min(size, MAX_HEADER_BYTES)) if is_complete else b""
         except OSError as error:
             raise self._unreadable(error) from error
-        if is_complete and size > MAX_HEADER_BYTES:
+        if size > MAX_HEADER_BYTES and is_complete:
             raise self._too_large(f"a header of {size} bytes, expected at most {MAX_HEADER_BYTES}")
-        if is_complete and text.count(b"{") > MAX_TENSORS:  # each entry is an object
+        if text.count(b"{") > MAX_TENSORS:  # each entry is an object
             raise self._too_large(f"over {MAX_TENSORS} tensors")
         try:
             # The safetensors library checks lengths, offsets, overlaps and the size of the file.

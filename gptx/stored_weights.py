@@ -14,7 +14,7 @@ Readers of all formats decide with `settle_head` if the head is tied.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -22,8 +22,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from gptx.config import GPT2Config
+from gptx.dequantization import dequantize_stored
 from gptx.errors import WeightsError
-from gptx.quantization import Quantization, QuantizedTensor
+from gptx.quantization import Quantization, QuantizedTensor, check_packed
 from gptx.safetensors_file import (
     BFLOAT16,
     MAX_TENSORS,
@@ -128,18 +129,32 @@ class SafetensorsTensor:
     dtype
         Type of the array that `read` returns; float32 for a quantized matrix.
     quantization
-        Quantization of the matrix; None for floats.
+        Quantization of the `QuantizedTensor` that `read` returns; None for floats.
     parts
-        The array; or the three of a quantized matrix: weight, scales, offsets.
+        The array; or those of a quantized matrix: weight, scales, and offsets of the mode affine.
+    stored
+        Quantization in the file; None for floats.
+    is_linear
+        True for a quantized matrix of a linear layer: [out, in] in the file.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     quantization: Quantization | None
     parts: tuple[_Part, ...]
+    stored: Quantization | None = None
+    is_linear: bool = False
+
+    @property
+    def file_type(self) -> str | None:
+        """Name of the type in the file if `read` returns floats for a quantized matrix."""
+        return self.stored.type_name if self.stored and not self.quantization else None
 
     def map(self) -> Tensor:
-        """Return the tensor on the file mapped into memory, without a copy; see `read`."""
+        """Return the tensor on the file mapped into memory; see `read`.
+
+        It is not copied, unless it is dequantized.
+        """
         return self._assemble(_Part.map)
 
     def read(self) -> Tensor:
@@ -154,19 +169,22 @@ class SafetensorsTensor:
 
     def is_same(self, other: SafetensorsTensor) -> bool:
         """Return True if the tensor has the numbers of another one."""
-        return self.quantization == other.quantization and all(
+        return self.stored == other.stored and all(
             have_same_numbers(mine.map(), theirs.map())
             for mine, theirs in zip(self.parts, other.parts, strict=True)
         )
 
     def _assemble(self, get: Callable[[_Part], np.ndarray]) -> Tensor:
-        if self.quantization is None:
+        if self.stored is None:
             return get(self.parts[0])
-        weight, scales, offsets = map(get, self.parts)
-        quantization = self.quantization
-        return QuantizedTensor(
-            weight, _float32(scales), _float32(offsets), quantization.group_size, quantization.bits
-        )
+        weight, scales, *others = map(get, self.parts)
+        if others:
+            scales, others = _float32(scales), [_float32(others[0])]
+        kind = self.stored
+        if self.quantization is not None:
+            return QuantizedTensor(weight, scales, others[0], kind.group_size, kind.bits)
+        floats = dequantize_stored(weight, scales, others[0] if others else None, kind)
+        return floats.T if self.is_linear else floats
 
 
 @dataclass(frozen=True)
@@ -188,9 +206,25 @@ class StoredModel:
     config: GPT2Config | None
     notes: tuple[str, ...] = ()
 
-    def map(self) -> dict[str, Tensor]:
-        """Map all tensors into memory, without a copy."""
-        return {name: tensor.map() for name, tensor in self.tensors.items()}
+    def map(self) -> Mapping[str, Tensor]:
+        """Return name -> tensor; each access maps the tensor into memory, or dequantizes it."""
+        return _MappedTensors(self.tensors)
+
+
+class _MappedTensors(Mapping[str, Tensor]):
+    """The tensors of files; each access calls `SafetensorsTensor.map`."""
+
+    def __init__(self, tensors: Mapping[str, SafetensorsTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].map()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def open_weights(
@@ -237,10 +271,9 @@ def open_weights(
             if ignore_unknown:
                 found, unknown_notes = drop_unknown(found, config)
                 notes += unknown_notes
+            config, quantization_notes = _settle_quantization(found, config)
+            notes += quantization_notes
             check_weights(found, config)
-            if config.quantization and all(t.quantization is None for t in found.values()):
-                notes += (f"no tensor is {config.quantization} as in the config: all are floats",)
-                config = replace(config, quantization=None)
     except WeightsError as error:
         raise WeightsError(f"{_location(paths)}: {error.message}") from None
     return StoredModel(found, config, notes)
@@ -264,6 +297,24 @@ def _in_out(parts: dict[str, _Part]) -> dict[str, _Part]:
     return parts | transposed
 
 
+def _settle_quantization(
+    found: Mapping[str, SafetensorsTensor], config: GPT2Config
+) -> tuple[GPT2Config, tuple[str, ...]]:
+    """Return the config with the quantization that backends compute with, and notes on others."""
+    given = config.quantization
+    if given is None:
+        return config, ()
+    notes: tuple[str, ...] = ()
+    read_as_floats = {t.stored for t in found.values() if t.stored and not t.quantization}
+    if read_as_floats:
+        kinds = ", ".join(sorted(map(str, read_as_floats)))
+        notes = (f"matrices that are {kinds} are read as floats",)
+    elif all(tensor.stored is None for tensor in found.values()):
+        notes = (f"no tensor is {given} as in the config: all are floats",)
+    is_computed = any(tensor.quantization for tensor in found.values())
+    return replace(config, quantization=given.computed if is_computed else None), notes
+
+
 def _location(paths: list[Path]) -> Path:
     return paths[0] if len(paths) == 1 else paths[0].parent
 
@@ -271,24 +322,31 @@ def _location(paths: list[Path]) -> Path:
 def _assembled(
     parts: dict[str, _Part], quantization: Quantization | None
 ) -> dict[str, SafetensorsTensor]:
-    """Make one tensor of the three arrays of each quantized matrix."""
+    """Make one tensor of the arrays of each quantized matrix."""
     quantized = {
         name.rpartition(".")[0]: None  # a set that keeps its order
         for name, part in parts.items()
         if name.endswith((".scales", ".biases"))
         or (name.endswith(".weight") and part.entry.dtype == np.uint32)
     }
+    kinds = dict(quantization.layers) if quantization else {}
+    computed = quantization.computed if quantization else None
     matrices: dict[str, SafetensorsTensor] = {}
     for layer in quantized:
-        names = [f"{layer}.{kind}" for kind in ("weight", "scales", "biases")]
-        if quantization is None:
+        kind = kinds.get(layer, quantization)
+        if kind is None:
             raise WeightsError(
-                f'tensor {names[0]} is quantized, but config.json has no "quantization": '
+                f'tensor {layer}.weight is quantized, but config.json has no "quantization" of it: '
                 "fetch config.json again"
             )
+        kind = replace(kind, layers=())
+        names = [f"{layer}.weight", f"{layer}.scales"]
+        if kind.mode == "affine":
+            names.append(f"{layer}.biases")
         if missing := [name for name in names if name not in parts]:
             raise WeightsError(f"{listed(missing)} missing: {layer} is incomplete")
-        matrices[names[0]] = _matrix(names, tuple(parts.pop(name) for name in names), quantization)
+        matrix = _matrix(names, tuple(parts.pop(name) for name in names), kind)
+        matrices[names[0]] = replace(matrix, quantization=kind) if kind == computed else matrix
     arrays = {
         name: SafetensorsTensor(part.shape, part.entry.dtype, None, (part,))
         for name, part in parts.items()
@@ -296,29 +354,30 @@ def _assembled(
     return arrays | matrices
 
 
-def _matrix(
-    names: list[str], parts: tuple[_Part, ...], quantization: Quantization
-) -> SafetensorsTensor:
-    """Check the three arrays of a quantized matrix against each other."""
+def _matrix(names: list[str], parts: tuple[_Part, ...], kind: Quantization) -> SafetensorsTensor:
+    """Check the arrays of a quantized matrix against each other; it is read as floats."""
     for name, part in zip(names, parts, strict=True):
         if len(part.shape) != 2 or 0 in part.shape:
             raise WeightsError(f"tensor {name} has shape {list(part.shape)}, expected a matrix")
     for name, part in zip(names[1:], parts[1:], strict=True):
-        if not part.is_float:
+        if kind.mode == "affine" and not part.is_float:
             raise WeightsError(_no_float(name, part.entry.dtype))
-    float32 = np.dtype(np.float32)
-    weight, scales, offsets = (
+    weight, *groups = (
         np.broadcast_to(np.zeros((), dtype), part.shape)  # takes no memory
-        for dtype, part in zip((parts[0].entry.dtype, float32, float32), parts, strict=True)
+        for dtype, part in (
+            (np.float32 if part.is_float and i else part.entry.dtype, part)
+            for i, part in enumerate(parts)
+        )
     )
     try:
-        n_out, n_in = QuantizedTensor(
-            weight, scales, offsets, quantization.group_size, quantization.bits
-        ).shape
+        n_out, n_in = check_packed(
+            kind, weight, **dict(zip(("scales", "offsets"), groups, strict=False))
+        )
     except WeightsError as error:
-        raise WeightsError(f"tensor {names[0]} is not {quantization}: {error}") from None
-    shape = (n_in, n_out) if is_linear_weight(names[0]) else (n_out, n_in)
-    return SafetensorsTensor(shape, float32, quantization, parts)
+        raise WeightsError(f"tensor {names[0]} is not {kind}: {error}") from None
+    is_linear = is_linear_weight(names[0])
+    shape = (n_in, n_out) if is_linear else (n_out, n_in)
+    return SafetensorsTensor(shape, np.dtype(np.float32), None, parts, kind, is_linear)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

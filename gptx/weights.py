@@ -125,24 +125,28 @@ def load_arrays(
     described = quantized_config(config, quantization)
     change = None if described == config else quantization
     samples: dict[str, bytes] = {}
+    dequantized: list[str] = []
 
     def bring(name: str) -> Any:
         tensor = _quantized(name, found[name], change, threads)
         samples[name] = _sample(tensor)
-        return _on_backend(name, tensor, backend)
+        weight = _on_backend(name, tensor, backend)
+        if isinstance(tensor, QuantizedTensor) and isinstance(weight, np.ndarray):
+            dequantized.append(name)
+        return weight
 
     with backend.scope():
         tree = as_tree({name: bring(name) for name in found})
-    notes = (NO_NUMBA_NOTE,) if described.quantization and _lacks_numba(tree, backend) else ()
+    is_slow = _has_numba_kernels(backend) and any(map(should_quantize, dequantized))
+    notes = (NO_NUMBA_NOTE,) if is_slow else ()
     return LoadedWeights(tree, described, _checksum(samples), notes)
 
 
-def _lacks_numba(tree: SimpleNamespace, backend: Backend) -> bool:
-    """Test for quantized weights that are floats on a backend which has kernels with Numba."""
+def _has_numba_kernels(backend: Backend) -> bool:
+    """Test for a backend that computes with quantized values if Numba can be imported."""
     method = getattr(backend.pack_quantized, "__func__", None)
     has_kernels = backend.name == "numpy" and method is not Backend.pack_quantized
-    weight = tree.h[0].attn.c_attn.weight
-    return has_kernels and backend.dtype == "float32" and isinstance(weight, np.ndarray)
+    return has_kernels and backend.dtype == "float32"
 
 
 def quantized_config(config: GPT2Config, quantization: Quantization | None) -> GPT2Config:

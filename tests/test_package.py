@@ -30,7 +30,7 @@ SOURCES = {
 ROOMS = [
     "gptx._version gptx.errors gptx.embedded",
     "gptx.files gptx.lfs_pointer gptx.safetensors_file gptx.quantization",
-    "gptx.config gptx.tokenization",
+    "gptx.config gptx.tokenization gptx.dequantization",
     "gptx.random_weights gptx.model_files gptx.tensor_names",
     "gptx.backends.positions",
     "gptx.backends.base",

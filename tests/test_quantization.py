@@ -17,6 +17,7 @@ from gptx.config import GPT2Config
 from gptx.errors import ConfigError, ParameterError, WeightsError
 from gptx.quantization import (
     GROUP_SIZES,
+    SMALL_FLOATS,
     Quantization,
     QuantizedTensor,
     dequantize,
@@ -40,7 +41,7 @@ KINDS = [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
         (64.0, 4, "group_size is 64.0"),
         (None, 4, "group_size is None"),
         ("64", 4, "group_size is '64'"),
-        (64, 3, "bits is 3, expected 8 or 4"),
+        (64, 7, "bits is 7, expected 2, 3, 4, 5, 6 or 8"),
         (64, 16, "bits is 16"),
         (64, True, "bits is True"),
         (64, None, "bits is None"),
@@ -80,15 +81,18 @@ GOOD = {"group_size": 64, "bits": 4}
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({"quantization": {**GOOD, "bits": 3}}, "bits is 3, expected 8 or 4"),
-        ({"quantization": {**GOOD, "bits": 2}}, "bits is 2"),
-        ({"quantization": {**GOOD, "bits": 6}}, "bits is 6"),
+        ({"quantization": {**GOOD, "bits": 7}}, "bits is 7, expected 2, 3, 4, 5, 6 or 8"),
         ({"quantization": {**GOOD, "group_size": 16}}, "group_size is 16, expected 32, 64 or 128"),
         ({"quantization": {"bits": 4}}, "group_size is None"),
         ({"quantization": {"group_size": 64}}, "bits is None"),
-        ({"quantization": {**GOOD, "mode": "mxfp4"}}, "has the mode 'mxfp4', gptx reads 'affine'"),
-        ({"quantization": {**GOOD, "model.wte": {**GOOD, "bits": 8}}}, "has 'model.wte'"),
-        ({"quantization": {**GOOD, "model.h.0.attn.c_attn": False}}, "has 'model.h.0.attn.c_attn'"),
+        ({"quantization": {**GOOD, "mode": "mxfp4"}}, "group_size is 64, expected 32"),
+        ({"quantization": {**GOOD, "mode": "x"}}, "mode is 'x', expected 'affine', 'mxfp4', 'mx"),
+        ({"quantization": {**GOOD, "mode": ["affine"]}}, "mode is ['affine'], expected 'affine'"),
+        ({"quantization": {**GOOD, "model.wte": {**GOOD, "bits": 9}}}, "bits is 9"),
+        ({"quantization": {**GOOD, "model.wte": {"bits": 8}}}, "group_size is None"),
+        ({"quantization": {**GOOD, "model.wte": {**GOOD, "model.x": GOOD}}}, "has 'model.wte'"),
+        ({"quantization": {**GOOD, "model.wte": 4}}, "has 'model.wte', which is not supported"),
+        ({"quantization": {**GOOD, "symmetric": True}}, "has 'symmetric', which is not supported"),
         ({"quantization": 4}, "quantization is 4, expected {"),
         ({"quantization": [64, 4]}, "quantization is [64, 4], expected {"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config has 'load_in_8bit'"),
@@ -113,6 +117,24 @@ def test_the_quantization_of_a_written_config() -> None:
     written = GPT2Config(quantization=Quantization(64, 4)).to_dict()
     assert written["quantization"] == {"group_size": 64, "bits": 4}
     assert "quantization" not in GPT2Config().to_dict()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_backends_do_not_compute_with_other_bits(bits: int) -> None:
+    assert Quantization(32, bits).computed is None
+    with raises_error(ParameterError, f"bits is {bits}, expected 8 or 4"):
+        quantize(np.ones((1, 32), np.float32), bits, 32)
+    with raises_error(ParameterError, f"bits is {bits}, expected 8 or 4"):
+        QuantizedTensor(WORDS, PARTS, PARTS, 32, bits)
+
+
+@pytest.mark.parametrize("kind", [*SMALL_FLOATS.items(), ("affine", (64, 3))], ids=str)
+def test_a_quantization_of_a_file(kind: tuple[str, tuple[int, int]]) -> None:
+    mode, (group_size, bits) = kind
+    stored = Quantization(group_size, bits, mode)
+    assert stored.computed is None
+    assert Quantization.from_dict(stored.to_dict()) == stored
+    assert str(stored) == f"{'int3' if mode == 'affine' else mode} in groups of {group_size}"
 
 
 # Layout

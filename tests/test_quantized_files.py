@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 import gptx
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, WeightsError
+from gptx.errors import ModelWarning, ParameterError, WeightsError
 from gptx.generation.text_model import Model
-from gptx.quantization import Quantization, QuantizedTensor, quantize
+from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights
 from gptx.stored_weights import check_weights, open_weights
 from gptx.weights import quantize_weights
@@ -27,6 +27,7 @@ from tests.support.conversions import save
 from tests.support.models import floats_of, make_model
 from tests.support.random_models import CASES
 
+WEIGHTS = "model.safetensors"
 GOLDEN = Path(__file__).parent / "golden"
 INT4 = Quantization(32, 4)
 INT8 = Quantization(32, 8)
@@ -46,6 +47,72 @@ def test_files_of_mlx_lm(name: str, quantization: Quantization, backend: Backend
     model = gptx.load(GOLDEN / name, backend=backend)
     assert model.config.quantization == quantization
     np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
+
+
+def test_quantizations_that_are_read_as_floats(backend: Backend) -> None:
+    """Affine 2, 3, 5 and 6 bits, mxfp4, mxfp8, nvfp4 and floats, each in some layers."""
+    folder = GOLDEN / "mlx-lm-mixed"
+    with np.load(folder / "logits.npz") as golden:
+        ids, expected = golden["ids"], golden["logits"]
+    with pytest.warns(ModelWarning, match="int6 in groups of 64, mxfp4 .*are read as floats"):
+        model = gptx.load(folder, backend=backend)
+    assert model.config.quantization is None
+    np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
+
+
+def test_a_layer_of_another_quantization(saved: Path) -> None:
+    """It is read as floats; the others stay quantized."""
+    config, before = GPT2Config.from_file(saved / "config.json"), load_file(saved / WEIGHTS)
+    layer = "h.1.mlp.c_fc"
+    other = quantize(random_weights(config)[f"{layer}.weight"].T, 8, 32)
+    parts = {"weight": other.weight, "scales": other.scales, "biases": other.offsets}
+    changed = {f"model.{layer}.{part}": array for part, array in parts.items()}
+    save_file(before | changed, saved / WEIGHTS)
+    data = json.loads((saved / "config.json").read_text())
+    data["quantization"] |= {f"model.{layer}": {"group_size": 32, "bits": 8}, "model.wte": True}
+    (saved / "config.json").write_text(json.dumps(data))
+    given = GPT2Config.from_file(saved / "config.json")
+    assert given.quantization == replace(INT4, layers=((layer, INT8),))
+    assert GPT2Config.from_dict(given.to_dict()) == given
+    found = open_weights([saved / WEIGHTS], given)
+    assert found.config == config
+    assert found.notes == ("matrices that are int8 in groups of 32 are read as floats",)
+    assert found.tensors[f"{layer}.weight"].file_type == "int8"
+    floats = found.map()[f"{layer}.weight"]
+    np.testing.assert_array_equal(floats, dequantize(other).T)
+    np.testing.assert_array_equal(found.tensors[f"{layer}.weight"].read(), floats)
+    assert isinstance(found.map()["h.0.mlp.c_fc.weight"], QuantizedTensor)
+    data["quantization"][f"model.{layer}"] = False
+    (saved / "config.json").write_text(json.dumps(data))
+    with raises_error(WeightsError, f'{layer}.weight is quantized, but config.json has no "quant'):
+        gptx.load(saved)
+
+
+SMALL = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ({"scales": None}, "tensor h.0.attn.c_proj.scales is missing"),
+        ({"scales": np.zeros((32, 1), np.float32)}, "are float32 [32, 1], expected uint8 [32, 1]"),
+        ({"scales": np.zeros((32, 2), np.uint8)}, "the scales are uint8 [32, 2], expected uint8"),
+        ({"weight": np.zeros((32, 2), np.uint32)}, "16 inputs do not divide into groups of 32"),
+        ({"weight": np.zeros((9, 4), np.int32)}, "the quantized values are int32 [4, 9]"),
+    ],
+)
+def test_small_floats_that_do_not_fit(saved: Path, damage: Any, expected: str) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    del tensors[f"{LAYER}.biases"]
+    tensors[f"{LAYER}.scales"] = np.zeros((32, 1), np.uint8)
+    for part, array in damage.items():
+        tensors[f"{LAYER}.{part}"] = array
+    save_file({name: x for name, x in tensors.items() if x is not None}, saved / WEIGHTS)
+    data = json.loads((saved / "config.json").read_text())
+    data["quantization"][LAYER] = SMALL
+    (saved / "config.json").write_text(json.dumps(data))
+    with raises_error(WeightsError, expected):
+        gptx.load(saved)
 
 
 def test_floats_of_mlx_lm_are_transposed(folder: Callable[..., Path]) -> None:
@@ -170,7 +237,7 @@ def test_tensors_that_do_not_fit(saved: Path, damage: str) -> None:
     save_file(tensors, saved / "model.safetensors")
     with raises_error(WeightsError, expected):
         gptx.load(saved)
-    done = run("generate", "-m", str(saved), "O")
+    done = run("info", str(saved))
     assert (done.code, done.out) == (65, "")
     assert expected in done.err
     assert run("convert", "--check", str(saved)).err == done.err
@@ -196,11 +263,11 @@ def test_floats_with_a_quantized_config(folder: Callable[..., Path]) -> None:
     path = folder("124M")
     fingerprint = gptx.load(path).fingerprint
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "quantization": {**vars(INT4)}}))
-    model = gptx.load(path)
+    (path / "config.json").write_text(json.dumps({**config, "quantization": INT4.to_dict()}))
+    note = "no tensor is int4 in groups of 32 as in the config: all are floats"
+    with pytest.warns(ModelWarning, match=note):
+        model = gptx.load(path)
     assert (model.config, model.fingerprint) == (CONFIG, fingerprint)
-    found = open_weights([path / "model.safetensors"], GPT2Config.from_file(path / "config.json"))
-    assert found.notes == ("no tensor is int4 in groups of 32 as in the config: all are floats",)
 
 
 def test_norms_and_biases_are_floats() -> None:
@@ -238,7 +305,7 @@ def test_info_of_a_quantized_model(saved: Path) -> None:
     size = (saved / "model.safetensors").stat().st_size
     out = run("info", str(saved)).out
     assert "  matrices quantized: int4 in groups of 32\n" in out
-    assert f"  weights stored as float32, int4, complete: {size / 1000:.1f} kB\n" in out
+    assert f"stored as float32, int4, complete: {size / 1000:.1f} kB\n" in out
     shown = json.loads(run("info", str(saved), "--json").out)
     assert shown["config"]["quantization"] == {"group_size": 32, "bits": 4}
     assert (shown["stored"], shown["stored_bytes"]) == (["float32", "int4"], size)

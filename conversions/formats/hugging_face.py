@@ -85,7 +85,9 @@ def _checkpoint(
         shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
         config, notes = infer_config(shapes)
     stored = {
-        name: StoredTensor(tensor.shape, tensor.dtype, tensor.read, tensor.quantization)
+        name: StoredTensor(
+            tensor.shape, tensor.dtype, tensor.read, tensor.quantization, tensor.file_type
+        )
         for name, tensor in found.tensors.items()
     }
     return Checkpoint(config, stored, tokenizer, notes, ignore_unknown=ignore_unknown)

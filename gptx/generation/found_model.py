@@ -156,6 +156,8 @@ class _FolderModel(FoundModel):
         self._source = source
         self._given_config = config
         self._ignore_unknown = ignore_unknown
+        if source.revision is None:
+            self.fetch()  # missing files of a folder are the first error
 
     def fetch(self) -> Path:
         paths = find_weights(self._source)
@@ -166,12 +168,11 @@ class _FolderModel(FoundModel):
     def describe_weights(self) -> StoredFacts | None:
         if self._source.revision is not None:
             return None
-        self.fetch()
         if not self._is_safetensors():
             return _describe_checkpoint(*self._open(), self.info.files.weights)
         paths = self.info.files.weights
         stored = open_weights(paths, self.info.config, ignore_unknown=self._ignore_unknown)
-        types = {type_name(tensor) for tensor in stored.tensors.values()}
+        types = {tensor.file_type or type_name(tensor) for tensor in stored.tensors.values()}
         return StoredFacts(
             "safetensors",
             tuple(sorted(types)),
