@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass_environment
+from urllib.request import proxy_bypass
 
 # huggingface_hub has used requests, httpx and httpx2. Their errors have no common base.
 _HTTP_LIBRARIES = ("httpx", "httpcore", "h11", "requests", "urllib3")
@@ -59,7 +59,7 @@ def certificate_problem(error: Exception) -> Fault | None:
     """Explain an error about certificates; None for any other."""
     faults = [cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)]
     # The error about a missing file of certificates does not name the file.
-    if not faults and (type(error) not in _FILE_ERRORS or error.filename is not None):
+    if not faults and (type(error) not in _FILE_ERRORS or getattr(error, "filename", None)):
         return None
     for name in CERTIFICATE_VARIABLES:
         path = os.environ.get(name)
@@ -103,7 +103,7 @@ def _is_address(address: str) -> bool:
 def _proxy(address: str) -> str | None:
     """Return the environment variable of the proxy of an address; None without a proxy."""
     parts = urlsplit(address)
-    if proxy_bypass_environment(parts.hostname or ""):
+    if proxy_bypass(parts.hostname or ""):
         return None
     names = [f"{kind}_proxy" for kind in (parts.scheme, "all")]
     given = [name for low in names for name in (low, low.upper()) if os.environ.get(name)]
