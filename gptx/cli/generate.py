@@ -24,7 +24,7 @@ from gptx.cli.options import (
 )
 from gptx.cli.prompts import SOURCES, read_prompt
 from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print_statistics
-from gptx.errors import Interrupted
+from gptx.errors import Interrupted, StorageError
 from gptx.files import check_replaceable
 from gptx.generation.api import load_once
 from gptx.generation.options import (
@@ -294,6 +294,8 @@ def generate(
     request = Request([text], check_options(cast("Options", options)))
     if prompt_cache is not None:
         check_replaceable(prompt_cache)
+        if not Path(prompt_cache).absolute().parent.is_dir():
+            raise StorageError(f"{prompt_cache} cannot be written (its folder does not exist)")
     loaded = load_once(
         model,
         request.options.max_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from gptx.cli.formatting import print_json
 from gptx.generation.results import Result
+from gptx.generation.sampling import random_seed
 from gptx.generation.text_model import Model
 from tests.support.cli import GENERATE, STATISTICS, run, start
 
@@ -140,6 +143,12 @@ def test_top_k_above_the_vocabulary_keeps_every_token() -> None:
         (("--temperature", "1", "-s", "2", "--top-p", "0.3"), {"temperature": 1, "top_p": 0.3}),
         (("--temperature", "1", "-s", "2", "--min-p", "0.2"), {"temperature": 1, "min_p": 0.2}),
         (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
+        (("--presence-penalty", "2"), {"presence_penalty": 2}),
+        (("--frequency-penalty", "1.5"), {"frequency_penalty": 1.5}),
+        (
+            ("--logit-bias", "199=-inf", "--logit-bias", "41=-2.5"),
+            {"logit_bias": {199: -math.inf, 41: -2.5}},
+        ),
     ],
 )
 def test_options_equal_those_of_python(
@@ -211,3 +220,66 @@ def test_characters_in_a_process_without_a_locale() -> None:
 @pytest.mark.parametrize("options", [("-n", "0"), ("--stop", ""), ("--temperature", "-1")])
 def test_options_are_checked_before_the_model_is_loaded(options: tuple[str, ...]) -> None:
     assert run("generate", "-m", "./nowhere", "O", *options).code == 2
+
+
+@pytest.mark.parametrize("value", ["5", "x=1", "5=", "=1", "5=x", "1.5=2"])
+def test_a_bias_that_is_no_pair(value: str) -> None:
+    done = run(*GENERATE, "--logit-bias", value, "O")
+    assert (done.code, done.out) == (2, "")
+    assert f"{value!r} is not ID=X, such as 198=-inf" in done.err
+
+
+def test_a_bias_given_twice() -> None:
+    done = run(*GENERATE, "--logit-bias", "5=1", "--logit-bias", "5=2", "O")
+    assert (done.code, done.out) == (2, "")
+    assert "a token id is given twice" in done.err
+
+
+def test_special_tokens_of_a_prompt(shakespeare: Model) -> None:
+    def tokens(*args: str) -> int:
+        done = run(*GENERATE, "-n", "1", "--json", *args, "<|endoftext|>")
+        n: int = json.loads(done.out)["prompt_tokens"]
+        return n
+
+    assert tokens("--allow-special") == 1
+    assert tokens() == len(shakespeare.encode("<|endoftext|>")) > 1
+
+
+def test_logprobs(shakespeare: Model) -> None:
+    """In the JSON; and on standard error, beside the text."""
+    expected = shakespeare.generate("ROMEO:", max_tokens=3, logprobs=True)
+    assert expected.logprobs is not None
+    args = (*GENERATE, "-n", "3", "-q", "--logprobs", "ROMEO:")
+    assert json.loads(run(*args, "--json").out)["logprobs"] == expected.logprobs
+    done = run(*args)
+    assert done.out == f"{expected}\n"
+    head, *lines = done.err.splitlines()
+    assert head.split() == ["logprob", "id", "token"]
+    rows = zip(expected.logprobs, expected.tokens, strict=True)
+    assert [line.split(maxsplit=2) for line in lines] == [
+        [f"{logprob:.4f}", str(id), repr(shakespeare.decode([id]))] for logprob, id in rows
+    ]
+
+
+def test_a_fresh_seed_is_exact_in_json_readers_that_use_floats() -> None:
+    for _ in range(20):
+        seed = random_seed()
+        assert 0 <= seed < 2**53
+        assert int(float(seed)) == seed
+    assert max(random_seed() for _ in range(50)) > 2**47
+
+
+def test_a_given_seed_of_64_bits_is_kept() -> None:
+    seed = 2**64 - 1
+    done = run(*GENERATE, "-n", "1", "--json", "--seed", str(seed), "O")
+    assert json.loads(done.out)["seed"] == seed
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": math.nan, "b": [-math.inf, 1.5], "c": (math.inf, {"d": math.nan}), "e": "x"})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": [None, {"d": None}],
+        "e": "x",
+    }
