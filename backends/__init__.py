@@ -77,12 +77,12 @@ class BackendStatus:
 def get_backend(
     backend: str | Any = "numpy",
     *,
-    dtype: str | None = None,
+    dtype: str | Any = None,
     device: Any = None,
     threads: int | None = None,
     generic: bool = False,
     compile: bool = True,
-    cache_dtype: str | None = None,
+    cache_dtype: str | Any = None,
 ) -> Backend:
     """Return a new backend.
 
@@ -93,7 +93,8 @@ def get_backend(
         `array_api_compat.torch` or `jax.numpy`, which runs the generic ops; or a `Backend`, which
         is returned unchanged.
     dtype
-        "float32" (default), "float64", "float16" or "bfloat16", if the backend supports it.
+        "float32" (default), "float64", "float16" or "bfloat16", if the backend supports it; or a
+        type of an array library, such as `numpy.float32`.
     device
         Device of the library; None is its default.
     threads
@@ -138,10 +139,10 @@ def get_backend(
         "threads": threads,
         "generic": generic,
         "compile": compile,
-        "cache_dtype": cache_dtype,
+        "cache_dtype": _type_name(cache_dtype),
     }
     if dtype is not None:
-        options["dtype"] = str(dtype)
+        options["dtype"] = _type_name(dtype)
     if not isinstance(backend, str):
         return Backend(_conforming(backend), **options)
     if backend not in TABLE:
@@ -180,6 +181,14 @@ def _compiler() -> str:
             "; `pip install '.[fast]'` in a checkout of gptx compiles the forward pass, "
             "and keeps quantized weights small"
         )
+
+
+def _type_name(dtype: Any) -> str | None:
+    """Return the name of a type: of a string, or of a type of NumPy, PyTorch, MLX or JAX."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or str(dtype)
+    return str(name).rpartition(".")[2]  # "torch.float32"
 
 
 def _is_count(value: object) -> bool:

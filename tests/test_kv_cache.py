@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from gptx.backends import get_backend
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError, StorageError
@@ -229,3 +231,20 @@ def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="nowhere"):
         cache.save(tmp_path / "nowhere" / "cache")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_a_cache_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    cache = make_model(CONFIG, get_backend("numpy")).prefill([1, 2, 3])
+    saved = []
+    for i in range(4):
+        cache.save(tmp_path / str(i))
+        saved.append((tmp_path / str(i)).read_bytes())
+    assert len(set(saved)) == 1
+    size = int.from_bytes(saved[0][:8], "little")
+    header = json.loads(saved[0][8 : 8 + size])
+    assert list(header) == ["__metadata__", "lengths", "h.0.k", "h.0.v"]
+    assert header["__metadata__"]["tokens"] == "[[1, 2, 3]]"
+    assert header["h.0.v"]["shape"] == [1, 1, 3, 8]
+    assert header["h.0.v"]["data_offsets"] == [8 + 96, 8 + 192]
+    assert (8 + size) % 8 == 0
+    np.testing.assert_array_equal(load_file(tmp_path / "0")["h.0.v"], cache.values[0])

@@ -47,12 +47,12 @@ def load(
     model: str | os.PathLike[str] = "gpt2",
     *,
     backend: str | Any = "numpy",
-    dtype: str | None = None,
+    dtype: str | Any = None,
     device: Any = None,
     threads: int | None = None,
     generic: bool = False,
     compile: bool = True,
-    cache_dtype: str | None = None,
+    cache_dtype: str | Any = None,
     quantize: str | None = None,
     group_size: int = GROUP_SIZE,
     config: str | os.PathLike[str] | GPT2Config | None = None,
@@ -96,7 +96,8 @@ def load(
         backend=backend, dtype=dtype, device=device, threads=threads, generic=generic,
         compile=compile, cache_dtype=cache_dtype, quantize=quantize, group_size=group_size,
         config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown,
-        revision=revision, offline=offline, token=token, **unknown,
+        revision=revision, offline=offline, token=token,
+        **unknown,  # type: ignore[typeddict-item]  # `check_load_options` raises the error
     )  # fmt: skip
     return _load(model, options)
 
@@ -104,7 +105,7 @@ def load(
 def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model:
     """Load a model; `check` gets its config and tokenizer before the weights are downloaded."""
     check_load_options(options)
-    rest = dict(options)
+    rest: dict[str, Any] = dict(options)
     quantize, group_size = rest.pop("quantize", None), rest.pop("group_size", GROUP_SIZE)
     find_options = {name: rest.pop(name) for name in FIND_OPTIONS if name in rest}
     quantization = Quantization.named(quantize, group_size)

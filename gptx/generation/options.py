@@ -99,12 +99,12 @@ class LoadOptions(TypedDict, total=False):
     """
 
     backend: Any
-    dtype: str | None
+    dtype: str | Any
     device: Any
     threads: int | None
     generic: bool
     compile: bool
-    cache_dtype: str | None
+    cache_dtype: str | Any
     quantize: str | None
     group_size: int
     config: str | os.PathLike[str] | GPT2Config | None

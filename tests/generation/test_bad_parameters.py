@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gptx
@@ -62,7 +63,8 @@ def shakespeare() -> Model:
         ({"stop": ""}, "stop has ''"),
         ({"stop": ["a", ""]}, "stop has ''"),
         ({"stop": [1]}, "stop has 1"),
-        ({"stop": b"x"}, "stop"),
+        ({"stop": b"x"}, "stop is b'x', expected a string or a list of strings"),
+        ({"stop": bytearray(b"x")}, "expected a string or a list of strings"),
         ({"stop": 5}, "5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
@@ -77,7 +79,10 @@ def shakespeare() -> Model:
         ({"logit_bias": {1: 1e300}}, "logit_bias of token 1 is 1e+300"),
         ({"logit_bias": [1]}, "[1]"),
         ({"logit_bias": 5}, "5"),
-        ({"cache": 5}, "5"),
+        ({"cache": 5}, "cache is 5, expected the result of Model.prefill"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no', expected True or False"),
+        ({"logprobs": 5}, "logprobs is 5, expected True or False"),
+        ({"allow_special": None}, "allow_special is None, expected True or False"),
         ({"tempurature": 1}, "unknown option tempurature"),
         ({"model": "gpt2"}, "unknown option model"),
     ],
@@ -88,6 +93,39 @@ def test_parameters_out_of_range(shakespeare: Model, options: Any, message: str)
         shakespeare.generate("O", **({"max_tokens": 1} | options))
     with raises_error(ParameterError, message):
         list(shakespeare.stream("O", **({"max_tokens": 1} | options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generic": "no"}, "generic is 'no', expected True or False"),
+        ({"compile": 1}, "compile is 1, expected True or False"),
+        ({"offline": None}, "offline is None, expected True or False"),
+        ({"ignore_unknown": "yes"}, "ignore_unknown is 'yes', expected True or False"),
+        ({"revision": 5}, "revision is 5, expected a string"),
+        ({"token": True}, "token is True, expected a string"),
+    ],
+    ids=short_id,
+)
+def test_load_options_of_another_type(options: Any, message: str) -> None:
+    with raises_error(ParameterError, message):
+        gptx.load("./no-such-folder", **options)
+
+
+def test_options_of_score_and_prefill(shakespeare: Model) -> None:
+    options: Any = {"allow_special": 1}
+    for call in (shakespeare.score, shakespeare.prefill, shakespeare.encode):
+        with raises_error(ParameterError, "allow_special is 1, expected True or False"):
+            call("To be", **options)
+
+
+def test_a_long_value_is_shortened_to_one_line(shakespeare: Model) -> None:
+    options: Any = {"cache": np.zeros((50, 50))}
+    with pytest.raises(
+        ParameterError, match=r"^cache is array\(\[\[0., 0., .{1,45}, expected"
+    ) as caught:
+        shakespeare.generate("O", **options)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
