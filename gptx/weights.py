@@ -37,8 +37,8 @@ from gptx.stored_weights import (
 )
 
 NO_NUMBA_NOTE = (
-    "the quantized weights are computed as floats, which takes more memory and time, because Numba "
-    "cannot be imported: run `pip install '.[fast]'` in a checkout of gptx"
+    "the quantized weights become floats, which take more memory and time, because Numba cannot be "
+    "imported: run `pip install '.[fast]'` in a checkout of gptx"
 )
 
 
