@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptx.conversions.containers import tensor_bundle
 from gptx.conversions.containers.tensor_bundle import TensorBundle, is_bundle
 from gptx.errors import NotFoundError, StorageError, WeightsError
 from gptx.safetensors_file import BFLOAT16
-from tests.support.tensor_bundle_bytes import message, table, write_bundle
+from tests.support.tensor_bundle_bytes import MAGIC, message, table, write_bundle
 
 TENSORS = {
     f"scope/{kind}{i}": np.arange(i * 7 + 1, dtype=dtype).reshape(1, -1)
@@ -191,3 +192,128 @@ class TestDamage:
         with pytest.raises(WeightsError, match=r"checksum of scope/d3 differs.: fetch it again"):
             bundle.read("scope/d3")
         assert bundle.read("scope/d4").size == 29
+
+
+class TestLimits:
+    """The last value that is accepted, and the first that is not."""
+
+    def test_the_size_of_an_index(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS)
+        size = index.stat().st_size
+        monkeypatch.setattr(tensor_bundle, "MAX_INDEX_BYTES", size)
+        assert TensorBundle(index).entries
+        monkeypatch.setattr(tensor_bundle, "MAX_INDEX_BYTES", size - 1)
+        with pytest.raises(WeightsError, match=f"it has {size} bytes, expected at most {size - 1}"):
+            TensorBundle(index)
+
+    def test_the_length_of_a_name(self, tmp_path: Path) -> None:
+        name = "n" * 249  # the key of its block is longer by one
+        assert list(TensorBundle(write_bundle(tmp_path / "x", {name: np.ones(1, "<f4")})).entries)
+        tensors = {"n" * 200: np.ones(1, "<f4"), "n" * 250: np.ones(1, "<f4")}
+        with pytest.raises(WeightsError, match="an entry of a block is invalid"):
+            TensorBundle(write_bundle(tmp_path / "x", tensors))
+
+    def test_the_number_of_dimensions(self, tmp_path: Path) -> None:
+        tensors = {"a": np.ones((1,) * 8, "<f4")}
+        bundle = TensorBundle(write_bundle(tmp_path / "x", tensors))
+        assert bundle.read("a").shape == (1,) * 8
+
+    def test_an_index_of_the_smallest_size(self, tmp_path: Path) -> None:
+        index = tmp_path / "x.index"
+        index.write_bytes(bytes(40) + MAGIC)
+        assert is_bundle(index)
+        index.write_bytes(bytes(39) + MAGIC)
+        assert not is_bundle(index)
+        with pytest.raises(WeightsError, match="its end is invalid: perhaps it is truncated"):
+            TensorBundle(index)
+
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        assert not is_bundle(tmp_path / "no" / "x.index")
+
+    def test_data_beside_something_else(self, tmp_path: Path) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS)
+        index.write_bytes(b"damaged")
+        assert is_bundle(index)
+
+
+SHAPE = message({2: [message({1: 1})] * 2})  # [1, 1]
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"_2": SHAPE + bytes([15 << 3 | 1]) + bytes(8)},  # unknown fields of each wire type
+            {"_2": SHAPE + bytes([15 << 3 | 5]) + bytes(4)},
+            {"_2": SHAPE + bytes([15 << 3 | 2, 3]) + b"abc"},
+            {"_2": SHAPE + bytes([15 << 3, 0x80, 1])},
+            {"_2": [message({2: [message({1: 9})]}), SHAPE]},  # the last one counts
+            {"_1": [9, 1]},
+            {"_2": message({2: [message({1: [9, 1]})] * 2})},
+        ],
+    )
+    def test_the_same_tensor(self, tmp_path: Path, fields: dict[str, Any]) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS, change=changed(A, **fields))
+        np.testing.assert_array_equal(TensorBundle(index).read(A), TENSORS[A])
+
+    @pytest.mark.parametrize(
+        ("shape", "words"),
+        [
+            (bytes([15 << 3 | 1]) + bytes(7), "a message is truncated"),
+            (bytes([15 << 3 | 5]) + bytes(3), "a message is truncated"),
+            (bytes([15 << 3 | 2, 3]) + b"ab", "a message is truncated"),
+            (bytes([15 << 3, 0x80]), "a number is truncated"),
+            (b"\xff" * 10 + b"\x01", "a number has more than 64 bits"),
+            (bytes([15 << 3 | 4]), "a field of wire type 4"),
+            (bytes([15 << 3 | 7]), "a field of wire type 7"),
+            (bytes([2 << 3, 1]), "field 2 of a message has another type"),
+        ],
+    )
+    def test_invalid_fields(self, tmp_path: Path, shape: bytes, words: str) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS, change=changed(A, _2=shape))
+        with pytest.raises(WeightsError, match=words):
+            TensorBundle(index)
+
+    def test_a_number_has_64_bits(self, tmp_path: Path) -> None:
+        dim = bytes([1 << 3]) + b"\x81" + b"\x80" * 8 + b"\x7e"  # 1, and bits beyond the 64th
+        shape = message({2: [dim, message({1: 1})]})
+        index = write_bundle(tmp_path / "x", TENSORS, change=changed(A, _2=shape))
+        assert TensorBundle(index).entries[A].shape == (1, 1)
+
+    def test_the_version(self, tmp_path: Path) -> None:
+        for version in ({2: 1}, {1: 7}):
+            header = changed("", _3=message(version))
+            assert TensorBundle(write_bundle(tmp_path / "x", TENSORS, change=header)).entries
+
+
+class TestBlocks:
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"", "a block is too short"),
+            (b"\0\0\0", "a block is too short"),
+            (b"\1\0\0\0", "a block is too short"),
+            (b"\1\0\0" + bytes(8), "an entry of a block is invalid"),  # shares before the first
+            (b"\0\7\0abc" + bytes(4), "an entry of a block is invalid"),  # a key beyond the end
+            (b"\0\1\7a" + bytes(4), "an entry of a block is invalid"),  # a value beyond it
+            (b"\0" + bytes(4), "an entry of a block is invalid|its header is missing"),
+        ],
+    )
+    def test_invalid_blocks(self, tmp_path: Path, content: bytes, words: str) -> None:
+        data = table([(b"", b"x")], damage=lambda block: content if b"x" in block else block)
+        (tmp_path / "x.index").write_bytes(data)
+        with pytest.raises(WeightsError, match=words):
+            TensorBundle(tmp_path / "x.index")
+
+    def test_a_block_of_another_checksum(self, tmp_path: Path) -> None:
+        index = write_bundle(tmp_path / "x", TENSORS)
+        data = bytearray(index.read_bytes())
+        data[9] ^= 1
+        index.write_bytes(data)
+        with pytest.raises(WeightsError, match="the checksum of a block differs"):
+            TensorBundle(index)
+
+    def test_an_empty_block(self, tmp_path: Path) -> None:
+        (tmp_path / "x.index").write_bytes(table([(b"", message({1: 1}))], again=1))
+        bundle = TensorBundle(tmp_path / "x.index")
+        assert (bundle.entries, bundle.sizes, bundle.n_shards) == ({}, {}, 1)
