@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptx.embedded import EMBEDDED
 from gptx.errors import NotFoundError, ParameterError, argument
-from gptx.model_files import Folder, ModelFiles, Source, find_files
+from gptx.model_files import CONFIG, Folder, ModelFiles, Source, find_files, is_file
 
 _OPENAI_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 ALIASES: dict[str, str] = {
@@ -153,13 +153,22 @@ def local_path(model: str | os.PathLike[str]) -> Path | None:
 
     An embedded name is not a path, nor is an alias beside a file of that name. The common prefix of
     the files of OpenAI's checkpoint names it; the path is that of its index.
+
+    Raises
+    ------
+    StorageError
+        A folder of the path, or the folder itself, may not be searched.
     """
     try:
         name = os.fspath(model)
         path = Path(os.path.expanduser(name))
         if isinstance(model, str) and name in EMBEDDED:
             return None
-        if path.is_dir() or (path.exists() and not (isinstance(model, str) and name in ALIASES)):
+        is_file(path)  # raises the error; the methods of Path do so in some versions of Python
+        if path.is_dir():
+            is_file(path / CONFIG)
+            return path
+        if path.exists() and not (isinstance(model, str) and name in ALIASES):
             return path
         index = Path(f"{path}.index")
         return index if index.is_file() else None

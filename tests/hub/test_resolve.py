@@ -12,7 +12,7 @@ import pytest
 from gptx.conversions.registry import FORMATS
 from gptx.embedded import EMBEDDED
 from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, WeightsError
-from gptx.hub.resolve import ALIASES, FILE_SUFFIXES, locate
+from gptx.hub.resolve import ALIASES, FILE_SUFFIXES, local_path, locate
 from tests.support.hub import CONFIG, index, model
 from tests.support.permissions import folder_of_another_user, unprivileged
 
@@ -218,6 +218,17 @@ class TestFolder:
             ):
                 locate(folder)
             path.chmod(0o700)
+
+    def test_no_permission_to_search(self) -> None:
+        with folder_of_another_user() as parent:
+            folder = self.make(parent, model())
+            (folder / "inner").mkdir()
+            folder.chmod(0)
+            with unprivileged():
+                for path in (folder, folder / "inner", folder / "x.gguf", folder / "missing"):
+                    with pytest.raises(StorageError, match=f"{path}.* cannot be read"):
+                        local_path(path)
+            folder.chmod(0o700)
 
     def test_file_instead_of_a_folder(self, tmp_path: Path) -> None:
         self.make(tmp_path, {"model.safetensors": b""})
