@@ -19,6 +19,7 @@ from gptx.conversions.vocabularies.token_lists import (
     token_lists,
     tokenizer_from_lists,
 )
+from gptx.conversions.vocabularies.tokenizer_files import TEMPLATE
 from gptx.errors import TokenizerError
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
@@ -102,6 +103,8 @@ def tokenizer_metadata(
             "tokenizer.ggml.token_type": kinds,
             "tokenizer.ggml.merges": merges,
         }
+        if template := _chat_template(tokenizer):
+            metadata["tokenizer.chat_template"] = template
         ids = _named_ids(tokenizer, tokens) | ids
         if "eos" not in ids and V > DEFAULT_EOS:
             if UNUSED in kinds:
@@ -140,6 +143,15 @@ def _named_ids(tokenizer: PipelineTokenizer, tokens: list[str]) -> dict[str, int
     named = {"eos_token": END_OF_TEXT} | tokenizer.settings.named_tokens()
     found = {kind: named.get(f"{name}_token") for kind, name in NAMED_TOKENS.items()}
     return {kind: tokens.index(token) for kind, token in found.items() if token in tokens}
+
+
+def _chat_template(tokenizer: PipelineTokenizer) -> str | None:
+    """Return the chat template of the tokenizer's settings, or in the file beside them."""
+    template = tokenizer.settings.options.get("chat_template")
+    if isinstance(template, str):
+        return template
+    path = tokenizer.folder and tokenizer.folder / TEMPLATE
+    return path.read_text("utf-8", errors="replace") if path and path.is_file() else None
 
 
 def _flag_notes(tokenizer: PipelineTokenizer) -> Iterator[str]:

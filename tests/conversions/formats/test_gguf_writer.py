@@ -324,6 +324,24 @@ def test_special_tokens_that_the_tokenizer_names(tmp_path: Path) -> None:
     assert {kind: stored[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds} == kinds
 
 
+@pytest.mark.parametrize("in_settings", [True, False])
+def test_the_chat_template(tmp_path: Path, in_settings: bool) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer().definition()))
+    template = "{% for é in messages %}"
+    if in_settings:
+        settings = json.dumps({"chat_template": template})
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    else:
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = replace(CONFIG, vocab_size=256)
+    for tokenizer, expected in (
+        (PipelineTokenizer.of_folder(tmp_path), template),
+        (byte_tokenizer(), None),
+    ):
+        stored = written(tmp_path, config, tokenizer=tokenizer).metadata
+        assert stored.get("tokenizer.chat_template") == expected
+
+
 def byte_tokenizer(**special: int) -> PipelineTokenizer:
     """Make a tokenizer of bytes and special tokens."""
     vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
