@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -183,10 +184,14 @@ def find_format(path: Path) -> str | None:
     return None
 
 
-_FILE_SUFFIXES = {".gguf", ".pt", ".pth", ".bin", ".safetensors", ".dat"}
+_FILE_SUFFIXES = {".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".dat"}
+# Files of transformers' Trainer beside a model.
+_TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state).*")
 
 # Files that gptx does not read -> description, and a way to a file that it reads.
 _OTHER_PROGRAMS = {
+    "adapter_config.json": "a LoRA adapter, not a model: merge it into its model with peft's "
+    "merge_and_unload() and save_pretrained(), and give the result",
     "*.onnx": "an ONNX graph, which gptx writes and does not read: give the model that it was "
     "converted from",
     "tf_model.h5": "a TensorFlow model of transformers, which gptx does not read: save it with "
@@ -212,15 +217,18 @@ def _model_files(folder: Path) -> list[str]:
     return sorted(
         file.name
         for file in folder.iterdir()
-        if file.suffix in _FILE_SUFFIXES and "-of-" not in file.name and file.is_file()
+        if file.suffix in _FILE_SUFFIXES
+        and "-of-" not in file.name
+        and not _TRAINER_FILES.fullmatch(file.name)
+        and file.is_file()
     )
 
 
 def read(
-    source: str | Path,
+    source: str | os.PathLike[str],
     *,
-    config: str | Path | GPT2Config | None = None,
-    tokenizer: str | Path | None = None,
+    config: str | os.PathLike[str] | GPT2Config | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -259,7 +267,7 @@ def read(
 
     path = find_path(source, revision=revision, offline=offline)
     if config is not None and not isinstance(config, GPT2Config):
-        config = GPT2Config.from_file(config)
+        config = GPT2Config.from_file(Path(config).expanduser())
     name = detect(path)
     try:
         checkpoint: Checkpoint = FORMATS[name].load_module().read(path, config, ignore_unknown)

@@ -60,7 +60,7 @@ def info(
     tokenizer = sorted(files.tokenizer)
     if found.info.has_tokenizer and not tokenizer:
         tokenizer = [files.config.name]
-    about = {
+    about: dict[str, Any] = {
         "model": files.name,
         "revision": files.revision,
         "format": stored and stored.format,

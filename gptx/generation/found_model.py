@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptx import weights
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import TokenizerError, argument
+from gptx.errors import ParameterError, TokenizerError, argument
 from gptx.hub.resolve import find_source, importing_hub, local_path
 from gptx.model_files import CONFIG, INDEX, WEIGHTS, ModelFiles, Source, find_files, find_weights
 from gptx.quantization import Quantization
@@ -308,8 +308,17 @@ def find_model(
     Weights on the Hub are not downloaded. A file of another format is opened, and its tensors are
     not read.
     """
-    if config is not None and not isinstance(config, GPT2Config):
-        config = GPT2Config.from_file(config)
+    if isinstance(config, str | os.PathLike):
+        config = GPT2Config.from_file(Path(config).expanduser())
+    if not isinstance(config, GPT2Config | None):
+        raise ParameterError(
+            f"{argument('config')} is {config!r}, expected a GPT2Config or the path of a "
+            "config.json: make one with GPT2Config.from_dict(...)"
+        )
+    if not isinstance(tokenizer, str | os.PathLike | None):
+        raise ParameterError(
+            f"{argument('tokenizer')} is {tokenizer!r}, expected a folder, or a model that has one"
+        )
     if is_openai(model):
         return _OpenAIModel(
             os.fspath(model),

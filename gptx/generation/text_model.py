@@ -315,9 +315,13 @@ class Request:
             _ = info.tokenizer  # raises the error of a model without one
         ids = [_check_prompt(info, prompt, options.allow_special) for prompt in self.prompts]
         options.params.check_bias(info.config.vocab_size)
-        limits = {"max_tokens": options.max_tokens, "overflow": options.overflow}
         for prompt in ids:
-            fit_prompt(prompt, info.config.n_positions, **limits)
+            fit_prompt(
+                prompt,
+                info.config.n_positions,
+                max_tokens=options.max_tokens,
+                overflow=options.overflow,
+            )
         return ids
 
     def with_cache(self, cache: KVCache) -> Request:

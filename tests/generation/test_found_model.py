@@ -271,6 +271,12 @@ class TestGivenFiles:
         config = replace(CONFIG, layer_norm_epsilon=0.1)
         assert gptx.load(source, config=config, compile=False).config == config
 
+    @pytest.mark.parametrize("name", ["config", "tokenizer"])
+    @pytest.mark.parametrize("value", [5, {"n_layer": 1}, b"path"])
+    def test_values_of_other_types(self, name: str, value: Any) -> None:
+        with raises_error(ParameterError, f"{name} is {value!r}, expected a"):
+            gptx.load("shakespeare", **{name: value})
+
     def test_a_config_of_another_model(self, made: Callable[[str], Path]) -> None:
         with pytest.raises(ConfigError, match="n_layer is 2"):
             gptx.load(made("llm.c"), config=replace(CONFIG, n_layer=3))
@@ -374,6 +380,7 @@ class TestRefusals:
             ("model.onnx", ("writes and does not read", "converted from")),
             ("tf_model.h5", ("TensorFlow", "from_tf=True")),
             ("flax_model.msgpack", ("Flax", "from_flax=True")),
+            ("adapter_config.json", ("a LoRA adapter", "merge_and_unload")),
         ],
     )
     def test_formats_that_gptx_does_not_read(
@@ -397,6 +404,12 @@ class TestRefusals:
         (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"shard")
         (tmp_path / "z.gguf").write_bytes(b"model")
         with raises_error(WeightsError, f"{name} (and 1 more)"):
+            gptx.load(tmp_path)
+
+    def test_the_state_of_a_trainer_is_no_model(self, tmp_path: Path) -> None:
+        (tmp_path / "optimizer.pt").write_bytes(b"state")
+        (tmp_path / "training_args.bin").write_bytes(b"state")
+        with raises_error(NotFoundError, "config.json is missing"):
             gptx.load(tmp_path)
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
