@@ -7,6 +7,7 @@ gguf-py/gguf/vocab.py). llama.cpp reads them in src/llama-vocab.cpp (`llama_voca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy as np
 from gptx.config import GPT2Config
 from gptx.conversions.containers.gguf import GgufFile, describe_value
 from gptx.conversions.vocabularies.token_lists import (
+    CONTROL,
     UNUSED,
+    USER_DEFINED,
     flags_of_added_tokens,
     token_lists,
     tokenizer_from_lists,
@@ -64,7 +67,23 @@ def read_tokenizer(file: GgufFile, V: int) -> PipelineTokenizer | None:
         raise TokenizerError(f"{path} has a tokenizer without lists of tokens and merges")
     if len(tokens) != V:
         raise TokenizerError(f"{path} has {len(tokens)} tokens, expected {V} by its embedding")
-    return tokenizer_from_lists(tokens, merges, kinds.tolist(), str(path))
+    tokenizer = tokenizer_from_lists(tokens, merges, kinds.tolist(), str(path))
+    tokenizer.settings = replace(tokenizer.settings, options=_options(metadata, tokens, kinds))
+    return tokenizer
+
+
+def _options(metadata: Mapping[str, Any], tokens: list[str], kinds: np.ndarray) -> dict[str, str]:
+    """Return the special tokens and the chat template, named as in tokenizer_config.json.
+
+    An ordinary token is not named: transformers would then find it in any text, as a special one.
+    """
+    options = {}
+    for kind, name in NAMED_TOKENS.items():
+        id = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if isinstance(id, int) and 0 <= id < len(kinds) and kinds[id] in (CONTROL, USER_DEFINED):
+            options[f"{name}_token"] = tokens[id]
+    template = metadata.get("tokenizer.chat_template")
+    return options | ({"chat_template": template} if isinstance(template, str) else {})
 
 
 def end_of_text_ids(metadata: Mapping[str, Any], V: int) -> dict[str, Any]:

@@ -322,6 +322,10 @@ def test_special_tokens_that_the_tokenizer_names(tmp_path: Path) -> None:
     stored = written(tmp_path, config, tokenizer=tokenizer).metadata
     kinds = {"bos": 256, "eos": 257, "padding": 258, "unknown": 0}
     assert {kind: stored[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds} == kinds
+    found = read(tmp_path / "model.gguf")[1].tokenizer
+    assert found is not None
+    del named["unk_token"]  # an ordinary token
+    assert found.settings.named_tokens() == named
 
 
 @pytest.mark.parametrize("in_settings", [True, False])
@@ -340,6 +344,9 @@ def test_the_chat_template(tmp_path: Path, in_settings: bool) -> None:
     ):
         stored = written(tmp_path, config, tokenizer=tokenizer).metadata
         assert stored.get("tokenizer.chat_template") == expected
+        found = read(tmp_path / "model.gguf")[1].tokenizer
+        assert found is not None
+        assert found.settings.options.get("chat_template") == expected
 
 
 def byte_tokenizer(**special: int) -> PipelineTokenizer:
