@@ -3,8 +3,8 @@
     python -m tests.mutation conversions/containers/gguf.py -- tests/conversions/containers
 
 The copy is a temporary folder without `../shared`, as a fresh clone is. A mutant that no test
-detects survives and is printed. `equivalent_mutants.txt` lists mutants that compute the same as the
-original; these are not run.
+detects survives and is printed. `equivalent_mutants.tsv` lists mutants that compute the same as the
+original, with the reason; these are not run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.tsv")
 COPIED = ("gptx", "backends", "conversions", "benchmarks", "tests")
 IMPORTED_AS = {"backends": "gptx/backends", "conversions": "gptx/conversions"}
 MIN_TIMEOUT = 60.0  # seconds
@@ -74,8 +74,8 @@ class Mutant:
     ----------
     start, end
         Position of the expression in the source, in bytes.
-    line
-        Its line, counted from 1.
+    line, code
+        Number of its line, counted from 1, and the code of that line.
     before, after
         Code of the expression, on one line.
     """
@@ -83,6 +83,7 @@ class Mutant:
     start: int
     end: int
     line: int
+    code: str
     before: str
     after: str
 
@@ -96,8 +97,8 @@ class Mutant:
 
 def find_mutants(source: str) -> list[Mutant]:
     """Return all mutants of a module, in the order of its lines."""
-    lengths = [len(line.encode()) for line in source.splitlines(keepends=True)]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    lines = source.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(len(line.encode()) for line in lines)]
     found = []
     for node in _walk(ast.parse(source)):
         for original, changed in _changes(node):
@@ -106,7 +107,8 @@ def find_mutants(source: str) -> list[Mutant]:
             after = ast.unparse(changed)
             if isinstance(changed, ast.expr):
                 after = f"({after})"
-            found.append(Mutant(start, end, original.lineno, ast.unparse(original), after))
+            code, before = lines[original.lineno - 1].strip(), ast.unparse(original)
+            found.append(Mutant(start, end, original.lineno, code, before, after))
     return sorted(found, key=lambda mutant: mutant.start)
 
 
@@ -149,6 +151,13 @@ def _replaced(node: Any, **fields: Any) -> Any:
     for name, value in fields.items():
         setattr(changed, name, value)
     return changed
+
+
+def read_equivalent() -> set[tuple[str, str, str]]:
+    """Return path, code of the line, and change of each mutant in the list."""
+    lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {(path, code, change) for path, code, change, _reason in rows}
 
 
 def copy_package(folder: Path) -> None:
@@ -220,7 +229,7 @@ def main(arguments: list[str]) -> None:
     options, tests = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     if not tests:
         parser.error("the tests are missing: give their paths after --")
-    equivalent = [line.split("  # ")[0].strip() for line in EQUIVALENT.read_text().splitlines()]
+    equivalent = read_equivalent()
     with tempfile.TemporaryDirectory() as parent:
         folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for i in range(options.jobs):
@@ -242,7 +251,7 @@ def main(arguments: list[str]) -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             for path in options.paths:
                 found = find_mutants((folder / path).read_text())
-                found = [m for m in found if f"{path}: {m}" not in equivalent]
+                found = [m for m in found if (path, m.code, str(m)) not in equivalent]
                 if options.sample and options.sample < len(found):
                     found = random.Random(options.seed).sample(found, options.sample)
                 n = len(found)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.mutation import EQUIVALENT, ROOT, find_mutants
+from tests.mutation import ROOT, find_mutants, read_equivalent
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,6 @@ def test_changes_of_statements(source: str, expected: list[str]) -> None:
 
 
 def test_every_equivalent_mutant_exists() -> None:
-    for line in EQUIVALENT.read_text().splitlines():
-        path, _, change = line.split("  # ")[0].partition(": ")
-        mutants = find_mutants(Path(ROOT, path).read_text())
-        assert change.strip() in map(str, mutants), line
+    for path, code, change in read_equivalent():
+        mutants = find_mutants((ROOT / path).read_text(encoding="utf-8"))
+        assert (code, change) in {(mutant.code, str(mutant)) for mutant in mutants}, path
