@@ -6,9 +6,10 @@ import os
 
 from huggingface_hub import get_token
 
-from gptx.errors import ParameterError, argument
+from gptx.errors import ParameterError, StorageError, argument
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SAVED = "the token of `hf auth login`"
 
 
 def find_token(given: str | None) -> str | None:
@@ -18,13 +19,20 @@ def find_token(given: str | None) -> str | None:
     ------
     ParameterError
         An HTTP header cannot carry it. The message hides it.
+    StorageError
+        The file of the saved login cannot be read.
     """
     if given:
         check_token(given)
         return given
-    if token := get_token():
-        variables = [name for name in VARIABLES if os.environ.get(name)]
-        check_token(token, variables[0] if variables else "the token of `hf auth login`")
+    try:
+        token = get_token()
+    except OSError as error:
+        raise StorageError(f"{SAVED} cannot be read ({error}): set HF_TOKEN instead") from error
+    except UnicodeError:
+        raise ParameterError(f"{SAVED} is not text: run `hf auth login` again") from None
+    variables = [name for name in VARIABLES if os.environ.get(name)]
+    check_token(token, variables[0] if variables else SAVED)
     return token
 
 

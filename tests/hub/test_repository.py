@@ -168,6 +168,16 @@ class TestRefusals:
         check(hidden, AuthorizationError, "without a token")
         check_files(client.one("org/model", env=variables), model())
 
+    def test_saved_token_that_cannot_be_read(self, client: Client) -> None:
+        client.home.mkdir(exist_ok=True)
+        (client.home / "token").write_bytes(b"hf_\xff")
+        check(client.one("org/model"), ParameterError, "the token of `hf auth login` is not text")
+        (client.home / "token").unlink()
+        (client.home / "token").mkdir()
+        folder = client.one("org/model")
+        check(folder, StorageError, "`hf auth login` cannot be read", str(client.home / "token"))
+        check_files(client.one("org/model", env={"HF_TOKEN": "hf_good"}), model())
+
     @pytest.mark.parametrize(
         ("name", "meant"),
         [("gtp2", "gpt2"), ("gpt2-meduim", "gpt2-medium"), ("shakespear", "shakespeare")],
