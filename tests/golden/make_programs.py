@@ -484,7 +484,7 @@ def mlx(_: str) -> None:
     import mlx.core as mx
     import numpy as np
     from mlx_lm import convert
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import dequantize_model, load_model
 
     def quantized(**settings: Any) -> dict[str, Any]:
         return {"quantize": True, "q_group_size": 32, **settings}
@@ -516,6 +516,9 @@ def mlx(_: str) -> None:
                     path.unlink()
             model, _ = load_model(folder)
             model.set_dtype(mx.float32)
+            if settings.get("quantize"):  # mlx-lm adds mxfp8 embeddings in bfloat16
+                model = dequantize_model(model)
+                model.set_dtype(mx.float32)
             logits = np.array(model(mx.array([IDS]))[0])
             write_results(folder.name, logits)
     shutil.rmtree(source)
