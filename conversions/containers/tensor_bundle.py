@@ -207,7 +207,7 @@ class TensorBundle:
         """
         entry, dtype = self.entries[name], self.dtype(name)
         path = self.path(entry)
-        array = BinaryFile(path).array(entry.offset, entry.shape, dtype, f"tensor {name}")
+        array = BinaryFile(path).map(entry.offset, entry.shape, dtype, f"tensor {name}")
         if _masked(crc32c(array)) != entry.crc:
             raise WeightsError(
                 f"{path} is damaged (the checksum of {name} differs): fetch it again"

@@ -197,7 +197,7 @@ class TorchFile:
     def _read(self, tensor: TorchTensor, label: str) -> Array:
         storage, location = tensor.storage, self._locations[tensor.storage.key]
         size = storage.dtype.itemsize
-        numbers = self._file.array(
+        numbers = self._file.map(
             location.start + tensor.offset * size, (tensor.extent,), storage.dtype, label
         )
         if location.crc and not location.checked:

@@ -116,13 +116,13 @@ def test_nothing_of_the_optimizer_is_read(
 ) -> None:
     (tmp_path / "ckpt.pt").write_bytes(container(nanogpt(CONFIG, WEIGHTS)))
     taken: list[str] = []
-    array = torch_file.BinaryFile.array
+    map_array = torch_file.BinaryFile.map
 
     def counted(self: Any, offset: int, shape: Any, dtype: Any, label: str) -> Any:
         taken.append(label.removeprefix("tensor "))
-        return array(self, offset, shape, dtype, label)
+        return map_array(self, offset, shape, dtype, label)
 
-    monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
+    monkeypatch.setattr(torch_file.BinaryFile, "map", counted)
     checkpoint = read(tmp_path)[1]
     assert not taken
     list(checkpoint.tensors.values())

@@ -413,13 +413,13 @@ def test_tensors_are_read_on_request(
 ) -> None:
     folder = write_folder(tmp_path / "m", CONFIG, container(state_dict(WEIGHTS)))
     taken: list[str] = []
-    array = torch_file.BinaryFile.array
+    map_array = torch_file.BinaryFile.map
 
     def counted(self: Any, offset: int, shape: Any, dtype: Any, label: str) -> Any:
         taken.append(label)
-        return array(self, offset, shape, dtype, label)
+        return map_array(self, offset, shape, dtype, label)
 
-    monkeypatch.setattr(torch_file.BinaryFile, "array", counted)
+    monkeypatch.setattr(torch_file.BinaryFile, "map", counted)
     checkpoint = read(folder)[1]
     assert not taken
     checkpoint.tensors["ln_f.weight"]
