@@ -40,7 +40,8 @@ def argument(name: str, *values: Any) -> str:
     >>> str(GptxError(f"use {argument('overflow', 'truncate', 'slide')}"))
     "use overflow='truncate' or 'slide'"
 
-    The command line prints "lower -n/--max-tokens" and "use --overflow truncate or slide".
+    The command line prints "lower -n/--max-tokens" and "use --overflow truncate or slide". An error
+    that quotes another keeps its marks by `error.message`.
     """
     return f"{_MARK}{_SEPARATOR.join([name, *map(repr, values)])}{_MARK}"
 

@@ -135,8 +135,10 @@ Exit codes:
    71  out of memory
    74  read or write error, such as a full disk
    77  not authorized by the Hub
+  129  the terminal was closed (SIGHUP)
   130  interrupted (Ctrl-C)
   141  broken pipe: the reader of standard output has ended
+  143  terminated (SIGTERM)
 """
 
 

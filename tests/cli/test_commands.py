@@ -95,6 +95,7 @@ def test_help_lists_commands_and_exit_codes(option: str, monkeypatch: pytest.Mon
         assert re.search(rf"^  {name} +{re.escape(summary)}$", done.out, re.MULTILINE)
     kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, GptxError)]
     codes = {kind.exit_code for kind in kinds} | {Interrupted.exit_code, BROKEN_PIPE}
+    codes |= {128 + number for number in (1, 15)}  # SIGHUP, SIGTERM
     listed = re.findall(r"^ +(\d+)  \w", done.out, re.MULTILINE)
     assert list(map(int, listed)) == sorted(codes - {GptxError.exit_code})
 
