@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import pytest
 from gptx import weights
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
+from gptx.errors import ParameterError
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.stored_weights import open_weights
 from gptx.weights import NO_NUMBA_NOTE, to_backend
 from tests.support.backends import make_backend
+from tests.support.cli import raises_error
 from tests.support.random_models import CASES
 from tests.support.safetensors_bytes import MICRO, weights_path
+
+INT8 = Quantization(32, 8)
 
 
 def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
@@ -79,3 +84,36 @@ def test_layers_are_in_order_beyond_nine() -> None:
     tree = to_backend(backwards, make_backend("numpy"))
     for layer in range(12):
         assert np.shares_memory(tree.h[layer].ln_1.bias, arrays[f"h.{layer}.ln_1.bias"])
+
+
+def test_the_config_of_a_quantized_model_needs_no_weights() -> None:
+    config = replace(CASES["n-inner"], n_inner=96)  # 32 inputs, 96 in one matrix of a layer
+    assert weights.quantized_config(config, None) == config
+    described = weights.quantized_config(config, Quantization(32, 4))
+    assert described == replace(config, quantization=Quantization(32, 4))
+    assert weights.quantized_config(described, Quantization(32, 4)) == described
+    with raises_error(ParameterError, "are int4 in groups of 32 already"):
+        weights.quantized_config(described, Quantization(32, 8))
+    with raises_error(ParameterError, "wte.weight has 32 inputs: give 32"):
+        weights.quantized_config(config, Quantization(64, 4))
+    uneven = replace(config, n_inner=72)
+    with raises_error(ParameterError, "h.0.mlp.c_proj.weight has 72 inputs"):
+        weights.quantized_config(uneven, Quantization(32, 4))
+
+
+def test_each_tensor_is_accessed_once() -> None:
+    """A mapping can read a tensor from its file at each access."""
+    accessed: list[str] = []
+
+    class Counted(dict[str, np.ndarray]):
+        def __getitem__(self, name: str) -> np.ndarray:
+            accessed.append(name)
+            return super().__getitem__(name)
+
+    config = CASES["untied"]
+    found = Counted(random_weights(config))
+    loaded = weights.load_arrays(found, config, make_backend("numpy"), quantization=INT8)
+    assert accessed == list(config.tensor_shapes())
+    quantized, described = weights.quantize_weights(random_weights(config), config, INT8)
+    assert loaded.fingerprint == weights.fingerprint(quantized)
+    assert loaded.config == described

@@ -76,7 +76,7 @@ def _list(*names: str, help: str, minimum: int | None = None) -> Callable[[Any],
     "-m",
     "--model",
     "models",
-    help="Model names, folders, Hub ids, or random:124M (random weights of that size).  "
+    help="Model names, files, folders, Hub ids, or random:124M (random weights of that size).  "
     "[default: shakespeare]",
 )
 @_list("-b", "--backend", "backends", help="Array libraries: numpy, cupy, mlx.  [default: numpy]")
