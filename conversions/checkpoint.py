@@ -258,7 +258,8 @@ def require_openai_settings(config: GPT2Config, program: str, *supported: str) -
     for name, value in openai.items():
         found = config.mlp_dim if name == "n_inner" else getattr(config, name)
         if found != value and name not in supported:
-            raise ConfigError(f"{name} is {found!r}, {program} supports only {value!r}")
+            reason = " (the model has its own lm_head.weight)" if name.startswith("tie") else ""
+            raise ConfigError(f"{name} is {found!r}{reason}, {program} supports only {value!r}")
 
 
 def end_of_text_ids(vocab_size: int, tokenizer: PipelineTokenizer | None = None) -> dict[str, Any]:
