@@ -143,8 +143,8 @@ def test_invalid_options_are_errors_before_the_search_for_a_model(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--quantize", "int5"), "quantize is 'int5', expected 'int8' or 'int4'"),
-        (("--group-size", "32"), "group_size is 32, but quantize is missing"),
+        (("--quantize", "int5"), "'int5' is not one of 'int8', 'int4'"),
+        (("--group-size", "32"), "--group-size is 32, but --quantize is missing"),
         (("--quantize", "int4", "--group-size", "48"), "expected 32, 64 or 128"),
         (
             ("--quantize", "int4", "--group-size", "128"),
