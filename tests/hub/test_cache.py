@@ -149,6 +149,17 @@ class TestFormerNames:
         check_files(offline, model())
         assert former in Path(offline["config"]).parents
 
+    def test_cache_of_the_commit_is_chosen(
+        self, server: HubServer, client: Client, former: Path
+    ) -> None:
+        """The branch moved to a commit that is cached, without a ref, under the present name."""
+        old, new = commit_of(self.REPO, "main"), "b" * 40
+        server.repos[self.REPO] = {"main": new, old: model(), new: model(1)}
+        client.one("gpt2", revision=new)
+        server.requests.clear()
+        check_files(client.one("gpt2"), model(1))
+        assert server.log("GET") == []
+
     def test_another_model_of_that_name(self, server: HubServer, client: Client) -> None:
         download_by_huggingface_hub(client, "org/model")
         (client.cache / "models--org--model").rename(client.cache / "models--model")
