@@ -149,6 +149,13 @@ class TestFormerNames:
         check_files(offline, model())
         assert former in Path(offline["config"]).parents
 
+    def test_config_and_tokenizer_without_weights(self, client: Client, former: Path) -> None:
+        (weights,) = former.glob("snapshots/*/model.safetensors")
+        weights.unlink()
+        found = client.one("gpt2", offline=True, weights=False)
+        assert former in Path(found["config"]).parents
+        assert set(found["tokenizer"]) == {"tokenizer.json"}
+
     def test_cache_of_the_commit_is_chosen(
         self, server: HubServer, client: Client, former: Path
     ) -> None:
