@@ -84,12 +84,13 @@ class BinaryFile:
     def map(self, offset: int, shape: tuple[int, ...], dtype: Any, label: str) -> Array:
         """Map an array in C order into memory, read-only; see `read` for the label and the errors.
 
-        The system reads the data when they are used. Only data that are not aligned are copied.
+        The system reads the data when they are used: the file must not become shorter before. Only
+        data that are not aligned are copied.
         """
         dtype = np.dtype(dtype)
         n_bytes = math.prod(shape) * dtype.itemsize
         self._check(offset, n_bytes, label)
-        if offset % dtype.itemsize:
+        if offset % dtype.itemsize or not n_bytes:  # an empty file cannot be mapped
             return self.array(offset, shape, dtype, label)
         return self._mapped[offset : offset + n_bytes].view(dtype).reshape(shape)
 

@@ -60,6 +60,13 @@ def test_arrays_at_any_offset(file: BinaryFile, dtype: str) -> None:
         assert found.flags.writeable != aligned  # only data that are not aligned are copied
 
 
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    file = BinaryFile(tmp_path / "x")
+    assert file.read(0, 0, "x") == b""
+    assert file.map(0, (0, 4), "<f4", "x").shape == (0, 4)
+
+
 def test_the_size_of_an_array_is_in_bytes(file: BinaryFile) -> None:
     assert file.array(0, (5, 5), "<f4", "x").shape == (5, 5)
     for read in (file.array, file.map):
