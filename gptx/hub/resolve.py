@@ -162,7 +162,7 @@ def local_path(model: str | os.PathLike[str]) -> Path | None:
     try:
         name = os.fspath(model)
         path = Path(os.path.expanduser(name))
-        if isinstance(model, str) and name in EMBEDDED:
+        if not name or (isinstance(model, str) and name in EMBEDDED):
             return None
         is_file(path)  # raises the error; the methods of Path do so in some versions of Python
         if path.is_dir():

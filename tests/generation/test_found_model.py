@@ -355,6 +355,11 @@ class TestNames:
         with pytest.raises(NotFoundError, match="openai-community/gpt2"):
             find_model("gpt2", offline=True)
 
+    @pytest.mark.parametrize("name", ["", " ", "a\0b", None, 5, b"shakespeare"])
+    def test_no_names(self, name: Any) -> None:
+        with raises_error(ParameterError, "model is ", "expected an embedded name"):
+            find_model(name)
+
     def test_a_revision_of_a_file(self, made: Callable[[str], Path]) -> None:
         with raises_error(ParameterError, "revision is 'v1'", "is not from the Hub"):
             gptx.load(made("gguf"), revision="v1")
