@@ -226,8 +226,9 @@ def infer_config(
         **end_of_text_ids(V),
     )
     note = (
-        f"the file has no number of heads: {config.n_head} of width {HEAD_DIM} are assumed, as in "
-        "OpenAI's models (if that is wrong, give the model's config.json)"
+        f"the file has no number of heads: {config.n_head} of width {HEAD_DIM} are assumed, with "
+        f"the activation {config.activation_function}, as in OpenAI's models (if that is wrong, "
+        "give the model's config.json)"
     )
     return config, (note,)
 
