@@ -13,7 +13,7 @@ from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Array, Checkpoint, StoredTensor
 from gptx.conversions.registry import FORMATS, Format, read
 from gptx.errors import ParameterError, StorageError, argument
-from gptx.files import atomic_path
+from gptx.files import atomic_path, check_replaceable
 from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
 
 Progress = Callable[[str, int, int], None]
@@ -129,7 +129,8 @@ def _target_format(to: str | None, destination: Path, quantize: str | None) -> s
         if row.by_suffix and row.suffix == destination.suffix:
             return name
     raise ParameterError(
-        f"{destination} has an unknown suffix: give {argument('to')}, one of {', '.join(writers)}"
+        f"{destination} has an unknown suffix: select the format by {argument('to')}, one of "
+        f"{', '.join(writers)}"
     )
 
 
@@ -153,7 +154,8 @@ def _check_options(
 
 
 def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
-    """Raise an error if writing the destination would lose other files."""
+    """Raise an error if writing the destination would lose other files, or is not possible."""
+    check_replaceable(destination)
     if not destination.absolute().parent.is_dir():
         raise StorageError(f"{destination} cannot be written (its folder does not exist)")
     if destination.is_dir():

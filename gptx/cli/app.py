@@ -81,23 +81,23 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
     "max_tokens" is "-n/--max-tokens", "overflow" with the value 'truncate' is "--overflow
     truncate". An argument has the name that its usage line shows.
     """
-    names = {}
+    options: dict[str, list[str]] = {}
+    arguments: dict[str, str] = {}
     for param in command.params:
         if isinstance(param, click.Argument):
-            names[param.name] = param.human_readable_name
+            arguments[str(param.name)] = param.human_readable_name
             continue
         flag = max(param.opts, key=len)
         # A list such as `models` is also the option of one of its items.
-        names |= dict.fromkeys((param.name, flag.lstrip("-").replace("-", "_")), param.opts)
+        options[str(param.name)] = options[flag.lstrip("-").replace("-", "_")] = param.opts
 
     def show(name: str, values: list[str]) -> str:
-        opts = names.get(name, name)
-        if isinstance(opts, str):
-            return opts
+        if name not in options:
+            return arguments.get(name, name)
         if not values:
-            return "/".join(opts)
+            return "/".join(options[name])
         shown = " or ".join(value.strip("'") for value in values if value != "True")
-        return f"{max(opts, key=len)} {shown}".rstrip()
+        return f"{max(options[name], key=len)} {shown}".rstrip()
 
     return show
 
@@ -109,11 +109,11 @@ def _notes() -> Iterator[None]:
         warnings.simplefilter("always", ModelWarning)
         others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *details: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, ModelWarning):
                 click.echo(f"Note: {message}", err=True)
             else:
-                others(message, category, *details)
+                others(message, category, *place, **more)
 
         warnings.showwarning = show  # `catch_warnings` restores it
         yield

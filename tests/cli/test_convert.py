@@ -110,3 +110,16 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     os.close(reader)
     assert b"100%" in shown
     assert b"[####" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_fifo_is_refused_before_the_source_is_read(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    fifo = tmp_path / "fifo.gguf"
+    os.mkfifo(fifo)
+    done = run("convert", "./nowhere", str(fifo), *options)
+    assert (done.code, done.out) == (74, "")
+    assert "is a FIFO, expected a regular file: give another name" in done.err
+    assert fifo.is_fifo()

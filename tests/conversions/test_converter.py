@@ -183,7 +183,10 @@ def test_a_suffix_selects_one_format(suffix: str, tmp_path: Path, source_model: 
 
 
 def test_an_unknown_suffix_is_refused_with_the_formats(tmp_path: Path) -> None:
-    with pytest.raises(ParameterError, match=r"out\.xyz has an unknown suffix.*--to.*safetensors"):
+    with pytest.raises(
+        ParameterError,
+        match=r"out\.xyz has an unknown suffix: select the format by to, .*safetensors",
+    ):
         convert("shakespeare", tmp_path / "out.xyz")
 
 
