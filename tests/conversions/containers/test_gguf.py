@@ -409,6 +409,16 @@ def test_an_encoded_header_is_that_of_the_specification() -> None:
     assert encode_header(metadata, tensors) == expected + bytes(-len(expected) % 32)
 
 
+def test_a_tensor_in_a_file_and_one_to_be_written(path: Path) -> None:
+    write(path, [info("a", [8], F32, 0), info("b", [4, 2], F16, 32)], floats(8) + bytes(32))
+    size = path.stat().st_size
+    assert GgufFile(path).tensors == {
+        "a": TensorInfo("a", (8,), FLOAT_TYPES["float32"], size - 64),
+        "b": TensorInfo("b", (2, 4), FLOAT_TYPES["float16"], size - 32),
+    }
+    assert TensorInfo("a", (8,), FLOAT_TYPES["float32"]).offset == 0
+
+
 def test_padding() -> None:
     assert [len(padding(n)) for n in (0, 1, 31, 32, 33)] == [0, 31, 1, 0, 31]
     assert set(padding(1)) == {0}
