@@ -175,6 +175,7 @@ def measure(setup: dict[str, Any], trials: list[list[int]], repetitions: int) ->
         "load_time": load_time,
         "peak_memory": model.backend.peak_memory(),
         "kernels": getattr(model.gpt2.forward, "kernels_per_token", None),
+        "notes": list(model.notes),
     }
     for trial, (first, *others) in samples.items():
         figures = trial_figures(trial, chosen.batch, first, others[warm_up - 1 :])

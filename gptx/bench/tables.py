@@ -144,7 +144,7 @@ def markdown(records: Sequence[Event], columns: Sequence[Column]) -> str:
 
 
 def _footer(records: Sequence[Event]) -> list[str]:
-    """Name the software, the machine, and the bandwidth of its memory."""
+    """Name the software, the machine, the bandwidth of its memory, and notes on the models."""
     if not records:
         return []
     facts = records[0]
@@ -161,7 +161,8 @@ def _footer(records: Sequence[Event]) -> list[str]:
     for (backend, threads), bandwidth in bandwidths.items():
         what = f"{backend}, {count(threads, 'thread')}" if threads else backend
         lines.append(f"memory read at {bandwidth / 1e9:.1f} GB/s ({what})")
-    return lines
+    notes = [f"{r['model']}, {r['dtype']}: {note}" for r in records for note in r.get("notes", ())]
+    return lines + list(dict.fromkeys(notes))
 
 
 def count(n: int, noun: str) -> str:

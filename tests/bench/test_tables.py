@@ -193,6 +193,14 @@ def test_the_footer_names_software_machine_and_bandwidth() -> None:
     ]
 
 
+def test_the_footer_has_notes_once() -> None:
+    notes = ["its head is not tied"]
+    same = [make_record(Trial(4, 0, depth), 1.0, notes=notes) for depth in (0, 8)]
+    text = tables.render([*same, make_record(Trial(4, 0), 1.0, notes=[])], grid.COLUMNS, "md")
+    assert text.splitlines()[-1] == "random:124M, float32: its head is not tied"
+    assert text.count("its head is not tied") == 1
+
+
 def test_a_device_and_its_kernels_are_shown() -> None:
     gpu = make_record(
         Trial(0, 4), 1.0, backend="cupy", threads=None, kernels=63, device="NVIDIA H200"

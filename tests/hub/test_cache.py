@@ -12,7 +12,7 @@ from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 
 from gptx.errors import HubUnavailableError, NotFoundError, StorageError
 from gptx.hub.resolve import ALIASES, FORMER_NAMES
-from tests.support.hub import Client, check, check_files, hub_settings, model
+from tests.support.hub import Client, check, check_files, hub_settings, index, model
 from tests.support.hub_server import HubServer, commit_of
 from tests.support.permissions import folder_of_another_user, unprivileged
 
@@ -206,6 +206,18 @@ class TestWithoutRef:
         check(result, NotFoundError, "model.safetensors", hint)
         other = client.one("org/model", offline=True, revision="v9")
         check(other, NotFoundError, "config.json", hint)
+
+
+def test_incomplete_shards_are_no_other_commit(server: HubServer, client: Client) -> None:
+    files = model()
+    files["a.safetensors"] = files.pop("model.safetensors")
+    server.repos["org/model"] = {
+        "main": files | {"model.safetensors.index.json": index("a.safetensors")}
+    }
+    Path(client.one("org/model")["weights"][0]).unlink()
+    result = client.one("org/model", offline=True)
+    check(result, NotFoundError, "a.safetensors of org/model@main is not in the cache")
+    assert "the cache has commit" not in result["message"]
 
 
 def test_ref_moves_only_to_a_commit_with_its_weights(server: HubServer, client: Client) -> None:
