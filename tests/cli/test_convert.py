@@ -87,6 +87,20 @@ def test_check_finds_a_number_that_is_not_finite(tmp_path: Path) -> None:
     assert "tensor ln_f.weight has a number that is not finite" in done.err
 
 
+def test_unknown_tensors_are_left_out_on_request(tmp_path: Path) -> None:
+    weights = random_weights(CASES["tiny"]) | {"clip.weight": np.ones(2, np.float32)}
+    folder = write_model(tmp_path / "m", CASES["tiny"], weights)
+    for args in (("--check", str(folder)), (str(folder), str(tmp_path / "out"))):
+        done = run("convert", *args)
+        assert (done.code, done.out) == (65, "")
+        assert "tensor clip.weight is unknown" in done.err
+        assert "(--ignore-unknown leaves them out)" in done.err
+        done = run("convert", *args, "--ignore-unknown")
+        assert done.code == 0
+        assert done.err.startswith("Note: tensor clip.weight is unknown: left out\n")
+    assert run("convert", "--check", str(tmp_path / "out")).err == ""
+
+
 def test_notes_of_a_reader_are_printed(tmp_path: Path) -> None:
     file = source_of("355M", tmp_path) / "model.safetensors"
     file.with_name("config.json").unlink()

@@ -21,6 +21,7 @@ from gptx.conversions.formats import gptx_json
 from gptx.errors import ConfigError, WeightsError
 from gptx.quantization import QuantizedTensor
 from gptx.random_weights import random_weights
+from gptx.stored_weights import OWN_HEAD_NOTE
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model
 
@@ -49,6 +50,18 @@ def tensors(path: Path, config: GPT2Config = TINY) -> dict[str, np.ndarray]:
         assert not isinstance(tensor, QuantizedTensor)
         found[name] = tensor
     return found
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_the_tensors_decide_if_the_head_is_tied(differs: bool, tmp_path: Path) -> None:
+    head = random_weights(TINY)["wte.weight"] + differs
+    data = model_dict() | {"lm_head.weight": {"shape": head.shape, "data": head.ravel().tolist()}}
+    (tmp_path / "model.json").write_text(json.dumps(data))
+    checkpoint = gptx_json.read(tmp_path / "model.json", TINY)
+    assert checkpoint.config == replace(TINY, tie_word_embeddings=not differs)
+    assert checkpoint.notes == ((OWN_HEAD_NOTE,) if differs else ())
+    if differs:
+        np.testing.assert_array_equal(checkpoint.tensors["lm_head.weight"], head)
 
 
 @pytest.fixture

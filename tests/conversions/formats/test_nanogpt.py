@@ -18,6 +18,7 @@ from gptx.conversions.formats import nanogpt as nanogpt_file
 from gptx.errors import ConfigError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import widen_bfloat16
+from gptx.stored_weights import OWN_HEAD_NOTE
 from tests.support.fuzz import MUTATIONS, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES
 from tests.support.torch_files import CONTAINERS, Pickle, nanogpt, view, write_folder, zip_of
@@ -98,6 +99,9 @@ def test_an_untied_head_is_kept(container: Any, tmp_path: Path) -> None:
     head = checkpoint.tensors["lm_head.weight"]
     assert isinstance(head, np.ndarray)
     assert (head == weights["lm_head.weight"]).all()
+    given = read(tmp_path, config=replace(config, tie_word_embeddings=True))[1]
+    assert given.config == replace(config, tie_word_embeddings=False)
+    assert OWN_HEAD_NOTE in given.notes
 
 
 def test_notes_list_assumptions_and_a_config_replaces_them(tmp_path: Path) -> None:

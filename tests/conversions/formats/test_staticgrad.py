@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gptx.conversions.vocabularies.byte_tokens import tokenizer_from_bytes
 from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
+from gptx.stored_weights import OWN_HEAD_NOTE
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model
 
@@ -84,6 +86,21 @@ def test_a_folder_is_read_with_its_tokenizer(written: Path) -> None:
     assert found.tokenizer is not None
     assert found.tokenizer.encode("the theth<") == [257, 258, 256, ord("<")]
     assert found.tokenizer.end_of_text_id == 259
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_the_tensors_decide_if_the_head_is_tied(written: Path, differs: bool) -> None:
+    head = random_weights(CONFIG)["wte.weight"] + differs
+    with open(written / NAMES[0], "ab") as file:
+        file.write(head.tobytes())
+    metadata = json.loads((written / NAMES[1]).read_text())
+    metadata.append({"name": "lm_head.weight", "shape": head.shape, "size": head.size})
+    (written / NAMES[1]).write_text(json.dumps(metadata))
+    found = staticgrad.read(written, CONFIG)
+    assert found.config == replace(CONFIG, tie_word_embeddings=not differs)
+    assert found.notes == ((OWN_HEAD_NOTE,) if differs else ())
+    if differs:
+        np.testing.assert_array_equal(found.tensors["lm_head.weight"], head)
 
 
 def test_end_of_text_is_the_tokenizer_s_without_a_config(tmp_path: Path) -> None:
