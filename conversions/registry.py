@@ -150,10 +150,10 @@ def detect(path: Path) -> str:
         return name
     if path.is_file() and path.stat().st_size == 0:
         raise WeightsError(f"{path} is an empty file: fetch it again")
-    if description := describe_unreadable(path):
-        raise WeightsError(f"{path} is {description}")
     from gptx.hub.resolve import hub_reading
 
+    if description := describe_unsupported(path):
+        raise WeightsError(f"{path} is {description}{hub_reading(path)}")
     if path.is_dir():
         check_named_files(path)
     names = ", ".join(name for name, row in FORMATS.items() if row.reads)
@@ -201,7 +201,7 @@ _OTHER_PROGRAMS = {
 }
 
 
-def describe_unreadable(path: Path) -> str | None:
+def describe_unsupported(path: Path) -> str | None:
     """Describe a file of a known format that gptx does not read, or a folder with a model file."""
     for pattern, text in _OTHER_PROGRAMS.items():
         if path.match(pattern) or (path.is_dir() and any(path.glob(pattern))):

@@ -19,7 +19,14 @@ from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import ParameterError, TokenizerError, argument
 from gptx.hub.resolve import find_source, importing_hub, local_path
-from gptx.model_files import CONFIG, INDEX, WEIGHTS, ModelFiles, Source, find_files, find_weights
+from gptx.model_files import (
+    CONFIG,
+    WEIGHT_FILES,
+    ModelFiles,
+    Source,
+    find_files,
+    find_weights,
+)
 from gptx.quantization import Quantization
 from gptx.stored_weights import open_weights, type_name
 from gptx.tokenization.finding import describe_unreadable
@@ -356,8 +363,8 @@ def _needs_conversions(model: str | os.PathLike[str]) -> bool:
     path = local_path(model)
     if path is None or not path.is_dir():
         return path is not None
-    if (path / CONFIG).is_file() and any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+    if (path / CONFIG).is_file() and any((path / name).is_file() for name in WEIGHT_FILES):
         return False
-    from gptx.conversions.registry import describe_unreadable, find_format
+    from gptx.conversions.registry import describe_unsupported, find_format
 
-    return find_format(path) is not None or describe_unreadable(path) is not None
+    return find_format(path) is not None or describe_unsupported(path) is not None

@@ -223,6 +223,13 @@ def test_tensors_are_read_one_by_one(made: Callable[[str], Path]) -> None:
     assert events == [f"{verb} {name}" for name in WEIGHTS for verb in ("read", "bring")]
 
 
+def test_files_of_a_folder_with_pytorch_model_bin(made: Callable[[str], Path]) -> None:
+    path = made("torch_folder")
+    found = find_model(path)
+    assert found.info.files.weights == (path / "pytorch_model.bin",)
+    assert (found.info.files.config, found.fetch()) == (path / "config.json", path)
+
+
 class TestNotes:
     """Assumptions of a reader: in Python a warning, on the command line a line of its own."""
 
