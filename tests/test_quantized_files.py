@@ -20,7 +20,7 @@ from gptx.errors import ModelWarning, ParameterError, WeightsError
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights
-from gptx.stored_weights import check_weights, open_weights
+from gptx.stored_weights import OWN_HEAD_NOTE, check_weights, open_weights
 from gptx.weights import quantize_weights
 from tests.support.cli import raises_error, run
 from tests.support.conversions import save
@@ -86,6 +86,34 @@ def test_a_layer_of_another_quantization(saved: Path) -> None:
     (saved / "config.json").write_text(json.dumps(data))
     with raises_error(WeightsError, f'{layer}.weight is quantized, but config.json has no "quant'):
         gptx.load(saved)
+
+
+@pytest.mark.parametrize("changed", [None, "weight", "scales", "biases"])
+def test_a_quantized_head_beside_a_tied_config(saved: Path, changed: str | None) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    head = {part: tensors[f"model.wte.{part}"].copy() for part in PARTS}
+    if changed is not None:
+        head[changed][-1, -1] += 1
+    save_file(tensors | {f"lm_head.{part}": x for part, x in head.items()}, saved / WEIGHTS)
+    given = GPT2Config.from_file(saved / "config.json")
+    found = open_weights([saved / WEIGHTS], given)
+    assert found.config == replace(given, tie_word_embeddings=changed is None)
+    assert found.notes == (() if changed is None else (OWN_HEAD_NOTE,))
+    if changed is not None:
+        array = found.map()["lm_head.weight"]
+        assert isinstance(array, QuantizedTensor)
+        np.testing.assert_array_equal(array.weight, head["weight"])
+
+
+def test_a_head_of_floats_beside_a_quantized_table(saved: Path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    head = np.ones((97, 32), np.float32)
+    save_file(tensors | {"lm_head.weight": head}, saved / WEIGHTS)
+    with pytest.warns(ModelWarning, match="the model's own head is used"):
+        model = gptx.load(saved)
+    assert not model.config.tie_word_embeddings
+    logits = model.logits([1, 2])
+    np.testing.assert_allclose(logits, logits[:, :1].repeat(97, axis=1), rtol=1e-6)
 
 
 SMALL = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
