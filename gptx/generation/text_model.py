@@ -351,8 +351,8 @@ def stream_request(
 ) -> Chunks:
     """Check a request, and return the chunks of all its continuations, batch by batch.
 
-    At the end, also after an error or an interrupt, `keep_cache` gets a KV cache of a single prompt
-    and its output, unless the model has read none of them.
+    At the end, also after an interrupt, `keep_cache` gets a KV cache of a single prompt and its
+    output, unless the model has read none of them.
     """
     prompts, options = request.prompts, request.options
     if options.cache is not None:
@@ -387,13 +387,17 @@ def stream_request(
 def _keeping_cache(
     model: Model, chunks: Chunks, run: TokenGenerator, keep: Callable[[KVCache], None]
 ) -> Chunks:
+    interrupt = None
     try:
         yield from chunks
-    finally:
-        cache = run.cache()
-        if cache is not None:
-            cache.fingerprint = model.fingerprint
-            keep(cache)
+    except Interrupted as error:
+        interrupt = error
+    cache = run.cache()
+    if cache is not None:
+        cache.fingerprint = model.fingerprint
+        keep(cache)
+    if interrupt is not None:
+        raise interrupt
 
 
 def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
