@@ -120,7 +120,7 @@ FORMATS: dict[str, Format] = {
     ),
     "gpt-burn": Format("gpt-burn folder", "gpt_burn", writes=False),
     "nanogpt": Format("nanoGPT ckpt.pt", "nanogpt", writes=False),
-    "pytorch": Format("PyTorch pytorch_model.bin", "pytorch_folder", writes=False),
+    "pytorch": Format("PyTorch file, such as pytorch_model.bin", "pytorch_folder", writes=False),
     "openai": Format("OpenAI's TensorFlow checkpoint", "openai_tensorflow", writes=False),
     "onnx": Format(
         "ONNX folder",

@@ -123,13 +123,14 @@ def _one_model(models: dict[str, dict[str, str]]) -> dict[str, str]:
         for prefix, names in models.items()
         if not all(name.startswith("lm_head.") for name in names.values())
     ]
-    if len(bodies) > 1 or any(not _contains(prefix, body) for prefix in models for body in bodies):
+    if any(not _contains(prefix, body) for prefix in models for body in bodies):
         shown = ", ".join(repr(f"{prefix}." if prefix else "") for prefix in sorted(models)[:4])
         raise WeightsError(f"it has several models, with the prefixes {shown}: save one of them")
     return {stored: name for names in models.values() for stored, name in names.items()}
 
 
 def _contains(prefix: str, other: str) -> bool:
+    """Test for a prefix that is the other one, or its beginning."""
     return not prefix or f"{other}.".startswith(f"{prefix}.")
 
 
