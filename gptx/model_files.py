@@ -118,13 +118,14 @@ class Folder:
             return path
         raise NotFoundError(
             f"{filename} is missing in folder {self.path}: expected config.json and "
-            f"model.safetensors (or its index and every shard in it){self._hint}"
+            "model.safetensors (or its index and every shard in it), or a model of another format "
+            f"in `gptx convert --list`{self._hint}"
         )
 
     def no_weights(self) -> GptxError:
         return NotFoundError(
-            f"model.safetensors is missing in folder {self.path}: fetch it, or make it "
-            f"from weights of another format with `gptx convert {self.path} DST`{self._hint}"
+            f"model.safetensors is missing in folder {self.path}, which has no weights of another "
+            f"format in `gptx convert --list` either: fetch it{self._hint}"
         )
 
     def write_ref(self) -> None:
