@@ -117,3 +117,13 @@ def test_each_tensor_is_accessed_once() -> None:
     quantized, described = weights.quantize_weights(random_weights(config), config, INT8)
     assert loaded.fingerprint == weights.fingerprint(quantized)
     assert loaded.config == described
+
+
+def test_a_fingerprint_covers_all_tensors_and_not_their_order() -> None:
+    found = random_weights(CASES["untied"])
+    expected = weights.fingerprint(found)
+    assert expected == weights.fingerprint(dict(reversed(found.items())))
+    for name, tensor in found.items():
+        changed = tensor.copy()
+        changed.reshape(-1)[-1 if tensor.ndim == 1 else 0] += 1
+        assert weights.fingerprint(found | {name: changed}) != expected
