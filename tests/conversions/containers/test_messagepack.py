@@ -239,8 +239,11 @@ def test_tensors_that_do_not_match(path: Path, value: bytes, shape: bytes, messa
 
 
 @pytest.mark.parametrize("numbers", [b"\x05", b"\xcc\x85", b"\xcd\x12\x34"])
-@pytest.mark.parametrize("n", [1, 15, 100])
-def test_numbers_after_the_last_one(path: Path, numbers: bytes, n: int) -> None:
+@pytest.mark.parametrize(("n", "chunk"), [(1, 100), (15, 100), (100, 1000), (100, 40)])
+def test_numbers_after_the_last_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch, numbers: bytes, n: int, chunk: int
+) -> None:
+    monkeypatch.setattr(messagepack, "CHUNK_NUMBERS", chunk)
     value = list_forms(n)[0] + numbers * n
     data = tensor(value, bytes([0x91, n]), swap=True)
     data = data.replace(b"\xa2id\xa1x", b"").replace(b"\x82", b"\x82\xa2id\xa1x", 1)
