@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gptx.errors import TokenizerError
 from gptx.tokenization.files import MERGES, TOKENIZER, VOCAB, WORDS
-from gptx.tokenization.settings import BERT, GPT2, AddedToken, TokenizerSettings
+from gptx.tokenization.settings import (
+    BERT,
+    GPT2,
+    AddedToken,
+    TokenizerSettings,
+    special_token,
+)
 
 
 def library_tokenizer(files: Mapping[str, Path], settings: TokenizerSettings) -> Any:
@@ -43,19 +49,21 @@ def _gpt2_tokenizer(files: Mapping[str, Path], settings: TokenizerSettings) -> A
         raise TokenizerError(
             f"{missing[0]!r} is missing: expected {TOKENIZER}, or {VOCAB} and {MERGES}"
         )
-    vocab, merges = models.BPE.read_file(str(files[VOCAB]), str(files[MERGES]))
-    added = {
-        token.content: id for id, token in settings.added.items() if token.content not in vocab
-    }
-    if sorted(added.values()) != list(range(len(vocab), len(vocab) + len(added))):
+    paths = str(files[VOCAB]), str(files[MERGES])
+    tokenizer = Tokenizer(models.BPE.from_file(*paths))
+    size = tokenizer.get_vocab_size()
+    added = {token.content: id for id, token in settings.added.items()}
+    added = {token: id for token, id in added.items() if tokenizer.token_to_id(token) is None}
+    if sorted(added.values()) != list(range(size, size + len(added))):
         # The library numbers added tokens without gaps, unless the vocabulary has them.
-        vocab |= added
-    if len(set(vocab.values())) < len(vocab):
-        raise TokenizerError(
-            f"{files[VOCAB]} is damaged: some tokens, added ones included, have the same id: fetch "
-            "the model again"
-        )
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
+        vocab, merges = models.BPE.read_file(*paths)
+        ids = set(vocab.values())
+        if taken := [token for token, id in added.items() if id in ids]:
+            raise TokenizerError(
+                f"{files[VOCAB].parent} is damaged: the added token {taken[0]!r} has the id "
+                f"{added[taken[0]]} of another token: fetch the model again"
+            )
+        tokenizer = Tokenizer(models.BPE(vocab | added, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(settings.add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -108,19 +116,16 @@ def _add_tokens(tokenizer: Any, settings: TokenizerSettings) -> None:
     found = set(tokenizer.get_added_tokens_decoder().values())
     named = {token.content: token for token in settings.special_tokens()}
     if settings.cls == BERT:
-        marks = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-        named = {
-            token: AddedToken(token, special=True, normalized=False) for token in marks
-        } | named
+        for mark in ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"):
+            named.setdefault(mark, special_token(mark))
     for _, token in sorted(settings.added.items()):
-        special = token.special or token.content in named
-        entry = _library_token(token, special)
+        entry = _library_token(replace(token, special=token.special or token.content in named))
         if entry not in found:
             tokenizer.add_tokens([entry])
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token in named.values():
         if token.content not in added and tokenizer.token_to_id(token.content) is not None:
-            tokenizer.add_tokens([_library_token(token, special=True)])
+            tokenizer.add_tokens([_library_token(token)])
 
 
 def mark_special(tokenizer: Any, content: str) -> None:
@@ -131,8 +136,7 @@ def mark_special(tokenizer: Any, content: str) -> None:
     id = tokenizer.token_to_id(content)
     added = tokenizer.get_added_tokens_decoder().get(id)
     if id is not None and (added is None or not added.special):
-        token = AddedToken(content, special=True, normalized=False)
-        tokenizer.add_special_tokens([_library_token(token, special=True)])
+        tokenizer.add_tokens([_library_token(special_token(content))])
 
 
 def hide_special(tokenizer: Any) -> Any:
@@ -142,25 +146,21 @@ def hide_special(tokenizer: Any) -> Any:
     tokenizer.encode_special_tokens = True  # by default they are found in any text
     if isinstance(tokenizer.model, models.BPE):
         return tokenizer
-    # The other models find them in their vocabulary too, where they get unlikely names.
+    # The other models find them in their vocabulary too: there they get a name that no text has.
     definition = json.loads(tokenizer.to_str())
-    model = definition["model"]
-    special = {token["content"] for token in definition["added_tokens"] if token["special"]}
-    special.discard(model.get("unk_token"))
+    model, added = definition["model"], definition["added_tokens"]
+    special = [token["content"] for token in added if token["special"]]
+    hidden = {content: f"\uffff \uffff{content}" for content in special}
+    hidden.pop(model.get("unk_token"), None)  # the model finds it by its name
     if model["type"] == "Unigram":
-        special -= {model["vocab"][model["unk_id"]][0]} if model["unk_id"] is not None else set()
-        model["vocab"] = [[_hidden(token, special), score] for token, score in model["vocab"]]
+        model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
     else:
-        model["vocab"] = {_hidden(token, special): id for token, id in model["vocab"].items()}
-    kept = [token for token in definition["added_tokens"] if token["content"] not in special]
-    definition["added_tokens"] = kept
-    hidden = Tokenizer.from_str(json.dumps(definition))
-    hidden.encode_special_tokens = True
-    return hidden
-
-
-def _hidden(token: str, special: set[str]) -> str:
-    return f"\uffff \uffff{token}" if token in special else token
+        model["vocab"] = {hidden.get(token, token): id for token, id in model["vocab"].items()}
+    for token in added:
+        token["content"] = hidden.get(token["content"], token["content"])
+    plain = Tokenizer.from_str(json.dumps(definition))
+    plain.encode_special_tokens = True
+    return plain
 
 
 def is_library_error(error: BaseException) -> bool:
@@ -168,10 +168,10 @@ def is_library_error(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _library_token(token: AddedToken, special: bool) -> Any:
+def _library_token(token: AddedToken) -> Any:
     from tokenizers import AddedToken as LibraryToken
 
-    return LibraryToken(**(asdict(token) | {"special": special}))
+    return LibraryToken(**asdict(token))
 
 
 def component(part: Any) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class AddedToken:
     normalized: bool = True
 
 
+def special_token(content: str) -> AddedToken:
+    """Make a special token without other flags."""
+    return AddedToken(content, special=True, normalized=False)
+
+
 @dataclass(frozen=True)
 class TokenizerSettings:
     """The settings of a tokenizer.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from gptx.errors import TokenizerError
 from gptx.tokenization.decoder_steps import is_local, steps_of
 from gptx.tokenization.pipeline import PipelineTokenizer
-from tests.support.golden_tokenizers import NAMES, TEXTS, expected, load
+from tests.support.golden_tokenizers import NAMES, TEXTS, expected, folder_of, load
 
 any_kind = pytest.mark.parametrize("name", NAMES)
 
@@ -32,6 +35,76 @@ def test_special_tokens_are_plain_text_unless_allowed(name: str) -> None:
         if entry["content"] != unknown:  # the id of any text without a token
             ids = tokenizer.encode(f"a {entry['content']} b")
             assert entry["special"] == (entry["id"] not in ids)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "unigram", "wordlevel", "metaspace"])
+def test_added_tokens_after_special_ones(name: str) -> None:
+    definition = load(name).definition()
+    size = load(name).vocab_size
+    entry = {**definition["added_tokens"][0], "normalized": False}
+    special = {**entry, "id": size, "content": "<x>"}
+    plain = {**entry, "id": size + 1, "content": "<y>", "special": False}
+    definition["added_tokens"] += [special, plain]
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
+    ids = tokenizer.encode("the<x>the<y>")
+    assert [id for id in ids if id >= size] == [size + 1]
+    allowed = tokenizer.encode("the<x>the<y>", allow_special=True)
+    assert [id for id in allowed if id >= size] == [size, size + 1]
+    assert tokenizer.encode("the<x>the<y>") == ids
+
+
+def test_the_unknown_token_is_plain_text_too() -> None:
+    tokenizer = load("wordlevel")
+    assert tokenizer.encode("<unk>") == [2, 2, 2]  # "<", "unk", ">"
+    assert tokenizer.encode("<unk>", allow_special=True) == [2]
+    tokenizer = load("unigram")
+    assert tokenizer.encode("the<s>") != tokenizer.encode("the<s>", allow_special=True)
+    assert 0 not in tokenizer.encode("the<s>")
+    assert tokenizer.encode("☃") == [*tokenizer.encode(" ")[:1], 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {}),
+        ({"do_lower_case": False}, {"lowercase": False}),
+        ({"do_lower_case": True, "strip_accents": False}, {"strip_accents": False}),
+        ({"strip_accents": True}, {"strip_accents": True}),
+        ({"strip_accents": "yes"}, {}),
+        ({"tokenize_chinese_chars": False}, {"handle_chinese_chars": False}),
+        ({"tokenize_chinese_chars": True}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["wordpiece", "word_list"])
+def test_the_normalizer_of_bert(
+    name: str, options: dict[str, Any], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(name), folder)
+    settings = {"tokenizer_class": "BertTokenizer", **options}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = PipelineTokenizer.of_folder(folder)
+    assert tokenizer is not None
+    assert tokenizer.definition()["normalizer"] == {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+        **changes,
+    }
+
+
+def test_parts_of_a_json_that_the_class_does_not_set(tmp_path: Path) -> None:
+    definition = load("wordpiece").definition()
+    definition["normalizer"]["clean_text"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    for cls, lower in (("BertTokenizer", True), ("PreTrainedTokenizerFast", False)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": cls}))
+        tokenizer = PipelineTokenizer.of_folder(tmp_path)
+        assert tokenizer is not None
+        normalizer = tokenizer.definition()["normalizer"]
+        assert (normalizer["clean_text"], normalizer["lowercase"]) == (False, lower)
 
 
 # Streams

@@ -105,9 +105,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     "added", [{"a": "7"}, {"a": -1}, {"a": 2**31}, {"a": True}, {"a": 1.5}, {"": 7}, {"a": None}]
 )
 def test_added_tokens_without_a_valid_id(tmp_path: Path, added: dict[str, Any]) -> None:
-    with pytest.raises(
-        TokenizerError, match=r"added_tokens\.json has '.*a token and its id"
-    ):
+    with pytest.raises(TokenizerError, match=r"added_tokens\.json has '.*a token and its id"):
         read(tmp_path, added_tokens__json=added)
 
 
@@ -155,5 +153,5 @@ def test_two_tokens_of_one_id(tmp_path: Path, added: dict[str, int]) -> None:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder_of("added_tokens") / name, tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    with pytest.raises(TokenizerError, match=r"vocab\.json is damaged: .* the same id"):
+    with pytest.raises(TokenizerError, match=r"'<a>' has the id \d+ of another token"):
         PipelineTokenizer.of_folder(tmp_path)
