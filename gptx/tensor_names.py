@@ -124,7 +124,7 @@ def _one_model(models: dict[str, dict[str, str]]) -> dict[str, str]:
         if not all(name.startswith("lm_head.") for name in names.values())
     ]
     if any(not _contains(prefix, body) for prefix in models for body in bodies):
-        shown = ", ".join(repr(f"{prefix}." if prefix else "") for prefix in sorted(models)[:4])
+        shown = _shortened([repr(f"{prefix}." if prefix else "") for prefix in sorted(models)])
         raise WeightsError(f"it has several models, with the prefixes {shown}: save one of them")
     return {stored: name for names in models.values() for stored, name in names.items()}
 

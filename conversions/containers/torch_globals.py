@@ -172,10 +172,21 @@ GLOBALS: dict[str, Any] = {
         (
             "torch Size",
             "torch device",
-            "torch bfloat16",
-            "torch float16",
-            "torch float32",
-            "torch float64",
+            *(
+                f"torch {dtype}"
+                for dtype in (
+                    "bfloat16",
+                    "float16",
+                    "float32",
+                    "float64",
+                    "int64",
+                    "int32",
+                    "int16",
+                    "int8",
+                    "uint8",
+                    "bool",
+                )
+            ),
             "numpy dtype",
             "numpy.core.multiarray scalar",
             "numpy._core.multiarray scalar",

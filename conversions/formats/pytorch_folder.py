@@ -142,7 +142,7 @@ def _state_dict(file: TorchFile) -> tuple[dict[str, Any], tuple[str, ...]]:
     elif all(isinstance(item, TorchTensor) for item in value.values()):
         return value, ()  # `model_names` names the tensors
     else:
-        fault = f"no model: found the keys {_keys(value) or '(none)'}"
+        fault = f"no state_dict of a GPT-2: found the keys {_keys(value)}"
     raise WeightsError(f"{file.path} has {fault}")
 
 

@@ -152,7 +152,7 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (
             nanogpt(CONFIG, WEIGHTS) | {"model": None},
             WeightsError,
-            "no model: found the keys model, opt",
+            "no state_dict of a GPT-2: found the keys model, opt",
         ),
     ],
 )

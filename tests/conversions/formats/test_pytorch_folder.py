@@ -186,8 +186,14 @@ def test_a_file_of_a_big_endian_machine_is_read(dtype: str, tmp_path: Path) -> N
     [
         ([1, 2], "has no dict of tensors"),
         ({}, "has no tensor, expected the tensors of a GPT-2"),
-        ({"state_dict": {}, "epoch\n": 3}, r"has no model: found the keys state_dict, epoch\\n$"),
-        (dict.fromkeys(map(str, range(10))), "no model: found the keys 0, .*, 7 and 2 more$"),
+        (
+            {"state_dict": {}, "epoch\n": 3},
+            r"has no state_dict of a GPT-2: found the keys state_dict, epoch\\n$",
+        ),
+        (
+            dict.fromkeys(map(str, range(10))),
+            "no state_dict of a GPT-2: found the keys 0, .*, 7 and 2 more$",
+        ),
         ({"bert.w": view(np.ones(3))}, "it has bert.w, expected the tensors of a GPT-2"),
         ({"wte.weight\n": view(np.ones(3))}, "an invalid name"),
         ({"ln_f.weight": View(np.ones(3, "<f4"), 1, (3,), (1,))}, "is not within its storage"),
@@ -271,7 +277,9 @@ def test_a_dict_below_many_keys_is_not_searched(tmp_path: Path) -> None:
         if is_found:
             assert_contains(read(folder)[1], WEIGHTS, "float32")
         else:
-            with pytest.raises(WeightsError, match=r"has no model: found the keys a$"):
+            with pytest.raises(
+                WeightsError, match=r"has no state_dict of a GPT-2: found the keys a$"
+            ):
                 read(folder)
 
 
