@@ -13,6 +13,7 @@ Layout under `HF_HUB_CACHE`, as huggingface_hub documents it::
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from gptx.files import check_replaceable
 from gptx.hub.staging import staging
 from gptx.model_files import CONFIG, WEIGHT_FILES
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class RepositoryCache:
@@ -58,7 +61,7 @@ class RepositoryCache:
     def complete_commits(self) -> list[str]:
         """List the commits with a config and weights."""
         with suppress(OSError):
-            names = os.listdir(self._folder / "snapshots")
+            names = filter(COMMIT.fullmatch, os.listdir(self._folder / "snapshots"))
             return [name for name in names if self.find(CONFIG, name) and self.has_weights(name)]
         return []
 

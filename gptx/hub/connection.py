@@ -18,6 +18,7 @@ _USES_REQUESTS = version("huggingface_hub").startswith("0.")
 CERTIFICATE_VARIABLES = (
     ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if _USES_REQUESTS else ("SSL_CERT_FILE",)
 )
+_FILE_ERRORS = (OSError, FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 class Fault(NamedTuple):
@@ -78,9 +79,6 @@ def certificate_problem(error: Exception) -> Fault | None:
                 is_setting=True,
             )
     return None
-
-
-_FILE_ERRORS = (OSError, FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 def _holds_certificates(path: str) -> bool:

@@ -27,7 +27,7 @@ from gptx.errors import (
     argument,
 )
 from gptx.hub.authorization import check_token, find_token
-from gptx.hub.cache import RepositoryCache
+from gptx.hub.cache import COMMIT, RepositoryCache
 from gptx.hub.download import download
 from gptx.hub.errors import (
     EMBEDDED_HINT,
@@ -46,7 +46,6 @@ METADATA_ATTEMPTS = 3
 MAX_NAMED_COMMITS = 3
 RETRY_SECONDS = 1
 
-_COMMIT = re.compile("[0-9a-f]{40}")
 _PATH_COMPONENT = re.compile(r"\w[\w.-]*")
 
 
@@ -106,8 +105,7 @@ class Repository:
         self._hub_answered = False
         self._downloaded = False
         self._hub_error: HubUnavailableError | None = None
-        with self._translated("config.json"):
-            self._cache = self._best_cache(revision)
+        self._cache = self._best_cache(revision)
         self.revision = self._resolve()
         self._cache = self._best_cache(self.revision)
 
@@ -169,14 +167,15 @@ class Repository:
 
     def _best_cache(self, revision: str) -> RepositoryCache:
         """Return the first cache with the weights of a revision, or else with its config."""
-        return max(
-            self._caches,
-            key=lambda cache: (cache.has_weights(revision), bool(cache.find(CONFIG, revision))),
-        )
+        with self._translated(CONFIG):
+            return max(
+                self._caches,
+                key=lambda cache: (cache.has_weights(revision), bool(cache.find(CONFIG, revision))),
+            )
 
     def _resolve(self) -> str:
         """Return the commit of the revision: from the Hub, or else from the cache."""
-        if _COMMIT.fullmatch(self._requested):
+        if COMMIT.fullmatch(self._requested):
             return self._requested
         path = None
         with self._translated("config.json"), suppress(NoSuchFileError):

@@ -179,6 +179,7 @@ class TestWithoutRef:
     def test_one_commit(self, server: HubServer, client: Client) -> None:
         client.one("org/model")
         shutil.rmtree(client.cache / "models--org--model" / "refs")
+        (client.cache / "models--org--model" / "snapshots" / ".DS_Store").touch()
         commit = commit_of("org/model", "main")
         server.stop()
         offline, broken, pinned = client.run(
