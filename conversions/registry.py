@@ -190,8 +190,8 @@ _TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_stat
 
 # Files that gptx does not read -> description, and a way to a file that it reads.
 _OTHER_PROGRAMS = {
-    "adapter_config.json": "a LoRA adapter, not a model: merge it into its model with peft's "
-    "merge_and_unload() and save_pretrained(), and give the result",
+    "adapter_config.json": "an adapter (such as LoRA), not a model: merge it into its model with "
+    "peft's merge_and_unload() and save_pretrained(), and give the result",
     "*.onnx": "an ONNX graph, which gptx writes and does not read: give the model that it was "
     "converted from",
     "tf_model.h5": "a TensorFlow model of transformers, which gptx does not read: save it with "
@@ -374,8 +374,10 @@ def _with_files_beside(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     tokenizer = PipelineTokenizer.of_folder(path.absolute().parent)
     if tokenizer is None or tokenizer.vocab_size > checkpoint.config.vocab_size:
         return checkpoint
-    note = f"the tokenizer in the folder of {path.name} is used"
-    return _with_tokenizer(replace(checkpoint, notes=(*checkpoint.notes, note)), tokenizer)
+    notes = checkpoint.notes
+    if not path.with_name("config.json").is_file():  # else the folder is that of the model
+        notes += (f"the tokenizer in the folder of {path.name} is used",)
+    return _with_tokenizer(replace(checkpoint, notes=notes), tokenizer)
 
 
 def _with_tokenizer(checkpoint: Checkpoint, tokenizer: PipelineTokenizer) -> Checkpoint:

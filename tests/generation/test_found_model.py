@@ -250,12 +250,17 @@ class TestNotes:
         assert done.err.startswith(f"Note: {path}: the file has no number of heads")
         assert done.err.count("\n") == 1
 
-    def test_a_tokenizer_beside_the_file(self, made: Callable[[str], Path], tmp_path: Path) -> None:
+    def test_a_tokenizer_beside_the_file(
+        self, made: Callable[[str], Path], tmp_path: Path, source: Path
+    ) -> None:
         path = shutil.copy(made("llm.c"), tmp_path / "model.bin")
         assert not find_model(path).info.has_tokenizer
         shutil.copy(EMBEDDED["shakespeare"] / "tokenizer.json", tmp_path)
         with pytest.warns(ModelWarning, match=r"the tokenizer in the folder of model\.bin is used"):
             assert gptx.load(path, compile=False).encode(TEXT)
+        shutil.copy(source / "config.json", tmp_path)
+        model = gptx.load(path, compile=False)  # the folder is that of the model: no warning
+        assert (model.notes, model.info.has_tokenizer) == ((), True)
 
     def test_a_larger_tokenizer_beside_the_file_is_not_used(
         self, source: Path, tmp_path: Path
@@ -392,7 +397,7 @@ class TestRefusals:
             ("model.onnx", ("writes and does not read", "converted from")),
             ("tf_model.h5", ("TensorFlow", "from_tf=True")),
             ("flax_model.msgpack", ("Flax", "from_flax=True")),
-            ("adapter_config.json", ("a LoRA adapter", "merge_and_unload")),
+            ("adapter_config.json", ("an adapter (such as LoRA)", "merge_and_unload")),
         ],
     )
     def test_formats_that_gptx_does_not_read(
