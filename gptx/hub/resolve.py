@@ -122,7 +122,10 @@ def find_source(
         folder = EMBEDDED[name] if is_embedded else Path(path).absolute()
         return Folder(folder, name, hub_reading(name))
     if os.path.exists(path) and name not in ALIASES:
-        raise NotFoundError(f"{name!r} is a file, expected {_expected()}")
+        raise NotFoundError(
+            f"{name!r} is a file, expected a folder with config.json, or a Hub id such as "
+            "openai-community/gpt2"
+        )
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     is_file_name = Path(name).suffix.lower() in FILE_SUFFIXES
     if looks_like_path or is_file_name or not isinstance(model, str):
@@ -143,9 +146,10 @@ def find_source(
     except NotFoundError as error:
         from difflib import get_close_matches
 
-        if "/" in repository or not (known := get_close_matches(name, [*ALIASES, *EMBEDDED], 1)):
+        names = {known.lower(): known for known in (*ALIASES, *EMBEDDED)}
+        if "/" in repository or not (meant := get_close_matches(name.lower(), names, 1)):
             raise
-        raise NotFoundError(f"{error.message}; did you mean {known[0]}?") from None
+        raise NotFoundError(f"{error.message}; did you mean {names[meant[0]]}?") from None
 
 
 def local_path(model: str | os.PathLike[str]) -> Path | None:

@@ -180,7 +180,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("name", "meant"),
-        [("gtp2", "gpt2"), ("gpt2-meduim", "gpt2-medium"), ("shakespear", "shakespeare")],
+        [
+            ("gtp2", "gpt2"),
+            ("gpt2-meduim", "gpt2-medium"),
+            ("shakespear", "shakespeare"),
+            ("GPT2-XL", "gpt2-xl"),
+        ],
     )
     def test_misspelled_name(self, client: Client, name: str, meant: str) -> None:
         for offline in (False, True):
