@@ -255,7 +255,7 @@ class Record:
     def _take(self, n_bytes: int, name: str) -> bytes:
         """Read the next bytes."""
         first = self._at - self._start
-        if first < 0 or first + n_bytes > len(self._window):
+        if first + n_bytes > len(self._window):
             size = max(n_bytes, min(WINDOW_BYTES, self.file.size - self._at))
             self._window = self.file.read(self._at, size, name or "the record")
             self._start, first = self._at, 0
