@@ -13,7 +13,7 @@ from huggingface_hub import get_session
 from gptx.errors import HubUnavailableError, StorageError
 from gptx.hub.connection import is_connection_fault, reason
 from gptx.hub.download import _is_transient
-from gptx.hub.errors import NotResumableError, is_storage_fault, translated
+from gptx.hub.errors import NotResumableError, is_storage_fault, not_stored, translated
 from tests.support.hub import hub_settings
 
 CONNECTION = [ConnectionResetError(), TimeoutError(), ssl.SSLError()]
@@ -29,6 +29,22 @@ def test_kinds(error: Exception) -> None:
     with pytest.raises(expected, match="a of b@main") as caught, translated("b", "main", "a"):
         raise error
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space there"),
+        (errno.EDQUOT, "free space there"),
+        (errno.EACCES, "allow reading and writing there"),
+        (errno.ENOTDIR, "allow reading and writing there"),
+    ],
+)
+def test_remedy_of_the_disk(number: int, remedy: str) -> None:
+    message = str(not_stored("a of b", "/cache", OSError(number, "why")))
+    assert message == (
+        f"cannot store a of b in /cache (why): {remedy}, or choose another folder with HF_HOME"
+    )
 
 
 def test_error_of_the_http_library(tmp_path: Path) -> None:
