@@ -179,6 +179,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 * (seconds < 0.1)}f} ms"
 
 
+def ratio(value: float | None) -> str:
+    """Format a ratio: 0.91."""
+    return NOTHING if value is None else f"{value:.2f}"
+
+
 def percent(value: float | None) -> str:
     """Format a ratio: 91 %."""
     return NOTHING if value is None else f"{100 * value:.0f} %"
