@@ -36,14 +36,15 @@ class ModelFiles:
     Attributes
     ----------
     name
-        An embedded name, the path of a folder, or a Hub id.
+        An embedded name, the path of a file or folder, or a Hub id.
     folder
         Folder that holds the files.
     config
-        Path of config.json.
+        Path of config.json; of the file or folder of a model that `gptx.conversions` reads.
     weights
         The weights file, or its shards in the order of the index; empty if not requested. The
-        format is that of `WEIGHTS`, or of `TORCH_WEIGHTS` in a place without the former.
+        format is that of `WEIGHTS`, or of `TORCH_WEIGHTS` in a place without the former. Of a model
+        that `gptx.conversions` reads: its file or folder.
     tokenizer
         Name -> path, of the files of the tokenizer; empty without a vocabulary.
     revision
