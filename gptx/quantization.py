@@ -66,10 +66,11 @@ class Quantization:
         if not isinstance(self.mode, str) or self.mode not in ("affine", *SMALL_FLOATS):
             modes = _alternatives(("affine", *SMALL_FLOATS))
             raise ParameterError(f"mode is {self.mode!r}, expected {modes}")
-        group_sizes, bits = GROUP_SIZES, STORED_BITS
+        settings: dict[str, tuple[int, ...]] = {"group_size": GROUP_SIZES, "bits": STORED_BITS}
         if self.mode != "affine":
-            group_sizes, bits = ((value,) for value in SMALL_FLOATS[self.mode])
-        for name, allowed in (("group_size", group_sizes), ("bits", bits)):
+            group_size, bits = SMALL_FLOATS[self.mode]
+            settings = {"group_size": (group_size,), "bits": (bits,)}
+        for name, allowed in settings.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value not in allowed:
                 raise ParameterError(
