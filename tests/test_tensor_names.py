@@ -143,6 +143,8 @@ def test_unknown_tensors_are_an_error_or_a_note() -> None:
     )
     names, notes = model_names([*stored, *unknown], ignore_unknown=True)
     assert (names, notes) == (stored, (f"{listed}: left out",))
+    _, notes = model_names([*stored, "a", "b", "c"], ignore_unknown=True)
+    assert notes == ("tensors a, b, c are unknown: left out",)
 
 
 @pytest.mark.parametrize("prefixes", [("", "ema."), ("model.", "ema."), ("a.transformer.", "b.")])
