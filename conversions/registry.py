@@ -342,6 +342,7 @@ def read_tokenizer(
         The tokenizer is damaged, or has more tokens than the model.
     """
     from gptx.hub.resolve import local_path, locate
+    from gptx.tokenization import finding
     from gptx.tokenization.pipeline import PipelineTokenizer
 
     path = local_path(source)
@@ -356,9 +357,9 @@ def read_tokenizer(
         if found is None and find_format(path) is not None:
             found = read(path)[1].tokenizer
     if found is None:
-        raise NotFoundError(
-            f"{source} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
-        )
+        unread = finding.describe_unreadable(path) if path is not None else None
+        expected = "expected tokenizer.json, or vocab.json and merges.txt"
+        raise NotFoundError(f"{source} has no tokenizer: {unread or expected}")
     if found.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer of {source} has {found.vocab_size} tokens, the model "

@@ -42,7 +42,7 @@ def _first_difference(
     part: str, x: Mapping[Any, object], y: Mapping[Any, object]
 ) -> tuple[str, object, object]:
     """Name the first entry that differs, with its values."""
-    names = [name for name in x | y if x.get(name) != y.get(name)]
+    names = [name for name in {**x, **y} if x.get(name) != y.get(name)]
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return f"{part} {_shown(names[0])}{more}", x.get(names[0]), y.get(names[0])
 

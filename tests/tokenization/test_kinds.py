@@ -37,6 +37,12 @@ def test_special_tokens_are_plain_text_unless_allowed(name: str) -> None:
             assert entry["special"] == (entry["id"] not in ids)
 
 
+def test_added_tokens_have_text() -> None:
+    tokenizer = load("added_tokens")
+    assert tokenizer.decode([321, 320, 322]) == "<speaker1><pad>hello there"
+    assert tokenizer.token_bytes(321) == b"<speaker1>"
+
+
 @pytest.mark.parametrize("name", ["wordpiece", "unigram", "wordlevel", "metaspace"])
 def test_added_tokens_after_special_ones(name: str) -> None:
     definition = load(name).definition()

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from gptx.config import GPT2Config
-from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer, write_unread_tokenizer
+from gptx.conversions.checkpoint import CARRIED_FILES
+from gptx.conversions.registry import FORMATS
+from gptx.conversions.vocabularies.tokenizer_files import (
+    UNREAD_FILES,
+    write_tokenizer,
+    write_unread_tokenizer,
+)
+from gptx.tokenization.files import FILES
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.golden_tokenizers import NAMES, TEXTS, expected, folder_of, load
 
@@ -209,3 +216,9 @@ def test_settings_without_a_vocabulary_are_not_written(tmp_path: Path, out: Path
     path.write_text("{}")
     write_unread_tokenizer({path.name: path}, out)
     assert list(out.iterdir()) == []
+
+
+def test_the_table_of_formats_names_all_files() -> None:
+    names = {*FILES, *UNREAD_FILES, *CARRIED_FILES}
+    for format in ("safetensors", "mlx", "onnx"):
+        assert names <= set(FORMATS[format].files)
