@@ -71,6 +71,10 @@ class TestNames:
         with pytest.raises(NotFoundError, match=f"^file '{name}' does not exist, expected"):
             locate(name)
 
+    def test_address(self) -> None:
+        with pytest.raises(NotFoundError, match="^address 'https://hf.co/org/x' does not exist"):
+            locate("https://hf.co/org/x")
+
     def test_suffixes_of_all_formats_are_those_of_files(self) -> None:
         suffixes = {row.suffix for row in FORMATS.values() if row.suffix != "/"}
         assert suffixes <= set(FILE_SUFFIXES)
