@@ -241,7 +241,7 @@ def _entry(value: bytes) -> BundleEntry:
     for message in fields[2][-1:]:
         shape += (_last(_message(dim, DIM), 1) for dim in _message(message, SHAPE)[2])
     numbers = _last(fields, 4), _last(fields, 5)
-    if min(numbers) < 0 or min(shape, default=0) < 0 or len(shape) > MAX_DIMENSIONS:
+    if min(*numbers, *shape) < 0 or len(shape) > MAX_DIMENSIONS:
         raise _DamagedError(f"a tensor has shape {shape[:9]}, and offset and size {numbers}")
     shard = _last(fields, 3)
     return BundleEntry(
