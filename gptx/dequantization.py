@@ -19,6 +19,7 @@ import numpy as np
 from gptx.quantization import Quantization, row_blocks
 
 
+@np.errstate(all="ignore")  # a damaged file can have scales that are not finite
 def dequantize_stored(
     weight: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None, kind: Quantization
 ) -> np.ndarray:
@@ -35,10 +36,10 @@ def dequantize_stored(
     """
     n_out, n_in = len(weight), weight.shape[1] * 32 // kind.bits
     w = np.empty((n_out, n_in // kind.group_size, kind.group_size), np.float32)
-    numbers, scale_of = _tables(kind.mode)
     for rows in row_blocks(n_out, n_in):
         packed = unpack_bits(weight[rows], kind.bits).reshape(w[rows].shape)
         if offsets is None:
+            numbers, scale_of = _tables(kind.mode)
             np.multiply(numbers[packed], scale_of[scales[rows], None], out=w[rows])
         else:
             np.multiply(packed, scales[rows, :, None], out=w[rows])
@@ -60,10 +61,8 @@ def _tables(mode: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the floats of the numbers of a mode, and of its scales, by their bits."""
     e2m1, e4m3 = _small_floats(2, 1), _small_floats(4, 3)
     e4m3[[0x7F, 0xFF]] = np.nan
-    e8m0 = np.ldexp(np.float32(1), np.arange(256) - 127)
-    e8m0[0xFF] = np.nan
+    e8m0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
     return {
-        "affine": (e2m1, e8m0),  # not used
         "mxfp4": (e2m1, e8m0),
         "mxfp8": (e4m3, e8m0),
         "nvfp4": (e2m1, e4m3),

@@ -40,6 +40,13 @@ def test_small_floats_by_their_bits() -> None:
     np.testing.assert_array_equal(found[0, :8], 2 * np.array(expected))
 
 
+@pytest.mark.parametrize("kind", SMALL, ids=str)
+def test_large_scales_are_no_warning(kind: Quantization) -> None:
+    words = np.full((2, kind.bits), 0x77777777, np.uint32)  # the largest numbers, or NaN
+    scales = np.array([[254], [255]], np.uint8).repeat(32 // kind.group_size, axis=1)
+    assert not np.isfinite(dequantize_stored(words, scales, None, kind)[1]).any()
+
+
 @pytest.mark.parametrize("kind", AFFINE + SMALL, ids=str)
 def test_every_kind_equals_that_of_mlx(kind: Quantization, random: np.random.Generator) -> None:
     mx = pytest.importorskip("mlx.core")
