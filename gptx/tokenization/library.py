@@ -12,7 +12,7 @@ from gptx.errors import TokenizerError
 from gptx.tokenization.files import MERGES, TOKENIZER, VOCAB, WORDS
 from gptx.tokenization.settings import (
     BERT,
-    GPT2,
+    PREFIX_CLASSES,
     AddedToken,
     TokenizerSettings,
     special_token,
@@ -100,7 +100,7 @@ def _apply_class(tokenizer: Any, settings: TokenizerSettings) -> None:
     """Set the parts of a tokenizer.json that its class takes from the settings."""
     from tokenizers import pre_tokenizers
 
-    if settings.cls == GPT2:
+    if settings.cls in PREFIX_CLASSES:
         state = component(tokenizer.pre_tokenizer)
         if state.pop("type", None) == "ByteLevel":
             state["add_prefix_space"] = settings.add_prefix_space

@@ -1,8 +1,8 @@
 """Settings beside a vocabulary that decide the token ids: class, options, added tokens.
 
 The rules are those of transformers (tokenization_utils_base.py, `_from_pretrained`), where its
-versions 4 and 5 agree. They agree on GPT2Tokenizer's prefix space, BertTokenizer's normalizer and
-added tokens. Otherwise version 5 ignores parts of a tokenizer.json, and gptx follows version 4.
+versions 4 and 5 agree: on the prefix space of byte-level BPE, BERT's normalizer and added tokens.
+Otherwise version 5 ignores parts of a tokenizer.json, and gptx follows version 4.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from gptx.errors import TokenizerError
 from gptx.tokenization.files import ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS, read_object
 
 GPT2, BERT = "GPT2Tokenizer", "BertTokenizer"  # classes of transformers
+# Classes of byte-level BPE that set the prefix space of a tokenizer.json; others take it as it is.
+PREFIX_CLASSES = (
+    *(GPT2, "RobertaTokenizer", "BartTokenizer", "LongformerTokenizer", "LEDTokenizer"),
+    *("CodeGenTokenizer", "GPTNeoXTokenizer", "DebertaTokenizer", "WhisperTokenizer"),
+)
 MAX_IDS = 2**31
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -70,7 +75,7 @@ class TokenizerSettings:
 
     @property
     def add_prefix_space(self) -> bool:
-        """True if GPT2Tokenizer puts a space before a text."""
+        """True if a class of `PREFIX_CLASSES` puts a space before a text."""
         return self.options.get("add_prefix_space") is True
 
     def named_tokens(self) -> dict[str, str]:

@@ -101,6 +101,31 @@ def test_the_normalizer_of_bert(
     }
 
 
+@pytest.mark.parametrize(
+    ("cls", "option", "given", "found"),
+    [
+        # Both versions of transformers give these.
+        *[(cls, None, True, False) for cls in ("GPT2Tokenizer", "RobertaTokenizerFast")],
+        *[(cls, None, True, False) for cls in ("BartTokenizer", "GPTNeoXTokenizer")],
+        *[(cls, True, False, True) for cls in ("CodeGenTokenizer", "DebertaTokenizer")],
+        *[("WhisperTokenizer", option, False, option is True) for option in (None, False, True)],
+        *[("BloomTokenizer", None, given, given) for given in (False, True)],
+        *[("PreTrainedTokenizerFast", True, given, given) for given in (False, True)],
+    ],
+)
+def test_the_prefix_space_of_a_class(
+    cls: str, option: bool | None, given: bool, found: bool, tmp_path: Path
+) -> None:
+    definition = load("prefix_of_class").definition()
+    definition["pre_tokenizer"]["add_prefix_space"] = given
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    settings = {"tokenizer_class": cls} | ({} if option is None else {"add_prefix_space": option})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = PipelineTokenizer.of_folder(tmp_path)
+    assert tokenizer is not None
+    assert (tokenizer.encode("Hello")[0] == tokenizer.encode(" ")[0]) == found
+
+
 def test_parts_of_a_json_that_the_class_does_not_set(tmp_path: Path) -> None:
     definition = load("wordpiece").definition()
     definition["normalizer"]["clean_text"] = False
