@@ -165,6 +165,8 @@ class _FolderModel(FoundModel):
         self._ignore_unknown = ignore_unknown
         if source.revision is None:
             self.fetch()  # missing files of a folder are the first error
+        else:
+            source.write_ref()  # `gptx info` needs no weights, and can be offline after that
 
     def fetch(self) -> Path:
         paths = find_weights(self._source)

@@ -164,6 +164,15 @@ def test_a_repository_with_pytorch_model_bin_only(server: HubServer, folder: Pat
     assert (about["stored"], about["parameters"]) == (None, CONFIG.n_parameters)
 
 
+def test_info_without_a_connection(server: HubServer) -> None:
+    online = run("info", "gpt2", "--json")
+    assert (online.code, server.log(part=".safetensors")) == (0, [])
+    server.stop()
+    assert run("info", "gpt2", "--json", "--offline").out == online.out
+    with pytest.raises(NotFoundError, match=r"model\.safetensors of .* is not in the cache"):
+        gptx.load("gpt2", offline=True)
+
+
 def test_a_tokenizer_of_the_hub_without_its_weights(server: HubServer, folder: Path) -> None:
     model = gptx.load("org/ids", tokenizer="gpt2", compile=False)
     assert model.encode("ROMEO:") == gptx.load(folder, compile=False).encode("ROMEO:")
