@@ -121,10 +121,14 @@ def _require_model(file: GgufFile) -> None:
             f"{path} is an adapter ({describe_value(file.scalar('adapter.type'))}), not a model: "
             "merge it into its model with llama-export-lora"
         )
-    if architecture != "gpt2" or kind not in (None, "model"):
+    if kind not in (None, "model"):
+        raise WeightsError(
+            f"{path} is a GGUF of the type {describe_value(kind)}, expected 'model': give the GGUF "
+            "of the language model"
+        )
+    if architecture != "gpt2":
         raise ConfigError(
-            f"{path} has the architecture {describe_value(architecture)} and the type "
-            f"{describe_value(kind)}, expected 'gpt2' and 'model'"
+            f"{path} has the architecture {describe_value(architecture)}, expected 'gpt2'"
         )
     if not file.tensors:
         content = "a vocabulary" if "tokenizer.ggml.tokens" in file.metadata else "metadata"

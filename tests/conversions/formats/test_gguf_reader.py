@@ -266,12 +266,12 @@ def test_lists_instead_of_single_values(
         (
             {"arch": "llama"},
             ConfigError,
-            "the architecture 'llama' and the type None, expected 'gpt2' and 'model'",
+            "has the architecture 'llama', expected 'gpt2'",
         ),
         (
             {"arch": "clip", "strings": {"general.type": "mmproj"}},
-            ConfigError,
-            "the architecture 'clip' and the type 'mmproj'",
+            WeightsError,
+            "is a GGUF of the type 'mmproj', expected 'model'",
         ),
         (
             {"strings": {"general.type": "adapter", "adapter.type": "lora"}},
