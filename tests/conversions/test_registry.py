@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 
 from gptx.conversions import FORMATS, convert, detect, read
+from gptx.conversions.checkpoint import NO_TOKENIZER_NOTE
 from gptx.conversions.registry import DTYPES, QUANTIZED_TYPES
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from tests.support.conversions import WRITTEN, read_all, source_of, to_format
 from tests.support.random_models import CASES, write_model
+from tests.support.torch_files import nanogpt, zip_bytes
+
+TOKENIZER = EMBEDDED["shakespeare"] / "tokenizer.json"
 
 
 def test_rows_name_known_types_and_modules() -> None:
@@ -109,6 +113,22 @@ def test_a_given_tokenizer_adds_the_end_of_a_text(tmp_path: Path) -> None:
     assert checkpoint.tokenizer is not None
     assert checkpoint.tokenizer.vocab_size == 1024
     assert checkpoint.config == replace(config, bos_token_id=0, eos_token_id=0)
+
+
+def test_a_note_asks_for_a_tokenizer_until_there_is_one(tmp_path: Path) -> None:
+    config = replace(CASES["tiny"], vocab_size=1024)
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(zip_bytes(nanogpt(config, random_weights(config))))
+    _, without = read(path)
+    assert NO_TOKENIZER_NOTE in without.notes
+    _, given = read(path, tokenizer="shakespeare")
+    assert set(without.notes) - set(given.notes) == {NO_TOKENIZER_NOTE}
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    _, beside = read(path)
+    assert set(without.notes) - set(beside.notes) == {NO_TOKENIZER_NOTE}
+    assert set(beside.notes) - set(without.notes) == {
+        "the tokenizer in the folder of ckpt.pt is used"
+    }
 
 
 def test_a_missing_tokenizer_or_one_of_another_model_is_refused(tmp_path: Path) -> None:
