@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from gptx.cli.formatting import print_json
+from gptx.errors import ModelWarning
 from gptx.generation.results import Result
 from gptx.generation.sampling import random_seed
 from gptx.generation.text_model import Model
@@ -283,3 +285,22 @@ def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str])
         "c": [None, {"d": None}],
         "e": "x",
     }
+
+
+@pytest.mark.parametrize("quiet", [(), ("-q",)])
+def test_warnings_about_a_model_are_notes(
+    shakespeare: Model, monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, ...]
+) -> None:
+    """Each time, and not as Python prints warnings, with the line of the source."""
+
+    def load(*args: Any, **options: Any) -> Model:
+        warnings.warn("model: the head is tied", ModelWarning, stacklevel=1)
+        return shakespeare
+
+    monkeypatch.setattr("gptx.cli.generate.load_once", load)
+    for _ in range(2):
+        done = run(*GENERATE, "-n", "1", *quiet, "O")
+        assert done.code == 0
+        first, *rest = done.err.splitlines()
+        assert first == "Note: model: the head is tied"
+        assert len(rest) == (0 if quiet else 1)

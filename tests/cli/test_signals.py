@@ -101,7 +101,8 @@ def test_a_generation_ends(name: str, code: int) -> None:
 
 def test_a_worker_of_a_benchmark_ends_with_it(folder: Callable[..., Path]) -> None:
     """The worker holds standard error open, whose end is waited for."""
-    args = ("bench", "-m", str(folder()), "-p", "3", "-n", "0", "--batch", "1,2,3", "-o", "jsonl")
+    tests = ("-p", "3", "-n", "0", "--batch", "1,2,3", "--generic")
+    args = ("bench", "-m", str(folder()), *tests, "-o", "jsonl")
     with start(*args) as process:
         assert process.stdout is not None
         assert process.stdout.readline()
