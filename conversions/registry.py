@@ -329,8 +329,8 @@ def read_tokenizer(
     Parameters
     ----------
     source
-        A folder with the tokenizer's files, or a model that has a tokenizer: an embedded name, a
-        file of any format, an alias or a Hub id. Weights are not downloaded.
+        A folder with the tokenizer's files, or one of them; or a model that has a tokenizer: an
+        embedded name, a file of any format, an alias or a Hub id. Weights are not downloaded.
     config
         Config of the model.
 
@@ -343,6 +343,7 @@ def read_tokenizer(
     """
     from gptx.hub.resolve import local_path, locate
     from gptx.tokenization import finding
+    from gptx.tokenization.files import FILES
     from gptx.tokenization.pipeline import PipelineTokenizer
 
     path = local_path(source)
@@ -353,6 +354,7 @@ def read_tokenizer(
             raise NotFoundError(f"{argument('tokenizer')}: {error}") from None
         found = PipelineTokenizer(files) if files else None
     else:
+        path = path.parent if path.name in FILES else path  # such as tokenizer.json
         found = PipelineTokenizer.of_folder(path) if path.is_dir() else None
         if found is None and find_format(path) is not None:
             found = read(path)[1].tokenizer

@@ -293,11 +293,12 @@ class TestGivenFiles:
         with pytest.raises(ConfigError, match="n_layer is 2"):
             gptx.load(made("llm.c"), config=replace(CONFIG, n_layer=3))
 
-    @pytest.mark.parametrize("form", ["folder", "gguf", "embedded"])
+    @pytest.mark.parametrize("form", ["folder", "file", "gguf", "embedded"])
     def test_sources_of_a_tokenizer(
         self, form: str, made: Callable[[str], Path], source: Path, expected: Model
     ) -> None:
         sources = {"folder": source, "gguf": made("gguf"), "embedded": "shakespeare"}
+        sources["file"] = source / "merges.txt"
         model = gptx.load(made("llm.c"), tokenizer=sources[form], compile=False)
         assert model.encode(TEXT) == expected.encode(TEXT)
 
