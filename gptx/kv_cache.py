@@ -44,6 +44,8 @@ class KVCache:
             raise ParameterError(
                 f"cache capacity is {capacity}, expected 1 to {config.n_positions} (the context)"
             )
+        if batch < 1:
+            raise ParameterError(f"the cache has {batch} sequences, expected at least 1")
         self.config = config
         self.backend = backend
         self.capacity = capacity

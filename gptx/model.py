@@ -10,7 +10,7 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,7 @@ class Transformer:
     """
 
     config: GPT2Config
-    weights: SimpleNamespace
+    weights: SimpleNamespace = field(repr=False)
     backend: Backend
 
     @cached_property

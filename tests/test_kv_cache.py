@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from gptx.backends import get_backend
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError, StorageError
@@ -68,6 +68,11 @@ def test_a_full_cache_is_an_error() -> None:
 def test_capacity_is_checked(capacity: int) -> None:
     with pytest.raises(ParameterError, match=r"capacity is .*1 to 64"):
         KVCache(CONFIG, get_backend("numpy"), 1, capacity)
+
+
+def test_a_cache_without_sequences_is_an_error() -> None:
+    with pytest.raises(ParameterError, match="the cache has 0 sequences"):
+        KVCache(CONFIG, get_backend("numpy"), 0, 4)
 
 
 def test_padding_repeats_the_last_token() -> None:
@@ -248,3 +253,76 @@ def test_saving_a_cache_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert header["h.0.v"]["data_offsets"] == [8 + 96, 8 + 192]
     assert (8 + size) % 8 == 0
     np.testing.assert_array_equal(load_file(tmp_path / "0")["h.0.v"], cache.values[0])
+
+
+CONTENT: dict[str, Any] = {
+    "lengths": np.array([3, 2]),
+    "h.0.k": np.ones((2, 1, 3, 8), np.float32),
+    "h.0.v": np.ones((2, 1, 3, 8), np.float32),
+}
+METADATA = {"format": "gptx-kv-cache", "fingerprint": "abc", "tokens": "[[1, 2, 3], [4, 5]]"}
+
+
+def stored(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> KVCache:
+    """Write a cache, with these changes, and load it."""
+    changed = {name: x for name, x in {**CONTENT, **tensors}.items() if x is not None}
+    path.write_bytes(save(changed, {**METADATA, **(metadata or {})}))
+    return KVCache.load(path, CONFIG, get_backend("numpy"))
+
+
+def long_cache(n: int) -> dict[str, Any]:
+    """Return the tensors of a cache of n tokens."""
+    tensor = np.ones((1, 1, n, 8), np.float32)
+    return {"lengths": np.array([n]), "h.0.k": tensor, "h.0.v": tensor}
+
+
+def test_a_stored_cache_is_loaded_as_it_is(tmp_path: Path) -> None:
+    cache = stored(tmp_path / "cache", {"h.0.k": np.full((2, 1, 3, 8), 2, np.float16)})
+    assert (cache.lengths.tolist(), cache.tokens) == ([3, 2], [[1, 2, 3], [4, 5]])
+    assert (cache.fingerprint, cache.capacity) == ("abc", 64)
+    assert cache.lengths.dtype == np.int64
+    np.testing.assert_array_equal(cache.keys[0][:, :, :3, :], np.full((2, 1, 3, 8), 2))
+    np.testing.assert_array_equal(cache.values[0][:, :, :3, :], CONTENT["h.0.v"])
+    assert stored(tmp_path / "cache", {}, {"tokens": "null"}).tokens is None
+    full = stored(tmp_path / "cache", long_cache(64), {"tokens": "null"})
+    assert full.lengths.tolist() == [64]
+    one = stored(tmp_path / "cache", long_cache(1), {"tokens": "[[7]]"})
+    assert (one.lengths.tolist(), one.tokens) == ([1], [[7]])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lengths": None}, "is not a KV cache"),
+        ({"lengths": np.array([3.0, 2.0])}, "is not a KV cache"),
+        ({"lengths": np.array([[3], [2]])}, r"sequences of \[\[3\], \[2\]\] tokens"),
+        ({"lengths": np.array([3, 0])}, r"sequences of \[3, 0\] tokens, expected 1 to 64"),
+        ({"lengths": np.array([3, -1])}, r"sequences of \[3, -1\] tokens"),
+        ({"lengths": np.array([2, 2])}, "another model"),
+        ({"lengths": np.array([3])}, "another model"),
+        ({"h.0.k": None}, "another model"),
+        ({"h.1.k": CONTENT["h.0.k"]}, "another model"),
+        ({"h.0.k": CONTENT["h.0.k"][:, :, :, :4]}, "another model"),
+        ({"h.0.v": CONTENT["h.0.k"].astype(int)}, "another model: expected 1 layers"),
+        (long_cache(65), r"sequences of \[65\] tokens, expected 1 to 64"),
+    ],
+)
+def test_a_file_with_other_tensors(tmp_path: Path, tensors: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        stored(tmp_path / "cache", tensors, {"tokens": "null"})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "is not a KV cache"),
+        ({"tokens": "[[1, 2, 3]]"}, r"token ids do not match its \[3, 2\] positions"),
+        ({"tokens": "[[1, 2, 3], [4]]"}, "token ids do not match"),
+        ({"tokens": "[[1, 2, 3], 4]"}, "token ids do not match"),
+        ({"tokens": "5"}, "token ids do not match"),
+        ({"tokens": "["}, "token ids do not match"),
+    ],
+)
+def test_a_file_with_other_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        stored(tmp_path / "cache", {}, metadata)

@@ -159,7 +159,8 @@ def check_options(options: Options) -> CheckedOptions:
     cache = options.get("cache")
     if cache is not None and not isinstance(cache, KVCache):
         raise ParameterError(
-            f"{argument('cache')} is {_shown(cache)}, expected the result of Model.prefill"
+            f"{argument('cache')} is {_shown(cache)}, expected the result of Model.prefill "
+            "or Model.load_cache"
         )
     batch_size = options.get("batch_size", BATCH_SIZE)
     if not is_int(batch_size) or batch_size < 1:

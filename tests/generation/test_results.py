@@ -103,6 +103,10 @@ def test_a_closed_model_does_not_compute() -> None:
     model.close()  # a second time
 
 
+def test_the_weights_are_no_part_of_the_repr_of_a_transformer() -> None:
+    assert len(repr(make_model(CASES["tiny"], QUIET).gpt2)) < 1000
+
+
 def test_an_error_in_a_with_statement_is_raised() -> None:
     with pytest.raises(KeyError), make_model(CASES["tiny"], QUIET) as model:
         raise KeyError
