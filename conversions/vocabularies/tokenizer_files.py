@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptx.config import GPT2Config
+from gptx.errors import StorageError
 from gptx.files import create
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.files import (
@@ -68,7 +69,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Pa
         template = carried[TEMPLATE].read_text(encoding="utf-8", errors="replace")
         options.setdefault("chat_template", template)
     carried.pop(SETTINGS, None)
-    _write_json(folder / SETTINGS, options)
+    _write_settings(folder, options)
     if tokenizer.settings.cls == GPT2 and options["tokenizer_class"] == ANY_CLASS:
         carried.pop(TOKENIZER, None)  # GPT2Tokenizer sets the prefix space, this class does not
     for name, path in carried.items():
@@ -160,16 +161,32 @@ def write_unread_tokenizer(files: Mapping[str, Path], folder: Path) -> None:
         return
     settings = read_settings(files)
     options = _without_places(read_object(files, SETTINGS))
-    _write_json(folder / SETTINGS, {"tokenizer_class": settings.cls, **options})
+    _write_settings(folder, {"tokenizer_class": settings.cls, **options})
     for name in UNREAD_FILES:
         if name in files and name != SETTINGS:
             copy_file(files[name], folder / name)
 
 
 def copy_file(source: Path, destination: Path) -> None:
-    """Copy the contents of a file."""
-    with open(source, "rb") as data, create(destination) as file:
-        shutil.copyfileobj(data, file)
+    """Copy the contents of a file.
+
+    Raises
+    ------
+    StorageError
+        The source cannot be read.
+    """
+    try:
+        with open(source, "rb") as data, create(destination) as file:
+            shutil.copyfileobj(data, file)
+    except OSError as error:
+        if str(error.filename) == str(source):
+            raise StorageError(f"{source} cannot be read ({error.strerror or error})") from error
+        raise
+
+
+def _write_settings(folder: Path, options: dict[str, Any]) -> None:
+    with create(folder / SETTINGS) as file:  # ASCII: a source may have lone surrogates
+        file.write((json.dumps(options, indent=2) + "\n").encode())
 
 
 def _write_json(path: Path, data: Any) -> None:

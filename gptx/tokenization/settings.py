@@ -7,6 +7,7 @@ Otherwise version 5 ignores parts of a tokenizer.json, and gptx follows version 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,8 @@ def _listed_tokens(listed: object, path: Path) -> dict[int, AddedToken]:
     added = {}
     for key, data in listed.items() if isinstance(listed, dict) else [("", None)]:
         token = _token(data, isinstance(data, dict) and data.get("special") is True)
-        if token is None or not key.isascii() or not key.isdigit() or int(key[:10]) >= MAX_IDS:
+        is_id = re.fullmatch("[0-9]{1,10}", key) is not None and int(key) < MAX_IDS
+        if token is None or not is_id:
             raise TokenizerError(
                 f'{path}: "added_tokens_decoder" has {key[:64]!r}: {str(data)[:64]}, expected '
                 "token ids and their tokens: fetch the model again"

@@ -114,7 +114,8 @@ def test_added_tokens_without_a_valid_id(tmp_path: Path, added: dict[str, Any]) 
     [
         *([], "x", {"a": {"content": "b"}}, {"-1": {"content": "b"}}, {"7": {}}, {"7": None}),
         *({"7": {"content": ""}}, {"7": {"content": 3}}, {str(2**31): {"content": "b"}}),
-        *({"\u0665": {"content": "b"}}, {"9" * 5000: {"content": "b"}}),
+        *({"\u0665": {"content": "b"}}, {"1" * 5000: {"content": "b"}}),
+        *({"10000000000": {"content": "b"}}, {"7\n": {"content": "b"}}),
     ],
 )
 def test_listed_tokens_that_are_damaged(tmp_path: Path, listed: object) -> None:
@@ -125,6 +126,9 @@ def test_listed_tokens_that_are_damaged(tmp_path: Path, listed: object) -> None:
 
 def test_the_largest_id(tmp_path: Path) -> None:
     settings = read(tmp_path, added_tokens__json={"a": 2**31 - 1, "b": 0})
+    assert list(settings.added) == [2**31 - 1, 0]
+    listed = {str(2**31 - 1): {"content": "a"}, "0": {"content": "b"}}
+    settings = read(tmp_path, tokenizer_config__json={"added_tokens_decoder": listed})
     assert list(settings.added) == [2**31 - 1, 0]
 
 

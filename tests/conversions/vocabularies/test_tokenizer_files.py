@@ -19,9 +19,11 @@ from gptx.conversions.checkpoint import CARRIED_FILES
 from gptx.conversions.registry import FORMATS
 from gptx.conversions.vocabularies.tokenizer_files import (
     UNREAD_FILES,
+    copy_file,
     write_tokenizer,
     write_unread_tokenizer,
 )
+from gptx.errors import StorageError
 from gptx.tokenization.files import FILES
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.golden_tokenizers import NAMES, TEXTS, expected, folder_of, load
@@ -197,6 +199,18 @@ def test_chat_templates(source: Callable[..., PipelineTokenizer], out: Path) -> 
     assert (out / "chat_template.jinja").read_text() == "{{ 1 }}"
     assert (out / "chat_template.json").read_text() == '{"a": 1}'
     assert settings_of(out)["chat_template"] == "{{ 1 }}"
+
+
+def test_settings_that_are_not_unicode(source: Callable[..., PipelineTokenizer], out: Path) -> None:
+    tokenizer = source("metaspace", tokenizer_config__json='{"chat_template": "\\ud800 é"}')
+    write_tokenizer(tokenizer, CONFIG, out)
+    assert settings_of(out)["chat_template"] == "\ud800 é"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"absent cannot be read"):
+        copy_file(tmp_path / "absent", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_a_tokenizer_that_is_not_read(tmp_path: Path, out: Path) -> None:
