@@ -8,7 +8,7 @@ import pytest
 
 from gptx.conversions.registry import read
 from gptx.embedded import EMBEDDED
-from gptx.errors import DataError, StorageError
+from gptx.errors import ConfigError, DataError, StorageError
 from gptx.lfs_pointer import MAX_POINTER_BYTES, check_content
 
 HEAD = b"version https://git-lfs.github.com/spec/v1\n"
@@ -60,6 +60,14 @@ def test_pointers_that_no_reader_needs(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
         (tmp_path / name).write_bytes(HEAD)
     assert read(tmp_path)[0] == "safetensors"
+
+
+def test_an_error_about_another_file_stays(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"damaged")
+    (tmp_path / "pytorch_model.bin").write_bytes(HEAD)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read(tmp_path)
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_the_narrow_table_has_the_main_columns() -> None:
     assert list(parse_table(text)[0]) == MAIN
     assert text.startswith("| model ")
     assert widest(text) <= 100
+    assert tables.narrow(SAME, grid.COLUMNS, widest(text)) == text
     assert parse_table(text)[1] == {
         "model": "random:124M",
         "params": "124 M",
@@ -165,6 +166,7 @@ def widest(text: str) -> int:
 @pytest.mark.parametrize(
     ("rate", "sd", "text"),
     [
+        (0.1234, 0.0567, "0.12 ± 0.06"),
         (9.876, None, "9.88"),
         (99.4, 1.0, "99.40 ± 1.00"),
         (100.0, 0.25, "100.0 ± 0.2"),

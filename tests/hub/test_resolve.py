@@ -72,7 +72,7 @@ class TestNames:
             locate(name)
 
     def test_address(self) -> None:
-        with pytest.raises(NotFoundError, match="^address 'https://hf.co/org/x' does not exist"):
+        with pytest.raises(NotFoundError, match=r"^address 'https://hf.co/org/x' does not exist"):
             locate("https://hf.co/org/x")
 
     def test_suffixes_of_all_formats_are_those_of_files(self) -> None:
