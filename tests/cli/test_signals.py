@@ -60,9 +60,9 @@ def test_before_the_command_the_process_ends_at_once(point: str, name: str, code
 @each_signal
 def test_at_the_exit_of_the_process(name: str, code: int) -> None:
     point = "import atexit; atexit.register(send)"
-    ended, out, err = run_signaled(name, point, "--version")
+    ended, out, err = run_signaled(name, point, "download", "shakespeare")
     assert (ended, err) == (code, interrupted(name))
-    assert out.startswith(b"gptx, version")
+    assert out.endswith(b"shakespeare\n")
 
 
 @pytest.mark.parametrize(
