@@ -184,6 +184,7 @@ def find_format(path: Path) -> str | None:
     return None
 
 
+# Of formats of one file. A folder is not searched for a model; the error names what it has.
 _FILE_SUFFIXES = {".gguf", ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".dat"}
 # Files of transformers' Trainer beside a model.
 _TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state).*")
@@ -214,14 +215,18 @@ def describe_unsupported(path: Path) -> str | None:
 
 def _model_files(folder: Path) -> list[str]:
     """List files whose suffix is that of a format of one file; shards are not complete models."""
-    return sorted(
+    try:
+        files = sorted(folder.iterdir())
+    except PermissionError:  # the reader of a Hugging Face folder reports it
+        return []
+    return [
         file.name
-        for file in folder.iterdir()
+        for file in files
         if file.suffix in _FILE_SUFFIXES
         and "-of-" not in file.name
         and not _TRAINER_FILES.fullmatch(file.name)
         and file.is_file()
-    )
+    ]
 
 
 def read(

@@ -112,7 +112,7 @@ def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model
     backend = get_backend(rest.pop("backend", "numpy"), **rest)
     found = find_model(model, **find_options)
     info = found.info
-    quantized_config(info.config, quantization)
+    quantized_config(info.config, quantization)  # raises its error before the weights are there
     if check is not None:
         check(info)
     with backend.scope():

@@ -22,9 +22,11 @@ from gptx.config import GPT2Config
 from gptx.embedded import EMBEDDED
 from gptx.errors import (
     ConfigError,
+    GptxError,
     ModelWarning,
     NotFoundError,
     ParameterError,
+    StorageError,
     TokenizerError,
     WeightsError,
 )
@@ -35,6 +37,7 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.burn_bytes import write_burn
 from tests.support.cli import raises_error, run
 from tests.support.conversions import BOTH_WAYS, to_format
+from tests.support.permissions import folder_of_another_user, unprivileged
 from tests.support.random_models import write_model
 from tests.support.tensor_bundle_bytes import write_openai
 from tests.support.torch_files import nanogpt, state_dict, write_folder, zip_bytes
@@ -380,6 +383,30 @@ class TestNames:
 
 class TestRefusals:
     """Files that are no model: one line that names the file and the fault."""
+
+    @pytest.mark.parametrize(
+        ("name", "mode", "kind"),
+        [
+            ("model.gguf", 0o000, StorageError),
+            ("folder", 0o000, StorageError),
+            ("folder", 0o400, StorageError),  # it can be listed, its files cannot be opened
+            ("folder", 0o100, NotFoundError),  # the other way round: config.json is missing
+        ],
+    )
+    def test_no_permission(
+        self, name: str, mode: int, kind: type[GptxError], made: Callable[[str], Path]
+    ) -> None:
+        content = made("gguf").read_bytes()
+        with folder_of_another_user() as folder, unprivileged():
+            path = folder / name
+            if name == "folder":
+                path.mkdir()
+            else:
+                path.write_bytes(content)
+            path.chmod(mode)
+            with raises_error(kind, str(path)):
+                find_model(path)
+            path.chmod(0o700)
 
     @pytest.mark.parametrize("content", [b"", b"hello", bytes(10**6), b"\x80\x02." * 99, b"{}"])
     def test_other_files(self, content: bytes, tmp_path: Path) -> None:
