@@ -159,3 +159,25 @@ def test_two_tokens_of_one_id(tmp_path: Path, added: dict[str, int]) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(TokenizerError, match=r"'<a>' has the id \d+ of another token"):
         PipelineTokenizer.of_folder(tmp_path)
+
+
+def test_a_named_token_without_an_id_gets_none(tmp_path: Path) -> None:
+    shutil.copy(folder_of("prefix_of_json") / "tokenizer.json", tmp_path)
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<new>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    tokenizer = PipelineTokenizer.of_folder(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.token_id("<new>") is None
+    assert tokenizer.vocab_size == 320
+
+
+def test_a_named_token_keeps_the_flags_that_tokenizer_json_has(tmp_path: Path) -> None:
+    definition = json.loads((folder_of("lower") / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    options = {"pad_token": "[X]", "sep_token": "low"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    tokenizer = PipelineTokenizer.of_folder(tmp_path)
+    assert tokenizer is not None
+    added = {token["content"]: token for token in tokenizer.definition()["added_tokens"]}
+    assert added["[X]"] == definition["added_tokens"][3]
+    assert added["low"]["special"]  # a token of the vocabulary
