@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -326,3 +327,11 @@ def test_a_file_with_other_tensors(tmp_path: Path, tensors: dict[str, Any], mess
 def test_a_file_with_other_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         stored(tmp_path / "cache", {}, metadata)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
+def test_a_fifo_is_not_replaced_by_a_cache(small: Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(StorageError, match="is a FIFO, expected a regular file"):
+        small.prefill([1, 2, 3]).save(tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()

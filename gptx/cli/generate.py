@@ -290,7 +290,6 @@ def generate(
         run_session(model, cast("LoadOptions", load_options), options, quiet=quiet)
         return
     options["overflow"] = options["overflow"] or "error"
-    # before the download of a large model
     request = Request([text], check_options(cast("Options", options)))
     if prompt_cache is not None:
         check_replaceable(prompt_cache)
@@ -333,7 +332,7 @@ def _generate(
     caches: list[KVCache] = []
     if prompt_cache is not None and Path(prompt_cache).exists():
         request = request.with_cache(model.load_cache(prompt_cache))
-    chunks = stream_request(model, request, caches.append)
+    chunks = stream_request(model, request, None if prompt_cache is None else caches.append)
     interrupt = None
     try:
         result = print_chunks(chunks, show=not as_json)
@@ -344,7 +343,7 @@ def _generate(
     options = request.options
     n_cached = count_cached(model, str(result.prompt), options, result)
     _print_end(model, result, n_cached, as_json=as_json, logprobs=options.logprobs, quiet=quiet)
-    if prompt_cache is not None and caches:
+    if prompt_cache is not None and caches:  # an interrupt may leave none
         caches[0].save(prompt_cache)
     if interrupt is not None:
         raise interrupt
