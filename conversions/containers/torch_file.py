@@ -189,8 +189,10 @@ class TorchFile:
                 seen.add(id(value))
                 if is_wanted(value):
                     found[path] = value
-                else:
-                    inner += [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
+                    continue
+                for key, item in value.items():
+                    if isinstance(item, dict):
+                        inner.append((f"{path}.{key}" if path else key, item))
             level = inner
         return found
 

@@ -121,8 +121,9 @@ def describe(tensors: Mapping[str, FileTensor]) -> dict[str, StoredTensor]:
     }
 
 
-# Where trainers store a model, the usual ones first.
-STATE_DICTS = ("", "state_dict", "model_state_dict", "model", "module")
+# Keys of the model in checkpoints of trainers. The other dicts of a file are averages, or moments
+# of an optimizer under the names of the tensors.
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def _state_dict(file: TorchFile) -> tuple[dict[str, Any], tuple[str, ...]]:
