@@ -55,6 +55,8 @@ def render(
 ) -> str:
     """Render records as "md", "csv", "json" or "jsonl", without the last line end.
 
+    JSON is ASCII, and so is exact in every encoding of standard output.
+
     Only "md" uses the columns; the other formats have every field.
 
     Parameters
@@ -63,9 +65,9 @@ def render(
         Maximum width of a narrow table in characters; None for a wide one.
     """
     if output_format == "json":
-        return json.dumps(list(records), indent=2, ensure_ascii=False)
+        return json.dumps(list(records), indent=2)
     if output_format == "jsonl":
-        return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        return "\n".join(map(json.dumps, records))
     if output_format == "csv":
         return _csv(records)
     table = markdown(records, columns) if width is None else narrow(records, columns, width)

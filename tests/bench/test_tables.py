@@ -218,3 +218,11 @@ def test_durations() -> None:
     seconds = (0.000158, 0.00123, 0.0999, 0.1, 1.256)
     texts = ["158 µs", "1.23 ms", "99.90 ms", "100 ms", "1.26 s"]
     assert [tables.duration(x) for x in seconds] == texts
+
+
+@pytest.mark.parametrize("output_format", ["json", "jsonl"])
+def test_json_is_ascii(output_format: str) -> None:
+    """It is exact in every encoding of standard output."""
+    text = tables.render([{"model": "naïve 漢 🙂"}], (), output_format)
+    assert text.isascii()
+    assert parse(text, output_format) == [{"model": "naïve 漢 🙂"}]
