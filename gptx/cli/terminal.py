@@ -69,7 +69,8 @@ def _line_editing(words: list[str]) -> Iterator[None]:
 
     readline.set_completer(complete)
     readline.set_completer_delims(" ")
-    readline.parse_and_bind("tab: complete")
+    is_libedit = "libedit" in (readline.__doc__ or "")  # of macOS, with its own syntax
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
     readline.set_history_length(MAX_HISTORY_LINES)
     path = history_file()
     with contextlib.suppress(OSError):

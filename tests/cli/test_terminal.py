@@ -21,6 +21,7 @@ if sys.platform == "win32":
     pytest.skip("needs pseudo-terminals", allow_module_level=True)
 
 import pty
+import readline
 
 TIMEOUT = 60  # s
 
@@ -110,8 +111,9 @@ def test_a_session_at_a_terminal(tmp_path: Path) -> None:
     history = tmp_path / "gptx" / "history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
-    lines = history.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if not line.startswith("_")] == [
+    if "libedit" in (readline.__doc__ or ""):
+        return  # it escapes characters
+    assert history.read_text(encoding="utf-8").splitlines() == [
         "ROMEO:",
         "/set max-tokens 100000",
         " and\\",
