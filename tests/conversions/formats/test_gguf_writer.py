@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gptx.conversions import convert, read
 from gptx.conversions.containers import binary
@@ -27,7 +24,7 @@ from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
-from tests.support.gguf import IDS, TYPES, File, checkpoint, decoded, written
+from tests.support.gguf import IDS, TYPES, File, checkpoint, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16, write_model
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row
@@ -152,81 +149,6 @@ def test_chunks_and_types_of_the_source_do_not_matter(
         {name: np.asfortranarray(w) for name, w in single.items()},
     ):
         assert written(tmp_path, CONFIG, same, type=type).data == expected.data
-
-
-# Blocks
-
-seeds = st.integers(0, 2**32 - 1)
-
-
-def blocks_of(seed: int) -> np.ndarray:
-    """Draw blocks of many magnitudes, some with ties, halves, zeros, subnormal numbers."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(8, 32)) * 10.0 ** rng.integers(-46, 5, (8, 1))
-    x[rng.random((8, 32)) < 0.1] = 0
-    x[0] = rng.integers(-127, 128, 32) / 2  # the scale is 1/2, or a little less
-    x[1] = rng.choice([-4.0, 4.0], 32)
-    x[2] = 0
-    return x.astype(np.float32)
-
-
-def inverse(scale: np.float32) -> np.float32:
-    with np.errstate(all="ignore"):
-        inverse = np.float32(1) / scale
-    return inverse if np.isfinite(inverse) else np.float32(0)
-
-
-def q8_0(block: np.ndarray) -> bytes:
-    """Encode a block as ggml's quantize_row_q8_0_ref, one number at a time."""
-    scale = np.float32(max(abs(x) for x in block)) / np.float32(127)
-    out = struct.pack("<e", scale)
-    for x in block:
-        y = float(x * inverse(scale))
-        out += struct.pack("b", int(math.copysign(math.floor(abs(y) + 0.5), y)))
-    return out
-
-
-def q4_0(block: np.ndarray) -> bytes:
-    """Encode a block as ggml's quantize_row_q4_0_ref, one number at a time."""
-    scale = np.float32(max(block, key=abs)) / np.float32(-8)
-    quants = [min(15, int(x * inverse(scale) + np.float32(8.5))) for x in block]
-    low, high = quants[:16], quants[16:]
-    return struct.pack("<e", scale) + bytes(a | b << 4 for a, b in zip(low, high, strict=True))
-
-
-def encoded(type: str, x: np.ndarray) -> bytes:
-    encode = KINDS[type].encode
-    assert encode is not None
-    return encode(x, "tensor").tobytes()
-
-
-@given(seeds)
-@settings(max_examples=20)
-def test_blocks_are_those_of_ggml(seed: int) -> None:
-    x = blocks_of(seed)
-    for type, block in {"Q8_0": q8_0, "Q4_0": q4_0}.items():
-        assert encoded(type, x) == b"".join(map(block, x))
-
-
-@given(seeds)
-@settings(max_examples=20)
-def test_blocks_are_close_to_the_numbers(seed: int) -> None:
-    x = blocks_of(seed)
-    largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float64)
-    # Half a step (at one end of Q4_0 a whole one), and the rounding of the scale to float16
-    for type, steps, slack in (("Q8_0", 127, 0.5), ("Q4_0", 8, 1.0)):
-        back = decoded(encoded(type, x), IDS[type]).reshape(x.shape)
-        limit = largest * (slack / steps * 1.001 + 2.0**-11) + steps * 2.0**-25
-        assert (np.abs(back - x) <= limit).all()
-
-
-@given(seeds)
-@settings(max_examples=20)
-def test_float16_is_rounded_to_the_nearest(seed: int) -> None:
-    x = blocks_of(seed)
-    x = x[np.abs(x).max(axis=1) < 65504]
-    back = decoded(encoded("F16", x), 1).reshape(x.shape)
-    assert (np.abs(back - x) <= np.abs(x) * 2.0**-11 + 2.0**-25).all()
 
 
 # Unsupported models
