@@ -61,7 +61,8 @@ class GPT2Config:
     n_inner
         Width of the MLP; None means 4 * n_embd.
     activation_function
-        "gelu_new" (tanh form, the original), "gelu" (erf form) or "relu".
+        "gelu_new" (tanh form, the original), "gelu" (erf form) or "relu". The other names of them
+        in transformers are replaced by these.
     layer_norm_epsilon
         Number added to the variance, in (0, 1].
     scale_attn_weights
@@ -123,9 +124,13 @@ class GPT2Config:
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a number")
         if not 0 < epsilon <= 1:
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected more than 0, at most 1")
-        if self.activation_function not in ACTIVATIONS:
+        activation = self.activation_function
+        if isinstance(activation, str):
+            activation = ACTIVATION_ALIASES.get(activation, activation)
+            object.__setattr__(self, "activation_function", activation)
+        if activation not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function is {self.activation_function!r}, which is not supported: "
+                f"activation_function is {activation!r}, which is not supported: "
                 f"expected {', '.join(ACTIVATIONS)} or another name of one of them"
             )
         if self.n_embd % self.n_head:
@@ -214,9 +219,6 @@ class GPT2Config:
         for other, name in KEY_ALIASES.items():
             if other in data:
                 given.setdefault(name, data[other])
-        activation = given.get("activation_function")
-        if isinstance(activation, str):
-            given["activation_function"] = ACTIVATION_ALIASES.get(activation, activation)
         return cls(**given)
 
     @classmethod

@@ -300,6 +300,7 @@ def test_other_names_of_an_activation(name: str, expected: str) -> None:
     config = GPT2Config.from_dict({"activation_function": name})
     assert config.activation_function == expected
     assert config.to_dict()["activation_function"] == expected
+    assert GPT2Config(activation_function=name) == config
 
 
 def test_heads_that_do_not_divide_the_width() -> None:
