@@ -17,6 +17,7 @@ import os
 import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,7 @@ def main(arguments: list[str]) -> None:
     if not tests:
         parser.error("the tests are missing: give their paths after --")
     equivalent = read_equivalent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the copies
     with tempfile.TemporaryDirectory() as parent:
         folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for i in range(options.jobs):
