@@ -10,6 +10,7 @@ import pytest
 
 import gptx
 from gptx.errors import ParameterError
+from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
 from tests.support.cli import assert_generate_fails, raises_error, run, short_id
 
@@ -93,6 +94,35 @@ def test_parameters_out_of_range(shakespeare: Model, options: Any, message: str)
         shakespeare.generate("O", **({"max_tokens": 1} | options))
     with raises_error(ParameterError, message):
         list(shakespeare.stream("O", **({"max_tokens": 1} | options)))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("temperature", 0, 1e6),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("repetition_penalty", 1e-6, 1e6),
+        ("presence_penalty", -1e6, 1e6),
+        ("frequency_penalty", -1e6, 1e6),
+    ],
+)
+def test_the_limits_of_a_parameter(name: str, low: float, high: float) -> None:
+    for value in (low, high):
+        assert getattr(SamplingParams(**{name: value}), name) == value
+    for value in (math.nextafter(low, -INF), math.nextafter(high, INF)):
+        with raises_error(ParameterError, f"{name} is {value}, expected a number from {low:g}"):
+            SamplingParams(**{name: value})
+
+
+def test_the_limits_of_whole_numbers_and_biases() -> None:
+    for options in ({"seed": 0}, {"seed": 2**64 - 1}, {"top_k": 0}, {"top_k": 1}):
+        assert SamplingParams(**options)
+    for bias in (1e6, -1e6, -INF):
+        assert SamplingParams(logit_bias={0: bias}).logit_bias == {0: bias}
+    for bias in (math.nextafter(1e6, INF), math.nextafter(-1e6, -INF), INF):
+        with raises_error(ParameterError, "logit_bias of token 0 is"):
+            SamplingParams(logit_bias={0: bias})
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,35 @@ def test_slide_continues_with_the_newer_half(
     assert second == [i % 97 for i in range(50, 50 + 63)]  # not full yet
 
 
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "overflow", "expected"),
+    [
+        ([[1, 2, 3], [4]], 5, "error", [7]),  # the last token of the output takes no position
+        ([[4], [1, 2, 3]], 1, "error", [3]),
+        ([[1, 2, 3]], None, "error", [64]),
+        ([[0, 1, 2]], 80, "slide", [64, 49]),  # 18 tokens are left after half a context
+        ([[1] * 200], 10, "truncate", [64]),
+    ],
+)
+def test_a_cache_has_the_positions_that_a_run_fills(
+    counting: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: list[list[int]],
+    max_tokens: int | None,
+    overflow: Any,
+    expected: list[int],
+) -> None:
+    capacities = []
+
+    def spy(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Any:
+        capacities.append(cache.capacity)
+        return next_token_logits(model, prompts, cache)
+
+    monkeypatch.setattr(gptx.generation.batching, "next_token_logits", spy)
+    tokens_of(TokenGenerator(counting, prompts, GREEDY, max_tokens=max_tokens, overflow=overflow))
+    assert capacities == expected
+
+
 @pytest.mark.parametrize("overflow", ["truncate", "slide"])
 def test_a_long_prompt_keeps_its_newest_tokens(counting: Transformer, overflow: Any) -> None:
     prompt = [i % 97 for i in range(200)]
@@ -113,6 +142,13 @@ def test_a_long_prompt_keeps_its_newest_tokens(counting: Transformer, overflow: 
     assert tokens_of(run)[0][:3] == [i % 97 for i in range(200, 203)]
     run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=60, overflow=overflow)
     assert run.prompts == [prompt[-32:]]
+
+
+def test_a_long_prompt_without_a_limit_leaves_half_a_context(counting: Transformer) -> None:
+    prompt = [i % 97 for i in range(200)]
+    run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=None, overflow="truncate")
+    assert run.prompts == [prompt[-32:]]
+    assert len(tokens_of(run)[0]) == 33
 
 
 def test_truncate_ends_with_the_context(counting: Transformer) -> None:
