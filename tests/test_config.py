@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptx.backends import get_backend
 from gptx.config import ACTIVATIONS, MAX_CONFIG_BYTES, SIZES, GPT2Config
 from gptx.errors import ConfigError, DataError
 from gptx.quantization import Quantization
@@ -301,6 +303,25 @@ def test_other_names_of_an_activation(name: str, expected: str) -> None:
     assert config.activation_function == expected
     assert config.to_dict()["activation_function"] == expected
     assert GPT2Config(activation_function=name) == config
+
+
+# Functions of transformers' activations.py under other names.
+FORMULAS: dict[str, Any] = {
+    "gelu_fast": lambda x: 0.5 * x * (1 + math.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_accurate": lambda x: (
+        0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "gelu_python": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_another_name_means_the_same_function(name: str) -> None:
+    backend = get_backend("numpy", dtype="float64")
+    x = np.linspace(-12, 12, 2401)
+    activation = GPT2Config(activation_function=name).activation_function
+    expected = np.vectorize(FORMULAS[name])(x)
+    np.testing.assert_allclose(getattr(backend, activation)(x), expected, rtol=0, atol=5e-7)
 
 
 def test_heads_that_do_not_divide_the_width() -> None:
