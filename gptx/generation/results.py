@@ -44,7 +44,8 @@ class Result:
     prompt
         The prompt as given: text or token ids.
     text
-        Generated text; None for a model without a tokenizer.
+        Generated text, which continues the text of the prompt: it begins with a space if its first
+        token begins a word. None for a model without a tokenizer.
     tokens
         Generated token ids, without the end-of-text token.
     logprobs
