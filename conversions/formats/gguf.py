@@ -93,6 +93,8 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
     file = GgufFile(path)
     _require_model(file)
     tensors = {_gptx_name(name): tensor for name, tensor in file.tensors.items()}
+    if len(tensors) < len(file.tensors):
+        raise WeightsError(f"{path} has a tensor under the names of llama.cpp and of the Hub")
     found, config, notes = settle_head(tensors, config, partial(_is_same, file))
     for name in (TABLE, POSITIONS):
         if name not in found or len(found[name].shape) != 2:

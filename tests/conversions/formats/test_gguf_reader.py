@@ -296,6 +296,11 @@ def test_lists_instead_of_single_values(
         ({"numbers": {"split.count": 3}}, WeightsError, "is one of 3 parts of a split model"),
         ({"numbers": {"general.alignment": 48}}, WeightsError, "is 48, expected a power of two"),
         (
+            {"weights": {"wte.weight": np.ones((4, 4), np.float32)}},
+            WeightsError,
+            "a tensor under the names of llama.cpp and of the Hub",
+        ),
+        (
             {"weights": {"rope_freqs.weight": np.ones(4, np.float32)}},
             WeightsError,
             r"tensor rope_freqs\.weight is unknown",
