@@ -16,7 +16,7 @@ import numpy as np
 
 from gptx.backends import Backend, Positions
 from gptx.config import GPT2Config
-from gptx.errors import DataError, NotFoundError, ParameterError
+from gptx.errors import DataError, NotFoundError, ParameterError, WeightsError
 from gptx.files import atomic_file
 from gptx.safetensors_file import read_safetensors, write_safetensors
 
@@ -170,10 +170,17 @@ class KVCache:
         """
         if not Path(path).is_file():
             raise NotFoundError(f"cache {path} does not exist")
-        tensors, metadata = read_safetensors(path)
+        no_cache = DataError(
+            f"{path} is not a KV cache, or is damaged: expected a file that KVCache.save() or "
+            "`gptx generate --prompt-cache` wrote"
+        )
+        try:
+            tensors, metadata = read_safetensors(path)
+        except WeightsError:
+            raise no_cache from None
         lengths = tensors.get("lengths")
         if metadata.get("format") != FORMAT or lengths is None or lengths.dtype.kind != "i":
-            raise DataError(f"{path} is not a KV cache: expected a file that KVCache.save() wrote")
+            raise no_cache
         stop = int(lengths.max(initial=0))
         shape = (lengths.size, config.n_head, stop, config.head_dim)
         names = [f"h.{layer}.{name}" for layer in range(config.n_layer) for name in ("k", "v")]

@@ -227,7 +227,7 @@ class Model:
         if cache.fingerprint != self.fingerprint:
             raise DataError(
                 f"{path} belongs to other weights than those of {self.name}: "
-                "save a cache of this model"
+                "give another file, or save a cache of this model"
             )
         return cache
 
