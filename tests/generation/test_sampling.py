@@ -11,6 +11,7 @@ import pytest
 
 from gptx.backends import Backend
 from gptx.errors import ParameterError
+from gptx.generation import sampling
 from gptx.generation.sampling import SamplingParams, uniform
 from tests.support.backends import make_backend
 from tests.support.sampling_reference import (
@@ -23,6 +24,16 @@ from tests.support.sampling_reference import (
     top_k,
     top_p,
 )
+
+GREEDY = SamplingParams()
+
+
+def test_the_own_sampler_of_a_backend_has_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = object()
+    arguments: Any = (GREEDY, NUMPY, [[1, 2], [3]], [0, 1], 5)
+    assert isinstance(sampling.make_sampler(*arguments), sampling.Sampler)
+    monkeypatch.setattr(NUMPY, "sampler", lambda params, *rest: (own, params, *rest))
+    assert sampling.make_sampler(*arguments) == (own, GREEDY, [[1, 2], [3]], [0, 1], 5)
 
 
 def test_greedy_takes_the_largest_logit(library: Backend, random: np.random.Generator) -> None:
