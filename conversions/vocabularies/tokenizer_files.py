@@ -57,7 +57,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Pa
     """
     definition = tokenizer.definition()
     carried = dict(tokenizer.files)
-    for name in TEMPLATES:
+    for name in (*TEMPLATES, *SENTENCEPIECE):  # slow tokenizers need the latter
         if (path := tokenizer.folder and tokenizer.folder / name) and path.is_file():
             carried[name] = path
     options = read_object(carried, SETTINGS)

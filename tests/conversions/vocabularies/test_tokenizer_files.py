@@ -201,6 +201,13 @@ def test_chat_templates(source: Callable[..., PipelineTokenizer], out: Path) -> 
     assert settings_of(out)["chat_template"] == "{{ 1 }}"
 
 
+def test_a_sentencepiece_model_beside_the_tokenizer(
+    source: Callable[..., PipelineTokenizer], out: Path
+) -> None:
+    write_tokenizer(source("unigram", spiece__model="a model"), CONFIG, out)
+    assert (out / "spiece.model").read_text() == "a model"
+
+
 def test_settings_that_are_not_unicode(source: Callable[..., PipelineTokenizer], out: Path) -> None:
     tokenizer = source("metaspace", tokenizer_config__json='{"chat_template": "\\ud800 é"}')
     write_tokenizer(tokenizer, CONFIG, out)
