@@ -44,7 +44,7 @@ REFUSED = {
     "transformers5-cross-attention": "add_cross_attention",
     "torch-no-model": "epoch, optimizer, names",
     "torch-whole-module": "state_dict",
-    "peft-lora": "LoRA adapter",
+    "peft-lora": "adapter .*LoRA",
     "peft-ia3": "adapter",
     "peft-prompt": "adapter",
     "peft-state-dict": "LoRA",
