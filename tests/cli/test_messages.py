@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,13 @@ A_FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<![\w-])-[a-z]\b")
 A_COMMAND = re.compile(r"`[^`]*`|(pip|hf|gptx|llama-[\w-]+) [^:;,]*")
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """Yield the place and the text of each message of an error; a value in it is NUL."""
+@cache
+def messages() -> list[tuple[str, str]]:
+    """Return the place and the text of each message of an error; a value in it is NUL."""
+    return list(_messages())
+
+
+def _messages() -> Iterator[tuple[str, str]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):

@@ -83,11 +83,10 @@ def test_the_cache_has_the_turn_before(session: Session) -> None:
 
 
 def test_a_text_longer_than_the_context_slides(session: Session) -> None:
-    session.turns = [Turn("ROMEO:\n" * 200, "")]
+    session.turns = [Turn("ROMEO:\n" * 100, "")]
     assert len(session.model.encode(session.text)) > session.model.config.n_positions
-    for _ in range(2):
-        result, _ = session.enter("JULIET:")
-        assert len(result.tokens) == 8
+    result, _ = session.enter("JULIET:")
+    assert len(result.tokens) == 8
 
 
 def test_an_interrupt_keeps_the_output_so_far(

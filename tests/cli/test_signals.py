@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,10 +50,9 @@ def interrupted(name: str) -> list[bytes]:
     return [b"Interrupted"] if name == "SIGINT" else []
 
 
-@pytest.mark.parametrize(("name", "code"), SIGNALS[:2])
 @pytest.mark.parametrize("point", BEFORE)
-def test_before_the_command_the_process_ends_at_once(point: str, name: str, code: int) -> None:
-    assert run_signaled(name, point, "backends") == (code, b"", interrupted(name))
+def test_before_the_command_the_process_ends_at_once(point: str) -> None:
+    assert run_signaled("SIGINT", point, "backends") == (130, b"", [b"Interrupted"])
 
 
 @each_signal
@@ -67,7 +65,7 @@ def test_at_the_exit_of_the_process(name: str, code: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "code", "destination"),
-    [*((*row, "out.gguf") for row in SIGNALS), (*SIGNALS[1], "folder")],
+    [(*row, name) for row, name in zip(SIGNALS, ("folder", "out.gguf", "folder"), strict=True)],
 )
 def test_a_conversion_leaves_nothing(
     tmp_path: Path, name: str, code: int, destination: str
@@ -89,13 +87,12 @@ def test_a_repeated_signal_does_not_stop_the_cleaning_up(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "code"), SIGNALS[1:])
-def test_a_generation_ends(name: str, code: int) -> None:
+def test_a_generation_ends() -> None:
     with start(*LONG_RUN, program=PREPARE + RUN, SENT="") as process:
         assert read(process, 5)
-        process.send_signal(getattr(signal, name))
+        process.terminate()
         _, err = process.communicate(timeout=120)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert error_lines(err) == []
 
 
@@ -112,8 +109,8 @@ def test_a_worker_of_a_benchmark_ends_with_it(folder: Callable[..., Path]) -> No
     assert error_lines(err) == []
 
 
-@each_signal
-def test_a_signal_that_the_parent_ignores_stays_ignored(name: str, code: int) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_that_the_parent_ignores_stays_ignored(name: str) -> None:
     """As with nohup."""
     point = (
         "signal.signal(getattr(signal, os.environ['SENT']), signal.SIG_IGN)\n"
