@@ -29,7 +29,7 @@ Commands:
   /reset         start with an empty text
   /seed [N]      use the seed N; without N, a random one each time
   /set           show the settings
-  /set NAME [X]  change a setting, such as /set temperature 0.8; without X, to its default
+  /set NAME [X]  change a setting, such as /set temperature 0.8; without X, as at the start
   //             enter a line that begins with /"""
 # Options of `gptx generate` that `/set` changes.
 SETTINGS = (
@@ -202,7 +202,7 @@ class Commands:
         if name not in self._params:
             known = ", ".join(map(_spelled, SETTINGS))
             raise click.UsageError(f"unknown setting {_spelled(name)}: expected one of {known}")
-        value: Any = self._defaults[name]
+        value: Any = None if name == "seed" else self._defaults[name]
         if text.strip():
             try:
                 value = self._params[name].type.convert(text.strip(), None, None)

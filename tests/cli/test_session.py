@@ -191,6 +191,15 @@ def test_a_setting_is_changed_and_set_back(
     assert commands.session.options == DEFAULTS
 
 
+def test_seed_without_a_number_is_random(shakespeare: Model) -> None:
+    """Also if the session has started with a seed; other settings are as at the start."""
+    session = Session(shakespeare, {**DEFAULTS, "seed": 5, "top_k": 7})
+    commands = Commands(session)
+    for line in ("/set top-k 3", "/set top-k", "/seed"):
+        commands.read(line)
+    assert session.options == {**DEFAULTS, "seed": None, "top_k": 7}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
