@@ -337,3 +337,23 @@ def test_the_cache_after_a_slide_has_the_newer_half(counting: Transformer) -> No
     n = len(cache.tokens[0])
     assert cache.tokens[0] == ids[-n - 1 : -1]
     assert n < len(ids) - 1
+
+
+def test_an_interrupt_while_the_context_slides_leaves_no_cache(
+    counting: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new cache has positions whose keys are not computed."""
+    prefill = Batch.prefill
+    calls: list[Any] = []
+
+    def interrupted(self: Batch, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prefill(self, *args)
+
+    monkeypatch.setattr(Batch, "prefill", interrupted)
+    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=30, overflow="slide")
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    assert run.cache() is None
