@@ -329,7 +329,7 @@ def test_the_cache_of_a_run_has_what_the_model_has_read(backend: Backend) -> Non
 
 
 def test_the_cache_after_a_slide_has_the_newer_half(counting: Transformer) -> None:
-    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=30, overflow="slide")
+    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=80, overflow="slide")
     ids = [0] * 60 + [step[0].id for step in run]
     cache = run.cache()
     assert cache is not None
@@ -353,7 +353,7 @@ def test_an_interrupt_while_the_context_slides_leaves_no_cache(
         return prefill(self, *args)
 
     monkeypatch.setattr(Batch, "prefill", interrupted)
-    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=30, overflow="slide")
+    run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=80, overflow="slide")
     with pytest.raises(KeyboardInterrupt):
         list(run)
     assert run.cache() is None
