@@ -94,7 +94,7 @@ def check_names(
 
 
 def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
-    option = name if name in elsewhere else OPTIONS.get(name.lower())
+    option = name if name in elsewhere else OPTIONS.get(name.lower(), name)
     if option in known:
         return f"did you mean {option}?"
     if option in elsewhere:

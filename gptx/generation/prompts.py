@@ -86,7 +86,9 @@ def list_of_ids(ids: Sequence[int]) -> list[int]:
     PromptError
         It is something else.
     """
-    values = ids.tolist() if _is_array(ids) else ids
+    values: Any = ids
+    if _is_array(ids):
+        values = values.tolist()
     if (
         isinstance(values, str | bytes | bytearray | memoryview)
         or not isinstance(values, Sequence)
