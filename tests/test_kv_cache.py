@@ -76,6 +76,19 @@ def test_a_cache_without_sequences_is_an_error() -> None:
         KVCache(CONFIG, get_backend("numpy"), 0, 4)
 
 
+def test_the_buffers_of_all_layers_are_one_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, shapes = get_backend("numpy"), []
+    real = backend.zeros
+
+    def zeros(shape: tuple[int, ...], dtype: str) -> Any:
+        shapes.append(shape)
+        return real(shape, dtype)
+
+    monkeypatch.setattr(backend, "zeros", zeros)
+    KVCache(CASES["124M"], backend, 2, 5)
+    assert shapes == [(2 * 4, 2, 12, 5, 8)]
+
+
 def test_padding_repeats_the_last_token() -> None:
     assert pad([[1, 2, 3], [7], [4, 5]]).tolist() == [[1, 2, 3], [7, 7, 7], [4, 5, 5]]
 
