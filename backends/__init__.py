@@ -150,8 +150,9 @@ def get_backend(
             f"{argument('backend')} is {backend!r}, expected {', '.join(map(repr, TABLE))} "
             "or an array-API namespace"
         )
-    made: Backend = getattr(_import(backend), TABLE[backend].cls)(**options)
-    return made
+    cls: type[Backend] = getattr(_import(backend), TABLE[backend].cls)
+    cls.check_process()
+    return cls(**options)
 
 
 def available() -> list[BackendStatus]:

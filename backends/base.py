@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from gptx.quantization import QuantizedTensor, dequantize
 Array = Any  # an array of the backend's namespace
 
 # Held while a backend uses its number of BLAS threads, which is one setting of the process.
-BLAS_LOCK = threading.RLock()
+_blas_lock = threading.RLock()
 
 OPS = (
     "embed",
@@ -43,6 +45,16 @@ OPS = (
 )
 # Methods whose overrides `generic=True` turns off.
 OVERRIDABLE = (*OPS, "pack_weight", "pack_quantized", "compile", "sampler", "decode")
+
+
+def _renew_lock() -> None:
+    """Make a new lock in a forked child, where no thread would release the old one."""
+    global _blas_lock
+    _blas_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class NextTokens(NamedTuple):
@@ -95,6 +107,8 @@ class Backend:
         True if the backend takes `threads`.
     asynchronous
         True if ops return before the device has computed them.
+    survives_fork
+        False if a forked child cannot use the library after its parent has (see `mark_used`).
     warm_up
         Number of calls before the same call takes its usual time.
     accumulation_dtype
@@ -112,7 +126,10 @@ class Backend:
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     has_threads = False
     asynchronous = False
+    survives_fork = True
     warm_up = 1
+
+    _used_by: ClassVar[dict[str, int]] = {}  # name of a backend -> process that has used it
 
     def __init__(
         self,
@@ -158,8 +175,7 @@ class Backend:
         self.accumulation_dtype = xp.float64 if dtype == "float64" else xp.float32
         self._blas: Any = None
         if generic:
-            for name in OVERRIDABLE:
-                setattr(self, name, getattr(Backend, name).__get__(self))
+            self.__class__ = _generic_class(type(self))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.dtype}>"
@@ -297,7 +313,9 @@ class Backend:
 
         Here it is not compiled. An override traces `forward` (see `gptx.backends.graph`).
         """
-        return functools.partial(forward, model)
+        # A copy: the model stores the result, so a reference to the model would be a cycle, which
+        # keeps the weights in memory until Python's garbage collector runs.
+        return functools.partial(forward, replace(model))
 
     # Decode steps: the engine calls `decode`, then `read_tokens`
 
@@ -421,15 +439,47 @@ class Backend:
         """Return the name of the device, for example "NVIDIA H200"; "" for the CPU or unknown."""
         return ""
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
+    @classmethod
+    def check_process(cls) -> None:
+        """Check that this process can use the library.
+
+        Raises
+        ------
+        BackendError
+            A parent process used it before the fork that made this process.
+        """
+        used_by = Backend._used_by.get(cls.name)
+        if used_by is not None and used_by != os.getpid():
+            raise BackendError(
+                f"the {cls.name} backend was used in process {used_by} before os.fork() made this "
+                "process, in which it cannot compute: use it only after the fork, or start "
+                "processes with multiprocessing's 'spawn'"
+            )
+
+    def mark_used(self) -> None:
+        """Mark the library as used by this process: it has started threads or opened a device.
+
+        For libraries that do not survive a fork. In a child they would wait forever, or fail.
+        """
+        if not self.survives_fork:
+            Backend._used_by.setdefault(self.name, os.getpid())
+
+    def scope(self) -> AbstractContextManager[None]:
         """Return a context manager for all calls: it sets the BLAS threads and the device.
 
         Raises
         ------
+        BackendError
+            This process cannot use the library, see `check_process`.
         DeviceOutOfMemory
             In place of the library's own error when memory runs out.
         """
+        if not self.survives_fork:
+            self.check_process()
+        return self._scope()
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
         try:
             # No warnings of a NaN or an infinity: the sampler reports them.
             with np.errstate(all="ignore"), self._blas_threads():
@@ -449,7 +499,7 @@ class Backend:
             return
         import threadpoolctl
 
-        with BLAS_LOCK:
+        with _blas_lock:
             if self._blas is None:  # the search for loaded libraries takes milliseconds
                 found = threadpoolctl.ThreadpoolController().select(user_api="blas")
                 self._blas = found.lib_controllers
@@ -465,6 +515,12 @@ class Backend:
         for library, n, current in zip(self._blas, wanted, now, strict=True):
             if n != current:
                 library.set_num_threads(n)
+
+
+@functools.cache
+def _generic_class(cls: type[Backend]) -> type[Backend]:
+    """Return a subclass with the generic definition of every method of `OVERRIDABLE`."""
+    return type(cls.__name__, (cls,), {name: getattr(Backend, name) for name in OVERRIDABLE})
 
 
 def peak_resident_memory() -> int:

@@ -11,6 +11,7 @@ and "values" those of `KVCache.update`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +31,7 @@ class Node:
     Attributes
     ----------
     graph
-        Graph of the node.
+        Graph of the node, a weak reference: cycles would keep the weights in memory.
     op
         Name of the op.
     operands
@@ -72,7 +73,7 @@ class Graph:
 
     def add_node(self, op: str, *operands: Any) -> Node:
         """Append a node and return it."""
-        self.nodes.append(Node(self, op, operands))
+        self.nodes.append(Node(weakref.proxy(self), op, operands))
         return self.nodes[-1]
 
 

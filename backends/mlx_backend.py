@@ -49,6 +49,7 @@ class MlxBackend(Backend):
 
     name = "mlx"
     asynchronous = True
+    survives_fork = False  # a child has none of MLX's threads, which the first evaluation starts
     dtypes = ("float32", "float16", "bfloat16")
 
     def __init__(self, *, device: str | None = None, **options: Any) -> None:
@@ -120,9 +121,11 @@ class MlxBackend(Backend):
         return QuantizedWeight(mx.array(q.weight), scales, biases, q.group_size, q.bits)
 
     def to_numpy(self, x: Array) -> np.ndarray:
+        self.mark_used()
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
     def copy_to_host_async(self, x: Array) -> Array:
+        self.mark_used()
         async_eval: Any = mx.async_eval  # MLX declares it without types
         async_eval(x)
         return x
@@ -131,13 +134,14 @@ class MlxBackend(Backend):
         return mx.zeros(shape, dtype=getattr(mx, dtype or self.dtype))
 
     def synchronize(self) -> None:
+        self.mark_used()
         mx.synchronize(mx.default_stream(self._stream))
 
     def peak_memory(self) -> int:
         return int(mx.get_peak_memory())
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
+    def _scope(self) -> Iterator[None]:
         try:
             with mx.stream(self._stream):
                 yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,19 @@ def allocate_aligned(
     return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
+_pool_lock = threading.Lock()  # of all pools
+
+
+def _renew_lock() -> None:
+    """Make a new lock in a forked child, where no thread would release the old one."""
+    global _pool_lock
+    _pool_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Pool:
     """Arrays in large chunks of memory.
 
@@ -41,7 +55,6 @@ class Pool:
 
     def __init__(self) -> None:
         self._free = np.empty(0, np.uint8)
-        self._lock = threading.Lock()
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Allocate an array at the beginning of a cache line."""
@@ -49,7 +62,7 @@ class Pool:
         padded = -(-n_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
         if padded >= POOL_CHUNK_BYTES:  # large enough for a separate chunk
             return allocate_aligned(shape, dtype)
-        with self._lock:
+        with _pool_lock:
             if padded > self._free.size:
                 self._free = allocate_aligned((POOL_CHUNK_BYTES,), np.uint8)
             memory, self._free = self._free[:n_bytes], self._free[padded:]

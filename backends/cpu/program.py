@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numba
 import numpy as np
 
-from gptx.backends.cpu.kernels import attention, interpreter, linear
+from gptx.backends.cpu.kernels import attention, linear, mailbox
 from gptx.backends.cpu.kernels import instructions as columns
 from gptx.backends.cpu.kernels.amx import attention as amx_attention
 from gptx.backends.cpu.kernels.amx import linear as amx_linear
 from gptx.backends.cpu.kernels.amx import tile_unit
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Run
+from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS
+from gptx.backends.cpu.kernels.interpreter import is_serial
 from gptx.backends.cpu.kernels.simd import LANES
 from gptx.backends.cpu.memory import allocate_aligned
+from gptx.backends.cpu.thread_pool import MAX_THREADS, POOL
 from gptx.backends.fusion import ACTIVATIONS, FusedOp
 
 Array = np.ndarray
 
 MAX_KEPT_BYTES = 2**26  # of buffers and workspace that a program keeps for the next call
-
-# One run at a time: the kernels use all threads, and some of Numba's threading layers end the
-# process if two threads enter them.
-_run_lock = threading.Lock()
 
 _NO_INDICES = np.zeros(0, np.int64)
 
@@ -59,6 +56,27 @@ class Shape(NamedTuple):
     capacity: int = 0
 
 
+class _Memory(NamedTuple):
+    """The memory of a run.
+
+    Attributes
+    ----------
+    key
+        Shape and threads of the run.
+    words
+        The words of the run for the mailbox (see `kernels/mailbox.py`).
+    addresses
+        Address of each buffer, int64.
+    arrays
+        The arrays that `words` and `addresses` refer to.
+    """
+
+    key: tuple[Shape, int]
+    words: Array
+    addresses: Array
+    arrays: list[Array]
+
+
 class Program:
     """An instruction table and the arrays that it refers to.
 
@@ -77,8 +95,7 @@ class Program:
         self.widths = [round_up(n, PANEL_OUTPUTS) for n in inputs]
         self.widths += [0] * (1 + max(op.target for op in ops) - len(inputs))
         self.table = np.zeros((len(ops), columns.N_COLUMNS), np.int64)
-        self._kept_for: tuple[Shape, int] | None = None
-        self._kept: list[Array] = []
+        self._kept: _Memory | None = None
         for row, op in zip(self.table, ops, strict=True):
             self._encode(row, op)
 
@@ -105,48 +122,60 @@ class Program:
         cache
             The KV cache, for ATTENTION.
         """
-        most = numba.config.NUMBA_NUM_THREADS
+        most = min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS)
         threads = min(threads or most, most)
-        keys, values = ([], []) if cache is None else (cache.keys, cache.values)
-        with _run_lock:
-            *own, prepared, workspace = self._allocate(shape, threads, buffers)
-            addresses = _addresses([buffers.get(n, own[n]) for n in range(len(own))])
-            numba.set_num_threads(threads)
-            run = Run(
-                program=self.table,
-                buffers=addresses,
-                tokens=np.ascontiguousarray(ids, np.int64).reshape(-1),
-                positions=np.ascontiguousarray(positions, np.int64).reshape(-1),
-                keys=_addresses(keys),
-                values=_addresses(values),
-                prepared=prepared,
-                workspace=workspace,
-                counter=np.zeros(1, np.int64),
-                **shape._asdict(),
-                amx=tile_unit.is_allowed(),
-                float16=cache is not None and cache.keys[0].dtype == np.float16,
-                threads=threads,
+        with POOL.lock:
+            memory = self._allocate(shape, threads, buffers)
+            words = memory.words
+            for n, x in buffers.items():
+                memory.addresses[n] = _address(x)
+            tokens, positions = (
+                np.ascontiguousarray(x, np.int64).reshape(-1) for x in (ids, positions)
             )
-            interpreter.run_program(run)
+            words[mailbox.TOKENS], words[mailbox.POSITIONS] = _address(tokens), _address(positions)
+            if cache is not None:
+                keys, values = _addresses(cache.keys), _addresses(cache.values)
+                words[mailbox.KEYS], words[mailbox.VALUES] = _address(keys), _address(values)
+                words[mailbox.N_LAYERS] = len(keys)
+                words[mailbox.FLOAT16] = cache.keys[0].dtype == np.float16
+            POOL.run(words)
 
-    def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> list[Array]:
-        """Return buffers (empty for those given), workspace for prepared rows, and workspace.
-
-        Small arrays are kept for the next call of the same shape.
-        """
-        if self._kept_for == (shape, threads):
+    def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> _Memory:
+        """Return the memory of a run; small memory is kept for the next run of the same shape."""
+        if self._kept is not None and self._kept.key == (shape, threads):
             return self._kept
-        rows = padded_rows(shape.B * shape.T)
-        arrays = [
-            allocate_aligned((0 if n in given else rows, width), np.float32)
-            for n, width in enumerate(self.widths)
-        ]
+        n_rows = shape.B * shape.T
+        rows = padded_rows(n_rows)
         prepared_size, workspace_size = self._workspace_sizes(shape, threads)
-        arrays.append(allocate_aligned((prepared_size,), np.float32))
-        arrays.append(allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32))
+        *buffers, prepared, workspace = arrays = [
+            *(
+                allocate_aligned((0 if n in given else rows, width), np.float32)
+                for n, width in enumerate(self.widths)
+            ),
+            allocate_aligned((prepared_size,), np.float32),
+            allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32),
+        ]
+        addresses = _addresses(buffers)
+        words = np.zeros(mailbox.N_WORDS, np.int64)
+        words[mailbox.PROGRAM] = _address(self.table)
+        words[mailbox.N_INSTRUCTIONS] = len(self.table)
+        words[mailbox.BUFFERS] = _address(addresses)
+        words[mailbox.N_BUFFERS] = len(addresses)
+        words[mailbox.PREPARED] = _address(prepared)
+        words[mailbox.PREPARED_SIZE] = prepared.size
+        words[mailbox.WORKSPACE] = _address(workspace)
+        words[mailbox.WORKSPACE_WIDTH] = workspace.shape[1]
+        words[[mailbox.B, mailbox.T, mailbox.H, mailbox.D, mailbox.CAPACITY]] = shape
+        words[mailbox.AMX] = tile_unit.is_allowed()
+        words[mailbox.THREADS] = threads
+        work = n_rows * self.table[:, columns.WORK]
+        serial = is_serial(int(work.max()), threads)
+        words[mailbox.WORK] = work.sum()
+        words[mailbox.WORKERS] = 0 if serial else threads - 1
+        memory = _Memory((shape, threads), words, addresses, arrays)
         if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
-            self._kept_for, self._kept = (shape, threads), arrays
-        return arrays
+            self._kept = memory
+        return memory
 
     def _workspace_sizes(self, shape: Shape, threads: int) -> tuple[int, int]:
         """Return the floats that prepared rows need, and those that each thread needs."""
@@ -232,4 +261,8 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def _addresses(arrays: Sequence[Array]) -> Array:
-    return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+    return np.array([_address(x) for x in arrays], np.int64)
+
+
+def _address(x: Array) -> int:
+    return int(x.__array_interface__["data"][0])

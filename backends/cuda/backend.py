@@ -57,6 +57,7 @@ class CupyBackend(Backend):
 
     name = "cupy"
     asynchronous = True
+    survives_fork = False  # CUDA contexts do not
     warm_up = 1 + 2 * TIMED_LAUNCHES  # the first call loads kernels; the next ones time graphs
     dependent_launch: bool | None = None
     max_graph_macs = 4 * 10**10
@@ -65,6 +66,7 @@ class CupyBackend(Backend):
     def __init__(
         self, *, device: int | None = None, dtype: str = "float32", **options: Any
     ) -> None:
+        self.mark_used()
         n_devices = _device_count()
         if device is None:
             device = cupy.cuda.Device().id
@@ -212,7 +214,7 @@ class CupyBackend(Backend):
             return int(cupy.get_default_memory_pool().total_bytes())
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
+    def _scope(self) -> Iterator[None]:
         try:
             with self.device:
                 yield

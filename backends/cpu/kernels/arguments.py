@@ -25,7 +25,7 @@ PANEL_OUTPUTS = 64  # outputs of a panel, and of four packed strips of a quantiz
 
 
 class Run(NamedTuple):
-    """The arguments of `interpreter.run_program`, constant during a run.
+    """The arguments of a run of a program, which `mailbox.read_run` makes.
 
     Attributes
     ----------
@@ -41,8 +41,6 @@ class Run(NamedTuple):
         Workspace for the rows that LINEAR prepares for a product, float32.
     workspace
         Workspace of each thread, float32 [threads, ...].
-    counter
-        The barrier's counter, int64 [1], 0.
     B, T, H, D, capacity
         Sequences, new tokens, heads, head width, positions of the cache.
     amx
@@ -50,7 +48,7 @@ class Run(NamedTuple):
     float16
         True if the cache is float16.
     threads
-        Number of threads.
+        Number of shares of each stage.
     """
 
     program: Any
@@ -61,7 +59,6 @@ class Run(NamedTuple):
     values: Any
     prepared: Any
     workspace: Any
-    counter: Any
     B: int
     T: int
     H: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, float32, njit, types, uint16, uint32
+from numba import carray, float32, int64, njit, types, uint16, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -61,3 +61,9 @@ def float16_array(address: int, size: int) -> Any:
 def word_array(address: int, size: int) -> Any:
     """Return the uint32 array [size] at an address."""
     return carray(_void_pointer(address), (size,), uint32)
+
+
+@njit
+def int_array(address: int, size: int) -> Any:
+    """Return the int64 array [size] at an address."""
+    return carray(_void_pointer(address), (size,), int64)

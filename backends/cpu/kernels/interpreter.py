@@ -2,7 +2,7 @@
 
 `run_program` executes a program (see `instructions.py`) on N = B·T rows, the new tokens. LINEAR and
 ATTENTION have stages, with a barrier between them. `_run_stage` computes one thread's share of a
-stage. `_run_parallel` has the only parallel loop, around a whole program.
+stage. Each thread of a run calls `_run_threads` for a whole program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numba.core import event as events
 
 from gptx.backends.cpu.kernels.amx.attention import pack_head
@@ -28,7 +28,7 @@ from gptx.backends.cpu.kernels.arguments import (
     Run,
 )
 from gptx.backends.cpu.kernels.attention import decode_attention, prompt_attention
-from gptx.backends.cpu.kernels.barrier import all_threads_start, split_range, wait_at_barrier
+from gptx.backends.cpu.kernels.barrier import split_range, wait_at_barrier
 from gptx.backends.cpu.kernels.compilation import (
     FAST_MATH,
     compiled,
@@ -60,12 +60,28 @@ from gptx.backends.cpu.kernels.linear import (
     splits_inputs,
     sum_partial_results,
 )
+from gptx.backends.cpu.kernels.mailbox import (
+    COUNTER_START,
+    RUN_WORDS,
+    WORKERS,
+    post_run,
+    read_run,
+    wait_for_run,
+)
 from gptx.backends.cpu.kernels.simd import load, store, store_scalar
 
 MIN_WORK_PER_THREAD = 2**14  # multiplications that take about as long as a barrier
 
 # A processor that does not convert float16 never has such a cache; LLVM could not link it.
 cache_array = float16_array if HAS_FLOAT16 else float_array
+
+
+def is_serial(work: int, threads: int) -> bool:
+    """Return True if one thread does `work` multiplications faster than `threads` threads."""
+    return work < MIN_WORK_PER_THREAD * threads
+
+
+_is_serial = inlined(is_serial)
 
 
 # ATTENTION
@@ -193,18 +209,12 @@ def _count_stages(op: Any, run: Run, threads: int) -> int:
 
 
 @inlined
-def _is_serial(work: int, threads: int) -> bool:
-    """Return True if one thread does `work` multiplications faster than `threads` threads."""
-    return work < MIN_WORK_PER_THREAD * threads
-
-
-@inlined
-def _run_threads(run: Run, first: int, last: int) -> None:
+def _run_threads(run: Run, mailbox: Any, first: int, last: int) -> None:
     """Compute the shares of threads [first, last) in the whole program.
 
     One thread that computes all shares needs no barrier, and its results are the same bits.
     """
-    target = run.threads  # of the barrier's counter: all threads have started
+    target = mailbox[RUN_WORDS + COUNTER_START]
     for i in range(len(run.program)):
         op = run.program[i]
         threads = 1 if _is_serial(run.B * run.T * op[WORK], run.threads) else run.threads
@@ -213,16 +223,7 @@ def _run_threads(run: Run, first: int, last: int) -> None:
                 _run_stage(op, stage, run, thread, threads)
             if last - first < run.threads:
                 target += run.threads
-                wait_at_barrier(run.counter, target)
-
-
-@njit(parallel=True, fastmath=FAST_MATH, error_model="numpy")
-def _run_parallel(run: Run) -> None:
-    for t in prange(run.threads):
-        if all_threads_start(run.counter, run.threads):
-            # An int64, here and in `run_program`: Numba would compile twice for two types.
-            first = np.int64(t)
-            _run_threads(run, first, first + 1)
+                wait_at_barrier(mailbox, target)
 
 
 def _make_run_program(sources_checksum: int) -> Any:
@@ -232,14 +233,20 @@ def _make_run_program(sources_checksum: int) -> Any:
     over. With the checksum, these depend on all files of the kernels.
     """
 
-    def run_program(run: Run) -> None:
+    def run_program(mailbox: Any, thread: int) -> None:
+        """Execute the run in the mailbox as thread 0, or each run that is posted, as a worker."""
         if sources_checksum < 0:  # never true; makes the function close over it
             return
-        most_work = run.B * run.T * run.program[:, WORK].max()
-        if run.threads > 1 and not _is_serial(most_work, run.threads):
-            _run_parallel(run)
-        if run.counter[0] <= 0:  # not started, or abandoned because a thread was missing
-            _run_threads(run, np.int64(0), run.threads)
+        while True:
+            if thread > 0:
+                wait_for_run(mailbox, thread)
+            else:
+                post_run(mailbox)
+            run = read_run(mailbox)
+            last = thread + 1 if mailbox[RUN_WORDS + WORKERS] > 0 else run.threads
+            _run_threads(run, mailbox, thread, last)
+            if thread == 0:
+                return
 
     options = {"fastmath": FAST_MATH, "error_model": "numpy", "nogil": True}
     try:

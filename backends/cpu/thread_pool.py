@@ -1,0 +1,96 @@
+"""The threads that compute the shares of a run, one pool for all models of a process.
+
+The thread that calls `run` computes share 0. Workers compute the others: daemon threads that
+stay in `run_program`, without the global interpreter lock. `kernels/mailbox.py` describes how a
+run reaches them.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+
+import numpy as np
+
+from gptx.backends.cpu.kernels.interpreter import run_program
+from gptx.backends.cpu.kernels.mailbox import (
+    FIRST_SLOT,
+    N_WORDS,
+    RUN_WORDS,
+    SLOT_WORDS,
+    WORKERS,
+)
+from gptx.backends.cpu.memory import allocate_aligned
+
+MAX_THREADS = 1024
+
+
+class ThreadPool:
+    """Workers, which start when a run first needs them, and their mailbox.
+
+    Attributes
+    ----------
+    lock
+        Held by the thread that uses the pool: there is one run at a time.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        size = FIRST_SLOT + MAX_THREADS * SLOT_WORDS
+        self._mailbox = allocate_aligned((size,), np.int64, np.zeros)
+        self._numbers = iter(range(1, MAX_THREADS))
+        self._started: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._workers = 0
+
+    def run(self, words: np.ndarray) -> None:
+        """Execute a run, given by its words (see `kernels/mailbox.py`); the caller holds the lock.
+
+        If the system refuses to start enough threads, this thread computes all shares.
+        """
+        workers = int(words[WORKERS])
+        if workers > self._workers:
+            self._start(workers)
+        self._mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = words
+        if workers > self._workers:
+            self._mailbox[RUN_WORDS + WORKERS] = 0
+        run_program(self._mailbox, 0)
+
+    def _start(self, workers: int) -> None:
+        """Start threads until there are `workers`, or the system refuses."""
+        self._mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = 0
+        run_program(self._mailbox, 0)  # no instructions: compiles the kernels, in this thread only
+        while self._workers < workers:
+            worker = threading.Thread(target=self._work, name="gptx-worker", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError:
+                return
+            # An interrupt here leaves the number in the queue, for the next call.
+            self._workers = max(self._workers, self._started.get())
+
+    def _work(self) -> None:
+        number = next(self._numbers)
+        self._started.put(number)
+        run_program(self._mailbox, number)
+
+
+POOL = ThreadPool()
+
+
+def _acquire() -> None:
+    POOL.lock.acquire()
+
+
+def _release() -> None:
+    POOL.lock.release()
+
+
+def _renew() -> None:
+    """Replace the pool in a forked child, which has none of its threads."""
+    POOL.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits for the end of the current run, whose buffers would stay half written.
+    os.register_at_fork(before=_acquire, after_in_parent=_release, after_in_child=_renew)

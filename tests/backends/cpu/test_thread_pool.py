@@ -1,0 +1,178 @@
+"""The thread pool: any number of threads and callers gives the same results."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+
+import numba
+
+from gptx.backends.cpu import program as program_module
+from gptx.backends.cpu.kernels.mailbox import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
+from gptx.backends.cpu.program import Program, Shape
+from gptx.backends.cpu.quantized import QuantizedWeight
+from gptx.backends.cpu.thread_pool import ThreadPool
+from gptx.backends.fusion import FusedOp
+from gptx.quantization import quantize
+
+N_IN, N_OUT, ROWS = 768, 576, 40
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> ThreadPool:
+    """A new pool, in the place of the pool of the process, on a machine of 9 cores."""
+    made = ThreadPool()
+    monkeypatch.setattr(program_module, "POOL", made)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 9)
+    return made
+
+
+class Product:
+    """A program of one product, its input, and its results on one thread."""
+
+    def __init__(self, random: np.random.Generator, bits: int | None) -> None:
+        w = random.standard_normal((N_OUT, N_IN)).astype(np.float32)
+        weight = QuantizedWeight(quantize(w, bits, 64)) if bits else np.ascontiguousarray(w.T)
+        self.program = Program([FusedOp("linear", 0, 1, weight=weight)], inputs=[N_IN])
+        self.x = np.zeros((48, N_IN), np.float32)
+        self.x[:ROWS] = random.standard_normal((ROWS, N_IN))
+
+    def run(self, threads: int, rows: int = ROWS) -> np.ndarray:
+        y = np.zeros((48, N_OUT), np.float32)
+        self.program.run({0: self.x, 1: y}, Shape(1, rows), threads)
+        return y[:rows]
+
+
+@pytest.fixture
+def product(random: np.random.Generator) -> Product:
+    """A product whose bits do not depend on the number of threads."""
+    return Product(random, bits=8)
+
+
+def state_of(pool: ThreadPool, worker: int) -> int:
+    return int(pool._mailbox[FIRST_SLOT + worker * SLOT_WORDS])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("rows", [1, 4, ROWS])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_pool_grows_to_any_number_of_threads(
+    pool: ThreadPool, random: np.random.Generator, bits: int | None, rows: int
+) -> None:
+    product = Product(random, bits)
+    expected = product.run(1, rows)
+    assert pool._workers == 0
+    for threads, workers in ((2, 1), (3, 2), (2, 2), (7, 6), (100, 8)):  # 9 is the limit
+        found = product.run(threads, rows)
+        assert pool._workers == workers
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 4, ROWS])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_one_thread_that_computes_all_shares_gives_the_same_bits(
+    pool: ThreadPool,
+    random: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int | None,
+    rows: int,
+) -> None:
+    """The system refuses to start a thread; later it does not."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    product = Product(random, bits)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    found = product.run(3, rows)
+    assert pool._workers == 0
+    monkeypatch.undo()
+    np.testing.assert_array_equal(found, product.run(3, rows))
+
+
+def test_threads_that_call_at_once(pool: ThreadPool, random: np.random.Generator) -> None:
+    products = [Product(random, bits) for bits in (None, 8, 4)]
+    expected = [product.run(2) for product in products]
+    found: list[list[np.ndarray]] = [[] for _ in products]
+
+    def call(n: int) -> None:
+        for _ in range(20):
+            found[n].append(products[n].run(2))
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in range(len(products))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for results, y in zip(found, expected, strict=True):
+        assert len(results) == 20
+        for result in results:
+            np.testing.assert_array_equal(result, y)
+    assert pool._workers == 1
+
+
+def test_parked_workers_wake_up(pool: ThreadPool, product: Product) -> None:
+    expected = product.run(3)
+    for _ in range(5):
+        wait_until(lambda: state_of(pool, 1) == state_of(pool, 2) == PARKED)
+        np.testing.assert_array_equal(product.run(3), expected)
+
+
+def test_a_run_is_withdrawn_from_workers_that_do_not_join(
+    pool: ThreadPool, product: Product
+) -> None:
+    """On a busy machine a worker waits for a processor: here one of two has not begun."""
+    expected = product.run(2)
+    pool._workers = 2
+    for _ in range(3):
+        np.testing.assert_array_equal(product.run(3), expected)
+        assert state_of(pool, 2) == EMPTY
+    late = threading.Thread(target=pool._work, daemon=True)
+    late.start()
+    wait_until(lambda: state_of(pool, 2) == PARKED)
+    for _ in range(100):
+        np.testing.assert_array_equal(product.run(3), expected)
+
+
+def test_an_interrupt_during_runs(pool: ThreadPool, product: Product) -> None:
+    def run_forever() -> None:
+        while True:
+            product.run(3)
+
+    expected = product.run(3)
+    for seconds in (0.01, 0.02, 0.03):
+        threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_forever()
+        np.testing.assert_array_equal(product.run(3), expected)
+
+
+def test_an_interrupt_while_a_worker_starts(
+    pool: ThreadPool, product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker exists, though the pool has not counted it; its number is not used again."""
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        product.run(2)
+    monkeypatch.undo()
+    assert pool._workers == 0
+    expected = product.run(1)
+    for threads in (2, 3, 4):
+        np.testing.assert_array_equal(product.run(threads), expected)

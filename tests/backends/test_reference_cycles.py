@@ -1,0 +1,90 @@
+"""Weights are freed with the last reference to a model, not by Python's garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from gptx.backends import Backend
+from gptx.generation.engine import TokenGenerator
+from gptx.generation.sampling import SamplingParams
+from gptx.kv_cache import KVCache
+from gptx.model import Transformer
+from gptx.quantization import Quantization
+from gptx.random_weights import random_weights
+from tests.support.models import make_model
+from tests.support.random_models import CASES
+
+CONFIG = replace(CASES["124M"], n_layer=2, n_head=3)
+
+
+def arrays_of(x: Any) -> Iterator[Any]:
+    """Yield the arrays in a tree of weights, those of quantized matrices included."""
+    if isinstance(x, list | tuple):
+        children: Any = x
+    elif isinstance(x, SimpleNamespace) or hasattr(x, "bits"):
+        children = vars(x).values()
+    else:
+        if hasattr(x, "dtype"):
+            yield x
+        return
+    for child in children:
+        yield from arrays_of(child)
+
+
+def generate(model: Transformer) -> None:
+    """Run a prompt and steps, with two sequences of different lengths."""
+    for _ in TokenGenerator(model, [[1, 2, 3], [4]], SamplingParams(), max_tokens=3):
+        pass
+
+
+def interrupt(model: Transformer) -> None:
+    """Interrupt a generation in a decode step."""
+    generator = iter(TokenGenerator(model, [[1, 2, 3]], SamplingParams(), max_tokens=9))
+    next(generator)
+    interrupted = mock.patch.object(Backend, "sample", side_effect=KeyboardInterrupt)
+    with interrupted, suppress(KeyboardInterrupt):
+        list(generator)
+
+
+def abandon(model: Transformer) -> None:
+    """Begin a generation, and drop it."""
+    next(iter(TokenGenerator(model, [[1, 2, 3]], SamplingParams(), max_tokens=9)))
+
+
+def keep_cache(model: Transformer) -> KVCache:
+    """Return a KV cache that outlives the model."""
+    cache = KVCache(model.config, model.backend, 1, 9)
+    with model.backend.scope():
+        ids = model.backend.asarray(np.array([[1, 2, 3]]))
+        model.forward(ids, cache.extend([3]), cache, last_only=True)
+    return cache
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(32, 8)], ids=["floats", "int8"])
+@pytest.mark.parametrize("use", [generate, interrupt, abandon, keep_cache])
+def test_the_last_reference_frees_the_weights(
+    backend: Backend, quantization: Quantization | None, use: Callable[..., Any]
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = make_model(CONFIG, backend, random_weights(CONFIG), quantization).gpt2
+        weights = [weakref.ref(x) for x in arrays_of(model.weights)]
+        assert len(weights) > 20
+        kept = use(model)
+        del model
+        alive = sum(weight() is not None for weight in weights)
+        del kept
+    finally:
+        gc.enable()
+    assert not alive
