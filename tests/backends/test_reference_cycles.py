@@ -6,8 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from gptx.backends import Backend
+from gptx.config import GPT2Config
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.sampling import SamplingParams
 from gptx.kv_cache import KVCache
@@ -22,21 +21,19 @@ from gptx.model import Transformer
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from tests.support.models import make_model
-from tests.support.random_models import CASES
 
-CONFIG = replace(CASES["124M"], n_layer=2, n_head=3)
+CONFIG = GPT2Config(97, 80, 64, 2, 2)
 
 
 def arrays_of(x: Any) -> Iterator[Any]:
     """Yield the arrays in a tree of weights, those of quantized matrices included."""
     if isinstance(x, list | tuple):
         children: Any = x
-    elif isinstance(x, SimpleNamespace) or hasattr(x, "bits"):
-        children = vars(x).values()
-    else:
-        if hasattr(x, "dtype"):
-            yield x
+    elif hasattr(x, "dtype") and hasattr(x, "shape"):
+        yield x
         return
+    else:  # a block, or a quantized matrix
+        children = getattr(x, "__dict__", {}).values()
     for child in children:
         yield from arrays_of(child)
 

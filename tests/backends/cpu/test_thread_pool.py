@@ -94,10 +94,10 @@ def test_one_thread_that_computes_all_shares_gives_the_same_bits(
         raise RuntimeError("can't start new thread")
 
     product = Product(random, bits)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    found = product.run(3, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        found = product.run(3, rows)
     assert pool._workers == 0
-    monkeypatch.undo()
     np.testing.assert_array_equal(found, product.run(3, rows))
 
 
@@ -168,10 +168,10 @@ def test_an_interrupt_while_a_worker_starts(
         start(thread)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        product.run(2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            product.run(2)
     assert pool._workers == 0
     expected = product.run(1)
     for threads in (2, 3, 4):
