@@ -518,7 +518,7 @@ class Backend:
 
 
 @functools.cache
-def _generic_class(cls: type[Backend]) -> type[Backend]:
+def _generic_class(cls: Any) -> type[Backend]:
     """Return a subclass with the generic definition of every method of `OVERRIDABLE`."""
     return type(cls.__name__, (cls,), {name: getattr(Backend, name) for name in OVERRIDABLE})
 

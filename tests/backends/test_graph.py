@@ -55,7 +55,7 @@ def test_nodes_of_a_layer_in_order(last_only: bool) -> None:
             else:
                 assert found is wanted or found == wanted
         assert node.inputs == [x for x in node.operands if isinstance(x, Node)]
-        assert node.graph is graph
+        assert node.graph == graph  # a weak reference
     assert graph.output is graph.nodes[-1]
 
 
