@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZED_TYPES = ("int8", "int4")
-OPENAI = "openai:"  # before the size of one of OpenAI's own models
 
 
 @dataclass(frozen=True)
@@ -300,10 +299,10 @@ def find_path(
 ) -> Path:
     """Return the path of a model's files; download them if necessary. See `read`."""
     from gptx.conversions.checkpoint import CARRIED_FILES
-    from gptx.hub.resolve import find_source, importing_hub, local_path
+    from gptx.hub.resolve import find_source, importing_hub, is_openai, local_path
     from gptx.model_files import find_files
 
-    if str(source).startswith(OPENAI):
+    if is_openai(source):
         with importing_hub():
             from gptx.conversions.formats.openai_download import fetch
         return fetch(str(source), revision=revision, offline=offline)

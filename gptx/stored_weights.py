@@ -88,6 +88,10 @@ class DescribedTensor(Protocol):
     def quantization(self) -> Quantization | None:
         """Quantization of the matrix; None for floats."""
 
+    @property
+    def file_type(self) -> str | None:
+        """Name of the type in the file if `dtype` is another one, such as "Q6_K"; else None."""
+
 
 @dataclass(frozen=True)
 class _Part:

@@ -1,16 +1,15 @@
 """Weights: from the files of a model to a tree of arrays on a backend.
 
-`load` maps the files of a Hugging Face folder; `load_arrays` takes any mapping of names to tensors.
-Each tensor is read, quantized and brought to the backend before the next one is read, so the peak
-is the model on the backend and one tensor. `gptx.stored_weights` describes names and layouts.
+`load` takes any mapping of names to tensors. Each tensor is read, quantized and brought to the
+backend before the next one is read, so the peak is the model on the backend and one tensor.
+`gptx.stored_weights` describes names and layouts.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,6 @@ from gptx.stored_weights import (
     TABLES,
     Tensor,
     is_linear_weight,
-    open_weights,
     should_quantize,
 )
 
@@ -51,12 +49,11 @@ class LoadedWeights:
     tree
         The tensors: `h.0.attn.c_attn.weight` is `tree.h[0].attn.c_attn.weight`.
     config
-        The given config, with the head and the quantization of the loaded weights.
+        The given config, with the quantization of the loaded weights.
     fingerprint
         See `fingerprint`.
     notes
-        Differences between the given config and the weights, and between the files and what the
-        backend computes with, one sentence each.
+        Differences between the files and what the backend computes with, one sentence each.
     """
 
     tree: SimpleNamespace
@@ -66,48 +63,6 @@ class LoadedWeights:
 
 
 def load(
-    files: Iterable[Path],
-    config: GPT2Config,
-    backend: Backend,
-    *,
-    quantization: Quantization | None = None,
-    threads: int | None = None,
-    ignore_unknown: bool = False,
-) -> LoadedWeights:
-    """Read, check and quantize the weights of a model, and bring them to a backend.
-
-    Parameters
-    ----------
-    files
-        The safetensors file, or its shards.
-    quantization
-        Quantization of the matrices; None keeps the one in the files.
-    threads
-        CPU threads that quantize; None takes one for each processor.
-    ignore_unknown
-        Leave out tensors that a GPT-2 does not have, with a note. Otherwise they are an error.
-
-    Raises
-    ------
-    WeightsError
-        A file is damaged, or its tensors do not fit the config.
-    ParameterError
-        This quantization of the matrices is not possible.
-    StorageError
-        A file cannot be read.
-    """
-    stored = open_weights(files, config, ignore_unknown=ignore_unknown)
-    loaded = load_arrays(
-        stored.map(),
-        stored.config or config,
-        backend,
-        quantization=quantization,
-        threads=threads,
-    )
-    return replace(loaded, notes=stored.notes + loaded.notes)
-
-
-def load_arrays(
     found: Mapping[str, Tensor],
     config: GPT2Config,
     backend: Backend,
@@ -115,12 +70,23 @@ def load_arrays(
     quantization: Quantization | None = None,
     threads: int | None = None,
 ) -> LoadedWeights:
-    """Quantize tensors and bring them to a backend, one at a time; see `load`.
+    """Quantize the tensors of a model and bring them to a backend, one at a time.
 
     Parameters
     ----------
     found
         Name -> tensor. Each is accessed once: a mapping can read it from a file then.
+    quantization
+        Quantization of the matrices; None keeps the one in the files.
+    threads
+        CPU threads that quantize; None takes one for each processor.
+
+    Raises
+    ------
+    ParameterError
+        This quantization of the matrices is not possible.
+    WeightsError, StorageError
+        A weight is not finite, or a file cannot be read.
     """
     described = quantized_config(config, quantization)
     change = None if described == config else quantization

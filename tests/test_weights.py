@@ -26,14 +26,20 @@ from tests.support.safetensors_bytes import MICRO, weights_path
 INT8 = Quantization(32, 8)
 
 
+def load_file(
+    path: Path, config: GPT2Config, backend: Backend, **options: Any
+) -> weights.LoadedWeights:
+    return weights.load(open_weights([path], config).map(), config, backend, **options)
+
+
 def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
     config, quantization = CASES["relu"], Quantization(32, 4)
     path, backend = weights_path(tmp_path, config=config), make_backend("numpy")
-    loaded = weights.load([path], config, backend)
+    loaded = load_file(path, config, backend)
     assert loaded.config == config
     assert loaded.fingerprint == weights.fingerprint(random_weights(config))
     assert np.asarray(loaded.tree.wte.weight).shape == (config.vocab_size, config.n_embd)
-    quantized = weights.load([path], config, backend, quantization=quantization, threads=1)
+    quantized = load_file(path, config, backend, quantization=quantization, threads=1)
     assert quantized.config.quantization == quantization
     assert quantized.fingerprint != loaded.fingerprint
 
@@ -54,7 +60,7 @@ def test_quantized_weights_without_numba_have_a_note(
     backend = get_backend("numpy", threads=1, **options)
     path = weights_path(tmp_path, config=CASES["relu"])
     for quantization in (None, Quantization(32, 4)):
-        loaded = weights.load([path], CASES["relu"], backend, quantization=quantization, threads=1)
+        loaded = load_file(path, CASES["relu"], backend, quantization=quantization, threads=1)
         expected = (NO_NUMBA_NOTE,) if has_note and quantization else ()
         assert loaded.notes == expected
 
@@ -112,7 +118,7 @@ def test_each_tensor_is_accessed_once() -> None:
 
     config = CASES["untied"]
     found = Counted(random_weights(config))
-    loaded = weights.load_arrays(found, config, make_backend("numpy"), quantization=INT8)
+    loaded = weights.load(found, config, make_backend("numpy"), quantization=INT8)
     assert accessed == list(config.tensor_shapes())
     quantized, described = weights.quantize_weights(random_weights(config), config, INT8)
     assert loaded.fingerprint == weights.fingerprint(quantized)

@@ -34,10 +34,10 @@ from gptx.errors import (
 from gptx.hub.connection import explain, status_of
 from gptx.hub.download import download
 from gptx.hub.errors import NotResumableError, is_storage_fault, not_stored
+from gptx.hub.resolve import OPENAI
 from gptx.hub.staging import remove, staging
 from gptx.tokenization.pipeline import PipelineTokenizer
 
-PREFIX = "openai:"
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 INDEX = "model.ckpt.index"
@@ -99,9 +99,9 @@ def fetch_settings(
 
 def _folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model in the cache."""
-    size = name.removeprefix(PREFIX)
+    size = name.removeprefix(OPENAI)
     if size not in SIZES:
-        names = ", ".join(PREFIX + size for size in SIZES)
+        names = ", ".join(OPENAI + size for size in SIZES)
         raise NotFoundError(f"model {name!r} does not exist, expected one of {names}")
     if revision is not None:
         raise ParameterError(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from gptx.cli.options import complete_model, revision_option
-from gptx.hub.resolve import local_path, locate
 
 
 @click.command()
@@ -27,14 +24,7 @@ def download(models: tuple[str, ...], revision: str | None) -> None:
     Example:
       gptx download gpt2 gpt2-xl
     """
+    from gptx.generation.found_model import find_model
+
     for model in models:
-        click.echo(str(_download(model, revision)))
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """Return the path of a model; a file or folder on this machine needs no download."""
-    from gptx.generation.found_model import find_model, is_openai
-
-    if is_openai(model) or local_path(model) is not None:
-        return find_model(model, revision=revision).fetch()
-    return locate(model, revision=revision, verify_cached=True).folder
+        click.echo(str(find_model(model, revision=revision, verify_cached=True).fetch()))

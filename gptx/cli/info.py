@@ -54,7 +54,7 @@ def info(
         model, config=config, ignore_unknown=ignore_unknown, revision=revision, offline=offline
     )
     settings, files = found.info.config, found.info.files
-    stored = found.describe_weights()
+    stored = found.open() if found.is_local else None
     if stored is not None:
         settings = stored.config
     tokenizer = sorted(files.tokenizer)
@@ -66,7 +66,7 @@ def info(
         "format": stored and stored.format,
         "config": settings.to_dict(),
         "parameters": settings.n_parameters,
-        "stored": stored and list(stored.types),
+        "stored": stored and stored.types,
         "stored_bytes": stored and stored.n_bytes,
         "tokenizer": tokenizer,
         "notes": list(stored.notes) if stored else [],

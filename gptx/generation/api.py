@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Never, Unpack, cast, overload
 
+from gptx import weights
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ModelWarning, ParameterError
-from gptx.generation.found_model import ModelInfo, find_model
+from gptx.generation.found_model import find_model
+from gptx.generation.model_info import ModelInfo
 from gptx.generation.names import check_names
 from gptx.generation.options import (
     AllOptions,
@@ -31,7 +33,6 @@ from gptx.generation.text_model import (
 )
 from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
-from gptx.weights import quantized_config
 
 # Tokens times parameters from which a single call gains more by compilation than the import of
 # Numba takes: 100 tokens of the 124M model.
@@ -112,18 +113,23 @@ def _load(model: Any, options: LoadOptions, check: Check | None = None) -> Model
     backend = get_backend(rest.pop("backend", "numpy"), **rest)
     found = find_model(model, **find_options)
     info = found.info
-    quantized_config(info.config, quantization)  # raises its error before the weights are there
+    weights.quantized_config(info.config, quantization)  # its error before the download
     if check is not None:
         check(info)
-    with backend.scope():
-        loaded = found.load_weights(
-            backend, quantization=quantization, threads=options.get("threads")
-        )
+    opened = found.open()
+    loaded = weights.load(
+        opened.arrays,
+        opened.config,
+        backend,
+        quantization=quantization,
+        threads=options.get("threads"),
+    )
     info.config = loaded.config
-    for note in loaded.notes:
+    notes = opened.notes + loaded.notes
+    for note in notes:
         _warn(f"{info.name}: {note}")
     transformer = Transformer(loaded.config, loaded.tree, backend)
-    return Model(transformer, info, loaded.fingerprint, loaded.notes)
+    return Model(transformer, info, loaded.fingerprint, notes)
 
 
 def _warn(note: str) -> None:

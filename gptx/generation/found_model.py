@@ -9,110 +9,68 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptx import weights
-from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, TokenizerError, argument
-from gptx.hub.resolve import find_source, importing_hub, local_path
+from gptx.errors import ParameterError, argument
+from gptx.generation.model_info import ModelInfo
+from gptx.hub.resolve import find_source, importing_hub, is_openai, local_path
 from gptx.model_files import (
     CONFIG,
     WEIGHT_FILES,
+    WEIGHTS,
     ModelFiles,
     Source,
     find_files,
     find_weights,
 )
-from gptx.quantization import Quantization
-from gptx.stored_weights import open_weights, type_name
-from gptx.tokenization.finding import describe_unreadable
-from gptx.tokenization.pipeline import PipelineTokenizer
-from gptx.tokenization.protocol import Tokenizer
-from gptx.weights import LoadedWeights
+from gptx.stored_weights import DescribedTensor, Tensor, open_weights, type_name
 
 if TYPE_CHECKING:
     from gptx.conversions.checkpoint import Checkpoint
 
-OPENAI = "openai:"  # before the size of one of OpenAI's own models
-
-
-class ModelInfo:
-    """Everything of a model but its weights.
-
-    Attributes
-    ----------
-    files
-        Files of the model.
-    config
-        Settings of the model.
-    """
-
-    def __init__(
-        self, files: ModelFiles, config: GPT2Config, tokenizer: Tokenizer | None = None
-    ) -> None:
-        self.files = files
-        self.config = config
-        self._tokenizer = tokenizer  # None: that of the files, if they have one
-
-    @property
-    def name(self) -> str:
-        """Name of the model as given: an embedded name, a path or a Hub id."""
-        return self.files.name
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """True if the model has a tokenizer."""
-        return self._tokenizer is not None or bool(self.files.tokenizer)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the model, read at the first use.
-
-        Raises
-        ------
-        TokenizerError
-            The model has none, or its files are damaged.
-        """
-        if self._tokenizer is not None:
-            return self._tokenizer
-        if not self.files.tokenizer:
-            if unreadable := describe_unreadable(self.files.folder):
-                raise TokenizerError(f"{self.name} has no tokenizer that gptx reads: {unreadable}")
-            raise TokenizerError(
-                f"{self.name} has no tokenizer: give {argument('tokenizer')}, a folder or a model "
-                "that has one (such as gpt2), or put tokenizer.json (or vocab.json and merges.txt) "
-                f"into {self.files.folder}, or give token ids instead of text"
-            )
-        return PipelineTokenizer(self.files.tokenizer)
-
 
 @dataclass(frozen=True)
-class StoredFacts:
-    """The weights of a model in its files, from the headers.
+class OpenedWeights:
+    """The weights of a model in its files, of which only the headers are read.
 
     Attributes
     ----------
     format
         Title of the format.
-    types
-        Types of the tensors: "float32", "int4", "Q6_K".
-    n_bytes
-        Size of the files, or of the tensors in a folder of another format.
+    files
+        Files of the weights, or the folder of another format.
     config
         Config that fits the tensors.
+    tensors
+        Name -> description, for all of `config.tensor_shapes()`.
+    arrays
+        Name -> tensor; each access maps or reads it, for `gptx.weights.load`.
     notes
         See `gptx.generation.text_model.Model.notes`.
     """
 
     format: str
-    types: tuple[str, ...]
-    n_bytes: int
+    files: tuple[Path, ...]
     config: GPT2Config
+    tensors: Mapping[str, DescribedTensor]
+    arrays: Mapping[str, Tensor]
     notes: tuple[str, ...]
+
+    @property
+    def types(self) -> list[str]:
+        """Types of the tensors: "float32", "int4", "Q6_K"."""
+        return sorted({tensor.file_type or type_name(tensor) for tensor in self.tensors.values()})
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the files, or of the tensors in a folder of another format."""
+        if all(path.is_file() for path in self.files):
+            return sum(path.stat().st_size for path in self.files)
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
 
 class FoundModel(ABC):
@@ -122,9 +80,12 @@ class FoundModel(ABC):
     ----------
     info
         Files, config and tokenizer.
+    is_local
+        True if the weights are in a file or folder of the caller; False if `fetch` may download.
     """
 
     info: ModelInfo
+    is_local: bool
 
     @abstractmethod
     def fetch(self) -> Path:
@@ -137,20 +98,15 @@ class FoundModel(ABC):
         """
 
     @abstractmethod
-    def describe_weights(self) -> StoredFacts | None:
-        """Read the headers of the weights; None if they are on the Hub."""
+    def open(self) -> OpenedWeights:
+        """Read the headers of the weights, after a download if necessary.
 
-    @abstractmethod
-    def load_weights(
-        self,
-        backend: Backend,
-        *,
-        quantization: Quantization | None = None,
-        threads: int | None = None,
-    ) -> LoadedWeights:
-        """Read the weights, after a download if necessary, and bring them to a backend.
+        Raises the errors of `fetch`.
 
-        See `gptx.weights.load` for the parameters and the errors.
+        Raises
+        ------
+        WeightsError, ConfigError
+            A file is damaged, or its tensors do not fit the config.
         """
 
 
@@ -160,10 +116,11 @@ class _FolderModel(FoundModel):
     def __init__(self, source: Source, config: GPT2Config | None, ignore_unknown: bool) -> None:
         files = find_files(source, weights=False)
         self.info = ModelInfo(files, config or GPT2Config.from_file(files.config))
+        self.is_local = source.revision is None
         self._source = source
         self._given_config = config
         self._ignore_unknown = ignore_unknown
-        if source.revision is None:
+        if self.is_local:
             self.fetch()  # missing files of a folder are the first error
         else:
             source.write_ref()  # `gptx info` needs no weights, and can be offline after that
@@ -174,53 +131,34 @@ class _FolderModel(FoundModel):
         self.info.files = replace(self.info.files, weights=paths)
         return self.info.files.folder
 
-    def describe_weights(self) -> StoredFacts | None:
-        if self._source.revision is not None:
-            return None
-        if not self._is_safetensors():
-            return _describe_checkpoint(*self._open(), self.info.files.weights)
-        paths = self.info.files.weights
-        stored = open_weights(paths, self.info.config, ignore_unknown=self._ignore_unknown)
-        types = {tensor.file_type or type_name(tensor) for tensor in stored.tensors.values()}
-        return StoredFacts(
-            "safetensors",
-            tuple(sorted(types)),
-            sum(path.stat().st_size for path in paths),
-            stored.config or self.info.config,
-            stored.notes,
-        )
-
-    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
+    def open(self) -> OpenedWeights:
         self.fetch()
-        if not self._is_safetensors():
-            return _load_checkpoint(self._open()[1], backend, **options)
-        return weights.load(
-            self.info.files.weights,
-            self.info.config,
-            backend,
-            ignore_unknown=self._ignore_unknown,
-            **options,
-        )
+        files, config = self.info.files, self.info.config
+        options: dict[str, Any] = {"ignore_unknown": self._ignore_unknown}
+        if files.weights[0].suffix != Path(WEIGHTS).suffix:
+            from gptx.conversions.registry import read
 
-    def _is_safetensors(self) -> bool:
-        return self.info.files.weights[0].suffix == ".safetensors"
-
-    def _open(self) -> tuple[str, Checkpoint]:
-        """Open weights that are no safetensors."""
-        from gptx.conversions.registry import read
-
-        return read(
-            self.info.files.folder,
-            config=self._given_config,
-            ignore_unknown=self._ignore_unknown,
+            return _opened(*read(files.folder, config=self._given_config, **options), files.weights)
+        stored = open_weights(files.weights, config, **options)
+        return OpenedWeights(
+            "safetensors",
+            files.weights,
+            stored.config or config,
+            stored.tensors,
+            stored.map(),
+            stored.notes,
         )
 
 
 class _CheckpointModel(FoundModel):
     """A model that `gptx.conversions` has opened."""
 
+    is_local = True
+
     def __init__(self, name: str, path: Path, format: str, checkpoint: Checkpoint) -> None:
         files = _files_at(name, path)
+        if checkpoint.tokenizer is not None:
+            files = replace(files, tokenizer=checkpoint.tokenizer.files)
         self.info = ModelInfo(files, checkpoint.config, checkpoint.tokenizer)
         self._format = format
         self._checkpoint = checkpoint
@@ -228,15 +166,14 @@ class _CheckpointModel(FoundModel):
     def fetch(self) -> Path:
         return self.info.files.config
 
-    def describe_weights(self) -> StoredFacts:
-        return _describe_checkpoint(self._format, self._checkpoint, self.info.files.weights)
-
-    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
-        return _load_checkpoint(self._checkpoint, backend, **options)
+    def open(self) -> OpenedWeights:
+        return _opened(self._format, self._checkpoint, self.info.files.weights)
 
 
 class _OpenAIModel(FoundModel):
     """One of OpenAI's own models, whose tensors may have to be downloaded."""
+
+    is_local = False
 
     def __init__(self, name: str, offline: bool, revision: str | None, **given: Any) -> None:
         from gptx.conversions.registry import read_tokenizer
@@ -258,14 +195,11 @@ class _OpenAIModel(FoundModel):
         self.info.files = _files_at(self.info.name, path)
         return path
 
-    def describe_weights(self) -> None:
-        return None
-
-    def load_weights(self, backend: Backend, **options: Any) -> LoadedWeights:
+    def open(self) -> OpenedWeights:
         from gptx.conversions.registry import read
 
-        _, checkpoint = read(self.fetch(), offline=self._offline, **self._given)
-        return _load_checkpoint(checkpoint, backend, **options)
+        path = self.fetch()
+        return _opened(*read(path, offline=self._offline, **self._given), (path,))
 
 
 def _files_at(name: str, path: Path) -> ModelFiles:
@@ -275,31 +209,22 @@ def _files_at(name: str, path: Path) -> ModelFiles:
     return ModelFiles(name, folder, path, (path,), {}, None)
 
 
-def _describe_checkpoint(
-    format: str, checkpoint: Checkpoint, paths: tuple[Path, ...]
-) -> StoredFacts:
+def _opened(format: str, checkpoint: Checkpoint, files: tuple[Path, ...]) -> OpenedWeights:
+    """Describe the weights of another format, without the note on a missing tokenizer.
+
+    The use of a missing tokenizer is an error.
+    """
+    from gptx.conversions.checkpoint import NO_TOKENIZER_NOTE
     from gptx.conversions.registry import FORMATS
 
-    tensors = checkpoint.stored.values()
-    if all(path.is_file() for path in paths):
-        n_bytes = sum(path.stat().st_size for path in paths)
-    else:
-        n_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
-    types = tuple(sorted({tensor.file_type or type_name(tensor) for tensor in tensors}))
-    notes = _notes_of(checkpoint)
-    return StoredFacts(FORMATS[format].title, types, n_bytes, checkpoint.config, notes)
-
-
-def _load_checkpoint(checkpoint: Checkpoint, backend: Backend, **options: Any) -> LoadedWeights:
-    loaded = weights.load_arrays(checkpoint.tensors, checkpoint.config, backend, **options)
-    return replace(loaded, notes=_notes_of(checkpoint) + loaded.notes)
-
-
-def _notes_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the notes, without that on the tokenizer: the use of a missing one is an error."""
-    from gptx.conversions.checkpoint import NO_TOKENIZER_NOTE
-
-    return tuple(note for note in checkpoint.notes if note != NO_TOKENIZER_NOTE)
+    return OpenedWeights(
+        FORMATS[format].title,
+        files,
+        checkpoint.config,
+        checkpoint.stored,
+        checkpoint.tensors,
+        tuple(note for note in checkpoint.notes if note != NO_TOKENIZER_NOTE),
+    )
 
 
 def find_model(
@@ -311,11 +236,17 @@ def find_model(
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
+    verify_cached: bool = False,
 ) -> FoundModel:
     """Find a model, and read its config; see `gptx.load` for the parameters and the errors.
 
     Weights on the Hub are not downloaded. A file of another format is opened, and its tensors are
     not read.
+
+    Parameters
+    ----------
+    verify_cached
+        Also hash files that are in the cache, and download damaged ones again.
     """
     if isinstance(config, str | os.PathLike):
         config = GPT2Config.from_file(Path(config).expanduser())
@@ -338,7 +269,9 @@ def find_model(
             ignore_unknown=ignore_unknown,
         )
     if not _needs_conversions(model):
-        source = find_source(model, revision=revision, offline=offline, token=token)
+        source = find_source(
+            model, revision=revision, offline=offline, token=token, verify_cached=verify_cached
+        )
         found = _FolderModel(source, config, ignore_unknown)
         if tokenizer is not None:
             from gptx.conversions.registry import read_tokenizer
@@ -353,11 +286,6 @@ def find_model(
         path, config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown, offline=offline
     )
     return _CheckpointModel(os.fspath(model), path, format, checkpoint)
-
-
-def is_openai(model: object) -> bool:
-    """Test for the name of one of OpenAI's own models: "openai:124M"."""
-    return isinstance(model, str) and model.startswith(OPENAI)
 
 
 def _needs_conversions(model: str | os.PathLike[str]) -> bool:

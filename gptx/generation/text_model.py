@@ -13,7 +13,7 @@ from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument
 from gptx.generation.engine import TokenGenerator, fit_prompt, streams_of
-from gptx.generation.found_model import ModelInfo
+from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (
     CheckedOptions,
     Options,

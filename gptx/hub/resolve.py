@@ -25,6 +25,8 @@ ALIASES: dict[str, str] = {
 # Hub ids from before names had owners: the cache of other tools may have them.
 FORMER_NAMES = {repo: name for name, repo in ALIASES.items() if repo.endswith(f"/{name}")}
 
+OPENAI = "openai:"  # before the size of one of OpenAI's own models
+
 # Suffixes of files of models: a name with one is not taken for a Hub id.
 FILE_SUFFIXES = (
     *(".bin", ".ckpt", ".dat", ".gguf", ".h5", ".index", ".json", ".mpk", ".msgpack", ".npz"),
@@ -150,6 +152,11 @@ def find_source(
         if "/" in repository or not (meant := get_close_matches(name.lower(), names, 1)):
             raise
         raise NotFoundError(f"{error.message}; did you mean {names[meant[0]]}?") from None
+
+
+def is_openai(model: object) -> bool:
+    """Test for the name of one of OpenAI's own models: "openai:124M"."""
+    return isinstance(model, str) and model.startswith(OPENAI)
 
 
 def local_path(model: str | os.PathLike[str]) -> Path | None:

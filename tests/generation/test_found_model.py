@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gptx
-from gptx import conversions
+from gptx import conversions, weights
 from gptx.config import GPT2Config
 from gptx.embedded import EMBEDDED
 from gptx.errors import (
@@ -201,11 +201,10 @@ def test_a_cache_of_one_format_belongs_to_the_model_of_another(
 
 def test_tensors_are_read_one_by_one(made: Callable[[str], Path]) -> None:
     """Each tensor is on the backend before the next one is read."""
-    from gptx.conversions.checkpoint import StoredTensor
+    from gptx.conversions.checkpoint import LazyTensors, StoredTensor
 
     events: list[str] = []
-    found = find_model(made("gguf"))
-    checkpoint = found._checkpoint  # type: ignore[attr-defined]
+    opened = find_model(made("gguf")).open()
 
     def reader(name: str, tensor: StoredTensor) -> StoredTensor:
         def read() -> Any:
@@ -214,15 +213,14 @@ def test_tensors_are_read_one_by_one(made: Callable[[str], Path]) -> None:
 
         return replace(tensor, read=read)
 
-    stored = {name: reader(name, tensor) for name, tensor in checkpoint.stored.items()}
-    object.__setattr__(checkpoint, "stored", stored)
+    arrays = LazyTensors({name: reader(name, x) for name, x in opened.tensors.items()})
 
     def bring(name: str, tensor: Any, backend: Any) -> Any:
         events.append(f"bring {name}")
         return tensor
 
     with mock.patch("gptx.weights._on_backend", bring):
-        found.load_weights(gptx.get_backend("numpy", generic=True))
+        weights.load(arrays, opened.config, gptx.get_backend("numpy", generic=True))
     assert events == [f"{verb} {name}" for name in WEIGHTS for verb in ("read", "bring")]
 
 

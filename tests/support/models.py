@@ -10,14 +10,14 @@ import numpy as np
 
 from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.generation.found_model import ModelInfo
+from gptx.generation.model_info import ModelInfo
 from gptx.generation.text_model import Model
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.random_weights import random_weights
 from gptx.stored_weights import TABLES
-from gptx.weights import load_arrays, to_backend
+from gptx.weights import load, to_backend
 from tests.support.random_models import CASES
 
 EXACT = get_backend("numpy", dtype="float64", generic=True)
@@ -42,7 +42,7 @@ def make_model(
     found = drawn_weights(config) if weights is None else weights
     folder = Path("random")
     info = ModelInfo(ModelFiles("random", folder, folder, (), {}, None), config)
-    loaded = load_arrays(found, config, backend, quantization=quantization)
+    loaded = load(found, config, backend, quantization=quantization)
     return Model(Transformer(loaded.config, loaded.tree, backend), info, loaded.fingerprint)
 
 

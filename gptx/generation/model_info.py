@@ -1,0 +1,69 @@
+"""Everything of a model but its weights: files, config and tokenizer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from gptx.config import GPT2Config
+from gptx.errors import TokenizerError, argument
+from gptx.model_files import ModelFiles
+from gptx.tokenization.finding import describe_unreadable
+from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
+
+
+class ModelInfo:
+    """Everything of a model but its weights.
+
+    Parameters
+    ----------
+    tokenizer
+        None: that of the files, if they have one.
+
+    Attributes
+    ----------
+    files
+        Files of the model.
+    config
+        Settings of the model.
+    """
+
+    def __init__(
+        self, files: ModelFiles, config: GPT2Config, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.files = files
+        self.config = config
+        self._tokenizer = tokenizer
+
+    @property
+    def name(self) -> str:
+        """Name of the model as given: an embedded name, a path or a Hub id."""
+        return self.files.name
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """True if the model has a tokenizer."""
+        return self._tokenizer is not None or bool(self.files.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the model, read at the first use.
+
+        Raises
+        ------
+        TokenizerError
+            The model has none, or its files are damaged.
+        """
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if self.files.tokenizer:
+            return PipelineTokenizer(self.files.tokenizer)
+        if unreadable := describe_unreadable(self.files.folder):
+            raise TokenizerError(f"{self.name} has no tokenizer that gptx reads: {unreadable}")
+        put = ""
+        if self.files.revision is None:  # the cache of the Hub is not for the user's files
+            put = f"put tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}, or "
+        raise TokenizerError(
+            f"{self.name} has no tokenizer: give {argument('tokenizer')}, a folder or a model "
+            f"that has one (such as gpt2), or {put}give token ids instead of text"
+        )
