@@ -151,14 +151,13 @@ def detect(path: Path) -> str:
         raise WeightsError(f"{path} is an empty file: fetch it again")
     from gptx.hub.resolve import hub_reading
 
+    hint = hub_reading(path) if path.is_dir() else ""
     if description := describe_unsupported(path):
-        raise WeightsError(f"{path} is {description}{hub_reading(path)}")
+        raise WeightsError(f"{path} is {description}{hint}")
     if path.is_dir():
         check_named_files(path)
     names = ", ".join(name for name, row in FORMATS.items() if row.reads)
-    raise WeightsError(
-        f"{path} is in no supported format ({names}): see gptx convert --list{hub_reading(path)}"
-    )
+    raise WeightsError(f"{path} is in no supported format ({names}): see gptx convert --list{hint}")
 
 
 def find_format(path: Path) -> str | None:
@@ -200,9 +199,15 @@ _OTHER_PROGRAMS = {
     "transformers' GPT2LMHeadModel.from_pretrained(FOLDER, from_flax=True).save_pretrained(OTHER)",
 }
 
+# Files of a Hugging Face folder that are no models without the others.
+_PARTS_OF_FOLDERS = ("config.json", "*.index.json", *_TOKENIZER)
+_SHARD = re.compile(r".+-\d+-of-\d+\.(safetensors|bin)")
+
 
 def describe_unsupported(path: Path) -> str | None:
     """Describe a file of a known format that gptx does not read, or a folder with a model file."""
+    if path.is_file() and any(map(path.match, _PARTS_OF_FOLDERS)):
+        return f"one file of a model in a folder: give the folder, {path.parent}"
     for pattern, text in _OTHER_PROGRAMS.items():
         if path.match(pattern) or (path.is_dir() and any(path.glob(pattern))):
             return text
@@ -278,6 +283,10 @@ def read(
     except DataError as error:
         if path.is_dir():
             check_named_files(path, str(error))
+        elif _SHARD.fullmatch(path.name):
+            raise WeightsError(
+                f"{path} is one shard of a model: give the folder with all, {path.parent}"
+            ) from error
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error.message}") from None

@@ -125,6 +125,25 @@ def test_each_tensor_is_accessed_once() -> None:
     assert loaded.config == described
 
 
+def test_float_matrices_of_a_quantized_model_stay_floats() -> None:
+    """In a model of mlx-lm, a matrix whose inputs do not divide into groups is floats."""
+    config = CASES["relu"]
+    floats = random_weights(config)
+    found, described = weights.quantize_weights(floats, config, INT8)
+    found["wte.weight"] = floats["wte.weight"]
+    again, same = weights.quantize_weights(found, described, INT8)
+    assert same == described
+    assert again["wte.weight"] is floats["wte.weight"]
+    loaded = weights.load(found, described, make_backend("numpy"), quantization=INT8)
+    np.testing.assert_array_equal(loaded.tree.wte.weight, floats["wte.weight"])
+
+
+def test_fingerprints_are_those_of_stored_caches() -> None:
+    """A saved cache holds the fingerprint of its model; other versions of gptx compare it."""
+    found = {"a": np.arange(3, dtype=np.float32), "b": np.ones((2, 2), np.float16)}
+    assert weights.fingerprint(found) == "c219c18b"
+
+
 def test_a_fingerprint_covers_all_tensors_and_not_their_order() -> None:
     found = random_weights(CASES["untied"])
     expected = weights.fingerprint(found)

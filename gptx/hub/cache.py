@@ -66,7 +66,9 @@ class RepositoryCache:
         return []
 
     def _load(self, filename: str, revision: str) -> object:
-        found = try_to_load_from_cache(self._repository, filename, self.root, revision)
+        found: object = None
+        with suppress(UnicodeDecodeError):  # a damaged ref, like none
+            found = try_to_load_from_cache(self._repository, filename, self.root, revision)
         if found is None:  # also in a folder without permissions, which the system names
             with suppress(FileNotFoundError):
                 (self._folder / "snapshots" / self._commit(revision) / filename).stat()
@@ -74,9 +76,13 @@ class RepositoryCache:
 
     def _commit(self, revision: str) -> str:
         """Return the commit of a branch or a tag; a commit is its own."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        return self._read_ref(revision) or revision
+
+    def _read_ref(self, revision: str) -> str | None:
+        """Return the commit of a branch or a tag; None without a readable ref."""
+        with suppress(FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
             return (self._folder / "refs" / revision).read_text(encoding="utf-8")
-        return revision
+        return None
 
     def mark_missing(self, filename: str, commit: str) -> None:
         """Mark that a commit lacks a file, which saves the next request."""
@@ -121,7 +127,8 @@ class RepositoryCache:
             Replace the commit of an existing ref.
         """
         ref = self._folder / "refs" / revision
-        if not (ref.is_file() and (not move or ref.read_text(encoding="utf-8") == commit)):
+        stored = self._read_ref(revision)
+        if stored != commit and (move or stored is None):
             with _replacement(ref) as new:
                 new.write_text(commit, encoding="utf-8")
 

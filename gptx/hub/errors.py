@@ -46,11 +46,19 @@ def translated(repository: str, revision: str, filename: str) -> Iterator[None]:
         raise _translate(error, repository, revision, filename) from error
 
 
-def no_such_file(subject: str) -> NoSuchFileError:
+def no_such_file(repository: str, revision: str, filename: str) -> NoSuchFileError:
     """Make the error for a file that an existing revision lacks."""
     return NoSuchFileError(
-        f"{subject} does not exist on {constants.ENDPOINT}: expected a GPT-2 with config.json and "
-        "model.safetensors"
+        f"{filename} of {repository}@{revision} does not exist on {constants.ENDPOINT}: expected a "
+        f"GPT-2 with config.json and model.safetensors; {other_format_hint(repository)}"
+    )
+
+
+def other_format_hint(repository: str) -> str:
+    """Return the end of an error about a repository with a model of another format."""
+    return (
+        "of another format (see `gptx convert --list`), download the files with "
+        f"`hf download {repository} --local-dir FOLDER`, and give gptx the path"
     )
 
 
@@ -73,7 +81,7 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFoundError(
             f"revision {revision} does not exist in {repository} on {hub}: give a branch, a tag or "
-            "a commit hash"
+            "a commit hash of 40 digits"
         )
     if isinstance(error, errors.RepositoryNotFoundError) and not gated:
         # Without a valid token, the Hub gives the same answer for a private and a missing one.
@@ -89,7 +97,7 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
             "HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, errors.EntryNotFoundError) or status in (404, 410):
-        return no_such_file(subject)
+        return no_such_file(repository, revision, filename)
     if is_storage_fault(error):
         return not_stored(subject, constants.HF_HUB_CACHE, error)
     fault = explain(error, hub)

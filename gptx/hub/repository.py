@@ -35,6 +35,7 @@ from gptx.hub.errors import (
     NoSuchFileError,
     NotResumableError,
     no_such_file,
+    other_format_hint,
     translated,
     wrong_content,
 )
@@ -144,9 +145,8 @@ class Repository:
         if self._hub_error:
             return self._hub_error
         return NotFoundError(
-            f"{self.name}@{self._requested} has no model.safetensors and no pytorch_model.bin: "
-            f"download its files with `hf download {self.name} --local-dir FOLDER`, and give one "
-            "to gptx if it is of a format in `gptx convert --list`"
+            f"{self.name}@{self._requested} has no model.safetensors and no pytorch_model.bin; "
+            f"{other_format_hint(self.name)}"
         )
 
     def write_ref(self) -> None:
@@ -197,7 +197,7 @@ class Repository:
 
     def _cached(self, filename: str) -> Path | None:
         if self._cache.lacks(filename, self.revision):
-            raise no_such_file(self._describe(filename))
+            raise no_such_file(self.name, self._requested, filename)
         return self._cache.find(filename, self.revision)
 
     def _is_intact(self, path: Path, filename: str) -> bool:

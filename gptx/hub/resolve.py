@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptx.embedded import EMBEDDED
-from gptx.errors import NotFoundError, ParameterError, argument
+from gptx.errors import HubUnavailableError, NotFoundError, ParameterError, argument
 from gptx.model_files import CONFIG, Folder, ModelFiles, Source, find_files, is_file
 
 _OPENAI_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -33,6 +33,8 @@ FILE_SUFFIXES = (
     *(".onnx", ".pt", ".pth", ".safetensors"),
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ADDRESS = re.compile(rf"(?:https?://)?(?:huggingface\.co|hf\.co)/({_HUB_ID.pattern})")
+_CACHE_FOLDER = re.compile(r"models--(.+)")
 
 # No "..", no slash at an end: a revision becomes a path in the cache.
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[^\s\\:\0]+(?<!/)")
@@ -131,7 +133,13 @@ def find_source(
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     is_file_name = Path(name).suffix.lower() in FILE_SUFFIXES
     if looks_like_path or is_file_name or not isinstance(model, str):
-        what = "address" if "://" in name else "file" if is_file_name else "folder"
+        if "://" in name or _HUB_ADDRESS.match(name):
+            on_hub = _HUB_ADDRESS.match(name)
+            raise NotFoundError(
+                f"{name!r} is an address, expected "
+                f"{f'the Hub id {on_hub[1]}' if on_hub else _expected()}"
+            )
+        what = "file" if is_file_name else "folder"
         raise NotFoundError(f"{what} {name!r} does not exist, expected {_expected()}")
     _check_revision(revision)
 
@@ -139,19 +147,25 @@ def find_source(
         from gptx.hub.repository import Repository, is_repository_name
     repository = ALIASES.get(name, name)
     if not is_repository_name(repository):
+        before, _, after = name.partition("@")
+        if after and is_repository_name(before):
+            raise NotFoundError(
+                f"model {name!r} is not a Hub id, expected {before!r} and "
+                f"{argument('revision', after)}"
+            )
         raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
     former = FORMER_NAMES.get(repository)
     try:
         return Repository(
             repository, revision or "main", offline, token or None, verify_cached, former
         )
-    except NotFoundError as error:
+    except (NotFoundError, HubUnavailableError) as error:
         from difflib import get_close_matches
 
         names = {known.lower(): known for known in (*ALIASES, *EMBEDDED)}
         if "/" in repository or not (meant := get_close_matches(name.lower(), names, 1)):
             raise
-        raise NotFoundError(f"{error.message}; did you mean {names[meant[0]]}?") from None
+        raise type(error)(f"{error.message}; did you mean {names[meant[0]]}?") from None
 
 
 def is_openai(model: object) -> bool:
@@ -202,6 +216,8 @@ def _expected() -> str:
 def hub_reading(name: str | os.PathLike[str]) -> str:
     """Return the end of an error about a folder whose name could be a Hub id; else nothing."""
     given = os.fspath(name).rstrip("/")
+    if cached := next(filter(None, map(_CACHE_FOLDER.fullmatch, Path(given).parts)), None):
+        return f"; it is in the cache of the Hub: give the id {cached[1].replace('--', '/')}"
     if given not in ALIASES and not _HUB_ID.fullmatch(given):
         return ""
     return (

@@ -9,6 +9,8 @@ import pytest
 from gptx.conversions import convert
 from gptx.generation.text_model import Model
 from tests.support.cli import error_lines, run, start
+from tests.support.hub import hub_settings
+from tests.support.hub_server import HubServer
 
 COMMANDS = [("download",), ("info",), ("generate", "O", "-m")]
 
@@ -23,6 +25,15 @@ def test_a_file_on_this_machine_needs_no_download(tmp_path: Path) -> None:
     assert (done.code, done.out, done.err) == (0, f"{tmp_path / 'model.gguf'}\n", "")
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     assert run("download", str(tmp_path / "other.gguf")).code == 65
+
+
+def test_another_model_is_refused_before_its_weights(tmp_path: Path) -> None:
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(100)}
+    with HubServer({"org/llama": {"main": files}}) as server, hub_settings(server.url, tmp_path):
+        done = run("download", "org/llama")
+        assert not server.log(part="model.safetensors")
+    assert (done.code, done.out) == (65, "")
+    assert "model_type is 'llama'" in done.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -93,6 +93,15 @@ def test_a_file_of_another_format(
     assert data["config"] == shakespeare.config.to_dict()
 
 
+def test_a_tokenizer_beside_the_file_is_named(shakespeare: Model) -> None:
+    folder = shakespeare.files.folder
+    of_folder, of_file = (
+        json.loads(run("info", str(path), "--json").out)["tokenizer"]
+        for path in (folder, folder / "model.safetensors")
+    )
+    assert of_file == of_folder == sorted(shakespeare.files.tokenizer)
+
+
 def test_notes_and_a_given_config(tmp_path: Path, shakespeare: Model) -> None:
     path = tmp_path / "model"
     convert("shakespeare", path, "staticgrad")

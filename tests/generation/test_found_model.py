@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import gptx
 from gptx import conversions, weights
@@ -435,6 +436,31 @@ class TestRefusals:
         (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
         with raises_error(WeightsError, *words):
             gptx.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("config.json", "tokenizer.json", "merges.txt", "generation_config.json"),
+            *("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+        ],
+    )
+    def test_one_file_of_a_folder(self, name: str, tmp_path: Path) -> None:
+        tensors = {"wte.weight": WEIGHTS["wte.weight"]}
+        if name.endswith(".safetensors"):
+            save_file(tensors, tmp_path / name)
+        else:
+            (tmp_path / name).write_text("{}")
+        with raises_error(WeightsError, f"{tmp_path / name} is one", "the folder", str(tmp_path)):
+            gptx.load(tmp_path / name)
+
+    def test_a_relative_path_to_a_file_is_not_called_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org").mkdir()
+        (tmp_path / "org/model").write_bytes(b"text")
+        with pytest.raises(WeightsError, match=r"^org/model is in no supported format.*--list$"):
+            gptx.load("org/model")
 
     @pytest.mark.parametrize("name", ["m.gguf", "ckpt_2000.pt", "weights.safetensors"])
     def test_a_folder_with_a_file_of_a_model(self, name: str, tmp_path: Path) -> None:

@@ -209,6 +209,17 @@ class TestWithoutRef:
         check(other, NotFoundError, "config.json", hint)
 
 
+def test_damaged_ref(server: HubServer, client: Client) -> None:
+    client.one("org/model")
+    ref, commit = client.cache / "models--org--model/refs/main", commit_of("org/model", "main")
+    for content in (b"\xff\xfe", b"", b"../../x", commit.encode() + b"\n"):
+        ref.write_bytes(content)
+        offline = client.one("org/model", offline=True)
+        check(offline, NotFoundError, "is not in the cache", f"give revision='{commit}'")
+        check_files(client.one("org/model"), model())
+        assert ref.read_text() == commit
+
+
 def test_incomplete_shards_are_no_other_commit(server: HubServer, client: Client) -> None:
     files = model()
     files["a.safetensors"] = files.pop("model.safetensors")

@@ -194,6 +194,11 @@ class TestRefusals:
         other = client.one(f"org/{name}")
         assert "did you mean" not in other["message"]
 
+    def test_misspelled_name_without_a_connection(self, server: HubServer, client: Client) -> None:
+        server.stop()
+        result = client.one("GPT2", impatient=True)
+        check(result, HubUnavailableError, "check the connection", "; did you mean gpt2?")
+
     @pytest.mark.parametrize("token", ["hf_é", "hf_a b", "hf_\u200b"])
     def test_token_that_http_cannot_carry(self, client: Client, token: str) -> None:
         given = client.one("org/model", token=token)
@@ -230,10 +235,8 @@ class TestRefusals:
             "repository does not exist",
             "token",
         )
-        check(
-            revision, NotFoundError, "revision v9 does not exist in org/model on", "give a branch"
-        )
-        check(file, NotFoundError, "org/empty", "main", "config.json")
+        check(revision, NotFoundError, "revision v9 does not exist in org/model on", "of 40 digits")
+        check(file, NotFoundError, "config.json of org/empty@main", "hf download org/empty")
         assert [Path(path).name for path in pickles["weights"]] == ["pytorch_model.bin"]
         check(bare, NotFoundError, "org/bare", "no pytorch_model.bin", "hf download org/bare")
 

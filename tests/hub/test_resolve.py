@@ -13,6 +13,7 @@ from gptx.conversions.registry import FORMATS
 from gptx.embedded import EMBEDDED
 from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, WeightsError
 from gptx.hub.resolve import ALIASES, FILE_SUFFIXES, local_path, locate
+from tests.support.cli import raises_error
 from tests.support.hub import CONFIG, index, model
 from tests.support.permissions import folder_of_another_user, unprivileged
 
@@ -54,7 +55,7 @@ class TestNames:
         "name",
         [
             *("./gpt2", "../gpt2", "/gpt2", "~/no-such-folder", "a/b/c", "a\\b", "a b", "-a"),
-            *("a--b", "https://huggingface.co/org/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
+            *("a--b", "https://example.com/gpt2", "é", "a\nb", Path("gpt2"), "x" * 5000),
         ],
     )
     def test_missing_folder_or_repository(self, name: Any) -> None:
@@ -71,9 +72,23 @@ class TestNames:
         with pytest.raises(NotFoundError, match=f"^file '{name}' does not exist, expected"):
             locate(name)
 
-    def test_address(self) -> None:
-        with pytest.raises(NotFoundError, match=r"^address 'https://hf.co/org/x' does not exist"):
-            locate("https://hf.co/org/x")
+    @pytest.mark.parametrize("rest", ["", "/", "/tree/main", "/resolve/main/x.gguf"])
+    @pytest.mark.parametrize("host", ["https://huggingface.co", "https://hf.co", "hf.co"])
+    def test_address_on_the_hub(self, host: str, rest: str) -> None:
+        address = f"{host}/org/my-gpt.2{rest}"
+        with raises_error(NotFoundError, f"{address!r} is an address, expected", "org/my-gpt.2"):
+            locate(address)
+
+    def test_another_address(self) -> None:
+        with raises_error(NotFoundError, "is an address, expected an embedded name"):
+            locate("https://example.com/x.gguf")
+
+    def test_revision_in_the_name(self) -> None:
+        with raises_error(NotFoundError, "expected 'org/x' and revision='v1'"):
+            locate("org/x@v1")
+        for name in ("org/x@", "@v1", "a b@v1"):
+            with raises_error(NotFoundError, f"model {name!r} does not exist"):
+                locate(name)
 
     def test_suffixes_of_all_formats_are_those_of_files(self) -> None:
         suffixes = {row.suffix for row in FORMATS.values() if row.suffix != "/"}
@@ -190,6 +205,13 @@ class TestFolder:
             with pytest.raises(NotFoundError) as caught:
                 locate(other)
             assert "Hub" not in str(caught.value)
+
+    @pytest.mark.parametrize("part", ["", "snapshots", f"snapshots/{'a' * 40}"])
+    def test_folder_of_the_cache(self, tmp_path: Path, part: str) -> None:
+        folder = tmp_path / "models--openai-community--gpt2" / part
+        folder.mkdir(parents=True)
+        with raises_error(NotFoundError, "the cache of the Hub: give the id openai-community/gpt2"):
+            locate(folder)
 
     @pytest.mark.parametrize(
         "name", ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"]
