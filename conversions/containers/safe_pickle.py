@@ -8,8 +8,8 @@ nothing and calls nothing that a file names: a global is replaced from a table o
 which the file has an object, such as the config of a training script. A value that no model needs,
 such as that object, becomes `IGNORED`.
 
-The cost of an instruction is bounded by its bytes in the file: no instruction copies a value, so
-nested lists do not grow exponentially.
+The cost of an instruction is bounded by its bytes in the file: no instruction copies a value but a
+name, whose length is limited, so nested lists do not grow exponentially.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from gptx.errors import WeightsError
 MAX_PICKLE_BYTES = 2**24
 MAX_INSTRUCTIONS = 2**18
 MAX_INTEGER_BYTES = 16  # PyTorch's magic number has ten
-MAX_LINE_BYTES = 200
 
 
 class Unpickled:
@@ -105,7 +104,7 @@ class Unpickled:
         return struct.unpack(BYTE_ORDER.get(kind, "<") + kind, self._take(struct.calcsize(kind)))[0]
 
     def _line(self) -> str:
-        end = self._data.find(b"\n", self.end, self.end + MAX_LINE_BYTES)
+        end = self._data.find(b"\n", self.end, self.end + MAX_NAME_LENGTH)
         line = self._take(end - self.end)
         self._take(1)
         return line.decode("ascii")
@@ -184,8 +183,12 @@ class Unpickled:
                 stack.append(self._resolve(argument))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                if not (isinstance(module, str) and isinstance(name, str)):
-                    raise WeightsError("its pickle has a global without a name")
+                for part in (name, module):
+                    if not (isinstance(part, str) and len(part) <= MAX_NAME_LENGTH):
+                        raise WeightsError(
+                            "its pickle has a global without a name of at most "
+                            f"{MAX_NAME_LENGTH} characters"
+                        )
                 stack.append(self._resolve(f"{module} {name}"))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()

@@ -29,7 +29,6 @@ ZIP_MAGIC = b"PK\3\4"
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 LEGACY_MAGIC = b"\x8a\x0a" + LEGACY_MAGIC_NUMBER.to_bytes(10, "little")  # in every pickle protocol
 LEGACY_VERSION = 1001
-MAX_TENSOR_NAME_LENGTH = 200  # characters
 MAX_DICT_DEPTH = 3  # of a dict in the saved value, in keys
 READ_BYTES = 2**20  # at a time, for checksums and comparisons
 DETECT_BYTES = 600
@@ -63,8 +62,8 @@ class TorchFile:
 
     Attributes
     ----------
-    path
-        Path of the file.
+    path, size
+        Path of the file, and its size in bytes.
     value
         The saved value, see `Unpickled`.
 
@@ -79,6 +78,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = BinaryFile(path)
+        self.size = self._file.size
         self._big_endian = False
         try:
             head = self._file.read(0, min(4, self._file.size), "its start")
@@ -161,7 +161,7 @@ class TorchFile:
             if isinstance(item, TorchTensor)
         }
         for name in found:
-            if not (name.isascii() and name.isprintable() and len(name) <= MAX_TENSOR_NAME_LENGTH):
+            if not (name.isascii() and name.isprintable()):
                 raise WeightsError(f"{self.path} is damaged: a tensor has an invalid name")
         return found
 
@@ -247,6 +247,11 @@ class FileTensor:
     def dtype(self) -> np.dtype:
         """Type of the array."""
         return self.view.storage.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def reader(self, name: str) -> Callable[[], Array]:
         """Return a function that reads the tensor; its first call compares the storage's CRC-32.

@@ -16,7 +16,14 @@ from gptx.errors import WeightsError
 from gptx.safetensors_file import BFLOAT16
 
 MAX_DIMENSIONS = 8
-MAX_NAME_LENGTH = 1000  # characters: a file can cause any number of comparisons of names
+MAX_NAME_LENGTH = 200  # characters: a file can cause any number of comparisons and copies of names
+
+# Functions for tensors that are sparse, quantized, nested, without numbers or of a subclass.
+OTHER_TENSORS = (
+    "torch._utils _rebuild_",
+    "torch._tensor _rebuild_",
+    "torch.serialization _get_layout",
+)
 
 
 class Ignored:
@@ -73,6 +80,11 @@ def storage_of_id(id: Any) -> TorchStorage:
             is_base = not view or (len(view) == 1 and view[0] is None)  # before PyTorch 1.6
             if kind == "storage" and len(key) <= MAX_NAME_LENGTH and size >= 0 and is_base:
                 return TorchStorage(key, dtype, size)
+        case (str(_), UnknownGlobal() as unknown, *_) if unknown.name.startswith("torch"):
+            raise WeightsError(
+                f"its pickle has a storage of the type {unknown.shown}, which gptx does not read: "
+                "save the tensors as float32"
+            )
     raise WeightsError("its pickle has a storage of a form that PyTorch does not write")
 
 
@@ -88,12 +100,21 @@ class UnknownGlobal:
 
     name: str
 
+    @property
+    def shown(self) -> str:
+        """Module and name for a message, shortened and escaped."""
+        return ascii(".".join(self.name.split())[:100])[1:-1]
+
     def error(self) -> WeightsError:
         """Return the error for a pickle that calls it."""
-        shown = ".".join(self.name.split())[:100]
+        if self.name.startswith(OTHER_TENSORS):
+            return WeightsError(
+                f"its pickle has a tensor of a kind that gptx does not read ({self.shown}): save "
+                "dense tensors of floats"
+            )
         return WeightsError(
-            f"its pickle names {ascii(shown)[1:-1]}, which no tensor needs, and gptx runs no code "
-            "of a file: if you trust it, save only its tensors with torch.save"
+            f"its pickle names {self.shown}, which no tensor needs, and gptx runs no code of a "
+            "file: if you trust it, save only its tensors with torch.save"
         )
 
 
@@ -149,12 +170,21 @@ def _parameter(arguments: tuple[Any, ...]) -> TorchTensor:
     return arguments[0]
 
 
+def _tensor_with_attributes(arguments: tuple[Any, ...]) -> TorchTensor:
+    """Describe a tensor with attributes of Python, from (function, class, arguments, state)."""
+    match arguments:
+        case (function, _, tuple(inner), _) if function is _tensor:
+            return _tensor(inner)
+    raise WeightsError("its pickle has a tensor of a class that gptx does not read")
+
+
 GLOBALS: dict[str, Any] = {
     "collections OrderedDict": _ordered_dict,
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": _parameter,
     "torch._utils _rebuild_parameter_with_state": _parameter,
+    "torch._tensor _rebuild_from_type_v2": _tensor_with_attributes,
     "torch DoubleStorage": np.dtype("<f8"),
     "torch FloatStorage": np.dtype("<f4"),
     "torch HalfStorage": np.dtype("<f2"),
@@ -171,20 +201,16 @@ GLOBALS: dict[str, Any] = {
     **dict.fromkeys(
         (
             "torch Size",
+            "torch Tensor",
             "torch device",
             *(
                 f"torch {dtype}"
                 for dtype in (
-                    "bfloat16",
-                    "float16",
-                    "float32",
-                    "float64",
-                    "int64",
-                    "int32",
-                    "int16",
-                    "int8",
-                    "uint8",
-                    "bool",
+                    *("bfloat16", "float16", "float32", "float64"),
+                    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+                    *("complex64", "complex128"),
+                    *("int64", "int32", "int16", "int8"),
+                    *("uint64", "uint32", "uint16", "uint8", "bool"),
                 )
             ),
             "numpy dtype",
@@ -196,8 +222,10 @@ GLOBALS: dict[str, Any] = {
             "_codecs encode",
             "collections Counter",
             "collections deque",
+            "datetime date",
             "datetime datetime",
             "datetime timedelta",
+            "datetime timezone",
             "pathlib Path",
             "pathlib PosixPath",
             "pathlib PurePosixPath",
@@ -219,8 +247,12 @@ GLOBALS: dict[str, Any] = {
                     "tuple",
                     "int",
                     "float",
+                    "complex",
                     "str",
                     "bool",
+                    "range",
+                    "xrange",
+                    "slice",
                 )
             ),
         ),

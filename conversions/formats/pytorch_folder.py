@@ -12,7 +12,7 @@ A trainer saves a dict in which the model's tensors are one value, such as `mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = f"{WEIGHTS}.index.json"
+# Tensors can share numbers, as the head and the table do. A limit: a small file fills no memory.
+MAX_SHARING = 64  # bytes of all tensors per byte of the files
 
 
 def detect(path: Path) -> bool:
@@ -108,9 +110,16 @@ def model_tensors(
 
 
 def describe(tensors: Mapping[str, FileTensor]) -> dict[str, StoredTensor]:
-    """Describe the tensors as those of a checkpoint, with matrices [in, out]."""
+    """Describe the tensors as those of a checkpoint, with matrices [in, out].
+
+    Raises
+    ------
+    WeightsError
+        A tensor overlaps itself, or the tensors share so many numbers that they are far larger than
+        their files.
+    """
     out_in = are_out_in({name: tensor.shape for name, tensor in tensors.items()})
-    return {
+    described = {
         name: stored_array(
             tensor.reader(name),
             tensor.shape,
@@ -119,6 +128,15 @@ def describe(tensors: Mapping[str, FileTensor]) -> dict[str, StoredTensor]:
         )
         for name, tensor in tensors.items()
     }
+    files = {tensor.file for tensor in tensors.values()}
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    n_stored = sum(file.size for file in files)
+    if n_bytes > MAX_SHARING * n_stored:
+        paths = ", ".join(sorted(str(file.path) for file in files))
+        raise WeightsError(
+            f"{paths}: the tensors have {n_bytes} bytes, the file {n_stored}: it is damaged"
+        )
+    return described
 
 
 # Keys of the model in checkpoints of trainers. The other dicts of a file are averages, or moments
@@ -130,8 +148,8 @@ def _state_dict(file: TorchFile) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Find the dict of the model's tensors; add a note if there are several."""
     found = file.find_dicts(_has_gpt2)
     if len(found) > 1 and (usual := [path for path in STATE_DICTS if path in found]):
-        others = ", ".join(repr(path)[:40] for path in found if path != usual[0])
-        note = f"the file has several models: {usual[0]!r} is read, {others} are not"
+        others = _keys([path for path in found if path != usual[0]])
+        note = f"the file has several models: {usual[0]} is read, not {others}"
         return found[usual[0]], (note,)
     if len(found) == 1:
         return next(iter(found.values())), ()
@@ -151,6 +169,6 @@ def _has_gpt2(value: dict[str, Any]) -> bool:
     return any(isinstance(item, TorchTensor) and is_gpt2_tensor(k) for k, item in value.items())
 
 
-def _keys(value: dict[str, Any]) -> str:
-    shown = [ascii(key[:40])[1:-1] for key in list(value)[:8]]
-    return ", ".join(shown) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+def _keys(keys: Collection[str]) -> str:
+    shown = [ascii(key[:40])[1:-1] for key in list(keys)[:8]]
+    return ", ".join(shown) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

@@ -9,8 +9,9 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from contextlib import nullcontext
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_unneeded_values_are_ignored(protocol: int) -> None:
     value["array"] = bytearray(b"x")
     if protocol < 5:
         del value["array"]
+    value |= {"date": date(2020, 1, 1), "time": datetime.now(UTC), "complex": 1j, "root": Path()}
+    value |= {"range": range(3), "slice": slice(2), "count": Counter("ab"), "queue": deque([1])}
     found = Unpickled(pickle.dumps(value, protocol)).value
     assert list(found) == [key for key in value if key != 3]
     assert all(item is IGNORED for item in found.values())
@@ -222,11 +225,61 @@ def test_a_global_is_shown_in_one_short_line() -> None:
     with pytest.raises(WeightsError, match=r"names posix\.system, which no tensor needs") as info:
         Unpickled(b"\x80\x02cposix\nsystem\n.")
     assert "\n" not in str(info.value)
-    long = b"X\xe8\3\0\0" + b"\x1b\n" * 500
-    with pytest.raises(WeightsError) as info:
+    long = b"X\xc8\0\0\0" + b"\x1b\n" * 100
+    with pytest.raises(WeightsError, match="which no tensor needs") as info:
         Unpickled(b"\x80\x04" + long + long + b"\x93.")
     assert str(info.value).isprintable()
     assert len(str(info.value)) < 600
+
+
+@pytest.mark.parametrize("names", [(b"x", b"n" * 201), (b"n" * 201, b"x")])
+def test_a_global_with_a_long_name_is_refused(names: tuple[bytes, bytes]) -> None:
+    """A file could join one long string with many others, which takes any amount of memory."""
+    code = b"".join(b"X" + struct.pack("<I", len(name)) + name for name in names)
+    with pytest.raises(WeightsError, match="a global without a name of at most 200 characters"):
+        Unpickled(b"\x80\x04" + code + b"\x93.")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("torch._utils\n_rebuild_sparse_tensor", "torch._utils._rebuild_sparse_tensor"),
+        ("torch._utils\n_rebuild_meta_tensor_no_storage", "meta_tensor_no_storage"),
+        ("torch.serialization\n_get_layout", "torch.serialization._get_layout"),
+        ("torch._tensor\n_rebuild_from_type", "torch._tensor._rebuild_from_type"),
+    ],
+)
+def test_tensors_of_other_kinds_are_named(name: str, shown: str) -> None:
+    with pytest.raises(WeightsError, match=rf"a kind that gptx does not read \(.*{shown}\): save"):
+        Unpickled(b"\x80\x02c" + name.encode() + b"\n)R.")
+
+
+@pytest.mark.parametrize(
+    "kind", ["torch\nComplexFloatStorage", "torch\nQInt8Storage", "torch.storage\nUntypedStorage"]
+)
+def test_storages_of_other_types_are_named(kind: str) -> None:
+    """PyTorch writes an untyped storage for float8 and for unsigned integers."""
+    id_ = b"(X\7\0\0\0storagec" + kind.encode() + b"\nX\1\0\0\0aX\3\0\0\0cpuK\1t"
+    with pytest.raises(WeightsError, match=f"of the type {kind.replace(chr(10), '[.]')}, which"):
+        Unpickled(b"\x80\x02" + id_ + b"Q.")
+    other = id_.replace(kind.encode(), b"posix\nsystem")
+    with pytest.raises(WeightsError, match="a storage of a form that PyTorch does not write"):
+        Unpickled(b"\x80\x02" + other + b"Q.")
+
+
+@pytest.mark.parametrize(
+    ("function", "is_read"),
+    [("_rebuild_tensor_v2", True), ("_rebuild_parameter", False), ("_rebuild_qtensor", False)],
+)
+def test_a_tensor_with_attributes(function: str, is_read: bool) -> None:
+    """Only a tensor: another function could nest such calls."""
+    plain = Pickle(view(np.ones((2, 3), np.float32))).code[2:-1]
+    name, arguments = plain.split(b"\n_rebuild_tensor_v2\n")
+    code = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + name + b"\n" + function.encode()
+    code += b"\nctorch\nTensor\n" + arguments.removesuffix(b"R") + b"}X\1\0\0\0aK\1stR"
+    with nullcontext() if is_read else pytest.raises(WeightsError, match="of a class that gptx"):
+        found = Unpickled(b"\x80\x02" + code + b".")
+        assert found.value == TorchTensor(found.storages["0"], 0, (2, 3), (3, 1))
 
 
 class Settings:

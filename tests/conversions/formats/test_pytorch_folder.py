@@ -242,9 +242,7 @@ def test_a_checkpoint_of_a_trainer(trainer: str, container: Any, tmp_path: Path)
     assert_contains(checkpoint, WEIGHTS, "float32")
     several = trainer == "moments under names"
     assert checkpoint.notes == (
-        ("the file has several models: 'model' is read, 'optimizer.exp_avg' are not",)
-        if several
-        else ()
+        ("the file has several models: model is read, not optimizer.exp_avg",) if several else ()
     )
 
 
@@ -260,6 +258,27 @@ def test_matrices_of_linear_modules_are_transposed(container: Any, tmp_path: Pat
     checkpoint = read(file)[1]
     assert checkpoint.config == config
     assert_contains(checkpoint, weights, "float32")
+
+
+def test_layers_may_share_weights_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a small file could fill the memory."""
+    config = replace(CONFIG, n_layer=40)
+    layer = {name: x for name, x in STATE.items() if name.startswith("transformer.h.0.")}
+    shared = STATE | {
+        name.replace("h.0.", f"h.{i}."): x for i in range(40) for name, x in layer.items()
+    }
+    folder = write_folder(tmp_path / "m", config, zip_bytes(shared))
+    assert read(folder)[1].config == config
+    size = (folder / "pytorch_model.bin").stat().st_size
+    sharing = 4 * config.n_parameters / size
+    assert sharing > 1
+    monkeypatch.setattr(pytorch_folder, "MAX_SHARING", sharing + 0.01)
+    assert read(folder)[1].config == config
+    monkeypatch.setattr(pytorch_folder, "MAX_SHARING", sharing - 0.01)
+    with pytest.raises(WeightsError, match=rf"have \d+ bytes, the file {size}: it is damaged"):
+        read(folder)
 
 
 def test_several_models_of_unusual_keys_are_refused(container: Any, tmp_path: Path) -> None:
