@@ -90,7 +90,7 @@ def is_gpt2(definition: Mapping[str, Any]) -> bool:
     That class makes everything but the vocabulary, the merges and the added tokens itself.
     """
     model, split = definition["model"], definition["pre_tokenizer"] or {}
-    plain = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    plain = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     flags = ("fuse_unk", "byte_fallback", "ignore_merges")
     return (
         model["type"] == "BPE"

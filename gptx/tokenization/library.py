@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,9 @@ def _gpt2_tokenizer(files: Mapping[str, Path], settings: TokenizerSettings) -> A
         )
     paths = str(files[VOCAB]), str(files[MERGES])
     tokenizer = Tokenizer(models.BPE.from_file(*paths))
-    size = tokenizer.get_vocab_size()
     added = {token.content: id for id, token in settings.added.items()}
     added = {token: id for token, id in added.items() if tokenizer.token_to_id(token) is None}
-    if sorted(added.values()) != list(range(size, size + len(added))):
-        # The library numbers added tokens without gaps, unless the vocabulary has them.
+    if added:  # the library keeps their ids only if the vocabulary has them
         vocab, merges = models.BPE.read_file(*paths)
         ids = set(vocab.values())
         if taken := [token for token, id in added.items() if id in ids]:
@@ -118,25 +116,33 @@ def _add_tokens(tokenizer: Any, settings: TokenizerSettings) -> None:
     if settings.cls == BERT:
         for mark in ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"):
             named.setdefault(mark, special_token(mark))
-    for _, token in sorted(settings.added.items()):
-        entry = _library_token(replace(token, special=token.special or token.content in named))
-        if entry not in found:
-            tokenizer.add_tokens([entry])
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in named.values():
-        if token.content not in added and tokenizer.token_to_id(token.content) is not None:
-            tokenizer.add_tokens([_library_token(token)])
+    listed = [
+        _library_token(replace(token, special=token.special or token.content in named))
+        for _, token in sorted(settings.added.items())
+    ]
+    tokenizer.add_tokens([token for token in listed if token not in found])
+    mark_special(tokenizer, named.values())
 
 
-def mark_special(tokenizer: Any, content: str) -> None:
-    """Make a token of the vocabulary a special one, which some files do not.
+def disable_dropout(tokenizer: Any) -> None:
+    """Make the ids those of the merges: the dropout of a BPE, for its training, draws them."""
+    from tokenizers import models
 
-    Without that, it is found in any text.
-    """
-    id = tokenizer.token_to_id(content)
-    added = tokenizer.get_added_tokens_decoder().get(id)
-    if id is not None and (added is None or not added.special):
-        tokenizer.add_tokens([_library_token(special_token(content))])
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+
+
+def mark_special(tokenizer: Any, tokens: Iterable[AddedToken]) -> None:
+    """Make tokens special that are in the vocabulary; added tokens keep their other flags."""
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    marked = []
+    for token in tokens:
+        if token.content in added:
+            added[token.content].special = True
+            marked.append(added[token.content])
+        elif tokenizer.token_to_id(token.content) is not None:
+            marked.append(_library_token(token))
+    tokenizer.add_tokens(marked)
 
 
 def hide_special(tokenizer: Any) -> Any:

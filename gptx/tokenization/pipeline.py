@@ -11,19 +11,19 @@ from typing import Any
 
 from gptx.errors import PromptError, TokenizerError
 from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
-from gptx.tokenization.decoder import Utf8Decoder, WindowDecoder
-from gptx.tokenization.decoder_steps import Step, is_local, steps_of
+from gptx.tokenization.decoder import Step, Utf8Decoder, WindowDecoder, is_local, steps_of
 from gptx.tokenization.files import TOKENIZER
 from gptx.tokenization.finding import find_tokenizer
 from gptx.tokenization.library import (
     component,
+    disable_dropout,
     hide_special,
     is_library_error,
     library_tokenizer,
     mark_special,
 )
 from gptx.tokenization.protocol import TextDecoder
-from gptx.tokenization.settings import read_settings
+from gptx.tokenization.settings import read_settings, special_token
 
 
 class PipelineTokenizer:
@@ -118,7 +118,8 @@ class PipelineTokenizer:
                 tokenizer = Tokenizer.from_str(self._definition)
             tokenizer.no_padding()
             tokenizer.no_truncation()
-            mark_special(tokenizer, END_OF_TEXT)
+            disable_dropout(tokenizer)
+            mark_special(tokenizer, [special_token(END_OF_TEXT)])
             return tokenizer
         except TokenizerError:
             raise
@@ -232,6 +233,7 @@ class PipelineTokenizer:
 
 @contextmanager
 def _named_errors(subject: str) -> Iterator[None]:
+    """Raise an error of the library as one that names its subject."""
     try:
         yield
     except BaseException as error:

@@ -25,7 +25,8 @@ PREFIX_CLASSES = (
 MAX_IDS = 2**31
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Lists of tokens, or objects of a name and a token.
+_GROUPS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ class TokenizerSettings:
     def special_tokens(self) -> Iterator[AddedToken]:
         """Yield the special tokens that the options name."""
         for name in _NAMES:
-            if token := _named_token(self.options.get(f"{name}_token")):
+            if token := _token(self.options.get(f"{name}_token"), special=True):
                 yield token
-        for key in _LISTS:
-            value = self.options.get(key)
-            for item in value if isinstance(value, list) else ():
-                if token := _named_token(item):
+        for key in _GROUPS:
+            group = self.options.get(key)
+            items = group.values() if isinstance(group, dict) else group
+            for item in items if isinstance(group, (dict, list)) else ():
+                if token := _token(item, special=True):
                     yield token
 
 
@@ -173,7 +175,3 @@ def _token(value: object, special: bool) -> AddedToken | None:
     given = value if isinstance(value, dict) else {}
     flags = {name: given[name] for name in _FLAGS if isinstance(given.get(name), bool)}
     return AddedToken(content, special, **{"normalized": not special, **flags})
-
-
-def _named_token(value: object) -> AddedToken | None:
-    return _token(value, special=True)

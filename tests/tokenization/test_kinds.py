@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.errors import TokenizerError
-from gptx.tokenization.decoder_steps import is_local, steps_of
+from gptx.tokenization.decoder import is_local, steps_of
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.golden_tokenizers import NAMES, TEXTS, expected, folder_of, load
 
@@ -136,6 +136,16 @@ def test_parts_of_a_json_that_the_class_does_not_set(tmp_path: Path) -> None:
         assert tokenizer is not None
         normalizer = tokenizer.definition()["normalizer"]
         assert (normalizer["clean_text"], normalizer["lowercase"]) == (False, lower)
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_the_dropout_of_a_bpe_is_off(allow_special: bool) -> None:
+    definition = load("prefix_of_json").definition()
+    definition["model"]["dropout"] = 1.0  # no merge
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
+    text = "the theory of their thoughts"
+    expected = load("prefix_of_json").encode(text)
+    assert tokenizer.encode(text, allow_special=allow_special) == expected
 
 
 # Streams

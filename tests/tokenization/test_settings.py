@@ -63,6 +63,32 @@ def test_tokens_of_older_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"],
+)
+@pytest.mark.parametrize(
+    "group", [["<i>", {"content": "<j>"}], {"x": "<i>", "y": {"content": "<j>"}}]
+)
+def test_groups_of_special_tokens(tmp_path: Path, key: str, group: object) -> None:
+    settings = read(tmp_path, tokenizer_config__json={key: group})
+    assert [token.content for token in settings.special_tokens()] == ["<i>", "<j>"]
+    assert settings.named_tokens() == {}
+
+
+def test_a_token_of_an_object_is_special(tmp_path: Path) -> None:
+    """The object of versions 4.47 to 5; `tokenizer.json` does not mark its tokens."""
+    definition = json.loads((folder_of("lower") / "tokenizer.json").read_text())
+    definition["added_tokens"][3]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    settings = {"extra_special_tokens": {"mark": definition["added_tokens"][3]["content"]}}
+    for options, special in (({}, False), (settings, True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+        tokenizer = PipelineTokenizer.of_folder(tmp_path)
+        assert tokenizer is not None
+        assert tokenizer.definition()["added_tokens"][3]["special"] == special
+
+
 def test_tokens_that_tokenizer_config_lists(tmp_path: Path) -> None:
     settings = read(
         tmp_path,
@@ -171,7 +197,7 @@ def test_a_named_token_without_an_id_gets_none(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 320
 
 
-def test_a_named_token_keeps_the_flags_that_tokenizer_json_has(tmp_path: Path) -> None:
+def test_a_named_token_is_special_and_keeps_its_other_flags(tmp_path: Path) -> None:
     definition = json.loads((folder_of("lower") / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     options = {"pad_token": "[X]", "sep_token": "low"}
@@ -179,5 +205,5 @@ def test_a_named_token_keeps_the_flags_that_tokenizer_json_has(tmp_path: Path) -
     tokenizer = PipelineTokenizer.of_folder(tmp_path)
     assert tokenizer is not None
     added = {token["content"]: token for token in tokenizer.definition()["added_tokens"]}
-    assert added["[X]"] == definition["added_tokens"][3]
+    assert added["[X]"] == {**definition["added_tokens"][3], "special": True}
     assert added["low"]["special"]  # a token of the vocabulary

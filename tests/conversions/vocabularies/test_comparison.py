@@ -124,8 +124,8 @@ def test_parts_that_decide(name: str, change: Change, parts: list[str]) -> None:
 
 
 def test_an_added_token_that_only_one_has() -> None:
-    fewer = changed("added_tokens", lambda definition: definition["added_tokens"].pop())
-    found = compare_tokenizers(load("added_tokens"), fewer)
+    fewer = changed("added_beside_json", lambda definition: definition["added_tokens"].pop())
+    found = compare_tokenizers(load("added_beside_json"), fewer)
     assert found == {
         'id of "hello there"': ("322", "null"),
         'added token "hello there"': ("[]", "null"),
