@@ -8,7 +8,7 @@ import pytest
 
 import gptx
 from gptx.errors import ParameterError
-from gptx.generation.names import ADVICE, OPTIONS, SYNONYMS, check_names
+from gptx.generation.names import ADVICE, NAMES_BY_ADVICE, OPTIONS, SYNONYMS, check_names
 from gptx.generation.options import AllOptions, LoadOptions, Options
 from gptx.generation.text_model import Model
 from tests.support.cli import raises_error
@@ -29,6 +29,11 @@ from tests.support.cli import raises_error
         ("n", "a list with several copies of the prompt"),
         ("eos_token_id", "ignore_eos=True"),
         ("stream", "call stream(prompt)"),
+        ("max_length", "the prompt not included"),
+        ("min_new_tokens", "there is no least number of tokens"),
+        ("typical_p", "the filters of tokens are top_k, top_p and min_p"),
+        ("length_penalty", "there is no beam search"),
+        ("add_special_tokens", "a prompt gets no token that is not in it"),
         ("backend", "give backend to gptx.load"),
         ("torch_dtype", "give dtype to gptx.load"),
         ("nonsense", "expected temperature, top_k, top_p, min_p,"),
@@ -53,6 +58,8 @@ def test_an_unknown_option_of_generate_and_stream(
         ("temperature", "give temperature to generate"),
         ("max_new_tokens", "give max_tokens to generate"),
         ("trust_remote_code", "runs no code of a model"),
+        ("n_gpu_layers", "give backend='cupy' for an NVIDIA GPU"),
+        ("block_size", "the context is that of the model"),
     ],
 )
 def test_an_unknown_option_of_load(name: str, message: str) -> None:
@@ -77,4 +84,5 @@ def test_the_tables_name_options_only() -> None:
     assert set(SYNONYMS) <= known
     assert not {*OPTIONS, *ADVICE} & known
     assert not set(OPTIONS) & set(ADVICE)
-    assert len(OPTIONS) == sum(len(others.split()) for others in SYNONYMS.values())
+    for names, table in [(SYNONYMS, OPTIONS), (NAMES_BY_ADVICE, ADVICE)]:
+        assert len(table) == sum(len(others.split()) for others in names.values())
