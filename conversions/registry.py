@@ -359,6 +359,10 @@ def read_tokenizer(
     from gptx.tokenization.files import FILES
     from gptx.tokenization.pipeline import PipelineTokenizer
 
+    if not str(source).strip():
+        raise ParameterError(
+            f"{argument('tokenizer')} is {source!r}, expected a folder, or a model that has one"
+        )
     path = local_path(source)
     if path is None:
         try:

@@ -438,10 +438,10 @@ def have_same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     """
     if a.shape != b.shape:
         return False
-    n_rows = max(1, COMPARE_NUMBERS * len(a) // max(1, a.size)) if a.ndim else 1
-    for first in range(0, len(a) if a.ndim else 1, n_rows):
-        rows = (slice(first, first + n_rows),) if a.ndim else ()
-        x, y = widen_bfloat16(a[rows]), widen_bfloat16(b[rows])
+    a, b = np.atleast_1d(a), np.atleast_1d(b)
+    n_rows = max(1, COMPARE_NUMBERS * len(a) // max(1, a.size))
+    for first in range(0, len(a), n_rows):
+        x, y = (widen_bfloat16(array[first : first + n_rows]) for array in (a, b))
         if not (np.array_equal(x, y) or np.array_equal(x, y, equal_nan=True)):
             return False
     return True

@@ -242,6 +242,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda t: t.update({f"{LAYER}.biases": t[f"{LAYER}.biases"].astype(np.int32)}),
         "tensor h.0.attn.c_proj.biases is of type int32, expected a float type",
     ),
+    "no rows": (
+        lambda t: t.update({f"{LAYER}.{part}": t[f"{LAYER}.{part}"][:0] for part in PARTS}),
+        "tensor h.0.attn.c_proj.weight has shape [0, 4], expected a matrix",
+    ),
     "floats with scales": (
         lambda t: t.update({f"{LAYER}.weight": np.zeros((32, 32), np.float32)}),
         "is not int4 in groups of 32: the quantized values are float32 [32, 32], expected a matrix",

@@ -320,6 +320,11 @@ class TestGivenFiles:
         with raises_error(NotFoundError, "tokenizer: ", "./nowhere"):
             gptx.load(made("llm.c"), tokenizer="./nowhere")
 
+    @pytest.mark.parametrize("name", ["", " "])
+    def test_an_empty_name_of_a_tokenizer(self, name: str, made: Callable[[str], Path]) -> None:
+        with raises_error(ParameterError, f"tokenizer is {name!r}, expected a folder, or a model"):
+            gptx.load(made("llm.c"), tokenizer=name)
+
     def test_a_tokenizer_of_a_larger_model(self, source: Path, tmp_path: Path) -> None:
         config = replace(CONFIG, vocab_size=1023, bos_token_id=None, eos_token_id=None)
         folder = write_model(tmp_path / "small", config, random_weights(config))

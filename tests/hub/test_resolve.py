@@ -163,6 +163,17 @@ class TestFolder:
         assert caught.value.exit_code == 65
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize("n_bytes", [2**23, 2**23 + 1])
+    def test_size_of_an_index(self, tmp_path: Path, n_bytes: int) -> None:
+        files = {"config.json": CONFIG, "a": b""}
+        files["model.safetensors.index.json"] = index("a").ljust(n_bytes)
+        self.make(tmp_path, files)
+        if n_bytes == 2**23:
+            assert locate(tmp_path).weights == (tmp_path / "a",)
+        else:
+            with raises_error(WeightsError, "index.json is invalid", f"at most {2**23} bytes"):
+                locate(tmp_path)
+
     def test_folder_with_only_pickles(self, tmp_path: Path) -> None:
         self.make(tmp_path, {"config.json": CONFIG, "a.bin": b"", "b.bin": b""})
         (tmp_path / "pytorch_model.bin.index.json").write_bytes(index("b.bin", "a.bin"))
