@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptx.errors import TokenizerError
-from gptx.tokenization.files import MERGES, TOKENIZER, VOCAB, WORDS
+from gptx.tokenization.files import MERGES, TOKENIZER, VOCAB, WORDS, check_vocabularies
 from gptx.tokenization.settings import (
     BERT,
     PREFIX_CLASSES,
@@ -25,12 +25,13 @@ def library_tokenizer(files: Mapping[str, Path], settings: TokenizerSettings) ->
     Raises
     ------
     TokenizerError
-        A file is missing, or its form does not fit to the class.
+        A file is missing or too large, or its form does not fit to the class.
     Exception
         The library refuses a file.
     """
     from tokenizers import Tokenizer
 
+    check_vocabularies(files)
     if path := files.get(TOKENIZER):
         tokenizer = Tokenizer.from_file(str(path))
         _apply_class(tokenizer, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> Non
     with pytest.raises(TokenizerError, match="expected a JSON object") as error:
         read_settings({path.name: path})
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "added_tokens", "special_tokens_map"])
+def test_settings_of_any_size_are_not_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text("{}" + " " * (2**24 - 2))
+    assert read_settings({path.name: path}).options == {}
+    with path.open("a") as file:
+        file.write(" ")
+    with pytest.raises(TokenizerError, match="at most 16777216 bytes"):
+        read_settings({path.name: path})
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"])
+def test_vocabularies_of_any_size_are_not_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, 2**28 + 1)  # without blocks on the disk
+    with pytest.raises(TokenizerError, match=r"has 268435457 bytes, expected at most 268435456"):
+        PipelineTokenizer({name: path})
+
+
+def test_the_largest_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder_of("lower") / "tokenizer.json"
+    size = path.stat().st_size
+    monkeypatch.setattr("gptx.tokenization.files.MAX_VOCABULARY_BYTES", size)
+    assert PipelineTokenizer({path.name: path}).vocab_size == 324
+    monkeypatch.setattr("gptx.tokenization.files.MAX_VOCABULARY_BYTES", size - 1)
+    with pytest.raises(TokenizerError, match=f"has {size} bytes, expected at most {size - 1}"):
+        PipelineTokenizer({path.name: path})
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
