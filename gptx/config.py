@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gptx.errors import ConfigError, StorageError
+from gptx.errors import ConfigError, NotFoundError, StorageError
 from gptx.quantization import Quantization
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
@@ -36,6 +36,7 @@ KEY_ALIASES = {
 
 MAX_CONFIG_BYTES = 2**24
 MAX_LAYERS = 10_000  # limits the list of tensor names of a damaged file
+MAX_SIZE = 2**31 - 1  # of the other numbers: their products are not too long to be printed
 
 # Radford et al. 2019, table 2 (which counts the parameters wrongly): layers, heads, width.
 SIZES = {
@@ -107,8 +108,9 @@ class GPT2Config:
                 continue
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
-        if self.n_layer > MAX_LAYERS:
-            raise ConfigError(f"n_layer is {self.n_layer}, expected at most {MAX_LAYERS}")
+            limit = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+            if value > limit:
+                raise ConfigError(f"{name} is {value}, expected at most {limit}")
         for name in (
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
@@ -231,6 +233,8 @@ class GPT2Config:
         ------
         ConfigError
             A file is not valid JSON, or a value is invalid or not supported.
+        NotFoundError
+            The config.json does not exist.
         StorageError
             A file cannot be read.
         """
@@ -270,6 +274,8 @@ def _read_json(path: Path) -> Any:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"over {MAX_CONFIG_BYTES} bytes")
         return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist, expected a config.json") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:  # also what is not UTF-8

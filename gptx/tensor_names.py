@@ -32,6 +32,11 @@ _ADAPTER = re.compile(
     r"(?<![^.])(?:lora_\w+|ia3_l|base_layer|modules_to_save|prompt_embeddings)(?:\.|$)"
 )
 
+# Tensors of matrices that bitsandbytes (8 and 4 bits), GPTQ or AWQ quantized.
+_QUANTIZED = re.compile(
+    r".*\.(?:SCB|weight_format|absmax|quant_map|quant_state\.\w+|qweight|qzeros|g_idx)"
+)
+
 # Heads beside that of the language model. (`GPT2DoubleHeadsModel`; value heads of trl and trlx.)
 _EXTRA_HEAD = re.compile(r"(?:.*\.)?(multiple_choice_head|v_head|value_head|ilql_heads)\..*")
 # Heads in the place of that of the language model, and their classes in transformers.
@@ -86,8 +91,8 @@ def model_names(
     Raises
     ------
     WeightsError
-        The file is an adapter, is a classifier, has several models or none, or has two tensors of
-        one name or an unknown tensor.
+        The file is an adapter or a classifier, is quantized by another library, has several models
+        or none, or has two tensors of one name or an unknown tensor.
     """
     models: dict[str, dict[str, str]] = {}  # prefix -> name in the file -> name
     others: list[str] = []
@@ -102,6 +107,11 @@ def model_names(
         raise WeightsError(
             f"{listed(adapter)} of an adapter (LoRA), not of a complete model: merge it into its "
             "base model with peft's merge_and_unload(), and save that with save_pretrained()"
+        )
+    if quantized := [name for name in others if _QUANTIZED.fullmatch(name)]:
+        raise WeightsError(
+            f"{listed(quantized)} of a quantized model (bitsandbytes, GPTQ or AWQ), which gptx "
+            f"does not read: load the float weights with {argument('quantize', 'int4')}"
         )
     names = _one_model(models)
     if not names:
@@ -154,14 +164,15 @@ def _check_others(others: list[str], ignore_unknown: bool) -> tuple[str, ...]:
                 f"generates no text: give a language model, or {argument('ignore_unknown', True)} "
                 "to use the rest of this one"
             )
-    raise unknown_error(unknown)
+    raise unknown_error(unknown, "no GPT-2 has such a name")
 
 
-def unknown_error(names: list[str]) -> WeightsError:
+def unknown_error(
+    names: list[str], fault: str = "the weights do not fit the config"
+) -> WeightsError:
     """Return the error for tensors that a GPT-2 or its config does not have."""
     return WeightsError(
-        f"{listed(names)} unknown: the weights do not fit the config "
-        f"({argument('ignore_unknown', True)} leaves them out)"
+        f"{listed(names)} unknown: {fault} ({argument('ignore_unknown', True)} leaves them out)"
     )
 
 

@@ -250,6 +250,8 @@ SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_e
     ("name", "value"),
     [
         *[(name, value) for name in COUNTS for value in (0, -12, "12", True, 12.0, math.inf, [12])],
+        *[(name, 2**31) for name in COUNTS],
+        ("n_layer", 10_001),
         *[(name, None) for name in COUNTS if name != "n_inner"],
         *[(name, value) for name in SWITCHES for value in (0, 1, "true", None)],
         *[("layer_norm_epsilon", value) for value in (0, -1e-5, math.nan, math.inf, "1e-5", True)],
@@ -322,6 +324,20 @@ def test_another_name_means_the_same_function(name: str) -> None:
     activation = GPT2Config(activation_function=name).activation_function
     expected = np.vectorize(FORMULAS[name])(x)
     np.testing.assert_allclose(getattr(backend, activation)(x), expected, rtol=0, atol=5e-7)
+
+
+def test_the_largest_sizes() -> None:
+    names = [name for name in COUNTS if name != "n_layer"]
+    config = GPT2Config(**dict.fromkeys(names, 2**31 - 1), n_layer=10_000)  # type: ignore[arg-type]
+    assert config.n_parameters > 2**70
+
+
+def test_two_quantizations_that_differ() -> None:
+    data = {"quantization": {"group_size": 64, "bits": 4}}
+    config = GPT2Config.from_dict(data | {"quantization_config": {"group_size": 64, "bits": 4}})
+    assert config.quantization == Quantization(64, 4)
+    with pytest.raises(ConfigError, match="quantization and quantization_config differ"):
+        GPT2Config.from_dict(data | {"quantization_config": {"group_size": 32, "bits": 4}})
 
 
 def test_heads_that_do_not_divide_the_width() -> None:

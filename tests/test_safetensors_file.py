@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from gptx.safetensors_file import (
     SafetensorsFile,
     read_safetensors,
     widen_bfloat16,
+    write_safetensors,
 )
 from tests.support.safetensors_bytes import DATA, entry, safetensors, weights_path
 
@@ -320,3 +322,25 @@ def test_the_length_of_another_file_is_not_taken_for_a_header(tmp_path: Path) ->
     path.write_bytes(b"{" * (MAX_TENSORS + 20))
     with pytest.raises(WeightsError, match="truncated or not a valid safetensors file"):
         SafetensorsFile(path)
+
+
+def test_a_written_file_is_read_by_the_safetensors_library() -> None:
+    """The data begin at a multiple of 8 bytes; equal arrays give equal bytes."""
+    from safetensors.numpy import load
+
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.array(7, np.uint8),
+        "empty": np.zeros((0, 3), np.int64),
+    }
+    files = [io.BytesIO(), io.BytesIO()]
+    for file in files:
+        write_safetensors(file, tensors, {"position": "3"})
+    data = files[0].getvalue()
+    assert data == files[1].getvalue()
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    found = load(data)
+    assert set(found) == set(tensors)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype

@@ -132,6 +132,30 @@ def test_an_adapter_is_named(adapter: str, whole: bool) -> None:
         assert adapter in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attn.c_attn.SCB",
+        "attn.c_attn.weight_format",
+        "attn.c_attn.weight.absmax",
+        "attn.c_attn.weight.quant_map",
+        "attn.c_attn.weight.quant_state.bitsandbytes__nf4",
+        "attn.c_attn.qweight",
+        "attn.c_attn.qzeros",
+        "mlp.c_fc.g_idx",
+    ],
+)
+@pytest.mark.parametrize("ignore_unknown", [False, True])
+def test_quantizations_of_other_libraries_are_named(name: str, ignore_unknown: bool) -> None:
+    stored = [*stored_names("transformer."), f"transformer.h.0.{name}"]
+    with pytest.raises(WeightsError) as caught:
+        model_names(stored, ignore_unknown=ignore_unknown)
+    assert str(caught.value) == (
+        f"tensor {stored[-1]} is of a quantized model (bitsandbytes, GPTQ or AWQ), which gptx does "
+        "not read: load the float weights with quantize='int4'"
+    )
+
+
 def test_unknown_tensors_are_an_error_or_a_note() -> None:
     stored = stored_names("transformer.")
     unknown = ["clip.a", "h.0.attn.rotary", "transformer.h.0.crossattention.c_attn.weight", "d"]
@@ -139,7 +163,7 @@ def test_unknown_tensors_are_an_error_or_a_note() -> None:
         model_names([*stored, *unknown])
     listed = f"tensors {', '.join(unknown[:3])} and 1 more are unknown"
     assert str(caught.value) == (
-        f"{listed}: the weights do not fit the config (ignore_unknown=True leaves them out)"
+        f"{listed}: no GPT-2 has such a name (ignore_unknown=True leaves them out)"
     )
     names, notes = model_names([*stored, *unknown], ignore_unknown=True)
     assert (names, notes) == (stored, (f"{listed}: left out",))
