@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,12 @@ class KVCache:
 
         Raises
         ------
+        ParameterError
+            The path is neither a string nor a path object.
         StorageError
             The file cannot be written; an existing file stays unchanged.
         """
+        _check_path(path)
         stop = int(self.lengths.max())
         tensors = {"lengths": self.lengths}
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -166,10 +170,11 @@ class KVCache:
         DataError
             The file is damaged, is not a cache, or belongs to a model of another shape.
         ParameterError
-            The cache exceeds `capacity`.
+            The cache exceeds `capacity`, or the path is neither a string nor a path object.
         """
+        _check_path(path)
         if not Path(path).is_file():
-            raise NotFoundError(f"cache {path} does not exist")
+            raise NotFoundError(f"cache {path} does not exist, or is not a regular file")
         no_cache = DataError(
             f"{path} is not a KV cache, or is damaged: expected a file that KVCache.save() or "
             "`gptx generate --prompt-cache` wrote"
@@ -209,6 +214,11 @@ class KVCache:
             cache.update(layer, k, v, positions)
         cache.lengths = lengths.astype(np.int64)
         return cache
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise ParameterError(f"the path of the cache is {path!r}, expected a string or a Path")
 
 
 def _tokens(metadata: dict[str, str], lengths: np.ndarray, path: Any) -> list[list[int]] | None:

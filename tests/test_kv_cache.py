@@ -187,6 +187,14 @@ def test_a_cache_of_another_model_is_an_error(tmp_path: Path) -> None:
         models[1].generate([1, 2], cache=models[0].prefill([1, 2]))
 
 
+@pytest.mark.parametrize("path", [5, None, b"cache"])
+def test_a_path_of_another_type_is_an_error(path: Any) -> None:
+    model = make_model(CONFIG, get_backend("numpy"))
+    for call in (model.prefill([1]).save, model.load_cache):
+        with pytest.raises(ParameterError, match=f"cache is {path!r}, expected a string or a Path"):
+            call(path)
+
+
 def test_a_cache_of_another_backend_is_an_error() -> None:
     one, other = (make_model(CONFIG, get_backend("numpy", generic=g)) for g in (False, True))
     with pytest.raises(ParameterError, match="another model or backend: save it"):

@@ -51,10 +51,11 @@ class ThreadPool:
         workers = int(words[WORKERS])
         if workers > self._workers:
             self._start(workers)
-        self._mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = words
+        mailbox = self._mailbox  # one only, if a signal handler forks here: the child gets another
+        mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = words
         if workers > self._workers:
-            self._mailbox[RUN_WORDS + WORKERS] = 0
-        run_program(self._mailbox, 0)
+            mailbox[RUN_WORDS + WORKERS] = 0
+        run_program(mailbox, 0)
 
     def _start(self, workers: int) -> None:
         """Start threads until there are `workers`, or the system refuses."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +103,18 @@ def test_a_closed_model_does_not_compute() -> None:
     assert model.decode(model.encode("To be")) == "To be"
     assert model.config.n_layer == 6
     model.close()  # a second time
+
+
+def test_a_with_statement_releases_the_weights() -> None:
+    gc.disable()  # the collector of cycles must not be needed
+    try:
+        with make_model(CASES["tiny"], QUIET) as model:
+            weights = weakref.ref(model.gpt2)
+            model.generate([1, 2], max_tokens=2)
+            assert weights() is not None
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_the_weights_are_no_part_of_the_repr_of_a_transformer() -> None:

@@ -8,9 +8,7 @@ import pytest
 @pytest.fixture(params=["vectors", "AMX"])
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on vectors, and on AMX if the process may use it."""
-    pytest.importorskip(
-        "numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')"
-    )
+    pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
     from gptx.backends.cpu.kernels.amx import tile_unit
 
     if request.param == "AMX" and not tile_unit.is_allowed():

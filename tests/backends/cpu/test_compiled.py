@@ -19,7 +19,7 @@ from gptx.random_weights import random_weights
 from gptx.weights import to_backend
 from tests.support.random_models import CASES
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.compiled import CompiledForward
 from tests.support.kernels import with_encoded_scales, with_float16_scales

@@ -7,7 +7,7 @@ import pytest
 
 from gptx.backends.fusion import FusedOp
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.program import Program, Shape
 

@@ -7,7 +7,7 @@ import pytest
 
 from gptx.quantization import dequantize, quantize
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels.amx import tile_unit
 from gptx.backends.cpu.quantized import QuantizedWeight

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 import numba
 
@@ -176,3 +179,29 @@ def test_an_interrupt_while_a_worker_starts(
     expected = product.run(1)
     for threads in (2, 3, 4):
         np.testing.assert_array_equal(product.run(threads), expected)
+
+
+def test_a_signal_handler_that_forks_during_a_run(pool: ThreadPool, product: Product) -> None:
+    """The handler runs before any line of a run; in the child the pool is another one after it."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code is not ThreadPool.run.__code__:
+            return None
+        lines += event == "line"
+        if event == "line" and lines == renewed_before:
+            pool.__init__()  # type: ignore[misc]  # as in a forked child
+        return trace
+
+    expected = product.run(3)
+    lines = renewed_before = 0
+    tracer = sys.gettrace()
+    while lines >= renewed_before:  # the run had a line of that number
+        lines, renewed_before = 0, renewed_before + 1
+        sys.settrace(trace)
+        try:
+            found = product.run(3)
+        finally:
+            sys.settrace(tracer)
+        np.testing.assert_array_equal(found, expected)
+    assert lines > 5

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels.barrier import wait_at_barrier
 from tests.support.kernels import cached

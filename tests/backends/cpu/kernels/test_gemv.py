@@ -11,7 +11,7 @@ import pytest
 
 from gptx.quantization import dequantize, quantize
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels import gemv, gemv_vnni
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix

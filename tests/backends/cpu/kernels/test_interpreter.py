@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 import numba
 

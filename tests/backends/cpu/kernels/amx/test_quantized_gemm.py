@@ -9,7 +9,7 @@ import pytest
 
 from gptx.quantization import dequantize, quantize
 
-pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install 'gptx[fast]')")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels.amx import quantized_gemm
 from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROW_BYTES, TILE_ROWS, is_allowed
