@@ -148,8 +148,7 @@ def _check_options(
             )
     if unknown := [option for option in options if option not in row.options]:
         raise ParameterError(
-            f"the format {name} has no option {unknown[0]!r}, expected "
-            f"{', '.join(row.options) or 'none'}"
+            f"the format {name} has no option {argument(unknown[0])}: leave it out"
         )
 
 

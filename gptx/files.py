@@ -7,7 +7,6 @@ import ctypes
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -100,6 +99,21 @@ def check_replaceable(path: str | Path) -> None:
         raise StorageError(f"{path} is a mount point: give a folder in it")
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise StorageError if a file cannot be written: before the work whose result it gets.
+
+    A full disk, for example, is found by the write only.
+    """
+    check_replaceable(path)
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise StorageError(f"{path or repr(path)} is a folder, expected the name of a file")
+    if not real.parent.is_dir():
+        raise StorageError(f"{path} cannot be written (its folder does not exist)")
+    if not os.access(real.parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written (its folder is read-only)")
+
+
 def _flush(path: Path) -> None:
     """Flush a file, or the files of a folder, to the disk."""
     for file in path.iterdir() if path.is_dir() else [path]:
@@ -121,12 +135,13 @@ def exchange(a: Path, b: Path) -> None:
     Elsewhere it takes three renames. A crash between them leaves both folders complete, the old
     one under another name.
     """
-    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    at_cwd = -100 if sys.platform == "linux" else -2  # AT_FDCWD
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    old, new = os.fsencode(a.absolute()), os.fsencode(b.absolute())
+    folder = -1  # of relative paths
     swap = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
     for name in ("renameat2", "renameatx_np"):
         if (rename := getattr(libc, name, None)) is not None:
-            if rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), ctypes.c_uint(swap)) == 0:
+            if rename(folder, old, folder, new, ctypes.c_uint(swap)) == 0:
                 return
             break  # not supported by this file system
     aside = a.with_name(a.name + ".old")

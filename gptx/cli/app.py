@@ -68,6 +68,11 @@ class LazyGroup(click.Group):
         except BrokenPipeError as error:  # click would exit with 1
             _discard_output(error)
             ctx.exit(BROKEN_PIPE)
+        except click.UsageError as error:
+            name = ctx.invoked_subcommand
+            if error.ctx is None and name is not None:  # an error of click's parser
+                error.ctx = click.Context(load_command(name), parent=ctx, info_name=name)
+            raise
         except GptxError as error:
             command = ctx.invoked_subcommand and load_command(ctx.invoked_subcommand)
             _print_error(f"Error: {error.text(flags_of(command)) if command else error}")
@@ -79,7 +84,8 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
     """Return a function that names an option of a command, for `GptxError.text`.
 
     "max_tokens" is "-n/--max-tokens", "overflow" with the value 'truncate' is "--overflow
-    truncate". An argument has the name that its usage line shows.
+    truncate". An argument has the name that its usage line shows: "model" with the value
+    'shakespeare' is "MODEL shakespeare".
     """
     options: dict[str, list[str]] = {}
     arguments: dict[str, str] = {}
@@ -92,11 +98,11 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
         options[str(param.name)] = options[flag.lstrip("-").replace("-", "_")] = param.opts
 
     def show(name: str, values: list[str]) -> str:
+        shown = " or ".join(value.strip("'") for value in values if value != "True")
         if name not in options:
-            return arguments.get(name, name)
+            return f"{arguments.get(name, name)} {shown}".rstrip()
         if not values:
             return "/".join(options[name])
-        shown = " or ".join(value.strip("'") for value in values if value != "True")
         return f"{max(options[name], key=len)} {shown}".rstrip()
 
     return show

@@ -24,8 +24,8 @@ from gptx.cli.options import (
 )
 from gptx.cli.prompts import SOURCES, read_prompt
 from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print_statistics
-from gptx.errors import Interrupted, StorageError
-from gptx.files import check_replaceable
+from gptx.errors import Interrupted
+from gptx.files import check_writable
 from gptx.generation.api import load_once
 from gptx.generation.options import (
     MAX_TOKENS,
@@ -292,9 +292,7 @@ def generate(
     options["overflow"] = options["overflow"] or "error"
     request = Request([text], check_options(cast("Options", options)))
     if prompt_cache is not None:
-        check_replaceable(prompt_cache)
-        if not Path(prompt_cache).absolute().parent.is_dir():
-            raise StorageError(f"{prompt_cache} cannot be written (its folder does not exist)")
+        check_writable(prompt_cache)
     loaded = load_once(
         model,
         request.options.max_tokens,

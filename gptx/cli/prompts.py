@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import sys
-from pathlib import Path
 
 import click
 
@@ -75,10 +74,11 @@ def _not_utf8(given: str, encoding: str) -> str:
 
 def _content(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
+        with open(file, "rb") as opened:
+            return opened.read()
     except FileNotFoundError:
         raise NotFoundError(
-            f"{file} does not exist, expected a text file with the prompt"
+            f"{file or repr(file)} does not exist, expected a text file with the prompt"
         ) from None
     except OSError as error:
         raise StorageError(f"{file} cannot be read ({error.strerror or error})") from error

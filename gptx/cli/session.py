@@ -46,6 +46,8 @@ SETTINGS = (
     "ignore_eos",
     "overflow",
 )
+# Values of a setting, by the type of its option.
+_EXPECTED = {"integer": "a whole number", "float": "a number", "boolean": "on or off"}
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,14 @@ class Commands:
         params = {param.name: param for param in load_command("generate").params}
         self._params = {name: params[name] for name in SETTINGS}
         self._defaults = dict(session.options)
-        self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: click.echo(HELP, err=True),
-            "text": lambda _: click.echo(session.text),
+        self._commands: dict[str, Callable[[], None]] = {
+            "help": lambda: click.echo(HELP, err=True),
+            "text": lambda: click.echo(session.text),
             "undo": self._undo,
             "retry": self._retry,
-            "reset": lambda _: session.turns.clear(),
+            "reset": session.turns.clear,
+        }
+        self._commands_with_value: dict[str, Callable[[str], None]] = {
             "seed": lambda value: self._set(f"seed {value}"),
             "set": self._set,
         }
@@ -144,7 +148,8 @@ class Commands:
     @property
     def words(self) -> list[str]:
         """Words that can be completed: the commands and the settings."""
-        return [*(f"/{name}" for name in self._commands), *map(_spelled, SETTINGS)]
+        commands = (*self._commands, *self._commands_with_value)
+        return [*(f"/{name}" for name in commands), *map(_spelled, SETTINGS)]
 
     def read(self, line: str) -> None:
         """Run a command, or enter a line into the text; print an error if that fails."""
@@ -153,13 +158,21 @@ class Commands:
                 self._enter(line.removeprefix("/"))
                 return
             name, _, value = line[1:].partition(" ")
-            if name not in self._commands:
-                raise click.UsageError(f"unknown command /{name}: see /help")
-            self._commands[name](value.strip())
+            self._run(name, value.strip())
         except GptxError as error:
             click.echo(f"Error: {error.text(_setting)}", err=True)
         except click.ClickException as error:
             click.echo(f"Error: {error.format_message()}", err=True)
+
+    def _run(self, name: str, value: str) -> None:
+        if name in self._commands_with_value:
+            self._commands_with_value[name](value)
+        elif name not in self._commands:
+            raise click.UsageError(f"unknown command /{name}: see /help; Ctrl-D ends the session")
+        elif value:
+            raise click.UsageError(f"/{name} has {value!r} after it, expected nothing: see /help")
+        else:
+            self._commands[name]()
 
     def _enter(self, line: str) -> None:
         if not line and not self.session.turns:
@@ -177,11 +190,11 @@ class Commands:
             raise click.UsageError("the text is empty: enter its first line")
         return self.session.turns.pop()
 
-    def _undo(self, _: str) -> None:
+    def _undo(self) -> None:
         self._last()
         click.echo(self.session.text)
 
-    def _retry(self, _: str) -> None:
+    def _retry(self) -> None:
         turn = self._last()
         try:
             result = self.session.continue_text(turn.entry)
@@ -198,16 +211,20 @@ class Commands:
                 click.echo(f"{_spelled(name):<18} {_shown(options[name])}", err=True)
             return
         name, _, text = arguments.partition(" ")
-        name = name.replace("-", "_")
+        name, text = name.replace("-", "_"), text.strip()
         if name not in self._params:
             known = ", ".join(map(_spelled, SETTINGS))
             raise click.UsageError(f"unknown setting {_spelled(name)}: expected one of {known}")
         value: Any = None if name == "seed" else self._defaults[name]
-        if text.strip():
+        if text and (name, text) != ("seed", "random"):
+            kind = self._params[name].type
             try:
-                value = self._params[name].type.convert(text.strip(), None, None)
-            except click.BadParameter as error:
-                raise click.UsageError(f"{_spelled(name)}: {error.message.rstrip('.')}") from None
+                value = kind.convert(text, None, None)
+            except click.BadParameter:
+                expected = _EXPECTED.get(kind.name) or " or ".join(getattr(kind, "choices", ()))
+                raise click.UsageError(
+                    f"{_spelled(name)} is {text!r}, expected {expected}"
+                ) from None
             if name == "stop":
                 value = (value.replace("\\n", "\n"),)
         changed = {**options, name: value}
@@ -228,7 +245,7 @@ def _setting(name: str, values: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return the value of a setting as `/set` takes it."""
+    """Return the value of a setting as `/set` shows it."""
     if value is None:
         return "random"  # the seed
     if isinstance(value, bool):

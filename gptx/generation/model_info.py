@@ -62,8 +62,8 @@ class ModelInfo:
             raise TokenizerError(f"{self.name} has no tokenizer that gptx reads: {unreadable}")
         put = ""
         if self.files.revision is None:  # the cache of the Hub is not for the user's files
-            put = f"put tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}, or "
+            put = f", or put tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
         raise TokenizerError(
             f"{self.name} has no tokenizer: give {argument('tokenizer')}, a folder or a model "
-            f"that has one (such as gpt2), or {put}give token ids instead of text"
+            f"that has one (such as gpt2){put}; Python also takes token ids in place of text"
         )

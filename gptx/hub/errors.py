@@ -16,10 +16,11 @@ from gptx.errors import (
     IntegrityError,
     NotFoundError,
     StorageError,
+    argument,
 )
 from gptx.hub.connection import certificate_problem, explain, is_connection_fault, status_of
 
-EMBEDDED_HINT = "-m shakespeare, which needs no download"
+EMBEDDED_HINT = f"{argument('model', 'shakespeare')}, which needs no download"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,7 +105,7 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
     kind = InvalidSettingError if fault.is_setting else HubUnavailableError
     return kind(
         f"{hub} did not deliver {subject} ({fault.reason}): {fault.remedy}, or use a cached model "
-        f"offline, or {EMBEDDED_HINT}"
+        f"with {argument('offline', True)}, or {EMBEDDED_HINT}"
     )
 
 

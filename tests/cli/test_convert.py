@@ -53,7 +53,12 @@ def test_quantize(tmp_path: Path) -> None:
         (("shakespeare", "{out}", "--dtype", "int3"), 2, "dtype is 'int3'"),
         (("shakespeare", "{out}", "--quantize", "int3"), 2, "quantize is 'int3'"),
         (("shakespeare", "{out}/a/b"), 74, "its folder does not exist"),
-        (("shakespeare", "{out}", "--config", "/nowhere.json"), 74, "/nowhere.json"),
+        (("shakespeare", "{out}", "--config", "/nowhere.json"), 66, "/nowhere.json does not"),
+        (
+            ("shakespeare", "{out}.gguf", "--head", "argmax"),
+            2,
+            "gguf has no option --head: leave it out",
+        ),
         (("shakespeare", "{out}", "--tokenizer", "/nowhere"), 66, "tokenizer"),
         (("--check", "{empty}"), 65, "in no supported format"),
         (("shakespeare", "--check", "shakespeare"), 2, "leave out SRC and DST"),

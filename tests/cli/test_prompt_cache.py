@@ -91,6 +91,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: 
     for path, fault in (
         (tmp_path / "fifo", "is a FIFO, expected a regular file"),
         (tmp_path / "none" / "cache", "cannot be written (its folder does not exist)"),
+        (tmp_path, "is a folder, expected the name of a file"),
     ):
         done = run("generate", "-m", "./nowhere", "--prompt-cache", str(path), "O")
         assert (done.code, done.out) == (74, "")

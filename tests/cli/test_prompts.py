@@ -83,6 +83,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = run(*GENERATE, "--file", str(tmp_path / "none"))
     assert (missing.code, missing.out) == (66, "")
     assert "none does not exist, expected a text file with the prompt" in missing.err
+    empty = run(*GENERATE, "--file", "")
+    assert (empty.code, empty.out) == (66, "")
+    assert "'' does not exist, expected a text file" in empty.err
     folder = run(*GENERATE, "--file", str(tmp_path))
     assert (folder.code, folder.out) == (74, "")
     assert "cannot be read" in folder.err

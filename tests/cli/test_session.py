@@ -195,22 +195,25 @@ def test_seed_without_a_number_is_random(shakespeare: Model) -> None:
     """Also if the session has started with a seed; other settings are as at the start."""
     session = Session(shakespeare, {**DEFAULTS, "seed": 5, "top_k": 7})
     commands = Commands(session)
-    for line in ("/set top-k 3", "/set top-k", "/seed"):
-        commands.read(line)
-    assert session.options == {**DEFAULTS, "seed": None, "top_k": 7}
+    for random in ("/seed", "/seed random", "/set seed random", "/set seed"):
+        for line in ("/seed 6", "/set top-k 3", "/set top-k", random):
+            commands.read(line)
+        assert session.options == {**DEFAULTS, "seed": None, "top_k": 7}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/set temperature -1", "temperature is -1.0, expected a number from 0"),
-        ("/set temperature warm", "temperature: 'warm' is not a valid float"),
+        ("/set temperature warm", "temperature is 'warm', expected a number"),
         ("/set max-tokens 0", "max-tokens is 0, expected a whole number of at least 1"),
-        ("/set overflow no", "overflow: 'no' is not one of 'error', 'truncate', 'slide'"),
+        ("/set overflow no", "overflow is 'no', expected error or truncate or slide"),
+        ("/set ignore-eos maybe", "ignore-eos is 'maybe', expected on or off"),
         ("/set backend mlx", "unknown setting backend: expected one of max-tokens, temperature"),
-        ("/seed x", "seed: 'x' is not a valid integer"),
+        ("/seed x", "seed is 'x', expected a whole number"),
         ("/seed -1", "seed is -1, expected a whole number from 0 to 2^64 - 1"),
-        ("/exit now", "unknown command /exit: see /help"),
+        ("/exit now", "unknown command /exit: see /help; Ctrl-D ends the session"),
+        ("/undo 2", "/undo has '2' after it, expected nothing: see /help"),
         ("/", "unknown command /: see /help"),
         ("/_undo", "unknown command /_undo: see /help"),
     ],

@@ -193,7 +193,7 @@ def test_an_unknown_suffix_is_refused_with_the_formats(tmp_path: Path) -> None:
 def test_an_unknown_format_or_option_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="to is 'x', expected one of"):
         convert("shakespeare", tmp_path / "out", "x")
-    with pytest.raises(ParameterError, match="no option 'head'"):
+    with pytest.raises(ParameterError, match="no option head: leave it out"):
         convert("shakespeare", tmp_path / "out", "safetensors", head="argmax")
     with pytest.raises(ParameterError, match="group_size is 32, but"):
         convert("shakespeare", tmp_path / "out", group_size=32)

@@ -318,7 +318,7 @@ class TestNoConnection:
         )
         check_files(branch, model())
         check_files(pinned, model())
-        check(other, HubUnavailableError, "org/other", client.url, "-m shakespeare")
+        check(other, HubUnavailableError, "org/other", client.url, "model='shakespeare'")
 
     def test_incomplete_cache_without_a_connection(self, server: HubServer, client: Client) -> None:
         client.one("org/model", weights=False)
@@ -345,7 +345,7 @@ class TestOffline:
             check_files(result, model())
         for result in (none, unknown):
             check(result, NotFoundError, "org/none", "offline", "gptx download org/none")
-            assert "-m shakespeare, which needs no download" in result["message"]
+            assert "model='shakespeare', which needs no download" in result["message"]
         check(other, NotFoundError, "org/model", "v1", "offline")
         for result in (found, none, other, plain, unknown):
             assert result["connections"] == []
