@@ -17,10 +17,9 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from tests.support.conversions import WRITTEN, read_all, source_of, to_format
+from tests.support.embedded_tokenizer import copy_tokenizer
 from tests.support.random_models import CASES, write_model
 from tests.support.torch_files import nanogpt, zip_bytes
-
-TOKENIZER = EMBEDDED["shakespeare"] / "tokenizer.json"
 
 
 def test_rows_name_known_types_and_modules() -> None:
@@ -87,8 +86,7 @@ def test_the_tokenizer_round_trips_if_the_format_has_one(format: str, tmp_path: 
     # The embedded tokenizer with a small model.
     config = replace(CASES["tiny"], vocab_size=1024, bos_token_id=0, eos_token_id=0)
     model = write_model(tmp_path / "source", config, random_weights(config))
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        (model / name).write_bytes((EMBEDDED["shakespeare"] / name).read_bytes())
+    copy_tokenizer(model)
     output = to_format(format, model, tmp_path)
     if not FORMATS[format].reads:
         assert (output / "tokenizer.json").is_file()
@@ -123,7 +121,7 @@ def test_a_note_asks_for_a_tokenizer_until_there_is_one(tmp_path: Path) -> None:
     assert NO_TOKENIZER_NOTE in without.notes
     _, given = read(path, tokenizer="shakespeare")
     assert set(without.notes) - set(given.notes) == {NO_TOKENIZER_NOTE}
-    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    copy_tokenizer(tmp_path, "tokenizer.json")
     _, beside = read(path)
     assert set(without.notes) - set(beside.notes) == {NO_TOKENIZER_NOTE}
     assert set(beside.notes) - set(without.notes) == {

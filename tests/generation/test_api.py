@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ import numpy as np
 import pytest
 
 import gptx
-from gptx.config import GPT2Config
-from gptx.embedded import EMBEDDED
 from gptx.errors import (
     BackendError,
     GptxError,
@@ -26,29 +23,20 @@ from gptx.errors import (
 from gptx.random_weights import random_weights
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.cli import raises_error, run
+from tests.support.embedded_tokenizer import CONFIG, copy_tokenizer
 from tests.support.hub import hub_settings
 from tests.support.hub_server import Files, HubServer, commit_of
 from tests.support.random_models import write_model
 from tests.support.tensor_bundle_bytes import write_openai
 from tests.support.torch_files import state_dict, zip_bytes
 
-CONFIG = GPT2Config(
-    vocab_size=1024,
-    n_positions=64,
-    n_embd=64,
-    n_layer=1,
-    n_head=2,
-    bos_token_id=0,
-    eos_token_id=0,
-)
 WEIGHTS = random_weights(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_model(tmp_path_factory.mktemp("model") / "folder", CONFIG, WEIGHTS)
-    shutil.copy(EMBEDDED["shakespeare"] / "tokenizer.json", path)
-    return path
+    return copy_tokenizer(path, "tokenizer.json")
 
 
 @pytest.fixture(scope="module")

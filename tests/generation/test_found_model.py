@@ -19,8 +19,6 @@ from safetensors.numpy import save_file
 
 import gptx
 from gptx import conversions, weights
-from gptx.config import GPT2Config
-from gptx.embedded import EMBEDDED
 from gptx.errors import (
     ConfigError,
     GptxError,
@@ -38,32 +36,19 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.burn_bytes import write_burn
 from tests.support.cli import raises_error, run
 from tests.support.conversions import BOTH_WAYS, to_format
+from tests.support.embedded_tokenizer import CONFIG, copy_tokenizer
 from tests.support.permissions import folder_of_another_user, unprivileged
 from tests.support.random_models import write_model
 from tests.support.tensor_bundle_bytes import write_openai
 from tests.support.torch_files import nanogpt, state_dict, write_folder, zip_bytes
 
-# Heads of width 64, which readers assume for a file without their number; the embedded vocabulary.
-CONFIG = GPT2Config(
-    vocab_size=1024,
-    n_positions=64,
-    n_embd=64,
-    n_layer=2,
-    n_head=1,
-    bos_token_id=0,
-    eos_token_id=0,
-)
 WEIGHTS = random_weights(CONFIG)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 TEXT = "ROMEO: what"
 IDS = [5, 700, 3, 3, 1023]
 
 
 def write_source(folder: Path) -> Path:
-    write_model(folder, CONFIG, WEIGHTS)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EMBEDDED["shakespeare"] / name, folder)
-    return folder
+    return copy_tokenizer(write_model(folder, CONFIG, WEIGHTS))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +62,7 @@ def expected(source: Path) -> Model:
 
 
 def torch_folder(source: Path, folder: Path) -> Path:
-    write_folder(folder, CONFIG, zip_bytes(state_dict(WEIGHTS)))
-    for name in TOKENIZER_FILES:
-        shutil.copy(source / name, folder)
-    return folder
+    return copy_tokenizer(write_folder(folder, CONFIG, zip_bytes(state_dict(WEIGHTS))))
 
 
 def torch_file(source: Path, folder: Path) -> Path:
@@ -257,7 +239,7 @@ class TestNotes:
     ) -> None:
         path = shutil.copy(made("llm.c"), tmp_path / "model.bin")
         assert not find_model(path).info.has_tokenizer
-        shutil.copy(EMBEDDED["shakespeare"] / "tokenizer.json", tmp_path)
+        copy_tokenizer(tmp_path, "tokenizer.json")
         with pytest.warns(ModelWarning, match=r"the tokenizer in the folder of model\.bin is used"):
             assert gptx.load(path, compile=False).encode(TEXT)
         shutil.copy(source / "config.json", tmp_path)

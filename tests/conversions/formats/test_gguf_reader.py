@@ -18,12 +18,12 @@ from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import gguf as gguf_container
 from gptx.conversions.formats import gguf as gguf_file
 from gptx.conversions.formats.gguf import gguf_name, write
-from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.embedded_tokenizer import load_tokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.gguf import TYPES, checkpoint, small_tokenizer, written
 from tests.support.random_models import CASES
@@ -208,7 +208,7 @@ def test_version_2_is_the_same(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_round_trips(tmp_path: Path) -> None:
-    source = PipelineTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
+    source = load_tokenizer()
     config = replace(CONFIG, vocab_size=1027, bos_token_id=0, eos_token_id=0)
     written(tmp_path, config, tokenizer=source)
     _, model = read(tmp_path / "model.gguf")

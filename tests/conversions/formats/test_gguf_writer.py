@@ -24,6 +24,7 @@ from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.embedded_tokenizer import load_tokenizer
 from tests.support.gguf import IDS, TYPES, File, checkpoint, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16, write_model
 
@@ -33,7 +34,7 @@ KINDS = {kind.name: kind for kinds in (FLOAT_TYPES, QUANTIZED_TYPES) for kind in
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PipelineTokenizer:
-    return PipelineTokenizer({"tokenizer.json": EMBEDDED["shakespeare"] / "tokenizer.json"})
+    return load_tokenizer()
 
 
 # Content of the file

@@ -19,11 +19,11 @@ from gptx.conversions import convert, detect, read
 from gptx.conversions.checkpoint import Checkpoint
 from gptx.conversions.containers import torch_file
 from gptx.conversions.formats import pytorch_folder
-from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, WeightsError
 from gptx.model_files import MAX_INDEX_BYTES
 from gptx.random_weights import random_weights
 from gptx.stored_weights import OWN_HEAD_NOTE, is_linear_weight
+from tests.support.embedded_tokenizer import copy_tokenizer
 from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, random_ids, to_bfloat16
 from tests.support.torch_files import (
@@ -100,8 +100,7 @@ def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) ->
         for name, tensor in read("shakespeare")[1].as_floats().tensors.items()
     }
     source = write_folder(tmp_path / "bin", config, container(state_dict(weights)))
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        (source / name).write_bytes((EMBEDDED["shakespeare"] / name).read_bytes())
+    copy_tokenizer(source)
     convert(source, tmp_path / "out")
     ids = random_ids(config, 1, 20).tolist()[0]
     for folder in (source, tmp_path / "out"):
