@@ -49,15 +49,24 @@ def test_files_of_mlx_lm(name: str, quantization: Quantization, backend: Backend
     np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
 
 
-def test_quantizations_that_are_read_as_floats(backend: Backend) -> None:
-    """Affine 2, 3, 5 and 6 bits, mxfp4, mxfp8, nvfp4 and floats, each in some layers."""
-    folder = GOLDEN / "mlx-lm-mixed"
-    with np.load(folder / "logits.npz") as golden:
-        ids, expected = golden["ids"], golden["logits"]
-    with pytest.warns(ModelWarning, match="int6 in groups of 64, mxfp4 .*are read as floats"):
-        model = gptx.load(folder, backend=backend)
-    assert model.config.quantization is None
-    np.testing.assert_allclose(model.logits(ids[0]), expected[0], rtol=0, atol=2e-5)
+@pytest.mark.parametrize(
+    ("name", "quantization", "as_floats"),
+    [
+        ("mlx-lm-mixed", INT4, "int6 in groups of 32"),
+        ("mlx-lm-3-bit", None, "int3 in groups of 32"),
+        ("mlx-lm-nvfp4", None, "nvfp4 in groups of 16"),
+    ],
+)
+def test_quantizations_that_are_read_as_floats(
+    name: str, quantization: Quantization | None, as_floats: str, backend: Backend
+) -> None:
+    """The other quantizations of `golden/make_programs.py` run in conversions/test_programs.py."""
+    golden = json.loads((GOLDEN / "programs" / f"{name}.json").read_text())
+    with pytest.warns(ModelWarning, match=f"{as_floats} are read as floats"):
+        model = gptx.load(GOLDEN / "programs" / name, backend=backend)
+    assert model.config.quantization == quantization
+    found = model.logits(golden["ids"])[-1]
+    np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=2e-5)
 
 
 def test_a_layer_of_another_quantization(saved: Path) -> None:

@@ -17,9 +17,9 @@ Each program needs a separate environment, with torch 2.13.0 unless it says anot
 programs/CASE/
     The files of the program, as it wrote them.
 programs/CASE.json
-    Results of the program: `ids` [T] and the last three rows of their logits [T, V], in float32
-    with the weights as stored; `texts`, the token ids of some texts; `greedy`, the new tokens of
-    its own greedy generation. Without logits, the model is no language model.
+    Results of the program: `ids` [T] and the logits [V] of the last one, in float32 with the
+    weights as stored; `texts`, the token ids of some texts; `greedy`, the new tokens of its own
+    greedy generation. Without logits, the model is no language model.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ def write_results(name: str, logits: Any = None, **results: Any) -> None:
     """Write CASE.json."""
     if logits is not None:
         results |= {"ids": results.get("ids", IDS)}
-        results["logits"] = [[float(f"{x:.9g}") for x in row] for row in logits[-3:].tolist()]
+        results["logits"] = [float(f"{x:.9g}") for x in logits[-1].tolist()]
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in results.items()]
-    text = "{\n" + ",\n".join(lines).replace("], [", "],\n    [") + "\n}\n"
-    (PROGRAMS / f"{name}.json").write_text(text)
+    (PROGRAMS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def logits_of(model: Any, ids: list[int] = IDS) -> Any:

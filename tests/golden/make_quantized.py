@@ -6,10 +6,10 @@ The environment needs mlx-lm and the sources of gptx:
     /tmp/mlx-lm/bin/pip install mlx-lm 'mlx[cpu]'
     PYTHONPATH=. /tmp/mlx-lm/bin/python tests/golden/make_quantized.py
 
-mlx-lm-int4/, mlx-lm-int8/, mlx-lm-mixed/
+mlx-lm-int4/, mlx-lm-int8/
     Files of mlx-lm, which quantizes the table of positions too, and logits.npz: `ids` [1, T] and
-    `logits` [1, T, V], which mlx-lm computed in float32 from those files. The layers of the third
-    one have every quantization of MLX that gptx reads as floats.
+    `logits` [1, T, V], which mlx-lm computed in float32 from those files. `make_programs.py` makes
+    its other quantizations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,35 +34,14 @@ CONFIG = replace(CASES["355M"], n_layer=2)
 KINDS = [(4, 64, "float16"), (8, 32, "bfloat16")]
 
 
-# Number of a layer with a quantization of its own, or False -> its settings
-MIXED: list[Any] = [
-    {"bits": 3, "group_size": 32, "mode": "affine"},
-    {"bits": 2, "group_size": 32, "mode": "affine"},
-    {"bits": 5, "group_size": 32, "mode": "affine"},
-    {"bits": 4, "group_size": 32, "mode": "mxfp4"},
-    {"bits": 8, "group_size": 32, "mode": "mxfp8"},
-    {"bits": 4, "group_size": 16, "mode": "nvfp4"},
-    {"bits": 4, "group_size": 32, "mode": "affine"},
-    False,
-]
-
-
-def mixed(path: str, module: Any) -> Any:
-    """Return the quantization of a layer; True is that of the model."""
-    layers = [f"model.h.{i}.{name}" for i in range(2) for name in (
-        "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
-    )]  # fmt: skip
-    return MIXED[layers.index(path)] if path in layers else True
-
-
-def make(name: str, bits: int, group_size: int, dtype: str, predicate: Any = None) -> None:
+def make(name: str, bits: int, group_size: int, dtype: str) -> None:
     """Write one folder."""
     folder = HERE / f"mlx-lm-{name}"
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as floats:
         write_model(floats, CONFIG, random_weights(CONFIG), dtype=dtype)
         model, config = load_model(Path(floats))
-    model, config = quantize_model(model, config, group_size, bits, quant_predicate=predicate)
+    model, config = quantize_model(model, config, group_size, bits)
     save_model(folder, model)
     save_config(config, folder / "config.json")
 
@@ -78,4 +56,3 @@ def make(name: str, bits: int, group_size: int, dtype: str, predicate: Any = Non
 if __name__ == "__main__":
     for bits, group_size, dtype in KINDS:
         make(f"int{bits}", bits, group_size, dtype)
-    make("mixed", 6, 64, "float16", mixed)
