@@ -1,6 +1,6 @@
 """Decoders of a stream of tokens: tokens one by one -> text that no later token changes.
 
-`steps_of` and `is_local` read the decoder of a tokenizer.json, and tell if such a text exists.
+Only some decoders of a tokenizer.json allow that: `is_local` tests for them.
 """
 
 from __future__ import annotations

@@ -40,6 +40,29 @@ def test_a_merge_is_the_pair_that_earlier_merges_leave() -> None:
     assert recover_merges(tokens) == [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc")]
 
 
+def test_ids_without_a_token() -> None:
+    found = tokenizer_from_bytes([b"", *BYTES, b"", b"th", b"the"])
+    assert found is not None
+    assert found.encode("the th") == [259, 1 + ord(" "), 258]
+    assert found.vocab_size == 258
+    assert found.decode([257, 259, 0]) == "the"
+
+
+def test_tokens_without_end_of_text() -> None:
+    found = tokenizer_from_bytes(TOKENS[:-1])
+    assert found is not None
+    assert found.end_of_text_id is None
+    assert found.definition()["added_tokens"] == []
+    assert tokenizer_from_bytes(BYTES) is not None
+
+
+def test_a_merge_applies_to_all_its_places() -> None:
+    tokens = [b"ab", b"abab", b"ababc", b"aab"]
+    merges = [(b"a", b"b"), (b"ab", b"ab"), (b"abab", b"c"), (b"a", b"ab")]
+    assert recover_merges(tokens) == merges
+    assert recover_merges([b"aa", b"aaa", b"aaaa"]) == [(b"a", b"a"), (b"aa", b"a"), (b"aa", b"aa")]
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
