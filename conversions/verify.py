@@ -76,6 +76,8 @@ class Comparison:
         the shapes differ.
     tokenizer
         True if both models have the same tokenizer; None if one of them has none.
+    without_tokenizer
+        "A", "B", or both: the models without a tokenizer that gptx reads.
     tokenizer_differences
         Part -> its two values, for parts of the tokenizers that differ and decide ids or text.
     """
@@ -85,6 +87,7 @@ class Comparison:
     logits: float | None
     agreement: float | None
     tokenizer: bool | None
+    without_tokenizer: list[str]
     tokenizer_differences: dict[str, tuple[str, str]]
 
     @property
@@ -120,12 +123,13 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
         for name, value in settings[0].items()
         if value != settings[1][name]
     }
+    without = [name for name, side in (("A", a), ("B", b)) if side.tokenizer is None]
     tokenizer, tokenizer_differences = None, {}
     if a.tokenizer is not None and b.tokenizer is not None:
         tokenizer_differences = compare_tokenizers(a.tokenizer, b.tokenizer)
         tokenizer = not tokenizer_differences
     if a.config.tensor_shapes() != b.config.tensor_shapes():
-        return Comparison(differing, {}, None, None, tokenizer, tokenizer_differences)
+        return Comparison(differing, {}, None, None, tokenizer, without, tokenizer_differences)
     tensors = {
         name: _difference(
             float_array(a.tensors[name]),
@@ -141,6 +145,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Comparison:
         float(np.abs(logits[0] - logits[1]).max()),
         float((logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1)).mean()),
         tokenizer,
+        without,
         tokenizer_differences,
     )
 

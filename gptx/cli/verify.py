@@ -31,7 +31,8 @@ def verify(a: str, b: str, config: str | None, offline: bool, as_json: bool) -> 
     token ids of a text, or the text of token ids, is compared.
 
     The exit code is 0 if the models are the same, except for rounding to the types in which they
-    are stored; 1 if they differ.
+    are stored; 1 if they differ. A model without a tokenizer, as some formats store it, may be the
+    same as one with a tokenizer; a line says so.
 
     \b
     Example:
@@ -66,6 +67,8 @@ def _text(result: Comparison) -> str:
         f"tokenizer: {part}: {x} in A, {y} in B"
         for part, (x, y) in result.tokenizer_differences.items()
     ]
+    if models := " and ".join(result.without_tokenizer):
+        lines.append(f"tokenizer: not compared, none that gptx reads in {models}")
     differing = {name: d for name, d in result.tensors.items() if d.largest != 0}
     if differing:
         lines.append(f"{'tensor':<28} {'largest difference':>18} {'relative difference':>22}")

@@ -25,6 +25,7 @@ def test_identical_models(tmp_path: Path) -> None:
     done = run("verify", "shakespeare", out)
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[-1] == "the same: all 76 tensors, bit for bit"
+    assert "tokenizer" not in done.out
 
 
 def test_a_rounded_model_is_the_same(tmp_path: Path) -> None:
@@ -33,6 +34,24 @@ def test_a_rounded_model_is_the_same(tmp_path: Path) -> None:
     done = run("verify", "shakespeare", out)
     assert done.code == 0
     assert done.out.splitlines()[-1].startswith("the same, except for rounding")
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"), [(["b"], ["B"]), (["a"], ["A"]), (["a", "b"], ["A", "B"])]
+)
+def test_a_model_without_a_tokenizer(missing: list[str], named: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run("convert", "shakespeare", str(tmp_path / name))
+        if name in missing:
+            for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+                (tmp_path / name / file).unlink()
+    done = run("verify", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert done.code == 0
+    line = f"tokenizer: not compared, none that gptx reads in {' and '.join(named)}"
+    assert done.out.splitlines()[0] == line
+    assert done.out.splitlines()[-1] == "the same: all 76 tensors, bit for bit"
+    data = json.loads(run("verify", str(tmp_path / "a"), str(tmp_path / "b"), "--json").out)
+    assert (data["tokenizer"], data["without_tokenizer"], data["same"]) == (None, named, True)
 
 
 def test_a_quantized_model_is_different(tmp_path: Path) -> None:
