@@ -73,7 +73,7 @@ NEEDS_NO_MODEL = [
     (("x", "--dtype", "float8"), b"", 2, "float8"),
     (("x", "--dtype", "bfloat16"), b"", 2, "bfloat16"),
     (("x", "--backend", "abacus"), b"", 2, "abacus"),
-    (("x", "--config", "/nowhere/config.json"), b"", 74, "/nowhere/config.json"),
+    (("x", "--config", "/nowhere/config.json"), b"", 66, "/nowhere/config.json"),
 ]
 NEEDS_CONFIG = [
     (("x", "-n", "2000"), b"", 65, "exceed the context of 64"),
