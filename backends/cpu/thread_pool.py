@@ -7,6 +7,7 @@ run reaches them.
 
 from __future__ import annotations
 
+import _thread
 import os
 import queue
 import threading
@@ -24,6 +25,7 @@ from gptx.backends.cpu.kernels.mailbox import (
 from gptx.backends.cpu.memory import allocate_aligned
 
 MAX_THREADS = 1024
+START_SECONDS = 10.0  # for a new thread to begin
 
 
 class ThreadPool:
@@ -46,7 +48,7 @@ class ThreadPool:
     def run(self, words: np.ndarray) -> None:
         """Execute a run, given by its words (see `kernels/mailbox.py`); the caller holds the lock.
 
-        If the system refuses to start enough threads, this thread computes all shares.
+        If the system does not start enough threads, this thread computes all shares.
         """
         workers = int(words[WORKERS])
         if workers > self._workers:
@@ -58,17 +60,18 @@ class ThreadPool:
         run_program(mailbox, 0)
 
     def _start(self, workers: int) -> None:
-        """Start threads until there are `workers`, or the system refuses."""
+        """Start threads until there are `workers`, or one does not begin."""
         self._mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = 0
         run_program(self._mailbox, 0)  # no instructions: compiles the kernels, in this thread only
         while self._workers < workers:
-            worker = threading.Thread(target=self._work, name="gptx-worker", daemon=True)
             try:
-                worker.start()
-            except RuntimeError:
+                # `threading.Thread.start` does not survive a signal handler that raises an error.
+                _thread.start_new_thread(self._work, ())
+                number = self._started.get(timeout=START_SECONDS)
+            except (RuntimeError, queue.Empty):  # the system refuses, or is too busy
                 return
-            # An interrupt here leaves the number in the queue, for the next call.
-            self._workers = max(self._workers, self._started.get())
+            # After an interrupt the number may still be in the queue, for the next call.
+            self._workers = max(self._workers, number)
 
     def _work(self) -> None:
         number = next(self._numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ pytest.importorskip("numba", reason="the compiled kernels need Numba (pip instal
 import numba
 
 from gptx.backends.cpu import program as program_module
+from gptx.backends.cpu import thread_pool
 from gptx.backends.cpu.kernels.mailbox import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
 from gptx.backends.cpu.program import Program, Shape
 from gptx.backends.cpu.quantized import QuantizedWeight
@@ -91,17 +93,22 @@ def test_one_thread_that_computes_all_shares_gives_the_same_bits(
     bits: int | None,
     rows: int,
 ) -> None:
-    """The system refuses to start a thread; later it does not."""
+    """The system refuses to start a thread, or the thread does not begin; later it does."""
 
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     product = Product(random, bits)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        found = product.run(3, rows)
-    assert pool._workers == 0
-    np.testing.assert_array_equal(found, product.run(3, rows))
+    results = []
+    for start in (refuse, lambda *_: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(_thread, "start_new_thread", start)
+            patch.setattr(thread_pool, "START_SECONDS", 0.01)
+            results.append(product.run(3, rows))
+        assert pool._workers == 0
+    expected = product.run(3, rows)
+    for found in results:
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_threads_that_call_at_once(pool: ThreadPool, random: np.random.Generator) -> None:
@@ -161,19 +168,23 @@ def test_an_interrupt_during_runs(pool: ThreadPool, product: Product) -> None:
         np.testing.assert_array_equal(product.run(3), expected)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
 def test_an_interrupt_while_a_worker_starts(
-    pool: ThreadPool, product: Product, monkeypatch: pytest.MonkeyPatch
+    pool: ThreadPool,
+    product: Product,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
 ) -> None:
     """The worker exists, though the pool has not counted it; its number is not used again."""
-    start = threading.Thread.start
+    start = _thread.start_new_thread
 
-    def start_and_interrupt(thread: threading.Thread) -> None:
-        start(thread)
-        raise KeyboardInterrupt
+    def start_and_interrupt(*args: Any) -> None:
+        start(*args)
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(_thread, "start_new_thread", start_and_interrupt)
+        with pytest.raises(error):
             product.run(2)
     assert pool._workers == 0
     expected = product.run(1)
