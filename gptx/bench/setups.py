@@ -19,7 +19,8 @@ from gptx.errors import ParameterError, argument
 from gptx.generation.api import load
 from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
-from gptx.quantization import BITS
+from gptx.quantization import BITS, GROUP_SIZE, Quantization
+from gptx.weights import quantized_config
 
 QUANTIZED_DTYPES = tuple(BITS)  # of the weights, in groups of 64
 GREEDY = SamplingParams(seed=0)
@@ -110,15 +111,18 @@ def plan_setups(settings: Settings, sources: Iterable[Source]) -> list[Setup]:
     Raises
     ------
     BackendError, ParameterError
-        A backend is not installed or does not support a setting; raised before any measurement.
+        A backend is not installed or does not support a setting, or a model cannot be quantized in
+        this way; raised before any measurement.
     """
     if settings.threads and not any(get_backend(b).has_threads for b in settings.backends):
         get_backend(settings.backends[0], threads=settings.threads[0])  # raises the error
     setups = []
     for source, backend in product(sources, settings.backends):
         for dtype, threads in product(settings.dtypes, _threads(settings, backend)):
-            activations = split_dtype(dtype).get("dtype", "float32")
+            types = split_dtype(dtype)
+            activations = types.get("dtype", "float32")
             get_backend(backend, dtype=activations, threads=threads, generic=settings.generic)
+            quantized_config(source.config, Quantization.named(types.get("quantize"), GROUP_SIZE))
             path = str(source.path)
             setups += [
                 Setup(source.name, path, backend, dtype, threads, batch, settings.generic)

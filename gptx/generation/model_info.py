@@ -60,10 +60,11 @@ class ModelInfo:
             return PipelineTokenizer(self.files.tokenizer)
         if unreadable := describe_unreadable(self.files.folder):
             raise TokenizerError(f"{self.name} has no tokenizer that gptx reads: {unreadable}")
-        put = ""
-        if self.files.revision is None:  # the cache of the Hub is not for the user's files
-            put = f", or put tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
+        if self.files.revision is None:
+            other = f"put tokenizer.json (or vocab.json and merges.txt) into {self.files.folder}"
+        else:  # its cache may be incomplete
+            other = f"run `gptx download {self.name}` with a connection if the Hub has one"
         raise TokenizerError(
             f"{self.name} has no tokenizer: give {argument('tokenizer')}, a folder or a model "
-            f"that has one (such as gpt2){put}; Python also takes token ids in place of text"
+            f"that has one (such as gpt2), or {other}; Python also takes token ids in place of text"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,8 @@ from gptx.bench.sources import Source, open_sources, random_ids, write_source
 from gptx.bench.worker import Worker
 from gptx.config import GPT2Config
 from gptx.conversions import convert
-from gptx.errors import BackendError, NotFoundError, StorageError
+from gptx.errors import BackendError, NotFoundError, ParameterError, StorageError
+from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from tests.support.cli import raises_error
 
@@ -41,6 +42,16 @@ def test_a_backend_without_threads_runs_once() -> None:
     ]
     with raises_error(BackendError, "threads is 2, but the mlx backend has no setting for threads"):
         plan_setups(Settings(backends=("mlx",), threads=(2,)), [SMALL])
+
+
+def test_a_quantization_is_checked_before_any_measurement() -> None:
+    int4 = Source("int4", Path("int4"), replace(SMALL.config, quantization=Quantization(64, 4)))
+    assert len(plan_setups(Settings(dtypes=("int4", "float32")), [SMALL, int4])) == 4
+    with raises_error(ParameterError, "are int4 in groups of 64 already, int8"):
+        plan_setups(Settings(dtypes=("int8",)), [SMALL, int4])
+    narrow = Source("narrow", Path("narrow"), GPT2Config(n_embd=48, n_head=1))
+    with raises_error(ParameterError, "wte.weight has 48 inputs"):
+        plan_setups(Settings(dtypes=("int8/float64",)), [narrow])
 
 
 @pytest.mark.parametrize(

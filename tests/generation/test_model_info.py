@@ -21,4 +21,5 @@ def test_a_missing_tokenizer(tmp_path: Path, revision: str | None) -> None:
     with pytest.raises(TokenizerError, match="org/model has no tokenizer: give tokenizer") as error:
         _ = info.tokenizer
     assert (str(tmp_path) in str(error.value)) == (revision is None)
+    assert ("`gptx download org/model`" in str(error.value)) == (revision is not None)
     assert str(error.value).endswith("Python also takes token ids in place of text")
