@@ -58,8 +58,8 @@ def no_such_file(repository: str, revision: str, filename: str) -> NoSuchFileErr
 def other_format_hint(repository: str) -> str:
     """Return the end of an error about a repository with a model of another format."""
     return (
-        "of another format (see `gptx convert --list`), download the files with "
-        f"`hf download {repository} --local-dir FOLDER`, and give gptx the path"
+        "for one of another format (see `gptx convert --list`), run "
+        f"`hf download {repository} --local-dir FOLDER`, and give gptx its path"
     )
 
 

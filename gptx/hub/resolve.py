@@ -131,16 +131,8 @@ def find_source(
             "openai-community/gpt2"
         )
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    is_file_name = Path(name).suffix.lower() in FILE_SUFFIXES
-    if looks_like_path or is_file_name or not isinstance(model, str):
-        if "://" in name or _HUB_ADDRESS.match(name):
-            on_hub = _HUB_ADDRESS.match(name)
-            raise NotFoundError(
-                f"{name!r} is an address, expected "
-                f"{f'the Hub id {on_hub[1]}' if on_hub else _expected()}"
-            )
-        what = "file" if is_file_name else "folder"
-        raise NotFoundError(f"{what} {name!r} does not exist, expected {_expected()}")
+    if looks_like_path or _names_file(name) or not isinstance(model, str):
+        raise _no_such_path(name)
     _check_revision(revision)
 
     with importing_hub():
@@ -149,10 +141,8 @@ def find_source(
     if not is_repository_name(repository):
         before, _, after = name.partition("@")
         if after and is_repository_name(before):
-            raise NotFoundError(
-                f"model {name!r} is not a Hub id, expected {before!r} and "
-                f"{argument('revision', after)}"
-            )
+            expected = f"{before!r} and {argument('revision', after)}"
+            raise NotFoundError(f"model {name!r} is not a Hub id, expected {expected}")
         raise NotFoundError(f"model {name!r} does not exist, expected {_expected()}")
     former = FORMER_NAMES.get(repository)
     try:
@@ -160,12 +150,32 @@ def find_source(
             repository, revision or "main", offline, token or None, verify_cached, former
         )
     except (NotFoundError, HubUnavailableError) as error:
-        from difflib import get_close_matches
-
-        names = {known.lower(): known for known in (*ALIASES, *EMBEDDED)}
-        if "/" in repository or not (meant := get_close_matches(name.lower(), names, 1)):
+        if "/" in repository or not (meant := _known_name_like(name)):
             raise
-        raise type(error)(f"{error.message}; did you mean {names[meant[0]]}?") from None
+        raise type(error)(f"{error.message}; did you mean {meant}?") from None
+
+
+def _names_file(name: str) -> bool:
+    return Path(name).suffix.lower() in FILE_SUFFIXES
+
+
+def _no_such_path(name: str) -> NotFoundError:
+    """Make the error for a name that is no Hub id: a missing path, or an address."""
+    on_hub = _HUB_ADDRESS.match(name)
+    if on_hub or "://" in name:
+        expected = f"the Hub id {on_hub[1]}" if on_hub else _expected()
+        return NotFoundError(f"{name!r} is an address, expected {expected}")
+    what = "file" if _names_file(name) else "folder"
+    return NotFoundError(f"{what} {name!r} does not exist, expected {_expected()}")
+
+
+def _known_name_like(name: str) -> str | None:
+    """Return the name of a model that a misspelled name resembles."""
+    from difflib import get_close_matches
+
+    names = {known.lower(): known for known in (*ALIASES, *EMBEDDED)}
+    meant = get_close_matches(name.lower(), names, 1)
+    return names[meant[0]] if meant else None
 
 
 def is_openai(model: object) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptx.conversions import convert
+from gptx.generation.found_model import find_model
 from gptx.generation.text_model import Model
 from tests.support.cli import error_lines, run, start
 from tests.support.hub import hub_settings
@@ -34,6 +35,18 @@ def test_another_model_is_refused_before_its_weights(tmp_path: Path) -> None:
         assert not server.log(part="model.safetensors")
     assert (done.code, done.out) == (65, "")
     assert "model_type is 'llama'" in done.err
+
+
+def test_only_download_verifies_cached_files(tmp_path: Path) -> None:
+    files = {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": bytes(100)}
+    with HubServer({"org/model": {"main": files}}) as server, hub_settings(server.url, tmp_path):
+        config = find_model("org/model").info.files.config
+        assert not server.log(part="model.safetensors")
+        assert run("download", "org/model").out == f"{config.parent}\n"
+        config.write_bytes(b'{"model_type": "gpt2", "n_layer": 5}')
+        assert find_model("org/model").info.config.n_layer == 5
+        assert run("download", "org/model").code == 0
+        assert config.read_bytes() == files["config.json"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
