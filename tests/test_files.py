@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from gptx.errors import StorageError
-from gptx.files import atomic_file, atomic_path, atomic_write, check_replaceable
+from gptx.files import atomic_file, atomic_path, atomic_write, check_replaceable, check_writable
 
 
 def test_atomic_write(tmp_path: Path) -> None:
@@ -220,3 +221,51 @@ def test_a_mount_point_is_refused_before_the_content_is_written() -> None:
     context = atomic_path(mount)
     with pytest.raises(StorageError, match="is a mount point: give a folder in it"):
         context.__enter__()
+
+
+def write_folder(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text(text)
+
+
+def test_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a path relative to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for path, text in ((tmp_path / "folder", "one"), (Path("folder"), "two")):
+        write_folder(path, text)
+        assert (tmp_path / "folder" / "file").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> NoReturn:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    write_folder(tmp_path / "folder", "one")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", fail)
+        write_folder(tmp_path / "folder", "two")
+    assert (tmp_path / "folder" / "file").read_text() == "two"
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    for path in (tmp_path / "new", tmp_path / "old"):
+        check_writable(path)
+    for path, fault in (
+        (tmp_path, "is a folder, expected the name of a file"),
+        ("", "'' is a folder, expected the name of a file"),
+        (tmp_path / "none" / "file", "cannot be written (its folder does not exist)"),
+    ):
+        with pytest.raises(StorageError, match=re.escape(fault)):
+            check_writable(path)
+    monkeypatch.setattr("os.access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(
+        StorageError, match=re.escape("cannot be written (its folder is read-only)")
+    ):
+        check_writable(tmp_path / "new")

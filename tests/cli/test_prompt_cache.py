@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from gptx.files import atomic_write
 from gptx.generation.text_model import Model
-from tests.support.cli import GENERATE, LONG_RUN, error_lines, posix, read, run, start
+from tests.support.cli import GENERATE, posix, run
 from tests.support.models import make_model
 from tests.support.random_models import CASES
 
@@ -97,17 +96,3 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: 
         assert (done.code, done.out) == (74, "")
         assert fault in done.err
     assert (tmp_path / "fifo").is_fifo()
-
-
-@posix
-def test_ctrl_c_keeps_the_cache_of_the_text_so_far(shakespeare: Model, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    with start(*LONG_RUN, "--prompt-cache", str(path)) as process:
-        read(process, 20)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error_lines(err)[-1] == b"Interrupted"
-    cache = shakespeare.load_cache(path)
-    assert cache.tokens is not None
-    assert len(cache.tokens[0]) >= 4

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 import gptx
-from tests.support.cli import GENERATE, LONG_RUN, error_lines, posix, read, start
+from gptx.cli import signals
+from tests.support.cli import GENERATE, error_lines, posix, run, start
 
 pytestmark = posix
 ROOT = str(Path(gptx.__file__).parents[1])
@@ -32,11 +36,6 @@ def sending(function):
 import gptx.cli
 from gptx.cli import app, signals
 """
-BEFORE = [
-    pytest.param("signals.raise_exceptions = send", id="before the command runs"),
-    pytest.param("app.load_command = sending(app.load_command)", id="while it is imported"),
-    pytest.param("app.select_kernels = send", id="at the start"),
-]
 RUN = "\ngptx.cli.main()\n"
 
 
@@ -46,34 +45,81 @@ def run_signaled(name: str, point: str, *args: str) -> tuple[int, bytes, list[by
     return process.returncode, out, error_lines(err)
 
 
-def interrupted(name: str) -> list[bytes]:
-    return [b"Interrupted"] if name == "SIGINT" else []
+@each_signal
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_signal_ends_the_process_or_raises_an_exception(
+    monkeypatch: pytest.MonkeyPatch, name: str, code: int, runs: bool
+) -> None:
+    """In the process of the tests, whose handlers stay."""
+    monkeypatch.setattr(signals, "_raises", False)
+    monkeypatch.setattr(signals, "_last", {})
+    exits, written = mock.Mock(side_effect=SystemExit), mock.Mock()
+    monkeypatch.setattr(signals, "os", SimpleNamespace(_exit=exits, write=written))
+    if runs:
+        signals.raise_exceptions()
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+        signals._handle(getattr(signal, name), None)
+    if runs:
+        exits.assert_not_called()
+        kind = KeyboardInterrupt if name == "SIGINT" else SystemExit
+        assert type(caught.value) is kind
+        assert getattr(caught.value, "code", 130) == code
+    else:
+        exits.assert_called_once_with(code)
+    assert written.called == (name == "SIGINT" and not runs)
 
 
-@pytest.mark.parametrize("point", BEFORE)
-def test_before_the_command_the_process_ends_at_once(point: str) -> None:
+def test_a_repeated_signal_is_ignored_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_raises", True)
+    monkeypatch.setattr(signals, "_last", {})
+    seconds = iter((10.0, 10.9, 11.1, 11.2, 11.3))
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=seconds.__next__))
+
+    def handle() -> bool:
+        try:
+            signals._handle(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    assert [handle() for _ in range(4)] == [True, False, True, False]
+    signals.rearm()
+    assert handle()
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
+    """As with nohup."""
+    numbers = [getattr(signal, name) for name, _ in SIGNALS]
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        signal.signal(numbers[0], signal.default_int_handler)
+        signals.install()
+        assert [signal.getsignal(n) for n in numbers] == [
+            signals._handle,
+            signal.SIG_IGN,
+            signal.SIG_IGN,
+        ]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_while_a_command_is_imported_the_process_ends_at_once() -> None:
+    point = "app.load_command = sending(app.load_command)"
     assert run_signaled("SIGINT", point, "backends") == (130, b"", [b"Interrupted"])
 
 
-@each_signal
-def test_at_the_exit_of_the_process(name: str, code: int) -> None:
+def test_at_the_exit_of_the_process() -> None:
     point = "import atexit; atexit.register(send)"
-    ended, out, err = run_signaled(name, point, "download", "shakespeare")
-    assert (ended, err) == (code, interrupted(name))
+    ended, out, err = run_signaled("SIGINT", point, "download", "shakespeare")
+    assert (ended, err) == (130, [b"Interrupted"])
     assert out.endswith(b"shakespeare\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "code", "destination"),
-    [(*row, name) for row, name in zip(SIGNALS, ("folder", "out.gguf", "folder"), strict=True)],
-)
-def test_a_conversion_leaves_nothing(
-    tmp_path: Path, name: str, code: int, destination: str
-) -> None:
-    """The signal arrives when the temporary file is complete."""
-    args = ("convert", "shakespeare", str(tmp_path / destination))
-    ended, out, err = run_signaled(name, "os.fsync = sending(os.fsync)", *args)
-    assert (ended, out, err) == (code, b"", interrupted(name))
+def test_a_conversion_leaves_nothing(tmp_path: Path) -> None:
+    """The signal arrives when the temporary folder is complete."""
+    args = ("convert", "shakespeare", str(tmp_path / "folder"))
+    assert run_signaled("SIGTERM", "os.fsync = sending(os.fsync)", *args) == (143, b"", [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,15 +131,6 @@ def test_a_repeated_signal_does_not_stop_the_cleaning_up(tmp_path: Path) -> None
     args = ("convert", "shakespeare", str(tmp_path / "out.gguf"))
     assert run_signaled("SIGINT", point, *args) == (130, b"", [b"Interrupted"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_generation_ends() -> None:
-    with start(*LONG_RUN, program=PREPARE + RUN, SENT="") as process:
-        assert read(process, 5)
-        process.terminate()
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert error_lines(err) == []
 
 
 def test_a_worker_of_a_benchmark_ends_with_it(folder: Callable[..., Path]) -> None:
@@ -109,28 +146,11 @@ def test_a_worker_of_a_benchmark_ends_with_it(folder: Callable[..., Path]) -> No
     assert error_lines(err) == []
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_a_signal_that_the_parent_ignores_stays_ignored(name: str) -> None:
-    """As with nohup."""
-    point = (
-        "signal.signal(getattr(signal, os.environ['SENT']), signal.SIG_IGN)\n"
-        "signals.raise_exceptions = send"
-    )
-    ended, out, err = run_signaled(name, point, "download", "shakespeare")
-    assert (ended, err) == (0, [])
-    assert out
-
-
 def test_a_library_installs_no_handler() -> None:
-    program = (
-        "import signal\n"
-        "def handlers(): return [signal.getsignal(n) for n in sorted(signal.valid_signals())]\n"
-        "before = handlers()\n"
-        "import gptx.cli.app, gptx.cli.generate, gptx.cli.signals\n"
-        f"gptx.cli.app.run({[*GENERATE, '-n', '2', 'O']!r})\n"
-        "assert handlers() == before\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+    assert run(*GENERATE, "-n", "2", "O").code == 0
+    assert [signal.getsignal(number) for number in sorted(signal.valid_signals())] == handlers
+    assert signals._handle not in handlers
 
 
 def test_the_entry_point_imports_little() -> None:
