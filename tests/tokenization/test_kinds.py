@@ -43,6 +43,38 @@ def test_added_tokens_have_text() -> None:
     assert tokenizer.token_bytes(321) == b"<speaker1>"
 
 
+def test_the_flags_of_added_tokens() -> None:
+    def flags(name: str) -> dict[str, list[str]]:
+        names = ("special", "lstrip", "rstrip", "single_word", "normalized")
+        added = load(name).definition()["added_tokens"]
+        return {token["content"]: [name for name in names if token[name]] for token in added}
+
+    assert flags("added_in_config") == {
+        "<|endoftext|>": ["special"],
+        "<pad>": ["special"],
+        "<m>": ["special", "lstrip"],
+        "word": ["single_word"],
+    }
+    assert flags("added_tokens") == {
+        "<|endoftext|>": ["special", "normalized"],
+        "<pad>": ["special"],
+        "<speaker1>": ["special"],
+        "hello there": ["normalized"],
+    }
+
+
+def test_a_listed_token_is_special_if_it_is_named(tmp_path: Path) -> None:
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(folder_of("added_tokens") / file, tmp_path)
+    listed = {str(id): {"content": f"<{id}>", "special": id > 321} for id in range(320, 324)}
+    settings = {"added_tokens_decoder": listed, "pad_token": "<321>", "sep_token": "<323>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = PipelineTokenizer.of_folder(tmp_path)
+    assert tokenizer is not None
+    added = tokenizer.definition()["added_tokens"]
+    assert [token["id"] for token in added if token["special"]] == [0, 321, 322, 323]
+
+
 @pytest.mark.parametrize("name", ["wordpiece", "unigram", "wordlevel", "metaspace"])
 def test_added_tokens_after_special_ones(name: str) -> None:
     definition = load(name).definition()
@@ -220,6 +252,15 @@ def test_bytes_that_are_not_utf_8_wait_for_the_end_of_their_run() -> None:
     assert stream(tokenizer, [a9, low], [low, c3]) == ["", "\ufffdlow", ""]
 
 
+def test_only_bytes_wait_for_the_next_token() -> None:
+    definition = load("byte_fallback").definition()
+    size = len(definition["model"]["vocab"])
+    definition["model"]["vocab"] |= {"<0xyz": size, "sixsix": size + 1, "<0x0A>>": size + 2}
+    tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
+    ids = [size + 1, size + 2, size]
+    assert stream(tokenizer, ids, []) == ["sixsix", "<0x0A>>", "<0xyz", ""]
+
+
 # Decoders whose text can change before its end
 
 
@@ -265,6 +306,16 @@ def test_steps_that_are_local(steps: list[dict[str, object]], local: bool) -> No
     nested = {"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": steps}]}
     assert steps_of(nested) == steps
     assert is_local(steps) == local
+
+
+def test_a_token_without_text_is_not_the_start_of_a_text() -> None:
+    space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    tokenizer = with_decoder(replace({"String": "w"}), space, FUSE, strip)
+    o, w, the = map(tokenizer.token_id, ("o", "w", "▁the"))
+    assert stream(tokenizer, [w, the, w, w, the], []) == ["", "the", "", "", " the", ""]
+    assert stream(tokenizer, [the], [o, w]) == [" the", ""]
+    assert stream(tokenizer, [the], [w]) == ["the", ""]
 
 
 def test_text_that_later_tokens_change_comes_at_the_end() -> None:

@@ -14,6 +14,7 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import PromptError, TokenizerError
 from gptx.tokenization.byte_level import END_OF_TEXT, byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.golden_tokenizers import folder_of
 from tests.tokenization.vocabularies import (
     KINDS,
     TEXTS,
@@ -231,6 +232,14 @@ def test_missing_files(given: list[str]) -> None:
     assert f"'{absent}' is missing" in str(error.value)
 
 
+def test_a_list_of_words_of_another_class(tmp_path: Path) -> None:
+    path, config = folder_of("word_list") / "vocab.txt", tmp_path / "tokenizer_config.json"
+    config.write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    with pytest.raises(TokenizerError, match="is the vocabulary of a RobertaTokenizer") as error:
+        PipelineTokenizer({"vocab.txt": path, config.name: config})
+    assert str(error.value).startswith(str(path))
+
+
 def test_a_path_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="cannot be read"):
         PipelineTokenizer({"tokenizer.json": tmp_path / "tokenizer.json"})
@@ -241,7 +250,7 @@ def test_tokens_that_are_not_bytes(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     tokenizer = PipelineTokenizer({"tokenizer.json": path})
-    assert tokenizer.decode([0, 1, 7, -1, 2**40]) == "hello 你好"
+    assert tokenizer.decode([0, 1, 7, -1, 2**32 - 1, 2**32, 2**40]) == "hello 你好"
     for id in (0, 1, 7):
         with pytest.raises(TokenizerError, match=f"token {id} is .*no bytes of its own"):
             tokenizer.token_bytes(id)

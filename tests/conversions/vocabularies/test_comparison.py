@@ -122,6 +122,8 @@ def test_parts_that_decide(name: str, change: Change, parts: list[str]) -> None:
     assert len(found) == len(parts)
     assert all(key.startswith(part) for key, part in zip(found, parts, strict=True))
     assert all(x != y for x, y in found.values())
+    swapped = compare_tokenizers(changed(name, change), load(name))
+    assert sorted(map(sorted, swapped.values())) == sorted(map(sorted, found.values()))
 
 
 def test_an_added_token_that_only_one_has() -> None:
