@@ -10,7 +10,6 @@ each after its length (https://github.com/pytorch/pytorch, torch/serialization.p
 from __future__ import annotations
 
 import math
-import operator
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 LEGACY_MAGIC = b"\x8a\x0a" + LEGACY_MAGIC_NUMBER.to_bytes(10, "little")  # in every pickle protocol
 LEGACY_VERSION = 1001
 MAX_DICT_DEPTH = 3  # of a dict in the saved value, in keys
-READ_BYTES = 2**20  # at a time, for checksums and comparisons
+READ_BYTES = 2**20  # at a time, for checksums
 DETECT_BYTES = 600
 
 
@@ -270,13 +269,3 @@ class FileTensor:
         if math.prod(self.shape) > self.view.extent:
             raise WeightsError(f"{self.file.path}: tensor {name} overlaps itself")
         return lambda: self.file._read(self.view, f"tensor {name}")
-
-    def is_same(self, other: FileTensor) -> bool:
-        """Return True if the tensor has the numbers of another one; one view is not read twice."""
-        if self == other:
-            return True
-        layouts = [(t.shape, t.view.strides, t.dtype) for t in (self, other)]
-        if layouts[0] != layouts[1]:
-            return False
-        chunks = [t.file._chunks(t.view) for t in (self, other)]
-        return all(map(operator.eq, *chunks))

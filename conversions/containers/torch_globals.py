@@ -7,6 +7,7 @@ side effects. A global that is not in `GLOBALS` is an `UnknownGlobal`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from gptx.errors import WeightsError
 from gptx.safetensors_file import BFLOAT16
 
 MAX_DIMENSIONS = 8
+MAX_NUMBERS = 2**48  # of a tensor, and in a stride: NumPy's are below 2**63 bytes
 MAX_NAME_LENGTH = 200  # characters: a file can cause any number of comparisons and copies of names
 
 # Functions for tensors that are sparse, quantized, nested, without numbers or of a subclass.
@@ -151,7 +153,8 @@ def _tensor(arguments: tuple[Any, ...]) -> TorchTensor:
             numbers = (offset, *shape[:MAX_DIMENSIONS], *strides[:MAX_DIMENSIONS])
             if (
                 len(shape) == len(strides) <= MAX_DIMENSIONS
-                and all(type(number) is int and number >= 0 for number in numbers)
+                and all(type(number) is int and 0 <= number <= MAX_NUMBERS for number in numbers)
+                and math.prod(size or 1 for size in shape) <= MAX_NUMBERS
                 and offset + _extent(shape, strides) <= storage.size
             ):
                 return TorchTensor(storage, offset, shape, strides)

@@ -25,8 +25,8 @@ from gptx.conversions.checkpoint import (
     StoredTensor,
     end_of_text_ids,
 )
-from gptx.conversions.containers.torch_file import FileTensor, TorchFile, is_torch
-from gptx.conversions.formats.pytorch_folder import describe, model_tensors
+from gptx.conversions.containers.torch_file import TorchFile, is_torch
+from gptx.conversions.formats.pytorch_folder import describe, is_same, model_tensors
 from gptx.errors import ConfigError, GptxError, WeightsError
 from gptx.stored_weights import HEAD, settle_head
 
@@ -75,7 +75,7 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
         raise WeightsError(f'{path} is not a file of nanoGPT: it has no "model" and "model_args"')
     tensors, notes = model_tensors([file], ignore_unknown=ignore_unknown)
     # The head is tied, except in nanoGPT's first weeks.
-    tensors, config, head_notes = settle_head(tensors, config, FileTensor.is_same)
+    tensors, config, head_notes = settle_head(tensors, config, is_same)
     notes = (*notes, *head_notes, NO_TOKENIZER_NOTE)
     if config is None:
         tied = HEAD not in tensors

@@ -22,7 +22,7 @@ from gptx.conversions.containers.torch_file import FileTensor, TorchFile, is_tor
 from gptx.conversions.containers.torch_globals import TorchTensor
 from gptx.errors import NotFoundError, WeightsError
 from gptx.model_files import shard_names
-from gptx.stored_weights import is_linear_weight, settle_head
+from gptx.stored_weights import HEAD, TABLE, have_same_numbers, is_linear_weight, settle_head
 from gptx.tensor_names import are_out_in, is_gpt2_tensor, model_names
 from gptx.tokenization.pipeline import PipelineTokenizer
 
@@ -74,7 +74,7 @@ def _checkpoint(
     ignore_unknown: bool,
 ) -> Checkpoint:
     found, notes = model_tensors([TorchFile(path) for path in paths], ignore_unknown=ignore_unknown)
-    found, config, head_notes = settle_head(found, config, FileTensor.is_same)
+    found, config, head_notes = settle_head(found, config, is_same)
     stored = describe(found)
     config, config_notes = infer_config({n: tensor.shape for n, tensor in stored.items()}, config)
     notes += head_notes + config_notes
@@ -107,6 +107,11 @@ def model_tensors(
             tensors[stored_name] = tensor
     names, name_notes = model_names(tensors, ignore_unknown=ignore_unknown)
     return {name: tensors[stored] for stored, name in names.items()}, notes + name_notes
+
+
+def is_same(head: FileTensor, table: FileTensor) -> bool:
+    """Return True if the head has the numbers of the table; one view is not read twice."""
+    return head == table or have_same_numbers(head.reader(HEAD)(), table.reader(TABLE)())
 
 
 def describe(tensors: Mapping[str, FileTensor]) -> dict[str, StoredTensor]:

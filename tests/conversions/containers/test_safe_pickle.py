@@ -163,6 +163,40 @@ def test_bombs_are_harmless(bomb: str, place: str) -> None:
     assert taken < 200 * len(code) + 10_000
 
 
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "is_valid"),
+    [
+        (0, (1,), (2**48,), True),
+        (0, (1,), (2**48 + 1,), False),  # NumPy cannot convert all strides
+        (0, (0, 2**48), (1, 1), True),
+        (0, (0, 2**48 + 1), (1, 1), False),
+        (0, (0, 2**40, 2**40), (1, 1, 1), False),
+        (0, (3, 2), (2, 1), True),
+        (1, (3, 2), (2, 1), False),
+        (5, (), (), True),
+        (6, (), (), False),
+        (6, (0,), (1,), True),
+        (7, (0,), (1,), False),
+        (0, (1,) * 8, (1,) * 8, True),
+        (0, (1,) * 9, (1,) * 9, False),
+        (0, (1,), (1, 1), False),
+        (-1, (1,), (1,), False),
+        (0, (-1,), (1,), False),
+        (0, (True,), (1,), False),
+    ],
+)
+def test_bounds_of_a_tensor(
+    offset: int, shape: tuple[int, ...], strides: tuple[int, ...], is_valid: bool
+) -> None:
+    start = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0aX\3\0\0\0cpuK\6tQ"
+    rest = [pickle.dumps(part, 2)[2:-1] for part in (offset, shape, strides)]
+    code = start + storage + b"".join(rest) + b"tR."
+    expected = "a tensor that is not within its storage"
+    with nullcontext() if is_valid else pytest.raises(WeightsError, match=expected):
+        assert Unpickled(code).value.shape == shape
+
+
 @pytest.mark.parametrize("length", [MAX_NAME_LENGTH, MAX_NAME_LENGTH + 1])
 def test_long_names_are_no_keys(length: int) -> None:
     """A dict drops such a key; a storage with one is refused."""

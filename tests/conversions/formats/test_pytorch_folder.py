@@ -331,6 +331,18 @@ def test_a_head_that_differs_is_used(container: Any, tmp_path: Path) -> None:
     assert_contains(read(folder)[1], WEIGHTS, "float32")
 
 
+@pytest.mark.parametrize("table", ["float16", "transposed"])
+def test_an_equal_head_of_another_form_is_tied(table: str, container: Any, tmp_path: Path) -> None:
+    w = WEIGHTS["wte.weight"].astype(np.float16).astype(np.float32)
+    head = view(w)
+    stored = view(w, "float16") if table == "float16" else View(w.T.ravel(), 0, w.shape, (1, 101))
+    found = state_dict(WEIGHTS, prefix="") | {"wte.weight": stored, "lm_head.weight": head}
+    checkpoint = read(write_folder(tmp_path / "m", CONFIG, container(found)))[1]
+    assert checkpoint.config == CONFIG
+    assert checkpoint.notes == ()
+    np.testing.assert_array_equal(checkpoint.tensors["wte.weight"], w)
+
+
 def test_checksum_of_an_archive_detects_a_changed_number(tmp_path: Path) -> None:
     part = View(np.arange(400, dtype=np.float32), 5, (8,), (1,))
     for name, value in (("wte.weight", view(WEIGHTS["wte.weight"])), ("ln_f.weight", part)):
