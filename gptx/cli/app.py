@@ -212,8 +212,7 @@ def _run(args: Sequence[str] | None) -> int:
         _print_error(f"Error: {error.format_message().rstrip('.')} (see {command} --help)")
         return error.exit_code
     except MemoryError as error:
-        _print_error(f"Error: out of memory ({error}): use a smaller model")
-        return DeviceOutOfMemory.exit_code
+        return _end_without_memory(error)
     except (KeyboardInterrupt, click.Abort):
         _print_error("Interrupted")
         return Interrupted.exit_code
@@ -221,9 +220,17 @@ def _run(args: Sequence[str] | None) -> int:
         _discard_output(error)
         return BROKEN_PIPE
     except OSError as error:
-        _print_error(f"Error: {error.filename or 'standard output'}: {error.strerror or error}")
+        if error.errno == errno.ENOMEM:  # of mmap, for example
+            return _end_without_memory(error)
+        place = error.filename or ("standard output" if _is_failed_write(error) else "")
+        _print_error(f"Error: {place}{': ' if place else ''}{error.strerror or error}")
         _discard_output(error)
         return StorageError.exit_code
+
+
+def _end_without_memory(error: BaseException) -> int:
+    _print_error(f"Error: out of memory ({error}): use a smaller model")
+    return DeviceOutOfMemory.exit_code
 
 
 def _print_error(message: str) -> None:
@@ -236,6 +243,10 @@ def _discard_output(error: BaseException) -> None:
 
     Otherwise Python writes the rest of its buffer again at exit, and fails again.
     """
-    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+    if _is_failed_write(error):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO)

@@ -72,14 +72,14 @@ def _line_editing(words: list[str]) -> Iterator[None]:
     is_libedit = "libedit" in (readline.__doc__ or "")  # of macOS, with its own syntax
     readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
     readline.set_history_length(MAX_HISTORY_LINES)
-    path = history_file()
-    with contextlib.suppress(OSError):
-        if path.is_file():  # a FIFO would block
+    with contextlib.suppress(OSError, RuntimeError):
+        if (path := history_file()).is_file():  # a FIFO would block
             readline.read_history_file(path)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
+            path = history_file()
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -88,6 +88,12 @@ def _line_editing(words: list[str]) -> Iterator[None]:
 
 
 def history_file() -> Path:
-    """Return the file of the lines that were entered; only the user can read it."""
+    """Return the file of the lines that were entered; only the user can read it.
+
+    Raises
+    ------
+    RuntimeError
+        The user has no home folder.
+    """
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "gptx" / "history"

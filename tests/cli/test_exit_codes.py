@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -231,9 +232,30 @@ def test_usage_errors(args: tuple[str, ...], command: str) -> None:
     [
         (DeviceOutOfMemory("out of memory"), "Error: out of memory\n"),
         (MemoryError("3 GB"), "Error: out of memory (3 GB): use a smaller model\n"),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            "Error: out of memory ([Errno 12] Cannot allocate memory): use a smaller model\n",
+        ),
     ],
-    ids=["device", "host"],
+    ids=["device", "host", "system call"],
 )
 def test_out_of_memory(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptx.cli.generate.load_once", mock.Mock(side_effect=error))
     assert run(*GENERATE, "O") == (71, "", message)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "file"), "Error: file: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left"), "Error: standard output: No space left\n"),
+        (OSError(errno.EMFILE, "Too many open files"), "Error: Too many open files\n"),
+        (OSError("another"), "Error: another\n"),
+    ],
+)
+def test_other_errors_of_the_system(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard output is named only for an error of a write."""
+    monkeypatch.setattr("gptx.cli.generate.load_once", mock.Mock(side_effect=error))
+    assert run(*GENERATE, "O") == (74, "", message)

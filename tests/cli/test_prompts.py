@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.cli.prompts import decode
+from gptx.cli.prompts import decode, read_prompt
 from gptx.errors import PromptError
 from tests.support.cli import GENERATE, posix, run
 
@@ -60,6 +60,16 @@ def test_big_endian_marks(mark: bytes) -> None:
 def test_a_position_counts_from_the_start_of_the_file() -> None:
     with pytest.raises(PromptError, match="byte 0xff at position 4"):
         decode(codecs.BOM_UTF8 + b"a\xff", "file")
+
+
+@pytest.mark.parametrize(
+    ("argument", "option", "expected"),
+    [("a", None, "a"), (None, "a", "a"), (None, "-", "-"), ("", None, ""), (None, None, None)],
+)
+def test_a_prompt_of_the_command_line(
+    argument: str | None, option: str | None, expected: str | None
+) -> None:
+    assert read_prompt(argument, option, None) == expected
 
 
 def prompt_of(*args: str, stdin: bytes = b"") -> str:

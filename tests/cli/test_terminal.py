@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -146,6 +147,16 @@ def test_a_history_that_cannot_be_written_is_left_out(
     with terminal._line_editing([]):
         pass
     assert (tmp_path / "gptx").read_bytes() == b""
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a number only."""
+    no_home = mock.Mock(side_effect=RuntimeError("Could not determine home directory."))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with terminal._line_editing([]):
+        pass
+    assert no_home.called
 
 
 def test_without_readline_lines_are_not_edited(
