@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptx.conversions.converter import convert
-    from gptx.conversions.registry import DTYPES, FORMATS, QUANTIZED_TYPES, Format, detect, read
+    from gptx.conversions.reading import read
+    from gptx.conversions.registry import DTYPES, FORMATS, QUANTIZED_TYPES, Format, detect
 
 _HOME = {
     "DTYPES": "registry",
@@ -22,7 +23,7 @@ _HOME = {
     "QUANTIZED_TYPES": "registry",
     "convert": "converter",
     "detect": "registry",
-    "read": "registry",
+    "read": "reading",
 }
 
 __all__ = ["DTYPES", "FORMATS", "QUANTIZED_TYPES", "Format", "convert", "detect", "read"]

@@ -11,7 +11,8 @@ from typing import Any
 
 from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import Array, Checkpoint, StoredTensor
-from gptx.conversions.registry import FORMATS, Format, read
+from gptx.conversions.reading import read
+from gptx.conversions.registry import FORMATS, Format
 from gptx.errors import ParameterError, StorageError, argument
 from gptx.files import atomic_path, check_replaceable
 from gptx.quantization import GROUP_SIZE, Quantization, QuantizedTensor
@@ -41,7 +42,7 @@ def convert(
     Parameters
     ----------
     source, config, tokenizer, ignore_unknown, revision, offline
-        See `gptx.conversions.registry.read`.
+        See `gptx.conversions.reading.read`.
     destination
         The file or folder to write. It is written atomically: after a failure it is unchanged.
     to

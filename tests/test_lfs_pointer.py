@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.conversions.registry import read
+from gptx.conversions.reading import read
 from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, DataError, StorageError
 from gptx.lfs_pointer import MAX_POINTER_BYTES, check_content

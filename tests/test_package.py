@@ -47,6 +47,7 @@ ROOMS = [
     "gptx.conversions.checkpoint",
     "gptx.conversions.formats gptx.conversions.verify",
     "gptx.conversions.registry",
+    "gptx.conversions.reading",
     "gptx.conversions.converter",
     "gptx.conversions",
     "gptx.generation.sampling",

@@ -136,7 +136,7 @@ class _FolderModel(FoundModel):
         files, config = self.info.files, self.info.config
         options: dict[str, Any] = {"ignore_unknown": self._ignore_unknown}
         if files.weights[0].suffix != Path(WEIGHTS).suffix:
-            from gptx.conversions.registry import read
+            from gptx.conversions.reading import read
 
             return _opened(*read(files.folder, config=self._given_config, **options), files.weights)
         stored = open_weights(files.weights, config, **options)
@@ -176,7 +176,7 @@ class _OpenAIModel(FoundModel):
     is_local = False
 
     def __init__(self, name: str, offline: bool, revision: str | None, **given: Any) -> None:
-        from gptx.conversions.registry import read_tokenizer
+        from gptx.conversions.reading import read_tokenizer
 
         with importing_hub():
             from gptx.conversions.formats.openai_download import fetch_settings
@@ -196,7 +196,7 @@ class _OpenAIModel(FoundModel):
         return path
 
     def open(self) -> OpenedWeights:
-        from gptx.conversions.registry import read
+        from gptx.conversions.reading import read
 
         path = self.fetch()
         return _opened(*read(path, offline=self._offline, **self._given), (path,))
@@ -274,12 +274,12 @@ def find_model(
         )
         found = _FolderModel(source, config, ignore_unknown)
         if tokenizer is not None:
-            from gptx.conversions.registry import read_tokenizer
+            from gptx.conversions.reading import read_tokenizer
 
             given = read_tokenizer(tokenizer, found.info.config, offline=offline, token=token)
             found.info = ModelInfo(found.info.files, found.info.config, given)
         return found
-    from gptx.conversions.registry import find_path, read
+    from gptx.conversions.reading import find_path, read
 
     path = find_path(model, revision=revision, offline=offline)
     format, checkpoint = read(
