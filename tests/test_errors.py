@@ -11,7 +11,7 @@ import re
 import pytest
 
 from gptx import errors
-from gptx.errors import GptxError, Interrupted
+from gptx.errors import GptxError, Interrupted, argument
 
 TREE = re.findall(r"^ {4}\W*(\w+)(?: +(\d+))?(?: +(\w+))?$", errors.__doc__ or "", re.MULTILINE)
 CODES = {
@@ -53,6 +53,13 @@ def test_the_tree_of_the_docstring(name: str, code: str, builtin: str) -> None:
 
 def test_the_tree_is_complete() -> None:
     assert [name for name, *_ in TREE] == list(CODES)
+
+
+def test_a_message_with_several_arguments() -> None:
+    marks = [argument("a"), argument("b", 1, "x"), argument("c"), argument("d")]
+    error = GptxError(" ".join(marks))
+    assert str(error) == "a b=1 or 'x' c d"
+    assert error.text(lambda name, values: f"-{name}{len(values)}") == "-a0 -b2 -c0 -d0"
 
 
 def test_an_interrupt_has_its_results() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any, NoReturn
 import pytest
 
 from gptx.errors import StorageError
-from gptx.files import atomic_file, atomic_path, atomic_write, check_replaceable, check_writable
+from gptx.files import (
+    atomic_file,
+    atomic_path,
+    atomic_write,
+    check_replaceable,
+    check_writable,
+    exchange,
+)
 
 
 def test_atomic_write(tmp_path: Path) -> None:
@@ -236,6 +244,53 @@ def test_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         write_folder(path, text)
         assert (tmp_path / "folder" / "file").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: (path / "file").read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="needs the system call")
+def test_folders_are_exchanged_by_one_system_call(
+    tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.rename", pytest.fail)
+    exchange(*folders)
+    assert contents(tmp_path) == {"a": "b", "b": "a"}
+
+
+@pytest.mark.parametrize("failing", [None, "a", "b"])
+def test_folders_are_exchanged_without_the_system_call(
+    tmp_path: Path,
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str | None,
+) -> None:
+    """A rename that fails leaves both folders as they were."""
+    real = os.rename
+
+    def rename(source: Path, destination: Path) -> None:
+        if source.name == failing:
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, destination)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)  # a C library without that function
+    monkeypatch.setattr("os.rename", rename)
+    if failing is None:
+        exchange(*folders)
+        assert contents(tmp_path) == {"a": "b", "b": "a"}
+    else:
+        with pytest.raises(OSError, match="Permission denied"):
+            exchange(*folders)
+        assert contents(tmp_path) == {"a": "a", "b": "b"}
 
 
 def test_an_old_folder_that_cannot_be_removed_is_no_error(

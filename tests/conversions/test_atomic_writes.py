@@ -171,16 +171,3 @@ def test_a_damaged_source_leaves_the_old_output(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="truncated or not a valid safetensors file"):
         convert(source, there, overwrite=True)
     assert contents(there) == before
-
-
-def test_folders_are_exchanged_without_the_system_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)  # a C library without that function
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    gptx.files.exchange(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a" / "file").read_text() == "b"
-    assert (tmp_path / "b" / "file").read_text() == "a"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
