@@ -3,7 +3,7 @@
 The environment needs mlx-lm and the sources of gptx:
 
     python -m venv /tmp/mlx-lm
-    /tmp/mlx-lm/bin/pip install mlx-lm 'mlx[cpu]'
+    /tmp/mlx-lm/bin/pip install mlx-lm==0.32.2 'mlx[cpu]==0.32.4' transformers==5.24.0
     PYTHONPATH=. /tmp/mlx-lm/bin/python tests/golden/make_quantized.py
 
 mlx-lm-int4/, mlx-lm-int8/

@@ -1,10 +1,11 @@
 """Save small random models with PyTorch, in old and new formats, and with nanoGPT.
 
-The environment needs torch, the model.py of nanoGPT (https://github.com/karpathy/nanoGPT) and the
-sources of gptx:
+The environment needs torch, the model.py of nanoGPT (https://github.com/karpathy/nanoGPT, commit
+3adf61e) and the sources of gptx. Files of the old format have addresses in memory, and differ in
+each run:
 
     python -m venv /tmp/torch
-    /tmp/torch/bin/pip install torch numpy
+    /tmp/torch/bin/pip install torch==2.13.0 numpy
     PYTHONPATH=. /tmp/torch/bin/python tests/golden/make_torch.py /path/to/nanoGPT
 
 torch/*.bin

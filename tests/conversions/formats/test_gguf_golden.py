@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptx.backends import get_backend
 from gptx.conversions import convert, read
 from gptx.conversions.containers.gguf import GgufFile
-from gptx.logits import all_logits
-from gptx.model import Transformer
-from gptx.weights import to_backend
+from tests.support.models import EXACT, make_model
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "gguf"
 FACTS = json.loads((GOLDEN / "llama_cpp.json").read_text(encoding="utf-8"))
@@ -40,10 +37,7 @@ def test_the_logits_are_those_of_llama_cpp(name: str) -> None:
     _, model = read(GOLDEN / f"{name}.gguf")
     with np.load(GOLDEN / "logits.npz") as golden:
         ids, expected = golden["ids"].tolist(), golden[name]
-    backend = get_backend("numpy")
-    transformer = Transformer(model.config, to_backend(model.tensors, backend), backend)
-    with backend.scope():
-        logits = backend.to_numpy(all_logits(transformer, ids))
+    logits = make_model(model.config, EXACT, model.tensors).logits(ids)
     # llama.cpp multiplies with activations of 8 bits.
     assert np.linalg.norm(logits - expected) < 0.03 * np.linalg.norm(expected)
 

@@ -270,10 +270,18 @@ def test_int8_values_are_within_half_a_step(name: str, case: Case) -> None:
         assert abs(tensors[name]).max() == 127
 
 
+@pytest.mark.parametrize("name", ["h.0.mlp.c_fc.weight", "wte.weight"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_int8_of_numbers_that_are_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+def test_scales_of_numbers_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    floats = np.ones((2, 3), np.float32)
+    floats[1, 2] = value
+    with pytest.raises(WeightsError, match=f"tensor {name} has a NaN or an infinity"):
+        onnx_folder._scales(name, floats)
+
+
+def test_int8_of_numbers_that_are_not_finite_leaves_no_folder(tmp_path: Path) -> None:
     weights = random_weights(CASES["tiny"])
-    weights["h.0.mlp.c_fc.weight"][3, 5] = value
+    weights["h.0.mlp.c_fc.weight"][3, 5] = np.nan
     write_model(tmp_path / "source", CASES["tiny"], weights)
     with pytest.raises(WeightsError, match=r"h\.0\.mlp\.c_fc\.weight has a NaN"):
         convert(tmp_path / "source", tmp_path / "onnx", "onnx", quantize="int8")
