@@ -387,7 +387,7 @@ def test_a_relative_folder_is_found_after_a_move(
 
 def test_out_of_memory_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     full = mock.Mock(side_effect=MemoryError("no"))
-    monkeypatch.setattr("gptx.generation.found_model.open_weights", full)
+    monkeypatch.setattr("gptx.backends.cpu.backend.NumpyBackend.asarray", full)
     with pytest.raises(DeviceOutOfMemory, match="out of memory"):
         gptx.load("shakespeare")
 
