@@ -83,4 +83,4 @@ def tokenizer_from_bytes(tokens: Sequence[bytes]) -> PipelineTokenizer | None:
     vocab = {letters(token): id for token, id in ordinary.items()}
     special = {END_OF_TEXT: tokens.index(end)} if end in tokens else {}
     pairs = [(letters(a), letters(b)) for a, b in merges]
-    return PipelineTokenizer.of_vocabulary(vocab | special, pairs, special)
+    return PipelineTokenizer.of_vocabulary(vocab, pairs, special)

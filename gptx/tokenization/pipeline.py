@@ -80,7 +80,7 @@ class PipelineTokenizer:
         merges
             Pairs of tokens, the first merge first.
         special
-            Special token -> id.
+            Special token -> id, which may be outside the vocabulary.
 
         Raises
         ------
@@ -90,11 +90,13 @@ class PipelineTokenizer:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         byte_level["use_regex"] = True
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        special = special or {}
         added = [
-            {"id": id, "content": token, **flags, "special": True}
-            for token, id in (special or {}).items()
+            {"id": id, "content": token, **flags, "special": True} for token, id in special.items()
         ]
-        model = {"type": "BPE", "vocab": dict(vocab), "merges": [list(pair) for pair in merges]}
+        # The library keeps the ids of added tokens only if the vocabulary has them.
+        tokens = {**vocab, **special}
+        model = {"type": "BPE", "vocab": tokens, "merges": [list(pair) for pair in merges]}
         definition = {
             "version": "1.0",
             "truncation": None,

@@ -11,6 +11,8 @@ from gptx.conversions.vocabularies.token_lists import (
     CONTROL,
     NORMAL,
     UNUSED,
+    USER_DEFINED,
+    flags_of_added_tokens,
     token_lists,
     tokenizer_from_lists,
 )
@@ -80,6 +82,63 @@ def test_differences_from_gpt2_are_named(changes: dict[str, Any], message: str) 
     tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))
     with pytest.raises(TokenizerError, match=f"the tokenizer has {message}, a program supports"):
         token_lists(tokenizer, 10, "a program")
+
+
+def test_kinds_are_those_of_llama_cpp() -> None:
+    assert (NORMAL, CONTROL, USER_DEFINED, UNUSED) == (1, 3, 4, 5)
+
+
+def test_added_tokens_and_their_kinds() -> None:
+    tokens = [*LETTERS, "<s>", "a word", "th"]
+    kinds = [NORMAL] * 256 + [CONTROL, USER_DEFINED, NORMAL]
+    found = tokenizer_from_lists(tokens, ["t h"], kinds, "the test")
+    added = {t["content"]: t["special"] for t in found.definition()["added_tokens"]}
+    assert added == {"<s>": True, "a word": False}
+    assert found.encode("<s>", allow_special=True) == [256]
+    assert 256 not in found.encode("<s>")
+    assert found.encode("a wordth") == [257, 258]
+    assert token_lists(found, 259, "a program") == (tokens, kinds, ["t h"])
+    kinds[257] = CONTROL
+    found = tokenizer_from_lists(tokens, ["t h"], kinds, "the test")
+    assert all(token["special"] for token in found.definition()["added_tokens"])
+
+
+def test_flags_that_lists_do_not_have_are_named() -> None:
+    letters = {letter: id for id, letter in enumerate(LETTERS)}
+    source = PipelineTokenizer.of_vocabulary(letters, [], {"<s>": 256, "<t>": 257})
+    assert flags_of_added_tokens(source) == {}
+    definition = source.definition()
+    definition["added_tokens"][1] |= dict.fromkeys(("lstrip", "single_word", "normalized"), True)
+    changed = PipelineTokenizer({}, definition=json.dumps(definition))
+    assert flags_of_added_tokens(changed) == {"<t>": ["lstrip", "single_word"]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "merges", "kinds", "message"),
+    [
+        (LETTERS, [], [NORMAL] * 255, "has 256 tokens, but 255 token types"),
+        ([*LETTERS, "a"], [], (), "it has a duplicate token"),
+        ([*LETTERS, "a b"], [], (), "token 256 is 'a b', not byte-level BPE"),
+        ([*LETTERS, "你"], [], [NORMAL] * 257, "token 256 is '你', not byte-level BPE"),
+        ([*LETTERS, ""], [], [NORMAL] * 256 + [CONTROL], "token 256 is '', not byte-level BPE"),
+        (LETTERS, ["t h"], (), "the merge 't h' makes no token"),
+        ([*LETTERS, "th"], ["th "], (), "the merge 'th ' makes no token"),
+        ([*LETTERS, "th"], [" th"], (), "the merge ' th' makes no token"),
+    ],
+)
+def test_lists_that_are_damaged(
+    tokens: list[str], merges: list[str], kinds: list[int], message: str
+) -> None:
+    with pytest.raises(TokenizerError, match=f"^the test.*{message}"):
+        tokenizer_from_lists(tokens, merges, kinds, "the test")
+
+
+def test_an_id_beyond_the_vocabulary_of_the_model() -> None:
+    letters = {letter: id for id, letter in enumerate(LETTERS)}
+    source = PipelineTokenizer.of_vocabulary(letters, [], {"<s>": 300})
+    assert len(token_lists(source, 301, "a program")[0]) == 301
+    with pytest.raises(TokenizerError, match="has the token id 300, the model 300 tokens"):
+        token_lists(source, 300, "a program")
 
 
 def test_a_filler_of_another_id_is_a_token() -> None:
