@@ -332,14 +332,6 @@ def test_the_largest_sizes() -> None:
     assert config.n_parameters > 2**70
 
 
-def test_two_quantizations_that_differ() -> None:
-    data = {"quantization": {"group_size": 64, "bits": 4}}
-    config = GPT2Config.from_dict(data | {"quantization_config": {"group_size": 64, "bits": 4}})
-    assert config.quantization == Quantization(64, 4)
-    with pytest.raises(ConfigError, match="quantization and quantization_config differ"):
-        GPT2Config.from_dict(data | {"quantization_config": {"group_size": 32, "bits": 4}})
-
-
 def test_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="n_embd 768 is not a multiple of n_head 7"):
         GPT2Config(n_head=7)

@@ -113,6 +113,18 @@ def test_an_invalid_quantization_in_a_config(tmp_path: Path, data: Any, expected
         GPT2Config.from_file(path)
 
 
+def test_layers_of_another_quantization() -> None:
+    """A layer has its own object, false for floats, or true for the settings of all layers."""
+    layers = {"model.wte": {"group_size": 32, "bits": 8}, "h.0.mlp.c_fc": False, "h.1.x": True}
+    with raises_error(ConfigError, "has 'model.wteX', which"):
+        Quantization.from_dict(GOOD | layers | {"model.wteX": 1})
+    found = Quantization.from_dict(GOOD | layers)
+    assert found.layers == (("wte", Quantization(32, 8)), ("h.0.mlp.c_fc", None))
+    assert found.computed == Quantization(64, 4)
+    written = {"model.wte": {"group_size": 32, "bits": 8}, "model.h.0.mlp.c_fc": False}
+    assert found.to_dict() == GOOD | written
+
+
 def test_the_quantization_of_a_written_config() -> None:
     written = GPT2Config(quantization=Quantization(64, 4)).to_dict()
     assert written["quantization"] == {"group_size": 64, "bits": 4}
