@@ -3,7 +3,7 @@
 The environment needs llama-cpp-python, which compiles llama.cpp, and what gptx imports:
 
     python -m venv /tmp/llama-cpp
-    /tmp/llama-cpp/bin/pip install llama-cpp-python array-api-compat safetensors tokenizers
+    /tmp/llama-cpp/bin/pip install llama-cpp-python==0.3.36 array-api-compat safetensors tokenizers
     PYTHONPATH=. /tmp/llama-cpp/bin/python tests/golden/make_gguf.py
 
 gguf/*.gguf

@@ -23,8 +23,9 @@ from gptx.errors import ConfigError, NotFoundError, WeightsError
 from gptx.model_files import MAX_INDEX_BYTES
 from gptx.random_weights import random_weights
 from gptx.stored_weights import OWN_HEAD_NOTE, is_linear_weight
-from tests.support.embedded_tokenizer import copy_tokenizer
+from tests.support import embedded_tokenizer
 from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
+from tests.support.models import EXACT, make_model
 from tests.support.random_models import CASES, random_ids, to_bfloat16
 from tests.support.torch_files import (
     CONTAINERS,
@@ -93,20 +94,17 @@ def test_every_model_and_type_is_read_bit_for_bit(
 
 
 def test_a_converted_folder_computes_the_same(container: Any, tmp_path: Path) -> None:
-    model = gptx.load("shakespeare", compile=False)
-    config = model.config
-    weights = {
-        name: np.asarray(tensor, np.float32)
-        for name, tensor in read("shakespeare")[1].as_floats().tensors.items()
-    }
+    config, tokenizer = embedded_tokenizer.CONFIG, embedded_tokenizer.load_tokenizer()
+    weights = random_weights(config)
     source = write_folder(tmp_path / "bin", config, container(state_dict(weights)))
-    copy_tokenizer(source)
+    embedded_tokenizer.copy_tokenizer(source)
     convert(source, tmp_path / "out")
     ids = random_ids(config, 1, 20).tolist()[0]
+    expected = make_model(config, EXACT, weights).logits(ids)
     for folder in (source, tmp_path / "out"):
-        loaded = gptx.load(folder, compile=False)
-        assert (loaded.logits(ids) == model.logits(ids)).all()
-        assert loaded.encode("All's well") == model.encode("All's well")
+        loaded = gptx.load(folder, backend=EXACT)
+        assert (loaded.logits(ids) == expected).all()
+        assert loaded.encode("All's well") == tokenizer.encode("All's well")
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -243,6 +241,13 @@ def test_a_checkpoint_of_a_trainer(trainer: str, container: Any, tmp_path: Path)
     assert checkpoint.notes == (
         ("the file has several models: model is read, not optimizer.exp_avg",) if several else ()
     )
+
+
+def test_empty_tensors_of_a_partitioned_model_are_named(container: Any, tmp_path: Path) -> None:
+    empty = {f"module.{name}": view(np.ones(0)) for name in STATE if "attn.bias" not in name}
+    folder = write_folder(tmp_path / "m", CONFIG, container({"module": empty, **REST}), "a.pt")
+    with pytest.raises(WeightsError, match=r"a\.pt has empty tensors only.*zero_to_fp32\.py"):
+        read(folder / "a.pt")
 
 
 def test_matrices_of_linear_modules_are_transposed(container: Any, tmp_path: Path) -> None:
