@@ -94,7 +94,7 @@ def model_tensors(
     Raises
     ------
     WeightsError
-        The files have no model or several ones; see `model_names`.
+        The files have no model, several ones or one without numbers; see `model_names`.
     """
     tensors: dict[str, FileTensor] = {}
     notes: tuple[str, ...] = ()
@@ -106,7 +106,13 @@ def model_tensors(
                 raise WeightsError(f"{file.path}: duplicate tensor {stored_name}")
             tensors[stored_name] = tensor
     names, name_notes = model_names(tensors, ignore_unknown=ignore_unknown)
-    return {name: tensors[stored] for stored, name in names.items()}, notes + name_notes
+    found = {name: tensors[stored] for stored, name in names.items()}
+    if not any(tensor.nbytes for tensor in found.values()):
+        raise WeightsError(
+            f"{files[0].path} has empty tensors only, as DeepSpeed saves them in ZeRO stage 3: "
+            "join the partitions with its zero_to_fp32.py, and give the result"
+        )
+    return found, notes + name_notes
 
 
 def is_same(head: FileTensor, table: FileTensor) -> bool:
