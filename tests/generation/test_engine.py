@@ -163,7 +163,8 @@ def test_without_a_limit_the_context_ends_the_output(counting: Transformer) -> N
 
 
 def test_overflow_is_an_error_before_the_first_step(counting: Transformer) -> None:
-    TokenGenerator(counting, [[1] * 64], GREEDY, max_tokens=1)
+    for limit in (1, None):
+        TokenGenerator(counting, [[1] * 64], GREEDY, max_tokens=limit)
     with pytest.raises(PromptError, match="prompt has 65 tokens, the context holds 64"):
         TokenGenerator(counting, [[1] * 65], GREEDY, max_tokens=1)
     with pytest.raises(
