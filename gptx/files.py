@@ -100,9 +100,9 @@ def check_replaceable(path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise StorageError if a file cannot be written: before the work whose result it gets.
+    """Raise StorageError if a file cannot be written; for a call before long work.
 
-    A full disk, for example, is found by the write only.
+    Only the write itself finds a full disk.
     """
     check_replaceable(path)
     real = Path(os.path.realpath(path))

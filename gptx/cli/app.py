@@ -84,8 +84,8 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
     """Return a function that names an option of a command, for `GptxError.text`.
 
     "max_tokens" is "-n/--max-tokens", "overflow" with the value 'truncate' is "--overflow
-    truncate". An argument has the name that its usage line shows: "model" with the value
-    'shakespeare' is "MODEL shakespeare".
+    truncate". An argument has the name that its usage line shows, or the value: "model" of
+    `gptx info` is "MODEL", "model" with the value 'gpt2' is "gpt2".
     """
     options: dict[str, list[str]] = {}
     arguments: dict[str, str] = {}
@@ -100,7 +100,7 @@ def flags_of(command: click.Command) -> Callable[[str, list[str]], str]:
     def show(name: str, values: list[str]) -> str:
         shown = " or ".join(value.strip("'") for value in values if value != "True")
         if name not in options:
-            return f"{arguments.get(name, name)} {shown}".rstrip()
+            return shown or arguments.get(name, name)
         if not values:
             return "/".join(options[name])
         return f"{max(options[name], key=len)} {shown}".rstrip()

@@ -124,7 +124,8 @@ def test_items_of_a_list_have_the_flag_of_the_list() -> None:
 
 def test_an_argument_of_a_command_has_the_name_of_its_usage() -> None:
     assert flags_of(load_command("convert"))("source", []) == "SRC"
-    assert flags_of(load_command("info"))("model", ["'gpt2'"]) == "MODEL gpt2"
+    assert flags_of(load_command("info"))("model", ["'gpt2'"]) == "gpt2"
+    assert flags_of(load_command("info"))("model", []) == "MODEL"
     assert FLAGS("model", ["'gpt2'"]) == "--model gpt2"
 
 
