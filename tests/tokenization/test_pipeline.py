@@ -196,6 +196,19 @@ def test_a_damaged_tokenizer_json(tmp_path: Path, content: bytes) -> None:
     assert str(path) in str(error.value)
 
 
+def test_an_error_names_the_vocabulary_only(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+    for path in paths.values():
+        path.write_text("x")
+    with pytest.raises(TokenizerError, match=r"^\S*tokenizer\.json cannot be read"):
+        PipelineTokenizer(paths)
+    del paths["tokenizer.json"]
+    with pytest.raises(TokenizerError, match=r"^\S*vocab\.json and \S*merges\.txt cannot be read"):
+        PipelineTokenizer(paths)
+    with pytest.raises(TokenizerError, match=r"^the vocabulary cannot be read"):
+        PipelineTokenizer({}, definition="x")
+
+
 def test_a_truncated_tokenizer_json(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(path_of("shakespeare", "tokenizer.json").read_bytes()[:-100])
