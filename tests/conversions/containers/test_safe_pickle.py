@@ -25,6 +25,7 @@ from gptx.conversions.containers.torch_globals import (
     MAX_NAME_LENGTH,
     TorchStorage,
     TorchTensor,
+    storage_of_id,
 )
 from gptx.errors import WeightsError
 from tests.support import hostile_pickles
@@ -195,6 +196,29 @@ def test_bounds_of_a_tensor(
     expected = "a tensor that is not within its storage"
     with nullcontext() if is_valid else pytest.raises(WeightsError, match=expected):
         assert Unpickled(code).value.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("id_", "is_valid"),
+    [
+        (("storage", np.dtype("<f4"), "a", "cpu", 0), True),
+        (("storage", np.dtype("<f4"), "a", "cuda:1", 3), True),
+        (("storage", np.dtype("<f4"), "a", "cpu", 3, None), True),
+        (("storage", np.dtype("<f4"), "a", "cpu", 3, ("b", 0, 3)), False),  # a view of PyTorch 0.x
+        (("storage", np.dtype("<f4"), "a", "cpu", 3, None, None), False),
+        (("storage", np.dtype("<f4"), "a", "cpu", -1), False),
+        (("storage", np.dtype("<f4"), "a", "cpu", 1.5), False),
+        (("storage", np.dtype("<f4"), 7, "cpu", 3), False),
+        (("storage", np.dtype("<f4"), "a", "cpu"), False),
+        (("storage", "torch FloatStorage", "a", "cpu", 3), False),
+        (("module", np.dtype("<f4"), "a", "cpu", 3), False),
+        ("storage", False),
+        (None, False),
+    ],
+)
+def test_ids_of_storages(id_: Any, is_valid: bool) -> None:
+    with nullcontext() if is_valid else pytest.raises(WeightsError, match="a storage of a form"):
+        assert storage_of_id(id_) == TorchStorage("a", np.dtype("<f4"), id_[4])
 
 
 @pytest.mark.parametrize("length", [MAX_NAME_LENGTH, MAX_NAME_LENGTH + 1])
