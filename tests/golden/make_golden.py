@@ -3,7 +3,7 @@
 The environment needs torch, transformers and the sources of gptx:
 
     python -m venv /tmp/reference
-    /tmp/reference/bin/pip install torch transformers
+    /tmp/reference/bin/pip install torch==2.13.0 transformers==5.24.0
     PYTHONPATH=. /tmp/reference/bin/python tests/golden/make_golden.py [tinyshakespeare.txt]
 
 Without an argument the text is $TINY_SHAKESPEARE, or ../shared/data/tinyshakespeare.txt relative

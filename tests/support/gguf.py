@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.formats.gguf import write
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 # Type in the file -> options of the writer.
@@ -105,18 +103,6 @@ def checkpoint(
     weights = random_weights(config) if weights is None else weights
     stored = {name: StoredTensor(w.shape, w.dtype, lambda w=w: w) for name, w in weights.items()}
     return Checkpoint(config, stored, tokenizer)
-
-
-def small_tokenizer() -> PipelineTokenizer:
-    """Make a tokenizer of all bytes, one merge, the end of a text, and an ordinary added token."""
-    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
-    vocab |= {"<|endoftext|>": 256, "th": 257, "<br>": 258}
-    tokenizer = PipelineTokenizer.of_vocabulary(
-        vocab, [("t", "h")], {"<|endoftext|>": 256, "<br>": 258}
-    )
-    definition = tokenizer.definition()
-    definition["added_tokens"][1]["special"] = False
-    return PipelineTokenizer({}, definition=json.dumps(definition))
 
 
 def written(

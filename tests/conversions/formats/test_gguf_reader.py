@@ -21,11 +21,10 @@ from gptx.conversions.formats.gguf import gguf_name, write
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16, widen_bfloat16
-from gptx.tokenization.byte_level import byte_of_letter
-from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.byte_tokenizers import LETTERS, byte_tokenizer, small_tokenizer
 from tests.support.embedded_tokenizer import load_tokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
-from tests.support.gguf import TYPES, checkpoint, small_tokenizer, written
+from tests.support.gguf import TYPES, checkpoint, written
 from tests.support.random_models import CASES
 
 CONFIG = CASES["124M"]
@@ -233,13 +232,12 @@ def test_tokens_that_were_added(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_merges_round_trips(tmp_path: Path) -> None:
-    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
     config = replace(SMALL, vocab_size=256, eos_token_id=None)
-    written(tmp_path, config, tokenizer=PipelineTokenizer.of_vocabulary(vocab, []))
+    written(tmp_path, config, tokenizer=byte_tokenizer())
     tokenizer = read(tmp_path / "model.gguf")[1].tokenizer
     assert tokenizer is not None
     model = tokenizer.definition()["model"]
-    assert (model["vocab"], model["merges"]) == (vocab, [])
+    assert (model["vocab"], model["merges"]) == (LETTERS, [])
 
 
 # Invalid files

@@ -22,8 +22,8 @@ from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
-from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.embedded_tokenizer import load_tokenizer
 from tests.support.gguf import IDS, TYPES, File, checkpoint, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16, write_model
@@ -236,7 +236,7 @@ def test_several_ends_of_text(tmp_path: Path) -> None:
 
 
 def test_special_tokens_that_the_tokenizer_names(tmp_path: Path) -> None:
-    definition = byte_tokenizer(**{"<s>": 256, "</s>": 257, "<pad>": 258}).definition()
+    definition = byte_tokenizer({"<s>": 256, "</s>": 257, "<pad>": 258}).definition()
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "!"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
@@ -271,12 +271,6 @@ def test_the_chat_template(tmp_path: Path, in_settings: bool) -> None:
         assert found.settings.options.get("chat_template") == expected
 
 
-def byte_tokenizer(**special: int) -> PipelineTokenizer:
-    """Make a tokenizer of bytes and special tokens."""
-    vocab = {letter: id for id, letter in enumerate(byte_of_letter())}
-    return PipelineTokenizer.of_vocabulary(vocab | special, [], special)
-
-
 def test_without_an_end_of_text_a_filler_is_the_end(tmp_path: Path) -> None:
     config = replace(CONFIG, vocab_size=258, eos_token_id=None)
     model = checkpoint(config, tokenizer=byte_tokenizer())
@@ -297,7 +291,7 @@ def test_a_model_without_any_end_of_text(tmp_path: Path) -> None:
 
 
 def test_flags_of_added_tokens_are_named(tmp_path: Path) -> None:
-    definition = byte_tokenizer(a1=256, b2=257, c3=258).definition()
+    definition = byte_tokenizer({"a1": 256, "b2": 257, "c3": 258}).definition()
     definition["added_tokens"][1] |= {"lstrip": True, "rstrip": True}
     definition["added_tokens"][2] |= {"single_word": True, "normalized": True}
     tokenizer = PipelineTokenizer({}, definition=json.dumps(definition))

@@ -23,7 +23,7 @@ from gptx.embedded import EMBEDDED
 from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
-from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.fuzz import (
     EXTREMES,
     MUTATIONS,
@@ -245,20 +245,11 @@ class TestSettings:
             read(path.parent)
 
 
-LETTERS = PipelineTokenizer(
-    {n: EMBEDDED["shakespeare"] / n for n in ("vocab.json", "merges.txt")}
-).definition()["model"]["vocab"]
-
-
 class TestTokenizer:
     @pytest.fixture
     def folder(self, tiny: Callable[..., Path]) -> Path:
-        letters = sorted((t for t in LETTERS if len(t) == 1), key=ord)[:256]
-        merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "th")]
-        tokens = [*letters, *map("".join, merges), "<|endoftext|>"]
-        vocab = {token: id for id, token in enumerate(tokens)}
-        special = {"<|endoftext|>": len(tokens) - 1}
-        return tiny(tokenizer=PipelineTokenizer.of_vocabulary(vocab, merges, special))
+        merges = {"t h": 256, "th e": 257, "Ġ the": 258, "Ġ th": 259}
+        return tiny(tokenizer=byte_tokenizer({"<|endoftext|>": 260}, merges))
 
     def test_is_read(self, folder: Path) -> None:
         checkpoint = read(folder)[1]

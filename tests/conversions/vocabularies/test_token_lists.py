@@ -17,10 +17,8 @@ from gptx.conversions.vocabularies.token_lists import (
     tokenizer_from_lists,
 )
 from gptx.errors import TokenizerError
-from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
-
-LETTERS = list(byte_of_letter())
+from tests.support.byte_tokenizers import LETTERS, byte_tokenizer
 
 
 def vocabulary(tokenizer: PipelineTokenizer) -> dict[str, int]:
@@ -35,12 +33,11 @@ def test_an_empty_vocabulary_has_only_fillers() -> None:
 
 @pytest.mark.parametrize("with_kinds", [True, False])
 def test_gaps_in_the_ids_are_kept(with_kinds: bool) -> None:
-    vocab = {letter: id for id, letter in enumerate(LETTERS)} | {"th": 259}
-    source = PipelineTokenizer.of_vocabulary(vocab, [("t", "h")])
+    source = byte_tokenizer(merges={"t h": 259})
     tokens, kinds, merges = token_lists(source, 262, "a program")
     assert tokens[256:] == ["[PAD256]", "[PAD257]", "[PAD258]", "th", "[PAD260]", "[PAD261]"]
     found = tokenizer_from_lists(tokens, merges, kinds if with_kinds else (), "the test")
-    assert vocabulary(found) == vocab
+    assert vocabulary(found) == LETTERS | {"th": 259}
     assert found.encode("th") == [259]
 
 
@@ -52,9 +49,7 @@ def test_a_filler_of_another_kind_is_a_token(kind: int) -> None:
 
 
 def test_fillers_differ_from_tokens() -> None:
-    source = PipelineTokenizer.of_vocabulary(
-        {letter: id for id, letter in enumerate(LETTERS)}, [], {"[PAD258]": 256, "[PAD258]_": 257}
-    )
+    source = byte_tokenizer({"[PAD258]": 256, "[PAD258]_": 257})
     tokens, kinds, merges = token_lists(source, 259, "a program")
     assert tokens[256:] == ["[PAD258]", "[PAD258]_", "[PAD258]__"]
     found = tokenizer_from_lists(tokens, merges, kinds, "the test")
@@ -104,8 +99,7 @@ def test_added_tokens_and_their_kinds() -> None:
 
 
 def test_flags_that_lists_do_not_have_are_named() -> None:
-    letters = {letter: id for id, letter in enumerate(LETTERS)}
-    source = PipelineTokenizer.of_vocabulary(letters, [], {"<s>": 256, "<t>": 257})
+    source = byte_tokenizer({"<s>": 256, "<t>": 257})
     assert flags_of_added_tokens(source) == {}
     definition = source.definition()
     definition["added_tokens"][1] |= dict.fromkeys(("lstrip", "single_word", "normalized"), True)
@@ -116,12 +110,12 @@ def test_flags_that_lists_do_not_have_are_named() -> None:
 @pytest.mark.parametrize(
     ("tokens", "merges", "kinds", "message"),
     [
-        (LETTERS, [], [NORMAL] * 255, "has 256 tokens, but 255 token types"),
+        ([*LETTERS], [], [NORMAL] * 255, "has 256 tokens, but 255 token types"),
         ([*LETTERS, "a"], [], (), "it has a duplicate token"),
         ([*LETTERS, "a b"], [], (), "token 256 is 'a b', not byte-level BPE"),
         ([*LETTERS, "你"], [], [NORMAL] * 257, "token 256 is '你', not byte-level BPE"),
         ([*LETTERS, ""], [], [NORMAL] * 256 + [CONTROL], "token 256 is '', not byte-level BPE"),
-        (LETTERS, ["t h"], (), "the merge 't h' makes no token"),
+        ([*LETTERS], ["t h"], (), "the merge 't h' makes no token"),
         ([*LETTERS, "th"], ["th "], (), "the merge 'th ' makes no token"),
         ([*LETTERS, "th"], [" th"], (), "the merge ' th' makes no token"),
     ],
@@ -134,8 +128,7 @@ def test_lists_that_are_damaged(
 
 
 def test_an_id_beyond_the_vocabulary_of_the_model() -> None:
-    letters = {letter: id for id, letter in enumerate(LETTERS)}
-    source = PipelineTokenizer.of_vocabulary(letters, [], {"<s>": 300})
+    source = byte_tokenizer({"<s>": 300})
     assert len(token_lists(source, 301, "a program")[0]) == 301
     with pytest.raises(TokenizerError, match="has the token id 300, the model 300 tokens"):
         token_lists(source, 300, "a program")
