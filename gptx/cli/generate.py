@@ -70,6 +70,7 @@ def _as_dict(
 
 @click.command(
     cls=Sections,
+    context_settings={"allow_extra_args": True},  # for an error that speaks of quotes
     sections={
         "Prompt": "prompt_option",
         "Model": "model",
@@ -281,6 +282,10 @@ def generate(
       echo "ROMEO:" | gptx generate -m shakespeare --json -
       gptx generate -m shakespeare --temperature 0.8
     """
+    if extra := click.get_current_context().args:
+        raise click.UsageError(
+            f"extra arguments ({' '.join(extra)}): put a prompt of several words in quotes"
+        )
     load_options = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
     text = read_prompt(prompt, prompt_option, file)
     if text is None:

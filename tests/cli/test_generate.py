@@ -77,7 +77,7 @@ def test_characters_of_a_prompt_are_kept(args: Any, stdin: bytes, prompt: str) -
         ((), "missing prompt"),
         (("a", "-p", "b"), "duplicate prompt"),
         (("-", "-p", "b"), "duplicate prompt"),
-        (("a", "b"), "unexpected extra argument"),
+        (("to", "be", "or"), "extra arguments (be or): put a prompt of several words in quotes"),
     ],
 )
 def test_missing_and_duplicate_prompts(args: tuple[str, ...], problem: str) -> None:
