@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -216,3 +217,55 @@ def test_a_signal_handler_that_forks_during_a_run(pool: ThreadPool, product: Pro
             sys.settrace(tracer)
         np.testing.assert_array_equal(found, expected)
     assert lines > 5
+
+
+def exit_status(run: Callable[[], bool]) -> int:
+    """Run a function in a forked child; return 0 if it returns True."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            status = not run()
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_any_thread_of_a_forked_child_and_of_its_children(
+    pool: ThreadPool, product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_pool, "POOL", pool)
+    expected = product.run(3)
+
+    def is_computed() -> bool:
+        found: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda: found.append(product.run(3)), daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        return bool(found) and np.array_equal(found[0], expected)
+
+    assert exit_status(lambda: is_computed() and exit_status(is_computed) == 0) == 0
+    assert is_computed()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_waits_for_the_end_of_a_run(
+    pool: ThreadPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_pool, "POOL", pool)
+    held, ended = threading.Event(), threading.Event()
+
+    def hold_the_lock() -> None:
+        with pool.lock:
+            held.set()
+            time.sleep(0.05)
+            ended.set()
+
+    other = threading.Thread(target=hold_the_lock)
+    other.start()
+    held.wait()
+    assert exit_status(ended.is_set) == 0
+    other.join()
