@@ -70,7 +70,7 @@ def _as_dict(
 
 @click.command(
     cls=Sections,
-    context_settings={"allow_extra_args": True},  # for an error that speaks of quotes
+    context_settings={"allow_extra_args": True},  # which have an error of their own
     sections={
         "Prompt": "prompt_option",
         "Model": "model",
