@@ -94,6 +94,8 @@ class TorchFile:
         folders = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
         if len(folders) != 1:
             raise WeightsError(f"the archive has {len(folders)} files data.pkl, expected one")
+        if f"{folders[0]}constants.pkl" in entries:
+            raise WeightsError("it is a program of TorchScript: save the model's state_dict()")
         pickled = Unpickled(self._content(entries[f"{folders[0]}data.pkl"]))
         if (order := entries.get(f"{folders[0]}byteorder")) is not None:
             self._big_endian = self._content(order) == b"big"

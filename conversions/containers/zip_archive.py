@@ -2,8 +2,8 @@
 
 The layout is that of APPNOTE.TXT 6.3 (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT),
 sections 4.3 and 4.5.3: the files, each after a header; the directory; and an end record with the
-position of the directory, with 64-bit numbers if necessary. An archive with compression,
-encryption, a comment or several disks is not supported. Missing or additional bytes are an error.
+position of the directory, with 64-bit numbers if necessary. An archive with a comment or several
+disks is not supported. Missing or additional bytes are an error.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class ZipEntry:
         Its size in bytes.
     crc
         Its CRC-32; 0 if the archive has none.
+    is_stored
+        False if it is compressed or encrypted. Then it cannot be read.
     """
 
     name: str
     header: int
     n_bytes: int
     crc: int
+    is_stored: bool = True
 
     def start(self, file: BinaryFile) -> int:
         """Return the position of its first byte.
@@ -54,8 +57,10 @@ class ZipEntry:
         Raises
         ------
         WeightsError
-            The directory has another position or size than the header.
+            It is not stored, or the directory has another position or size than the header.
         """
+        if not self.is_stored:
+            raise _damaged(file, f"{self.name} is compressed or encrypted: not supported")
         mark, *_, n_name, n_extra = HEADER.unpack(file.read(self.header, HEADER.size, self.name))
         name = file.read(self.header + HEADER.size, n_name, self.name)
         start: int = self.header + HEADER.size + n_name + n_extra
@@ -70,7 +75,7 @@ def zip_entries(file: BinaryFile) -> dict[str, ZipEntry]:
     Raises
     ------
     WeightsError
-        The file is damaged, or not an archive of stored files.
+        The file is damaged, or not an archive.
     """
     begin, n_bytes, count = _directory(file)
     if n_bytes > MAX_DIRECTORY_BYTES:
@@ -92,12 +97,11 @@ def zip_entries(file: BinaryFile) -> dict[str, ZipEntry]:
         at += n_name + n_extra + n_comment
         if mark != b"PK\1\2" or at > len(data) or disk or not _is_plain(name):
             raise _damaged(file, "its directory is invalid")
-        if flags & ENCRYPTED or method:
-            raise _damaged(file, f"{name.decode()} is compressed or encrypted: not supported")
+        is_stored = not (flags & ENCRYPTED or method)
         size, packed, header = _from_extra_field([size, packed, header], extra)
-        if size != packed or name.decode() in found:
+        if (is_stored and size != packed) or name.decode() in found:
             raise _damaged(file, f"its directory has a duplicate or invalid entry {name.decode()}")
-        found[name.decode()] = ZipEntry(name.decode(), header, size, crc)
+        found[name.decode()] = ZipEntry(name.decode(), header, size, crc, is_stored)
     if len(found) != count:
         raise _damaged(file, f"its directory has {len(found)} files, expected {count}")
     return found

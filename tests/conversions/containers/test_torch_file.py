@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_a_message_has_the_path_once(opened: Open, tmp_path: Path) -> None:
 def test_archives_with_another_number_of_pickles(opened: Open) -> None:
     with pytest.raises(WeightsError, match=r"has 0 files data\.pkl, expected one"):
         opened(zip_bytes({}).replace(b"data.pkl", b"data.pkk"))
+
+
+def test_a_program_of_torchscript_is_named(opened: Open, tmp_path: Path) -> None:
+    """It has compressed files, too."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("data.pkl", "code/__torch__.py", "constants.pkl"):
+            archive.writestr(f"m/{name}", b"text" * 9)
+    with pytest.raises(WeightsError, match="it is a program of TorchScript: save the model's"):
+        opened((tmp_path / "m.pt").read_bytes())
 
 
 def test_a_storage_that_is_missing_or_of_another_size(opened: Open) -> None:
