@@ -126,7 +126,7 @@ def _add_tokens(tokenizer: Any, settings: TokenizerSettings) -> None:
 
 
 def disable_dropout(tokenizer: Any) -> None:
-    """Make the ids those of the merges: the dropout of a BPE, for its training, draws them."""
+    """Set the dropout of a BPE to none: it is for training, and makes the ids random."""
     from tokenizers import models
 
     if isinstance(tokenizer.model, models.BPE):
