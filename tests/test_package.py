@@ -50,6 +50,7 @@ ROOMS = [
     "gptx.conversions.reading",
     "gptx.conversions.converter",
     "gptx.conversions",
+    "gptx.generation.checks",
     "gptx.generation.sampling",
     "gptx.generation.names gptx.generation.prompts",
     "gptx.generation.options",

@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
-import numpy as np
-
 from gptx.config import GPT2Config
 from gptx.errors import ParameterError, argument
+from gptx.generation.checks import check_bool, is_int, shown
 from gptx.generation.names import check_names
-from gptx.generation.sampling import SamplingParams, is_int, random_seed
+from gptx.generation.sampling import SamplingParams, random_seed
 from gptx.kv_cache import KVCache
 
 Overflow = Literal["error", "truncate", "slide"]
-MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
 MAX_TOKENS = 100  # default number of new tokens for each prompt
 BATCH_SIZE = 8  # default number of prompts in a batch
 
@@ -159,13 +157,13 @@ def check_options(options: Options) -> CheckedOptions:
     cache = options.get("cache")
     if cache is not None and not isinstance(cache, KVCache):
         raise ParameterError(
-            f"{argument('cache')} is {_shown(cache)}, expected the result of Model.prefill "
+            f"{argument('cache')} is {shown(cache)}, expected the result of Model.prefill "
             "or Model.load_cache"
         )
     batch_size = options.get("batch_size", BATCH_SIZE)
     if not is_int(batch_size) or batch_size < 1:
         raise ParameterError(
-            f"{argument('batch_size')} is {_shown(batch_size)}, "
+            f"{argument('batch_size')} is {shown(batch_size)}, "
             "expected a whole number of at least 1"
         )
     given = {f.name: options[f.name] for f in fields(SamplingParams) if f.name in options}  # type: ignore[literal-required]
@@ -199,24 +197,13 @@ def check_load_options(options: LoadOptions) -> None:
     for name in ("revision", "token"):
         value = options.get(name)
         if value is not None and not isinstance(value, str):
-            raise ParameterError(f"{argument(name)} is {_shown(value)}, expected a string")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise ParameterError unless the value of an option is True or False."""
-    if not isinstance(value, bool | np.bool_):
-        raise ParameterError(f"{argument(name)} is {_shown(value)}, expected True or False")
-
-
-def _shown(value: Any) -> str:
-    """Return the start of the `repr` of a value, in one line."""
-    return " ".join(repr(value).split())[:MAX_SHOWN_CHARACTERS]
+            raise ParameterError(f"{argument(name)} is {shown(value)}, expected a string")
 
 
 def _check_limits(max_tokens: int | None, overflow: str) -> None:
     if overflow not in get_args(Overflow):
         raise ParameterError(
-            f"{argument('overflow')} is {_shown(overflow)}, "
+            f"{argument('overflow')} is {shown(overflow)}, "
             f"expected one of {', '.join(get_args(Overflow))}"
         )
     if max_tokens is None and overflow == "slide":
@@ -226,7 +213,7 @@ def _check_limits(max_tokens: int | None, overflow: str) -> None:
         )
     if max_tokens is not None and (not is_int(max_tokens) or max_tokens < 1):
         raise ParameterError(
-            f"{argument('max_tokens')} is {_shown(max_tokens)}, "
+            f"{argument('max_tokens')} is {shown(max_tokens)}, "
             "expected a whole number of at least 1"
         )
 
@@ -234,13 +221,13 @@ def _check_limits(max_tokens: int | None, overflow: str) -> None:
 def _stop_strings(stop: Any) -> list[str]:
     if not isinstance(stop, str | Sequence | None) or isinstance(stop, bytes | bytearray):
         raise ParameterError(
-            f"{argument('stop')} is {_shown(stop)}, expected a string or a list of strings"
+            f"{argument('stop')} is {shown(stop)}, expected a string or a list of strings"
         )
     strings = [stop] if isinstance(stop, str) else list(stop or [])
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ParameterError(
-                f"{argument('stop')} has {_shown(string)}, "
+                f"{argument('stop')} has {shown(string)}, "
                 "expected strings of at least one character"
             )
     return strings

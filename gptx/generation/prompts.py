@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from gptx.errors import PromptError, argument
-from gptx.generation.sampling import is_int
+from gptx.generation.checks import is_int, shown
 
 Prompt = str | Sequence[int]
 
@@ -94,8 +94,7 @@ def list_of_ids(ids: Sequence[int]) -> list[int]:
         or not isinstance(values, Sequence)
         or not all(map(is_int, values))
     ):
-        given = " ".join(str(ids)[:60].split())
-        raise PromptError(f"token ids are {given}, expected one list of whole numbers")
+        raise PromptError(f"token ids are {shown(ids)}, expected one list of whole numbers")
     return [int(id) for id in values]
 
 
@@ -139,7 +138,7 @@ def _checked(prompt: Any, expected: str = EXPECTED) -> Any:
         )
     if isinstance(prompt, Sequence):
         return prompt
-    given = " ".join(repr(prompt)[:60].split())
+    given = shown(prompt)
     if _is_array(prompt) and len(prompt.shape) != 1:
         raise PromptError(
             f"the prompt is {given}, an array of shape {tuple(prompt.shape)}, expected one list of "

@@ -15,13 +15,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from gptx.backends import Backend
 from gptx.errors import ParameterError, argument
+from gptx.generation.checks import is_int, is_real, shown
 
 Array = Any
 MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
@@ -84,34 +84,37 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not _is_real(value) or not low <= value <= high:
+            if not is_real(value) or not low <= value <= high:
                 raise ParameterError(
-                    f"{argument(name)} is {value!r}, expected a number from {low:g} to {high:g}"
+                    f"{argument(name)} is {shown(value)}, "
+                    f"expected a number from {low:g} to {high:g}"
                 )
             # A NumPy scalar turns float32 arrays into float64.
             object.__setattr__(self, name, float(value))
         if not is_int(self.top_k) or self.top_k < 0:
             raise ParameterError(
-                f"{argument('top_k')} is {self.top_k!r}, expected a whole number of at least 0 "
-                "(0 keeps all)"
+                f"{argument('top_k')} is {shown(self.top_k)}, "
+                "expected a whole number of at least 0 (0 keeps all)"
             )
         if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise ParameterError(
-                f"{argument('seed')} is {self.seed!r}, expected a whole number from 0 to 2^64 - 1"
+                f"{argument('seed')} is {shown(self.seed)}, "
+                "expected a whole number from 0 to 2^64 - 1"
             )
         object.__setattr__(self, "top_k", int(self.top_k))
         object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
         # Callers may give None for no bias.
         if not isinstance(self.logit_bias, Mapping | None):
             raise ParameterError(
-                f"{argument('logit_bias')} is {self.logit_bias!r}, "
+                f"{argument('logit_bias')} is {shown(self.logit_bias)}, "
                 "expected a dict of token id: number"
             )
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in self.logit_bias.items():
-            if not is_int(token) or not _is_real(bias):
+            if not is_int(token) or not is_real(bias):
                 raise ParameterError(
-                    f"{argument('logit_bias')} has {token!r}: {bias!r}, expected id: number"
+                    f"{argument('logit_bias')} has {shown(token)}: {shown(bias)}, "
+                    "expected id: number"
                 )
             if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
                 raise ParameterError(
@@ -132,15 +135,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if each step takes the token with the largest logit."""
         return self.temperature == 0
-
-
-def is_int(value: object) -> bool:
-    """Return True for a whole number, NumPy's included, but False for a bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def random_seed() -> int:

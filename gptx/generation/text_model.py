@@ -12,12 +12,12 @@ import numpy as np
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument
+from gptx.generation.checks import check_bool, is_int
 from gptx.generation.engine import TokenGenerator, fit_prompt, streams_of
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (
     CheckedOptions,
     Options,
-    check_bool,
     check_options,
 )
 from gptx.generation.prompts import (
@@ -29,7 +29,6 @@ from gptx.generation.prompts import (
     split_prompts,
 )
 from gptx.generation.results import Chunk, Result, Score
-from gptx.generation.sampling import is_int
 from gptx.generation.scoring import score
 from gptx.generation.streaming import Continuation
 from gptx.kv_cache import KVCache

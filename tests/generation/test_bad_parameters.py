@@ -32,6 +32,7 @@ def shakespeare() -> Model:
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": None}, "temperature is None"),
         ({"temperature": True}, "temperature is True"),
+        ({"temperature": np.ones((2, 2))}, "temperature is array([[1., 1.], [1., 1.]]), expected"),
         ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": NAN}, "top_p is nan"),

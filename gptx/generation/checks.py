@@ -1,0 +1,37 @@
+"""Checks of values of any type, and their form in messages."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from gptx.errors import ParameterError, argument
+
+MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
+
+
+def is_int(value: object) -> bool:
+    """Return True for a whole number, NumPy's included, but False for a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Return True for a number, NumPy's included, but False for a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ParameterError unless the value of an option is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ParameterError(f"{argument(name)} is {shown(value)}, expected True or False")
+
+
+def shown(value: Any) -> str:
+    """Return the start of the `repr` of a value, in one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python limits the digits of an int
+        text = f"too long ({type(value).__name__})"
+    return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]
