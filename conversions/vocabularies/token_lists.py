@@ -56,7 +56,7 @@ def _difference_from_gpt2(definition: dict[str, Any]) -> str | None:
         return f"a normalizer ({normalizer['type']})"
     if split.get("type") != "ByteLevel":
         return f"the pre-tokenizer {split.get('type', 'none')}"
-    if not split.get("use_regex", True):
+    if not split["use_regex"]:
         return "a pre-tokenizer without GPT-2's pattern (use_regex: false)"
     if split.get("add_prefix_space"):
         return "add_prefix_space: true"

@@ -97,7 +97,7 @@ def is_gpt2(definition: Mapping[str, Any]) -> bool:
         and not any(model.get(name) for name in (*plain, *flags))
         and definition["normalizer"] is None
         and split.get("type") == "ByteLevel"
-        and split.get("use_regex", True)
+        and split["use_regex"]
         and (definition["decoder"] or {}).get("type") == "ByteLevel"
     )
 
