@@ -43,15 +43,15 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> ThreadPool:
 class Product:
     """A program of one product, its input, and its results on one thread."""
 
-    def __init__(self, random: np.random.Generator, bits: int | None) -> None:
-        w = random.standard_normal((N_OUT, N_IN)).astype(np.float32)
+    def __init__(self, random: np.random.Generator, bits: int | None, n_out: int = N_OUT) -> None:
+        w = random.standard_normal((n_out, N_IN)).astype(np.float32)
         weight = QuantizedWeight(quantize(w, bits, 64)) if bits else np.ascontiguousarray(w.T)
         self.program = Program([FusedOp("linear", 0, 1, weight=weight)], inputs=[N_IN])
         self.x = np.zeros((48, N_IN), np.float32)
         self.x[:ROWS] = random.standard_normal((ROWS, N_IN))
 
     def run(self, threads: int, rows: int = ROWS) -> np.ndarray:
-        y = np.zeros((48, N_OUT), np.float32)
+        y = np.zeros((48, self.program.widths[1]), np.float32)
         self.program.run({0: self.x, 1: y}, Shape(1, rows), threads)
         return y[:rows]
 
@@ -83,6 +83,31 @@ def test_the_pool_grows_to_any_number_of_threads(
         found = product.run(threads, rows)
         assert pool._workers == workers
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_small_program_starts_no_thread(pool: ThreadPool, random: np.random.Generator) -> None:
+    """3 threads have 16,384 multiplications each, 4 threads have fewer."""
+    product = Product(random, 8, n_out=64)
+    expected = product.run(1, rows=1)
+    for threads, workers in ((4, 0), (3, 2)):
+        np.testing.assert_array_equal(product.run(threads, rows=1), expected)
+        assert pool._workers == workers
+
+
+def test_memory_that_is_kept_for_the_next_run(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product.run(1)
+    kept = product.program._kept
+    assert kept is not None
+    product.run(1)
+    assert product.program._kept is kept
+    n_bytes = sum(x.nbytes for x in kept.arrays)
+    for limit, is_kept in ((n_bytes, True), (n_bytes - 1, False)):
+        monkeypatch.setattr(program_module, "MAX_KEPT_BYTES", limit)
+        product.program._kept = None
+        product.run(1)
+        assert (product.program._kept is not None) == is_kept
 
 
 @pytest.mark.parametrize("rows", [1, 4, ROWS])
