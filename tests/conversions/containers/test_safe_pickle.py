@@ -253,6 +253,15 @@ def test_a_pickle_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Unpickled(b"\x80\x02" + b"N0" * 60 + b"N.")
 
 
+def test_limits_of_a_pickle() -> None:
+    with pytest.raises(WeightsError, match="more than 262144 instructions"):
+        Unpickled(b"N0" * 2**17 + b"N.")
+    with pytest.raises(WeightsError, match="is truncated: it has no end"):
+        Unpickled(b"B" + struct.pack("<I", 2**24) + bytes(2**24) + b".")
+    assert Unpickled(b"\x8a\x10" + bytes(15) + b"\1.").value == 2**120
+    assert Unpickled(b"\x8a\x11" + bytes(16) + b"\1.").value is IGNORED
+
+
 @pytest.mark.parametrize(
     "code",
     [b"", b".", b"0.", b"a.", b"N", b"Na.", b"h\0.", b"t.", b"1.", b"u.", b"(u.", b"](Nu.",
