@@ -251,7 +251,12 @@ def test_help_and_settings_are_complete(
     commands.read("/set")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0].replace("-", "_") for line in lines] == list(SETTINGS)
-    assert dict(line.split() for line in lines)["seed"] == "random"
+    shown = dict(line.split() for line in lines)
+    assert (shown["seed"], shown["stop"], shown["ignore-eos"]) == ("random", "none", "off")
+    for line in (r"/set stop \n", "/set ignore-eos on", "/seed 3", "/set"):
+        commands.read(line)
+    shown = dict(line.split() for line in capsys.readouterr().err.splitlines())
+    assert (shown["seed"], shown["stop"], shown["ignore-eos"]) == ("3", repr("\n"), "on")
 
 
 def test_statistics_follow_each_turn_unless_quiet(
