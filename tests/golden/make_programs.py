@@ -1,6 +1,8 @@
 """Save tiny models with the programs that people use, and compute their logits with them.
 
-Each program needs a separate environment, with torch 2.13.0 unless it says another:
+    python tests/golden/make_programs.py PROGRAM [SOURCES]
+
+Each program needs a separate environment, with torch==2.13.0 and:
 
     transformers4   transformers==4.46.3
     trl             transformers==4.46.3 trl==0.11.4
@@ -8,11 +10,15 @@ Each program needs a separate environment, with torch 2.13.0 unless it says anot
     torch           transformers==5.24.0
     lightning       transformers==5.24.0 lightning==2.6.6
     peft            transformers==5.24.0 peft==0.21.2
-    nanogpt         the sources of nanoGPT, commit 3adf61e
-    llama.cpp       transformers==5.24.0, the sources of llama.cpp in llama-cpp-python 0.3.36
+    nanogpt         SOURCES: https://github.com/karpathy/nanoGPT, commit 3adf61e
+    llama.cpp       transformers==5.24.0; SOURCES: vendor/llama.cpp of llama-cpp-python 0.3.36
     mlx             mlx-lm==0.32.2 'mlx[cpu]==0.32.4' transformers==5.24.0
 
-    PYTHONPATH=. python tests/golden/make_programs.py PROGRAM [SOURCES]
+For example:
+
+    python -m venv /tmp/peft
+    /tmp/peft/bin/pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
+    /tmp/peft/bin/python tests/golden/make_programs.py peft
 
 programs/CASE/
     The files of the program, as it wrote them.
