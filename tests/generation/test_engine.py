@@ -340,8 +340,9 @@ def test_the_cache_after_a_slide_has_the_newer_half(counting: Transformer) -> No
     assert n < len(ids) - 1
 
 
-def test_an_interrupt_while_the_context_slides_leaves_no_cache(
-    counting: Transformer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefills", [1, 2], ids=["first", "slide"])
+def test_an_interrupt_while_a_prompt_is_read_leaves_no_cache(
+    counting: Transformer, monkeypatch: pytest.MonkeyPatch, prefills: int
 ) -> None:
     """The new cache has positions whose keys are not computed."""
     prefill = Batch.prefill
@@ -349,7 +350,7 @@ def test_an_interrupt_while_the_context_slides_leaves_no_cache(
 
     def interrupted(self: Batch, *args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == prefills:
             raise KeyboardInterrupt
         return prefill(self, *args)
 
