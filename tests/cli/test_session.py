@@ -95,6 +95,7 @@ def test_an_interrupt_keeps_the_output_so_far(
     written: list[str] = []
 
     def echo(text: str = "", **options: Any) -> None:
+        assert options == {"nl": False}
         written.append(text)
         if len(written) == 3:
             raise KeyboardInterrupt
