@@ -53,7 +53,7 @@ class ThreadPool:
         workers = int(words[WORKERS])
         if workers > self._workers:
             self._start(workers)
-        mailbox = self._mailbox  # one only, if a signal handler forks here: the child gets another
+        mailbox = self._mailbox  # a signal handler that forks here replaces it in the child
         mailbox[RUN_WORDS : RUN_WORDS + N_WORDS] = words
         if workers > self._workers:
             mailbox[RUN_WORDS + WORKERS] = 0
