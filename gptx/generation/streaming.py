@@ -80,7 +80,7 @@ class Continuation:
         """Return the result so far; `reason` is its finish reason if it has none yet."""
         if self._result is not None:
             return self._result
-        rest = self._stop.finish() if reason == "interrupted" else ""
+        rest = self._stop.finish()  # empty unless the run was interrupted
         tokens = [id for id, _, _ in self._pieces if id is not None]
         logprobs = [logprob for _, logprob, _ in self._pieces if logprob is not None]
         n, seconds = len(tokens), self._last_time - self._first_time

@@ -91,6 +91,15 @@ def test_a_stop_string_that_a_byte_completes_at_the_end() -> None:
     assert pieces[0] == " the"
 
 
+@pytest.mark.parametrize(("seconds", "rate"), [(0.5, 2.0), (0.0, 0.0)])
+def test_the_rate_of_a_prefill_without_measured_time(seconds: float, rate: float) -> None:
+    run: Any = SimpleNamespace(**{**vars(RUN), "prefill_seconds": seconds})
+    output = Continuation(0, [5], [5], None, [], run)
+    result = output.add(Token(0, 7, None, "length")).result
+    assert result is not None
+    assert (result.prompt_tps, result.time_to_first_token) == (rate, seconds)
+
+
 def model_with(name: str) -> Model:
     tokenizer = load(name)
     model = make_model(replace(CASES["124M"], vocab_size=512), get_backend("numpy", compile=False))
