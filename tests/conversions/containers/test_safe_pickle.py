@@ -253,6 +253,11 @@ def test_a_pickle_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Unpickled(b"\x80\x02" + b"N0" * 60 + b"N.")
 
 
+def test_strings_of_python_2_are_latin_1() -> None:
+    assert Unpickled(b"U\1\xe4.").value == "ä"
+    assert Unpickled(b"T\1\0\0\0\xe4.").value == "ä"
+
+
 def test_limits_of_a_pickle() -> None:
     with pytest.raises(WeightsError, match="more than 262144 instructions"):
         Unpickled(b"N0" * 2**17 + b"N.")
