@@ -39,6 +39,7 @@ ROOMS = [
     "gptx.backends.cpu gptx.backends.cuda gptx.backends.mlx_backend",
     "gptx.backends",
     "gptx.stored_weights gptx.hub",
+    "gptx.safetensors_weights",
     "gptx.weights gptx.kv_cache",
     "gptx.model",
     "gptx.logits",

@@ -20,7 +20,8 @@ from gptx.errors import ModelWarning, ParameterError, WeightsError
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization, QuantizedTensor, dequantize, quantize
 from gptx.random_weights import random_weights
-from gptx.stored_weights import OWN_HEAD_NOTE, check_weights, open_weights
+from gptx.safetensors_weights import open_weights
+from gptx.stored_weights import OWN_HEAD_NOTE, check_weights
 from gptx.weights import quantize_weights
 from tests.support.cli import raises_error, run
 from tests.support.conversions import save

@@ -16,7 +16,7 @@ from gptx.config import GPT2Config
 from gptx.errors import ParameterError
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
-from gptx.stored_weights import open_weights
+from gptx.safetensors_weights import open_weights
 from gptx.weights import NO_NUMBA_NOTE, to_backend
 from tests.support.backends import make_backend
 from tests.support.cli import raises_error

@@ -9,7 +9,8 @@ from pathlib import Path
 from gptx.bench.sources import RANDOM, find_source, write_source
 from gptx.config import SIZES, GPT2Config
 from gptx.quantization import Quantization
-from gptx.stored_weights import Tensor, open_weights, should_quantize
+from gptx.safetensors_weights import open_weights
+from gptx.stored_weights import Tensor, should_quantize
 from gptx.weights import quantize_weights
 
 EMBEDDED = "shakespeare"

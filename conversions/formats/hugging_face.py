@@ -1,6 +1,6 @@
 """A Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files.
 
-This is gptx's own form. The reader shares `gptx.model_files` and `gptx.stored_weights` with
+This is gptx's own form. The reader shares `gptx.model_files` and `gptx.safetensors_weights` with
 `gptx.load`; it also reads mlx-lm's names and quantized matrices. The writer uses the names and the
 layout of OpenAI's models on the Hub: no `transformer.`, Conv1D `[in, out]`, no tied head, no masks
 (https://github.com/huggingface/safetensors, "Format").
@@ -28,7 +28,7 @@ from gptx.conversions.checkpoint import (
 from gptx.conversions.containers.binary import dtype_name, write_array
 from gptx.files import create
 from gptx.model_files import CONFIG, INDEX, WEIGHTS, Folder, find_files
-from gptx.stored_weights import open_weights
+from gptx.safetensors_weights import open_weights
 from gptx.tokenization.pipeline import PipelineTokenizer
 
 ALIGNMENT_BYTES = 64  # of the data, for vector instructions on the mapped file

@@ -27,7 +27,8 @@ from gptx.model_files import (
     find_files,
     find_weights,
 )
-from gptx.stored_weights import DescribedTensor, Tensor, open_weights, type_name
+from gptx.safetensors_weights import open_weights
+from gptx.stored_weights import DescribedTensor, Tensor, type_name
 
 if TYPE_CHECKING:
     from gptx.conversions.checkpoint import Checkpoint

@@ -92,8 +92,8 @@ class TokenizerSettings:
                 yield token
         for key in _GROUPS:
             group = self.options.get(key)
-            items = group.values() if isinstance(group, dict) else group
-            for item in items if isinstance(group, (dict, list)) else ():
+            items = list(group.values()) if isinstance(group, dict) else group
+            for item in items if isinstance(items, list) else ():
                 if token := _token(item, special=True):
                     yield token
 

@@ -82,7 +82,7 @@ def write_graph(folder: Path, work: Path) -> None:
 
     from gptx.config import GPT2Config
     from gptx.safetensors_file import widen_bfloat16
-    from gptx.stored_weights import open_weights
+    from gptx.safetensors_weights import open_weights
 
     config = GPT2Config.from_file(folder / "config.json")
     tensors = open_weights(sorted(folder.glob("*.safetensors")), config).map()

@@ -22,7 +22,8 @@ from gptx.errors import ConfigError, GptxError, WeightsError
 from gptx.quantization import Quantization
 from gptx.random_weights import random_tensors, random_weights
 from gptx.safetensors_file import read_safetensors
-from gptx.stored_weights import check_weights, open_weights
+from gptx.safetensors_weights import open_weights
+from gptx.stored_weights import check_weights
 from tests.support.cli import run
 from tests.support.conversions import numbers, read_all, source_of, with_header
 from tests.support.fuzz import accepted, fuzz, refuse_every_prefix
