@@ -31,8 +31,8 @@ def test_all_logits_have_a_cache_of_one_sequence(
     made = mock.Mock(wraps=KVCache)
     monkeypatch.setattr(gptx.logits, "KVCache", made)
     found = all_logits(gpt2, [3, 1, 4])
-    np.testing.assert_allclose(found, float32_logits(CONFIG, (3, 1, 4)), rtol=0, atol=1e-5)
     made.assert_called_once_with(CONFIG, gpt2.backend, 1, 3)
+    np.testing.assert_allclose(found, float32_logits(CONFIG, (3, 1, 4)), rtol=0, atol=1e-5)
 
 
 def test_next_token_logits_are_those_of_each_prompt(gpt2: Transformer) -> None:
