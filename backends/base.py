@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -175,7 +175,7 @@ class Backend:
         self.accumulation_dtype = xp.float64 if dtype == "float64" else xp.float32
         self._blas: Any = None
         if generic:
-            self.__class__ = _generic_class(type(self))
+            self.__class__ = _generic_class(cast("Any", type(self)))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.dtype}>"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,19 +216,12 @@ class TorchFile:
         strides = [step * size for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides)
 
-    def _chunks(self, tensor: TorchTensor) -> Iterator[bytes]:
-        """Yield the bytes from the first number of a tensor to its last."""
-        size = tensor.storage.dtype.itemsize
-        start = self._locations[tensor.storage.key].start + tensor.offset * size
-        end = start + tensor.extent * size
-        for at in range(start, end, READ_BYTES):
-            yield self._file.read(at, min(READ_BYTES, end - at), "a tensor")
-
     def _crc(self, storage: TorchStorage) -> int:
         """Compute the CRC-32 of a storage."""
-        crc = 0
-        for chunk in self._chunks(TorchTensor(storage, 0, (storage.size,), (1,))):
-            crc = zlib.crc32(chunk, crc)
+        crc, start = 0, self._locations[storage.key].start
+        end = start + storage.size * storage.dtype.itemsize
+        for at in range(start, end, READ_BYTES):
+            crc = zlib.crc32(self._file.read(at, min(READ_BYTES, end - at), "a storage"), crc)
         return crc
 
 

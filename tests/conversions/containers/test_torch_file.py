@@ -194,6 +194,7 @@ def parts(**changes: bytes) -> bytes:
         ({"keys": Pickle({"0": 1}).code}, "its list of storages is invalid"),
         ({"keys": Pickle(["1"]).code}, "its list of storages is invalid"),
         ({"keys": Pickle([0]).code}, "its list of storages is invalid"),
+        ({"keys": Pickle([[]]).code}, "its list of storages is invalid"),
         ({"keys": Pickle(["0", "0"]).code}, "its list of storages is invalid"),
         ({"size": struct.pack("<q", 2)}, "a storage has 2 numbers, its tensors need 3"),
         ({"numbers": bytes(11)}, "bytes, expected"),
