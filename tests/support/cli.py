@@ -134,5 +134,7 @@ def assert_generate_fails(*args: str, code: int, message: str, stdin: bytes = b"
 
 
 def short_id(value: object) -> str:
-    """Return the id of a test's parameter."""
+    """Return the id of a test's parameter, the same in all processes of a run."""
+    if type(value).__repr__ is object.__repr__ or " at 0x" in repr(value):
+        return type(value).__name__
     return repr(value)[:40].replace("\n", "")
