@@ -29,7 +29,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> str:
 
 
 def test_the_grid_as_a_table(tiny: str) -> None:
-    done = run("bench", "-m", tiny, *BOTH, "--batch", "1,2", "--dtype", "float32,float64")
+    args = ("-m", tiny, *BOTH, "--batch", "1,2", "--dtype", "float32,float64", "--wide")
+    done = run("bench", *args)
     assert (done.code, done.err) == (0, "")
     rows = parse_table(done.out)
     assert [(row["dtype"], row["batch"], row["test"]) for row in rows] == [
