@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -49,9 +49,20 @@ class User:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C until a text appears: Python's input() can miss a signal before it waits."""
+        start, deadline = self._seen, time.monotonic() + TIMEOUT
+        while self.screen.find(text, start) < 0:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.screen[start:]!r}"
+            self.type("\x03")
+            self._read()
+        self.wait_for(text)
+
     def ended(self) -> int:
         """Wait for the end of the process; return its exit code."""
+        deadline = time.monotonic() + TIMEOUT
         while True:
+            assert time.monotonic() < deadline, f"no end after {self.screen[self._seen :]!r}"
             try:
                 self._read()
             except EOFError:
@@ -80,6 +91,8 @@ def session(state: Path, *args: str) -> Iterator[User]:
     try:
         yield user
     finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         os.close(terminal)
 
 
@@ -102,8 +115,8 @@ def test_a_session_at_a_terminal(tmp_path: Path) -> None:
         user.type("/text\n")
         assert " and\nso" in user.wait_for("> ")
         user.type("not entered")
-        user.type("\x03")
-        user.wait_for("> ")
+        user.wait_for("not entered")
+        user.interrupt("> ")
         user.type("/foo\n")
         user.wait_for("Error: unknown command /foo: see /help")
         user.type("\x04")  # Ctrl-D
