@@ -137,6 +137,7 @@ def test_config_beside_the_file_is_used(tiny: Path) -> None:
     assert gptx_json.read(tiny).config == TINY
 
 
+@pytest.mark.soak
 def test_reader_and_writer_need_the_memory_of_one_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
