@@ -111,10 +111,14 @@ class Backend:
         False if a forked child cannot use the library after its parent has (see `mark_used`).
     warm_up
         Number of calls before the same call takes its usual time.
+    is_generic
+        True if every override is turned off.
     accumulation_dtype
         Type of sums over a row: float32 or float64.
     float_dtype, int_dtype
         The namespace's types of floats (`dtype`) and of indices.
+    on_device
+        Keywords with which the namespace makes an array on the device.
 
     Raises
     ------
@@ -128,6 +132,7 @@ class Backend:
     asynchronous = False
     survives_fork = True
     warm_up = 1
+    is_generic = False
 
     _used_by: ClassVar[dict[str, int]] = {}  # name of a backend -> process that has used it
 
@@ -165,10 +170,10 @@ class Backend:
         self.threads = threads
         self.compiles = compile
         self.float_dtype = getattr(xp, dtype)
-        self._on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
+        self.on_device = {} if device is None else {"device": device}  # MLX takes no such keyword
         try:
             # The default integers: some libraries index with no other type.
-            self.int_dtype = xp.asarray(0, **self._on_device).dtype
+            self.int_dtype = xp.asarray(0, **self.on_device).dtype
         except Exception as error:  # each library raises another class
             raise BackendError(f"device is {device!r}, which does not exist ({error})") from error
         # Sums over a row lose too much precision in 16 bits.
@@ -179,6 +184,14 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.dtype}>"
+
+    def override(self, name: str) -> Callable[..., Any] | None:
+        """Return this backend's faster version of a function that is defined outside of the class.
+
+        Examples are the gradients (`gptx.backends.gradients`) and the optimizer. None if the
+        backend has no method of this name, and for a backend with `generic=True`.
+        """
+        return None if self.is_generic else getattr(self, name, None)
 
     # Ops
 
@@ -221,21 +234,25 @@ class Backend:
         return xp.astype(y, self.float_dtype)
 
     def gelu(self, x: Array) -> Array:
-        """Return GELU in its exact form, x · Φ(x).
+        """Return GELU in its exact form, x · Φ(x)."""
+        y = self.xp.astype(x, self.accumulation_dtype)
+        return self.xp.astype(y * self.normal_cdf(y), self.float_dtype)
+
+    def normal_cdf(self, x: Array) -> Array:
+        """Return Φ(x), the cumulative distribution of the standard normal distribution.
 
         The array API has no erf: this is formula 7.1.26 of Abramowitz and Stegun, with an error
         below 1.5e-7.
         """
         xp = self.xp
-        y = xp.astype(x, self.accumulation_dtype)
-        z = xp.abs(y) * math.sqrt(0.5)
+        z = xp.abs(x) * math.sqrt(0.5)
         t = 1.0 / (1.0 + 0.3275911 * z)
         p = t * (
             0.254829592
             + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
         )
         half_tail = 0.5 * p * xp.exp(-z * z)  # 1 - Φ(|x|)
-        return xp.astype(y * xp.where(y < 0, half_tail, 1.0 - half_tail), self.float_dtype)
+        return xp.where(x < 0, half_tail, 1.0 - half_tail)
 
     def relu(self, x: Array) -> Array:
         """Return max(x, 0)."""
@@ -397,8 +414,8 @@ class Backend:
         if host.dtype.kind == "f":
             wanted = getattr(self.xp, dtype or self.dtype)
             host = self._host_float(host, dtype)
-            return self.xp.asarray(host, dtype=wanted, **self._on_device)
-        return self.xp.asarray(host, dtype=self.int_dtype, **self._on_device)
+            return self.xp.asarray(host, dtype=wanted, **self.on_device)
+        return self.xp.asarray(host, dtype=self.int_dtype, **self.on_device)
 
     def _host_float(self, host: np.ndarray, dtype: str | None) -> np.ndarray:
         wanted = dtype or self.dtype
@@ -422,11 +439,11 @@ class Backend:
 
     def zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """Return an array of zeros; the default dtype is the backend's."""
-        return self.xp.zeros(shape, dtype=getattr(self.xp, dtype or self.dtype), **self._on_device)
+        return self.xp.zeros(shape, dtype=getattr(self.xp, dtype or self.dtype), **self.on_device)
 
     def arange(self, n: int) -> Array:
         """Return the integers 0 to n - 1, [n]."""
-        return self.xp.arange(n, dtype=self.int_dtype, **self._on_device)
+        return self.xp.arange(n, dtype=self.int_dtype, **self.on_device)
 
     def synchronize(self) -> None:
         """Wait for the device to finish its work; a lazy library may not have started all of it."""
@@ -520,7 +537,8 @@ class Backend:
 @functools.cache
 def _generic_class(cls: Any) -> type[Backend]:
     """Return a subclass with the generic definition of every method of `OVERRIDABLE`."""
-    return type(cls.__name__, (cls,), {name: getattr(Backend, name) for name in OVERRIDABLE})
+    methods = {name: getattr(Backend, name) for name in OVERRIDABLE}
+    return type(cls.__name__, (cls,), {**methods, "is_generic": True})
 
 
 def peak_resident_memory() -> int:

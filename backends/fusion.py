@@ -125,9 +125,9 @@ def fuse(graph: Graph) -> list[FusedOp]:
             case activation, (Node(op="linear") as x,) if activation in ACTIVATIONS:
                 extend(node, x, activation=activation)
             case "attention", (
-                Node(op="query", operands=(q,)),
-                Node(op="keys", operands=(Node(op="key", operands=(k,)), layer)),
-                Node(op="values", operands=(Node(op="value", operands=(v,)), same)),
+                Node(op="query", operands=(q, _)),
+                Node(op="keys", operands=(Node(op="key", operands=(k, _)), layer)),
+                Node(op="values", operands=(Node(op="value", operands=(v, _)), same)),
                 _,
                 scale,
             ) if q is k is v and layer == same:

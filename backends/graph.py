@@ -90,7 +90,7 @@ class Tracer:
 
     def split_heads(self, qkv: Node, n_head: int) -> tuple[Node, Node, Node]:
         """Add the nodes of queries, keys and values, see `Backend.split_heads`."""
-        q, k, v = (self.graph.add_node(name, qkv) for name in ("query", "key", "value"))
+        q, k, v = (self.graph.add_node(name, qkv, n_head) for name in ("query", "key", "value"))
         return q, k, v
 
     def update(self, layer: int, k: Node, v: Node, positions: Positions) -> tuple[Node, Node]:
@@ -125,3 +125,20 @@ def trace(forward: Callable[..., Any], model: Any, *, last_only: bool) -> Graph:
     except (AttributeError, TypeError) as error:  # an operator or a method that `Node` lacks
         raise UnsupportedOp(str(error)) from error
     return graph
+
+
+def expand_attention(graph: Graph) -> None:
+    """Replace each "attention" node by "scores", "pattern" and "z", its lines in the generic op.
+
+    Dropout and hooks act on them (see `gptx.backends.gradients` for their definitions).
+    """
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "attention":
+            q, k, v, positions, scale = node.operands
+            scores = Node(node.graph, "scores", (q, k, positions, scale))
+            pattern = Node(node.graph, "pattern", (scores,))
+            nodes += [scores, pattern]
+            node.op, node.operands = "z", (pattern, v)  # the same object: others read it
+        nodes.append(node)
+    graph.nodes = nodes

@@ -1,0 +1,482 @@
+"""The loss of a forward pass and its gradients: run the graph of the pass, then walk it backward.
+
+`gptx/model.py` is traced once, with names in the place of its weights (see `gptx.backends.graph`).
+A step computes the nodes in order, the loss from the last one, and then the gradient of each node
+in reverse order, with one vector-Jacobian product an op (see `gptx.backends.gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptx.backends import gradients
+from gptx.backends.base import Backend
+from gptx.backends.graph import Graph, Node, UnsupportedOp, expand_attention, trace
+from gptx.backends.positions import Positions
+from gptx.errors import ParameterError, argument
+
+Array = Any
+
+RECOMPUTE = ("none", "cheap", "block")
+INPUTS = ("ids", "index")  # nodes of the graph's inputs
+CHEAP = ("layer_norm", "gelu_new", "gelu", "relu")  # ops that `recompute="cheap"` computes again
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of token ids, on the host.
+
+    Attributes
+    ----------
+    ids
+        Token ids [B, T], int64.
+    targets
+        Token ids after those of `ids` [B, T], int64.
+    weights
+        Weight of each target in the loss [B, T], float32: 1, or 0 where it is masked. Padding is
+        masked, and stands at the end of a sequence, where no other token attends to it.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def n_tokens(self) -> float:
+        """Number of targets that are not masked: the sum of `weights`."""
+        return float(self.weights.sum(dtype=np.float64))
+
+    def sequences(self, first: int, last: int) -> Batch:
+        """Return the sequences [first, last)."""
+        rows = slice(first, last)
+        return Batch(self.ids[rows], self.targets[rows], self.weights[rows])
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Probabilities of dropout at GPT-2's four places, and the seed of the masks.
+
+    Attributes
+    ----------
+    embd
+        Of the sum of token and position embeddings.
+    attn
+        Of the attention pattern.
+    resid
+        Of the results of attention and MLP, before the residual sum.
+    seed
+        Key of the random numbers.
+    """
+
+    embd: float = 0.0
+    attn: float = 0.0
+    resid: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("embd", "attn", "resid"):
+            p = getattr(self, name)
+            if not 0 <= p < 1:
+                raise ParameterError(
+                    f"{argument('dropout')} is {p!r} for {name}, expected at least 0, less than 1"
+                )
+
+
+class Weight(NamedTuple):
+    """A name in the place of a weight in a traced graph."""
+
+    name: str
+
+
+def named_weights(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield name and array of each leaf of a tree of weights, `h.0.attn.c_attn.weight` for one."""
+    if isinstance(tree, SimpleNamespace | list):
+        items = vars(tree).items() if isinstance(tree, SimpleNamespace) else enumerate(tree)
+        for key, child in items:
+            yield from named_weights(child, f"{path}{key}.")
+    else:
+        yield path[:-1], tree
+
+
+def loss_function(
+    forward: Callable[..., Any],
+    model: Any,
+    *,
+    trainable: Collection[str] | None = None,
+    recompute: str = "none",
+    dropout: Dropout | None = None,
+) -> LossFunction:
+    """Return the loss of a model as a function of its weights, with gradients.
+
+    Parameters
+    ----------
+    forward
+        `gptx.model.forward`.
+    model
+        A `gptx.model.Transformer`. Its backend computes; only the names of its weights are used.
+    trainable
+        Names of the weights whose gradients are computed; None for all. The others cost nothing.
+    recompute
+        Results that are computed again in the backward pass, in place of memory: "none"; "cheap",
+        those of layer norms and activations; "block", all but the input of each block.
+    dropout
+        None for none.
+
+    Raises
+    ------
+    ParameterError
+        A name or an option is unknown.
+    """
+    compiled = model.backend.override("loss_function")
+    options: dict[str, Any] = {
+        "trainable": trainable,
+        "recompute": recompute,
+        "dropout": dropout or Dropout(),
+    }
+    return compiled(forward, model, **options) if compiled else LossFunction(
+        forward, model, **options
+    )  # fmt: skip
+
+
+class LossFunction:
+    """The loss of a model on a batch, and its gradients; parameters as of `loss_function`."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        model: Any,
+        *,
+        trainable: Collection[str] | None,
+        recompute: str,
+        dropout: Dropout,
+    ) -> None:
+        if recompute not in RECOMPUTE:
+            raise ParameterError(
+                f"{argument('recompute')} is {recompute!r}, expected {', '.join(RECOMPUTE)}"
+            )
+        self.ops: Backend = model.backend
+        self.dropout = dropout
+        names = [name for name, _ in named_weights(model.weights)]
+        self.trainable = frozenset(names if trainable is None else trainable)
+        if unknown := sorted(self.trainable.difference(names)):
+            raise ParameterError(
+                f"{argument('trainable')} has {unknown[0]!r}, which is no weight of the model"
+            )
+        weights = _map_leaves(model.weights, Weight)
+        graph = trace(forward, replace(model, weights=weights), last_only=False)
+        if not isinstance(graph.output, Node) or graph.output.op != "unembed":
+            raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
+        if dropout.attn > 0:
+            expand_attention(graph)
+        self._graph = graph
+        self._plan = _Plan(graph, self.trainable, recompute)
+
+    def loss(self, weights: dict[str, Array], batch: Batch, *, scale: float) -> Array:
+        """Return the loss as `gradients` does, without dropout: a scalar on the device."""
+        run = _Run(self, weights, batch, None)
+        return run.loss(batch, scale, (False, False))[0]
+
+    def gradients(
+        self,
+        weights: dict[str, Array],
+        batch: Batch,
+        *,
+        scale: float,
+        step: int = 0,
+        first_sequence: int = 0,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the loss and its gradients.
+
+        Parameters
+        ----------
+        weights
+            Name -> array of every weight of the model.
+        batch
+            All sequences of an update, or some of them.
+        scale
+            Factor of the loss: 1 over the tokens of the whole update, for a mean over all of its
+            batches, times the scale of the loss in 16 bits.
+        step
+            Number of the update, for dropout.
+        first_sequence
+            Number of the first sequence in the update, for dropout.
+
+        Returns
+        -------
+        loss, gradients
+            Σ scale · weights · nll, a scalar on the device; name -> gradient of each trainable
+            weight, in the backend's dtype.
+        """
+        run = _Run(self, weights, batch, (step, first_sequence))
+        return run.gradients(batch, scale)
+
+
+class _Plan:
+    """Which nodes need a gradient, and which results the backward pass reads.
+
+    Attributes
+    ----------
+    needs
+        Nodes whose gradient is computed.
+    kept
+        Nodes whose result is kept from the forward pass.
+    last_reader
+        Node -> the last node that reads it in the forward pass.
+    sites
+        Node -> number of its place for dropout: sums, and patterns of attention.
+    """
+
+    def __init__(self, graph: Graph, trainable: frozenset[str], recompute: str) -> None:
+        self.needs: set[Node] = set()
+        self.last_reader: dict[Node, Node] = {}
+        places = [node for node in graph.nodes if node.op in ("add", "attention", "pattern")]
+        self.sites = {node: number for number, node in enumerate(places)}
+        kept: set[Node] = set()
+        block_inputs: set[Node] = set()
+        block = ""
+        for node in graph.nodes:
+            self.last_reader.update(dict.fromkeys(node.inputs, node))
+            wanted = self.wanted(node, trainable)
+            if any(wanted):
+                self.needs.add(node)
+                kept |= {x for x in self.read_operands(node, wanted) if isinstance(x, Node)}
+            if node.op == "layer_norm" and (name := _block_name(node)) != block:
+                block = name
+                block_inputs |= set(node.inputs)
+        if recompute == "cheap":
+            kept = {node for node in kept if node.op not in CHEAP}
+        elif recompute == "block":
+            kept = block_inputs
+        self.kept = kept
+
+    def wanted(self, node: Node, trainable: frozenset[str]) -> tuple[bool, ...]:
+        """Test each operand of a node for a gradient to compute."""
+        return tuple(
+            x.name in trainable
+            if isinstance(x, Weight)
+            else isinstance(x, Node) and x in self.needs
+            for x in node.operands
+        )
+
+    @staticmethod
+    def read_operands(node: Node, wanted: tuple[bool, ...]) -> list[Any]:
+        """Return the operands of a node, with None for results that its gradient does not read."""
+        reads_results = node.op in (
+            "layer_norm", "gelu_new", "gelu", "relu", "attention", "scores", "pattern", "z",
+        ) or (node.op == "linear" and wanted[1])  # fmt: skip
+        return [
+            None if isinstance(x, Node) and not reads_results and x.op not in INPUTS else x
+            for x in node.operands
+        ]
+
+
+class _Run:
+    """One pass over the graph: its inputs, and the results so far."""
+
+    def __init__(
+        self,
+        function: LossFunction,
+        weights: dict[str, Array],
+        batch: Batch,
+        counters: tuple[int, int] | None,
+    ) -> None:
+        self.ops, self.plan, self.graph = function.ops, function._plan, function._graph
+        self.trainable, self.weights = function.trainable, weights
+        self.dropout = function.dropout if counters else Dropout()
+        self.step, self.first_sequence = counters or (0, 0)
+        B, T = batch.ids.shape
+        host = np.broadcast_to(np.arange(T), (B, T))
+        self.positions = Positions(host, T, True, self.ops.asarray)
+        self.ids = self.ops.asarray(batch.ids)
+        self.results: dict[Node, Array] = {}
+
+    # Forward
+
+    def forward(self, *, keep: bool) -> Array:
+        """Compute all nodes but `unembed`; return its first operand [B, T, C]."""
+        *nodes, head = self.graph.nodes
+        for node in nodes:
+            self.result(node)
+            for x in node.inputs:
+                if self.plan.last_reader[x] is node and not (keep and x in self.plan.kept):
+                    self.results.pop(x, None)
+        return self.result(head.operands[0])
+
+    def result(self, node: Node) -> Array:
+        """Return the result of a node; compute it if it is not there."""
+        if node not in self.results:
+            self.results[node] = self._compute(node)
+        return self.results[node]
+
+    def _value(self, operand: Any) -> Array:
+        if isinstance(operand, Node):
+            return self.result(operand)
+        if isinstance(operand, Weight):
+            return self.weights[operand.name]
+        return self.positions if isinstance(operand, Positions) else operand
+
+    def _compute(self, node: Node) -> Array:
+        match node.op:
+            case "ids":
+                return self.ids
+            case "index":
+                return self.positions.index
+            case "keys" | "values":  # all keys are those of the new tokens
+                return self.result(node.operands[0])
+            case "query" | "key" | "value":
+                return self._heads(node)
+        operands = [self._value(x) for x in node.operands]
+        match node.op:
+            case "add":
+                return self._add(node, *operands)
+            case "scores" | "z":
+                return gradients.function(self.ops, node.op)(*operands)
+            case "pattern":
+                p = gradients.function(self.ops, "pattern")(*operands)
+                return self._drop(node, p, self.dropout.attn)
+        return getattr(self.ops, node.op)(*operands)
+
+    def _heads(self, node: Node) -> Array:
+        """Split queries, keys and values, and keep the other two for their turn."""
+        qkv, n_head = node.operands
+        found = dict(zip(("query", "key", "value"), self.ops.split_heads(self.result(qkv), n_head),
+                         strict=True))  # fmt: skip
+        for other in self.graph.nodes:
+            if other.op in found and other.operands[0] is qkv:
+                self.results[other] = found[other.op]
+        return self.results[node]
+
+    def _add(self, node: Node, a: Array, b: Array) -> Array:
+        if _is_embedding(node):
+            return self._drop(node, a + b, self.dropout.embd)
+        return a + self._drop(node, b, self.dropout.resid)
+
+    def _drop(self, node: Node, x: Array, p: float) -> Array:
+        """Apply the dropout of a place; to a gradient, too."""
+        if p == 0:
+            return x
+        rows = int(np.prod(x.shape[1:-1]))  # of a sequence
+        return gradients.function(self.ops, "dropout")(
+            x,
+            p,
+            seed=self.dropout.seed,
+            step=self.step,
+            site=self.plan.sites[node],
+            first_row=self.first_sequence * rows,
+        )
+
+    def loss(
+        self, batch: Batch, scale: float, wanted: tuple[bool, bool], *, keep: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """Compute the forward pass and the loss; return `cross_entropy`'s results."""
+        x = self.forward(keep=keep)
+        table = self._value(self.graph.output.operands[1])
+        ops = self.ops
+        rows = ops.xp.reshape(x, (-1, x.shape[-1]))
+        dtype = "float64" if ops.dtype == "float64" else "float32"
+        weights = ops.asarray(batch.weights.reshape(-1) * np.float64(scale), dtype)
+        cross_entropy = gradients.function(ops, "cross_entropy")
+        return cross_entropy(rows, table, ops.asarray(batch.targets.reshape(-1)), weights,
+                             wanted=wanted)  # fmt: skip
+
+    # Backward
+
+    def gradients(self, batch: Batch, scale: float) -> tuple[Array, dict[str, Array]]:
+        """Return the loss and the gradients of the trainable weights."""
+        head = self.graph.output
+        wanted = self.plan.wanted(head, self.trainable)
+        loss, dx, dtable = self.loss(batch, scale, (wanted[0], wanted[1]), keep=True)
+        self.by_node: dict[Node, Array] = {}
+        self.by_name: dict[str, Array] = {}
+        shape = (*batch.ids.shape, -1)
+        dx = None if dx is None else self.ops.xp.reshape(dx, shape)
+        self._add_gradients(head, (dx, dtable))
+        for node in reversed(self.graph.nodes[:-1]):
+            if node in self.plan.needs:
+                self._walk(node)
+            self.results.pop(node, None)
+        return loss, self.by_name
+
+    def _walk(self, node: Node) -> None:
+        """Compute the gradients by the operands of a node."""
+        match node.op:
+            case "key" | "value":
+                return  # with the query, which comes last
+            case "query":
+                qkv = node.operands[0]
+                parts = [self._heads_gradient(qkv, name) for name in ("query", "key", "value")]
+                g = gradients.function(self.ops, "split_heads_vjp")(*parts)
+                return self._add_gradients(node, (g,))
+        g = self.by_node.pop(node)
+        match node.op:
+            case "keys" | "values":
+                return self._add_gradients(node, (g,))
+            case "add":
+                return self._add_gradients(node, self._split_sum(node, g))
+        vjp = gradients.function(self.ops, f"{node.op}_vjp")
+        wanted = self.plan.wanted(node, self.trainable)
+        operands = map(self._value, self.plan.read_operands(node, wanted))
+        match node.op:
+            case "pattern":
+                p = gradients.function(self.ops, "pattern")(*operands)
+                found = vjp(self._drop(node, g, self.dropout.attn), p)
+            case "embed":
+                name = node.operands[1].name
+                _, total = vjp(g, *operands, wanted=wanted, total=self.by_name.get(name))
+                self.by_name[name] = total
+                return None
+            case _:
+                found = vjp(g, *operands, wanted=wanted)
+        return self._add_gradients(node, found)
+
+    def _heads_gradient(self, qkv: Node, name: str) -> Array:
+        for node in self.graph.nodes:
+            if node.op == name and node.operands[0] is qkv:
+                return self.by_node.pop(node)
+        raise UnsupportedOp(f"attention without {name}")
+
+    def _split_sum(self, node: Node, g: Array) -> tuple[Array, Array]:
+        if _is_embedding(node):
+            g = self._drop(node, g, self.dropout.embd)
+            return g, g
+        return g, self._drop(node, g, self.dropout.resid)
+
+    def _add_gradients(self, node: Node, found: tuple[Array, ...]) -> None:
+        """Add the gradients by the operands of a node to those that other nodes gave."""
+        for operand, g in zip(node.operands, found, strict=False):
+            if g is None:
+                continue
+            if isinstance(operand, Weight):
+                if operand.name in self.trainable:
+                    before = self.by_name.get(operand.name)
+                    self.by_name[operand.name] = g if before is None else before + g
+            elif operand in self.plan.needs:
+                before = self.by_node.get(operand)
+                self.by_node[operand] = g if before is None else before + g
+
+
+def _block_name(node: Node) -> str:
+    """Return the block of a layer norm: "h.3", or "ln_f"."""
+    name: str = node.operands[1].name
+    return name[: name.index(".ln_")] if ".ln_" in name else name
+
+
+def _is_embedding(node: Node) -> bool:
+    """Test for the sum of token and position embeddings."""
+    return all(isinstance(x, Node) and x.op == "embed" for x in node.operands)
+
+
+def _map_leaves(tree: Any, make: Callable[[str], Any], path: str = "") -> Any:
+    """Return a tree of weights with `make(name)` in the place of each leaf."""
+    if isinstance(tree, SimpleNamespace):
+        return SimpleNamespace(
+            **{key: _map_leaves(child, make, f"{path}{key}.") for key, child in vars(tree).items()}
+        )
+    if isinstance(tree, list):
+        return [_map_leaves(child, make, f"{path}{i}.") for i, child in enumerate(tree)]
+    return make(path[:-1])
