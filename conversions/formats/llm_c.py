@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from gptx.conversions.checkpoint import (
 from gptx.conversions.containers.binary import BinaryFile, dtype_name, write_array
 from gptx.errors import ConfigError, GptxError, WeightsError
 from gptx.files import create
+from gptx.quantization import QuantizedTensor
 from gptx.safetensors_file import BFLOAT16
 from gptx.stored_weights import is_linear_weight
 
@@ -87,7 +89,7 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     dtype = DTYPES[version]
-    expected = HEADER_BYTES + _count_numbers(found, padded) * dtype.itemsize
+    expected = HEADER_BYTES + count_parameters(found, padded) * dtype.itemsize
     if file.size != expected:
         raise WeightsError(
             f"{path} is truncated or damaged: it has {file.size} bytes, expected {expected} by its "
@@ -97,16 +99,57 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
         config = replace(config, quantization=None)
         _compare_sizes(path, found, config)
     stored = {}
-    offset = HEADER_BYTES
-    for name, shape in _layout(found):
+    for name, shape, offset in _places(found, padded, HEADER_BYTES, dtype):
         read_tensor = partial(file.map, offset, shape, dtype, f"tensor {name}")
         stored[name] = stored_array(read_tensor, shape, dtype, transposed=is_linear_weight(name))
-        rows = padded if name == "wte.weight" else shape[0]
-        offset += rows * math.prod(shape[1:]) * dtype.itemsize
     return Checkpoint(config or found, stored, ignore_unknown=ignore_unknown)
 
 
-def _count_numbers(config: GPT2Config, padded: int) -> int:
+def map_parameters(
+    file: BinaryFile, offset: int, config: GPT2Config, padded: int
+) -> dict[str, np.ndarray]:
+    """Map float32 tensors into memory that are stored in the order of a model file.
+
+    Parameters
+    ----------
+    offset
+        Of the first tensor, in bytes.
+    padded
+        Rows of the table of tokens in the file.
+
+    Returns
+    -------
+    dict
+        Name -> array in gptx's layout, read-only.
+
+    Raises
+    ------
+    WeightsError
+        The file is too short.
+    """
+    arrays = {}
+    for name, shape, place in _places(config, padded, offset, DTYPES[VERSIONS["float32"]]):
+        array = file.map(place, shape, "<f4", f"tensor {name}")
+        arrays[name] = array.T if is_linear_weight(name) else array
+    return arrays
+
+
+def _places(
+    config: GPT2Config, padded: int, offset: int, dtype: np.dtype
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield name, shape without padding, and offset of each tensor in the file."""
+    for name, shape in _layout(config):
+        yield name, shape, offset
+        rows = padded if name == "wte.weight" else shape[0]
+        offset += rows * math.prod(shape[1:]) * dtype.itemsize
+
+
+def padded_vocabulary(config: GPT2Config) -> int:
+    """Return the number of rows of the table of tokens, as llm.c's programs expect it."""
+    return -(-config.vocab_size // TABLE_ROW_MULTIPLE) * TABLE_ROW_MULTIPLE
+
+
+def count_parameters(config: GPT2Config, padded: int) -> int:
     """Count the numbers of the file from one layer; the header's layer count can be huge."""
     shapes = replace(config, n_layer=1).tensor_shapes()
     count = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -158,14 +201,36 @@ def write(checkpoint: Checkpoint, path: Path, *, dtype: str | None = None) -> No
     if dtype is None:
         found = {dtype_name(tensor.dtype) for tensor in checkpoint.stored.values()}
         dtype = "bfloat16" if found == {"bfloat16"} else "float32"
-    V, C = config.vocab_size, config.n_embd
-    padding = -V % TABLE_ROW_MULTIPLE
-    header = (MAGIC, VERSIONS[dtype], config.n_positions, V, config.n_layer, config.n_head, C)
+    header = (MAGIC, VERSIONS[dtype], config.n_positions, config.vocab_size, config.n_layer)
+    sizes = (config.n_head, config.n_embd, padded_vocabulary(config))
     with create(path) as file:
-        file.write(struct.pack("<8i", *header, V + padding).ljust(HEADER_BYTES, b"\0"))
-        for name, _ in _layout(config):
-            array = unquantized(checkpoint.tensors[name])
-            write_array(file, array.T if is_linear_weight(name) else array, dtype, f"tensor {name}")
-            if name == "wte.weight":
-                rows = np.zeros((padding, C), np.float32)
-                write_array(file, rows, dtype, "padding")
+        file.write(struct.pack("<8i", *header, *sizes).ljust(HEADER_BYTES, b"\0"))
+        write_parameters(file, checkpoint.tensors, config, dtype)
+
+
+def write_parameters(
+    file: BinaryIO,
+    tensors: Mapping[str, np.ndarray | QuantizedTensor],
+    config: GPT2Config,
+    dtype: str = "float32",
+) -> None:
+    """Append tensors in the order of a model file, the table of tokens padded with zeros.
+
+    Parameters
+    ----------
+    tensors
+        Name -> tensor in gptx's layout, for all of `config.tensor_shapes()`. Each is accessed once.
+    dtype
+        "float32" or "bfloat16".
+
+    Raises
+    ------
+    WeightsError
+        A number is too large for `dtype`.
+    """
+    for name, _ in _layout(config):
+        array = unquantized(tensors[name])
+        write_array(file, array.T if is_linear_weight(name) else array, dtype, f"tensor {name}")
+        if name == "wte.weight":
+            padding = padded_vocabulary(config) - config.vocab_size
+            write_array(file, np.zeros((padding, config.n_embd), np.float32), dtype, "padding")
