@@ -1,4 +1,4 @@
-"""Losses and gradients of all backends beside those of transformers (`golden/make_gradients.py`)."""
+"""Losses and gradients of all backends beside those of transformers."""
 
 from __future__ import annotations
 
