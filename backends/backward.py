@@ -217,7 +217,7 @@ class LossFunction:
 
 
 class _Plan:
-    """Which nodes need a gradient, and which results the backward pass reads.
+    """The nodes that need a gradient, and the results that the backward pass reads.
 
     Attributes
     ----------

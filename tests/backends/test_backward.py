@@ -1,0 +1,263 @@
+"""The loss of a model and its gradients: finite differences, recomputation, frozen weights."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gptx
+from gptx import weights as stored
+from gptx.backends import Backend
+from gptx.backends.backward import (
+    Batch,
+    Dropout,
+    LossFunction,
+    Weight,
+    loss_function,
+    named_weights,
+)
+from gptx.backends.graph import UnsupportedOp, expand_attention, trace
+from gptx.config import GPT2Config
+from gptx.kv_cache import KVCache
+from gptx.model import Transformer, forward
+from tests.support.models import EXACT, drawn_weights
+from tests.support.random_models import CASES, random_ids
+
+Random = np.random.Generator
+SHRUNK = {"n_layer": 2, "n_embd": 12, "n_head": 3, "vocab_size": 23}
+SMALL = replace(CASES["124M"], **SHRUNK, bos_token_id=None, eos_token_id=None)
+DROPOUT = Dropout(0.1, 0.2, 0.3, seed=4)
+
+
+def transformer(config: GPT2Config, ops: Backend = EXACT) -> Transformer:
+    return Transformer(config, stored.to_backend(drawn_weights(config), ops), ops)
+
+
+def batch_of(config: GPT2Config, B: int = 2, T: int = 6) -> Batch:
+    ids = random_ids(config, B, T + 1)
+    weights = np.ones((B, T), np.float32)
+    weights[0, -2:] = 0  # padding
+    return Batch(ids[:, :-1], ids[:, 1:], weights)
+
+
+def gradients_of(
+    model: Transformer, batch: Batch, step: int = 0, **options: Any
+) -> tuple[float, dict[str, Any]]:
+    function = loss_function(forward, model, **options)
+    weights = dict(named_weights(model.weights))
+    loss, found = function.gradients(weights, batch, scale=1 / batch.n_tokens, step=step)
+    return float(loss), found
+
+
+@pytest.mark.parametrize("case", [*CASES, "dropout"])
+def test_gradients_equal_finite_differences(case: str, random: Random) -> None:
+    """Every weight of every switch of the config, along random directions."""
+    case, dropout = ("untied", DROPOUT) if case == "dropout" else (case, None)
+    config = replace(CASES[case], **SHRUNK, bos_token_id=None, eos_token_id=None)
+    model, batch = transformer(config), batch_of(config)
+    function = loss_function(forward, model, dropout=dropout)
+    weights = dict(named_weights(model.weights))
+    options = {"scale": 1 / batch.n_tokens, "step": 3}
+    found = function.gradients(weights, batch, **options)[1]
+    assert set(found) == set(config.tensor_shapes())
+    tolerance = 2e-6 if config.activation_function == "gelu" else 1e-7
+    for name, g in found.items():
+        assert g.shape == weights[name].shape
+        direction = random.standard_normal(g.shape)
+        step = 1e-5 / np.linalg.norm(direction)
+        losses = [
+            float(function.gradients(weights | {name: moved}, batch, **options)[0])
+            for moved in (weights[name] + step * direction, weights[name] - step * direction)
+        ]
+        error = (losses[0] - losses[1]) / (2 * step) - np.sum(g * direction)
+        assert abs(error) < tolerance * np.linalg.norm(g) * np.linalg.norm(direction), name
+
+
+def test_the_loss_is_that_of_the_logits() -> None:
+    model, batch = transformer(SMALL), batch_of(SMALL)
+    cache = KVCache(SMALL, EXACT, *batch.ids.shape)
+    logits = forward(model, batch.ids, cache.extend([batch.ids.shape[1]] * 2), cache)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+    wanted = float((nll * batch.weights).sum() / batch.n_tokens)
+    function = loss_function(forward, model, dropout=DROPOUT)  # which an evaluation leaves out
+    weights = dict(named_weights(model.weights))
+    loss = function.loss(weights, batch, scale=1 / batch.n_tokens)
+    assert float(loss) == pytest.approx(wanted, rel=1e-12)
+    assert gradients_of(model, batch)[0] == pytest.approx(wanted, rel=1e-12)
+    assert gradients_of(model, batch, dropout=DROPOUT)[0] != pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+def test_recomputation_changes_no_bit(recompute: str, dropout: Dropout | None) -> None:
+    model, batch = transformer(SMALL), batch_of(SMALL)
+    loss, found = gradients_of(model, batch, step=5, dropout=dropout)
+    again, equal = gradients_of(model, batch, step=5, dropout=dropout, recompute=recompute)
+    assert again == loss
+    for name in found:
+        np.testing.assert_array_equal(equal[name], found[name])
+
+
+def test_recomputation_saves_memory() -> None:
+    """Of a model with more activations than weights."""
+    config = replace(SMALL, n_layer=8)
+    model, batch = transformer(config), batch_of(config, 4, 60)
+    peaks = {}
+    for recompute in ("none", "cheap", "block"):
+        tracemalloc.start()
+        gradients_of(model, batch, recompute=recompute)
+        peaks[recompute] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks["cheap"] < 0.85 * peaks["none"], peaks
+    assert peaks["block"] < 0.5 * peaks["none"], peaks
+
+
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+def test_a_batch_in_parts_has_the_same_gradients(dropout: Dropout | None) -> None:
+    """transformers #34191 and trl #2175: the mean is over the tokens of all parts."""
+    model, batch = transformer(SMALL), batch_of(SMALL, B=4)
+    loss, found = gradients_of(model, batch, dropout=dropout)
+    function = loss_function(forward, model, dropout=dropout)
+    weights = dict(named_weights(model.weights))
+    parts = [
+        function.gradients(
+            weights, batch.sequences(i, i + 1), scale=1 / batch.n_tokens, first_sequence=i
+        )
+        for i in range(4)
+    ]
+    assert sum(float(part[0]) for part in parts) == pytest.approx(loss, rel=1e-12)
+    for name, g in found.items():
+        total = sum(part[1][name] for part in parts)
+        np.testing.assert_allclose(total, g, rtol=0, atol=1e-12 * np.linalg.norm(g))
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ["h.1.mlp.c_fc.weight"],
+        ["h.0.attn.c_attn.bias", "ln_f.weight"],
+        ["wte.weight"],
+        ["wpe.weight", "h.1.ln_1.bias"],
+        [],
+    ],
+    ids=["matrix", "vectors", "table", "positions", "none"],
+)
+def test_frozen_weights_have_no_gradient(trainable: list[str]) -> None:
+    model, batch = transformer(SMALL), batch_of(SMALL)
+    _, everything = gradients_of(model, batch)
+    _, found = gradients_of(model, batch, trainable=trainable)
+    assert sorted(found) == sorted(trainable)
+    for name, g in found.items():
+        np.testing.assert_array_equal(g, everything[name])
+
+
+def test_frozen_weights_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product below the first trainable weight, and no result kept for a frozen one."""
+    model = transformer(SMALL)
+    function = loss_function(forward, model, trainable=["h.1.mlp.c_proj.bias"])
+    assert isinstance(function, LossFunction)
+    calls = []
+    vjp = gptx.backends.gradients.FUNCTIONS["linear_vjp"]
+
+    def counted(ops: Any, g: Any, x: Any, *operands: Any, wanted: Any) -> Any:
+        calls.append((x, wanted))
+        return vjp(ops, g, x, *operands, wanted=wanted)
+
+    monkeypatch.setitem(gptx.backends.gradients.FUNCTIONS, "linear_vjp", counted)
+    weights = dict(named_weights(model.weights))
+    function.gradients(weights, batch_of(SMALL), scale=1.0)
+    assert calls == [(None, (False, False, True))]
+
+
+def test_dropout_changes_with_step_and_seed() -> None:
+    model, batch = transformer(SMALL), batch_of(SMALL)
+    losses = {
+        gradients_of(model, batch, step=step, dropout=Dropout(0.1, 0.1, 0.1, seed=seed))[0]
+        for step, seed in [(0, 0), (1, 0), (0, 1), (0, 0)]
+    }
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("place", ["embd", "attn", "resid"])
+def test_each_place_has_its_own_dropout(place: str) -> None:
+    model, batch = transformer(SMALL), batch_of(SMALL)
+    plain, _ = gradients_of(model, batch)
+    dropped, _ = gradients_of(model, batch, dropout=Dropout(**{place: 0.5}))
+    assert dropped != pytest.approx(plain, rel=1e-3)
+
+
+def test_dropout_has_the_places_of_gpt2() -> None:
+    """One for the embeddings, and in each block the pattern and both results."""
+    model = transformer(SMALL)
+    for dropout in (None, DROPOUT):
+        function = loss_function(forward, model, dropout=dropout)
+        sites = function._plan.sites
+        pattern = "attention" if dropout is None else "pattern"
+        ops = [node.op for node, _ in sorted(sites.items(), key=lambda item: item[1])]
+        assert ops == ["add", *[pattern, "add", "add"] * SMALL.n_layer]
+        assert sorted(sites.values()) == list(range(len(sites)))
+
+
+def test_expanded_attention_is_read_by_the_same_nodes() -> None:
+    model = transformer(SMALL)
+    graph = trace(forward, model, last_only=False)
+    n_nodes, n_attention = len(graph.nodes), SMALL.n_layer
+    expand_attention(graph)
+    assert len(graph.nodes) == n_nodes + 2 * n_attention
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        assert all(order[x] < order[node] for x in node.inputs)
+    assert [node.op for node in graph.nodes if node.op in ("attention", "scores", "pattern", "z")] \
+        == ["scores", "pattern", "z"] * n_attention  # fmt: skip
+
+
+def test_a_backend_may_replace_the_loss_function() -> None:
+    calls = []
+
+    class Own(Backend):
+        def loss_function(self, forward: Any, model: Any, **options: Any) -> str:
+            calls.append((model, sorted(options)))
+            return "own"
+
+    for generic, expected in [(False, "own"), (True, LossFunction)]:
+        ops = Own(np, dtype="float64", generic=generic)
+        found = loss_function(forward, transformer(SMALL, ops))
+        assert found == expected or isinstance(found, LossFunction)
+    assert [options for _, options in calls] == [["dropout", "recompute", "trainable"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainable": ["h.2.ln_1.bias"]}, "trainable has 'h.2.ln_1.bias', which is no weight"),
+        ({"recompute": "all"}, "recompute is 'all', expected none, cheap, block"),
+    ],
+)
+def test_an_invalid_option_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(gptx.errors.ParameterError, match=message):
+        loss_function(forward, transformer(SMALL), **options)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+def test_an_invalid_probability_is_refused(p: float) -> None:
+    with pytest.raises(gptx.errors.ParameterError, match="for attn, expected at least 0"):
+        Dropout(attn=p)
+
+
+def test_a_pass_without_a_head_is_not_supported() -> None:
+    def headless(model: Any, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
+        return model.backend.embed(ids, model.weights.wte.weight)
+
+    with pytest.raises(UnsupportedOp, match="unembed"):
+        loss_function(headless, transformer(SMALL))
+
+
+def test_weights_are_named_as_in_files() -> None:
+    names = [name for name, _ in named_weights(transformer(SMALL).weights)]
+    assert sorted(names) == sorted(SMALL.tensor_shapes())
+    assert Weight("h.0").name == "h.0"
