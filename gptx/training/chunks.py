@@ -1,0 +1,89 @@
+"""Places where a text can be cut, so that the ids of its chunks are those of the whole text.
+
+GPT-2's byte-level BPE splits a text into words before it merges bytes, and no word goes from a
+character that is no white space to one that is. So a text can be cut between the two, and so can
+the text of a tokenizer of pieces that end before white space. A tokenizer of characters can be cut
+anywhere. Any other tokenizer can give other ids at a cut, every `CHUNK_BYTES` or so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+from gptx.training.texts import Begin
+
+MAX_HELD_CHARACTERS = 2**24  # without white space; then a text is cut anywhere
+
+# Returns the last position where a text can be cut; 0 if there is none.
+Cut = Callable[[str], int]
+
+
+def cut_anywhere(text: str) -> int:
+    """Return the end of a text."""
+    return len(text)
+
+
+def cut_before_space(text: str) -> int:
+    """Return the last position of a space or a line end that follows another character."""
+    at = len(text)
+    while at > 0:
+        space = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at))
+        at = len(text[: space + 1].rstrip())  # the begin of this white space
+        if text[at : at + 1] in (" ", "\n"):  # one that Python and Rust take for white space
+            return at
+    return 0
+
+
+def is_exact(definition: dict[str, Any]) -> bool:
+    """Test for a tokenizer whose ids do not change at a cut of `cut_before_space`.
+
+    Parameters
+    ----------
+    definition
+        Contents of its tokenizer.json.
+    """
+    split = definition["pre_tokenizer"] or {}
+    by_words = split.get("type") == "ByteLevel" and split["use_regex"]
+    return (
+        bool(by_words)
+        and not split["add_prefix_space"]  # each chunk would get one
+        and definition["normalizer"] is None
+        and not any(_spans_spaces(token) for token in definition["added_tokens"])
+    )
+
+
+def _spans_spaces(token: dict[str, Any]) -> bool:
+    """Test for an added token that takes white space after another character."""
+    content = token["content"]
+    return token["rstrip"] or any(
+        right.isspace() and not left.isspace() for left, right in pairwise(content)
+    )
+
+
+def cut_into_chunks(items: Iterator[str | Begin], cut: Cut) -> Iterator[str | Begin]:
+    """Join and split texts, so that each ends where the text can be cut.
+
+    Parameters
+    ----------
+    items
+        Texts and marks; a text can end at any character.
+    cut
+        Function that returns the last position where a text can be cut.
+    """
+    held = ""
+    for item in items:
+        if isinstance(item, Begin):
+            if held:
+                yield held
+            held = ""
+            yield item
+            continue
+        held += item
+        at = cut(held) or (len(held) if len(held) > MAX_HELD_CHARACTERS else 0)
+        if at:
+            yield held[:at]
+            held = held[at:]
+    if held:
+        yield held
