@@ -29,7 +29,7 @@ SOURCES = {
 # row never import each other. The longest prefix of a module's name is its room.
 ROOMS = [
     "gptx._version gptx.errors gptx.embedded",
-    "gptx.files gptx.lfs_pointer gptx.safetensors_file gptx.quantization",
+    "gptx.file_lock gptx.files gptx.lfs_pointer gptx.safetensors_file gptx.quantization",
     "gptx.config gptx.tokenization gptx.dequantization",
     "gptx.random_weights gptx.model_files gptx.tensor_names",
     "gptx.backends.positions",
@@ -73,7 +73,7 @@ RANK = {room: i for i, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 # Rooms that may import from these rooms only, whatever their rank is.
 ONLY = {
-    "gptx.hub": "gptx.tokenization gptx.model_files gptx.embedded gptx.files gptx.errors "
+    "gptx.hub": "gptx.tokenization gptx.model_files gptx.embedded gptx.files gptx.file_lock gptx.errors "
     "gptx._version",
     "gptx.conversions.containers": "gptx.files gptx.safetensors_file gptx.errors",
     "gptx.backends.base": "gptx.backends.positions gptx.quantization gptx.errors",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gptx.file_lock import lock
 from gptx.files import check_replaceable
-
-_LOCKS_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
@@ -41,7 +37,7 @@ def staging(path: Path, lock_file: Path) -> Iterator[Path]:
     incomplete = path.with_name(f"{path.name}.incomplete")
     for file in (path, incomplete, lock_file):
         check_replaceable(file)
-    with _lock(lock_file) as locked:
+    with lock(lock_file) as locked:
         if locked:
             yield incomplete
             return
@@ -59,49 +55,3 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Lock a file exclusively; yield False if the file system does not support locks."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o664)  # other users wait for it, too
-        try:
-            locked = _acquire(descriptor)
-            if not locked or _is_current(descriptor, path):
-                yield locked
-                return
-        finally:
-            os.close(descriptor)  # releases the lock
-
-
-def _is_current(descriptor: int, path: Path) -> bool:
-    """Test that no other process has deleted the lock file while this one waited."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _acquire(descriptor: int) -> bool:
-        while True:
-            try:
-                msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)  # gives up after 10 s
-                return True
-            except OSError as error:
-                if error.errno != errno.EDEADLK:
-                    raise
-
-else:
-    import fcntl
-
-    def _acquire(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _LOCKS_NOT_SUPPORTED:
-                raise
-            return False
-        return True

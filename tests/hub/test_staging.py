@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gptx import file_lock as module
 from gptx.errors import IntegrityError, StorageError
-from gptx.hub import staging as module
 from gptx.hub.staging import staging
 from tests.support.hub import Client, check, check_files, model
 from tests.support.hub_server import HubServer

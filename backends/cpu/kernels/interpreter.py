@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ from gptx.backends.cpu.kernels.mailbox import (
     wait_for_run,
 )
 from gptx.backends.cpu.kernels.simd import load, store, store_scalar
+from gptx.file_lock import lock
 
 MIN_WORK_PER_THREAD = 2**14  # multiplications that take about as long as a barrier
 
@@ -255,8 +257,23 @@ def _make_run_program(sources_checksum: int) -> Any:
         return njit(**options)(run_program)
 
 
+def _compile_in_one_process(function: Any) -> None:
+    """Let one process compile a function at a time; the others wait, then load its result."""
+    compile = function.compile
+
+    def compile_alone(signature: Any) -> Any:
+        with ExitStack() as stack:
+            with suppress(OSError):  # a folder that is read-only, for one
+                stack.enter_context(lock(Path(function.stats.cache_path, "kernels.lock")))
+            return compile(signature)
+
+    function.compile = compile_alone
+
+
 _files = sorted(Path(__file__).parent.rglob("*.py"))
 run_program = _make_run_program(zlib.crc32(b"".join(path.read_bytes() for path in _files)))
+if run_program.stats.cache_path:
+    _compile_in_one_process(run_program)
 
 
 class _CompilationNotice(events.Listener):
