@@ -24,6 +24,9 @@ Array = Any
 
 RECOMPUTE = ("none", "cheap", "block")
 INPUTS = ("ids", "index")  # nodes of the graph's inputs
+HEADS = ("query", "key", "value")  # nodes of the results of `split_heads`
+# Ops whose gradient reads results of other nodes; that of "linear" does for the weight.
+READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention", "scores", "pattern", "z")
 CHEAP = ("layer_norm", "gelu_new", "gelu", "relu")  # ops that `recompute="cheap"` computes again
 
 
@@ -221,58 +224,60 @@ class _Plan:
 
     Attributes
     ----------
-    needs
-        Nodes whose gradient is computed.
+    wanted
+        Node -> the operands whose gradient is computed; nodes without any are left out.
+    read
+        Node -> its operands, with None for results that its gradient does not read.
     kept
         Nodes whose result is kept from the forward pass.
     last_reader
         Node -> the last node that reads it in the forward pass.
+    heads
+        Operand of `split_heads` -> the nodes of its results, by op.
     sites
         Node -> number of its place for dropout: sums, and patterns of attention.
     """
 
     def __init__(self, graph: Graph, trainable: frozenset[str], recompute: str) -> None:
-        self.needs: set[Node] = set()
+        self.wanted: dict[Node, tuple[bool, ...]] = {}
+        self.read: dict[Node, list[Any]] = {}
         self.last_reader: dict[Node, Node] = {}
+        self.heads: dict[Node, dict[str, Node]] = {}
         places = [node for node in graph.nodes if node.op in ("add", "attention", "pattern")]
         self.sites = {node: number for number, node in enumerate(places)}
-        kept: set[Node] = set()
         block_inputs: set[Node] = set()
         block = ""
         for node in graph.nodes:
             self.last_reader.update(dict.fromkeys(node.inputs, node))
-            wanted = self.wanted(node, trainable)
+            wanted = tuple(self._is_wanted(x, trainable) for x in node.operands)
             if any(wanted):
-                self.needs.add(node)
-                kept |= {x for x in self.read_operands(node, wanted) if isinstance(x, Node)}
+                self.wanted[node] = wanted
+                self.read[node] = _operands_to_read(node, wanted)
+            if node.op in HEADS:
+                self.heads.setdefault(node.operands[0], {})[node.op] = node
             if node.op == "layer_norm" and (name := _block_name(node)) != block:
                 block = name
                 block_inputs |= set(node.inputs)
+        kept = {x for operands in self.read.values() for x in operands if isinstance(x, Node)}
         if recompute == "cheap":
             kept = {node for node in kept if node.op not in CHEAP}
         elif recompute == "block":
             kept = block_inputs
         self.kept = kept
 
-    def wanted(self, node: Node, trainable: frozenset[str]) -> tuple[bool, ...]:
-        """Test each operand of a node for a gradient to compute."""
-        return tuple(
-            x.name in trainable
-            if isinstance(x, Weight)
-            else isinstance(x, Node) and x in self.needs
-            for x in node.operands
-        )
+    def _is_wanted(self, operand: Any, trainable: frozenset[str]) -> bool:
+        if isinstance(operand, Weight):
+            return operand.name in trainable
+        return isinstance(operand, Node) and operand in self.wanted
 
-    @staticmethod
-    def read_operands(node: Node, wanted: tuple[bool, ...]) -> list[Any]:
-        """Return the operands of a node, with None for results that its gradient does not read."""
-        reads_results = node.op in (
-            "layer_norm", "gelu_new", "gelu", "relu", "attention", "scores", "pattern", "z",
-        ) or (node.op == "linear" and wanted[1])  # fmt: skip
-        return [
-            None if isinstance(x, Node) and not reads_results and x.op not in INPUTS else x
-            for x in node.operands
-        ]
+
+def _operands_to_read(node: Node, wanted: tuple[bool, ...]) -> list[Any]:
+    """Return the operands of a node, with None for results that its gradient does not read."""
+    reads_results = node.op in READERS or (node.op == "linear" and wanted[1])
+    return [
+        None if isinstance(x, Node) and not reads_results and x.op not in INPUTS else x
+        for x in node.operands
+    ]
 
 
 class _Run:
@@ -344,11 +349,9 @@ class _Run:
     def _heads(self, node: Node) -> Array:
         """Split queries, keys and values, and keep the other two for their turn."""
         qkv, n_head = node.operands
-        found = dict(zip(("query", "key", "value"), self.ops.split_heads(self.result(qkv), n_head),
-                         strict=True))  # fmt: skip
-        for other in self.graph.nodes:
-            if other.op in found and other.operands[0] is qkv:
-                self.results[other] = found[other.op]
+        found = self.ops.split_heads(self.result(qkv), n_head)
+        for name, x in zip(HEADS, found, strict=True):
+            self.results[self.plan.heads[qkv][name]] = x
         return self.results[node]
 
     def _add(self, node: Node, a: Array, b: Array) -> Array:
@@ -371,7 +374,7 @@ class _Run:
         )
 
     def loss(
-        self, batch: Batch, scale: float, wanted: tuple[bool, bool], *, keep: bool = False
+        self, batch: Batch, scale: float, wanted: tuple[bool, ...], *, keep: bool = False
     ) -> tuple[Array, Array, Array]:
         """Compute the forward pass and the loss; return `cross_entropy`'s results."""
         x = self.forward(keep=keep)
@@ -389,15 +392,15 @@ class _Run:
     def gradients(self, batch: Batch, scale: float) -> tuple[Array, dict[str, Array]]:
         """Return the loss and the gradients of the trainable weights."""
         head = self.graph.output
-        wanted = self.plan.wanted(head, self.trainable)
-        loss, dx, dtable = self.loss(batch, scale, (wanted[0], wanted[1]), keep=True)
+        wanted = self.plan.wanted.get(head, (False, False))
+        loss, dx, dtable = self.loss(batch, scale, wanted, keep=True)
         self.by_node: dict[Node, Array] = {}
         self.by_name: dict[str, Array] = {}
         shape = (*batch.ids.shape, -1)
         dx = None if dx is None else self.ops.xp.reshape(dx, shape)
         self._add_gradients(head, (dx, dtable))
         for node in reversed(self.graph.nodes[:-1]):
-            if node in self.plan.needs:
+            if node in self.plan.wanted:
                 self._walk(node)
             self.results.pop(node, None)
         return loss, self.by_name
@@ -408,9 +411,9 @@ class _Run:
             case "key" | "value":
                 return  # with the query, which comes last
             case "query":
-                qkv = node.operands[0]
-                parts = [self._heads_gradient(qkv, name) for name in ("query", "key", "value")]
-                g = gradients.function(self.ops, "split_heads_vjp")(*parts)
+                heads = self.plan.heads[node.operands[0]]
+                found = [self.by_node.pop(heads[name]) for name in HEADS]
+                g = gradients.function(self.ops, "split_heads_vjp")(*found)
                 return self._add_gradients(node, (g,))
         g = self.by_node.pop(node)
         match node.op:
@@ -419,8 +422,8 @@ class _Run:
             case "add":
                 return self._add_gradients(node, self._split_sum(node, g))
         vjp = gradients.function(self.ops, f"{node.op}_vjp")
-        wanted = self.plan.wanted(node, self.trainable)
-        operands = map(self._value, self.plan.read_operands(node, wanted))
+        wanted = self.plan.wanted[node]
+        operands = map(self._value, self.plan.read[node])
         match node.op:
             case "pattern":
                 p = gradients.function(self.ops, "pattern")(*operands)
@@ -433,12 +436,6 @@ class _Run:
             case _:
                 found = vjp(g, *operands, wanted=wanted)
         return self._add_gradients(node, found)
-
-    def _heads_gradient(self, qkv: Node, name: str) -> Array:
-        for node in self.graph.nodes:
-            if node.op == name and node.operands[0] is qkv:
-                return self.by_node.pop(node)
-        raise UnsupportedOp(f"attention without {name}")
 
     def _split_sum(self, node: Node, g: Array) -> tuple[Array, Array]:
         if _is_embedding(node):
@@ -455,7 +452,7 @@ class _Run:
                 if operand.name in self.trainable:
                     before = self.by_name.get(operand.name)
                     self.by_name[operand.name] = g if before is None else before + g
-            elif operand in self.plan.needs:
+            elif operand in self.plan.wanted:
                 before = self.by_node.get(operand)
                 self.by_node[operand] = g if before is None else before + g
 
