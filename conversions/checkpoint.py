@@ -17,19 +17,19 @@ import numpy as np
 
 from gptx.config import GPT2Config
 from gptx.conversions.containers.binary import dtype_name
-from gptx.conversions.vocabularies.tokenizer_files import (
-    TEMPLATES,
-    UNREAD_FILES,
-    copy_file,
-    write_tokenizer,
-    write_unread_tokenizer,
-)
 from gptx.errors import ConfigError, WeightsError
 from gptx.files import create
 from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.safetensors_file import widen_bfloat16
 from gptx.stored_weights import check_weights, drop_unknown, have_same_numbers, is_linear_weight
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.saving import (
+    TEMPLATES,
+    UNREAD_FILES,
+    copy_file,
+    save_tokenizer,
+    write_unread_tokenizer,
+)
 
 Array = np.ndarray
 
@@ -302,7 +302,14 @@ def write_config_and_tokenizer(checkpoint: Checkpoint, folder: Path, dtype: str 
     with create(folder / "config.json") as file:
         file.write((json.dumps(data, indent=2) + "\n").encode())
     if checkpoint.tokenizer is not None:
-        write_tokenizer(checkpoint.tokenizer, checkpoint.config, folder)
+        config = checkpoint.config
+        save_tokenizer(
+            checkpoint.tokenizer,
+            folder,
+            context=config.n_positions,
+            bos_id=config.bos_token_id,
+            eos_ids=config.eos_token_ids,
+        )
     else:
         write_unread_tokenizer(checkpoint.companions, folder)
     if path := checkpoint.companions.get(GENERATION):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gptx.generation.sampling import SamplingParams
     from gptx.generation.text_model import Model
     from gptx.kv_cache import KVCache
+    from gptx.tokenization.protocol import Tokenizer
 
 # In a checkout, backends/ and conversions/ are beside this folder, not in it. With their parent in
 # `__path__`, Python finds them there without an installation.
@@ -47,6 +48,7 @@ _MODULES = {
     "load": "gptx.generation.api",
     "stream": "gptx.generation.api",
     "SamplingParams": "gptx.generation.sampling",
+    "Tokenizer": "gptx.tokenization.protocol",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Result",
     "SamplingParams",
     "Score",
+    "Tokenizer",
     "__version__",
     "available",
     "generate",

@@ -22,10 +22,10 @@ from gptx.conversions.vocabularies.token_lists import (
     token_lists,
     tokenizer_from_lists,
 )
-from gptx.conversions.vocabularies.tokenizer_files import TEMPLATE
 from gptx.errors import TokenizerError
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.saving import TEMPLATE
 
 # llama.cpp ends each text at this token (a comma in OpenAI's vocabulary) if a BPE tokenizer has no
 # valid end of text.

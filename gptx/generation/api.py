@@ -33,6 +33,7 @@ from gptx.generation.text_model import (
 )
 from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
+from gptx.tokenization.protocol import Tokenizer
 
 # Tokens times parameters from which a single call gains more by compilation than the import of
 # Numba takes: 100 tokens of the 124M model.
@@ -57,7 +58,7 @@ def load(
     quantize: str | None = None,
     group_size: int = GROUP_SIZE,
     config: str | os.PathLike[str] | GPT2Config | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, argument
+from gptx.errors import ParameterError, TokenizerError, argument
 from gptx.generation.model_info import ModelInfo
 from gptx.hub.resolve import find_source, importing_hub, is_openai, local_path
 from gptx.model_files import (
@@ -29,6 +29,7 @@ from gptx.model_files import (
 )
 from gptx.safetensors_weights import open_weights
 from gptx.stored_weights import DescribedTensor, Tensor, type_name
+from gptx.tokenization.protocol import Tokenizer
 
 if TYPE_CHECKING:
     from gptx.conversions.checkpoint import Checkpoint
@@ -232,7 +233,7 @@ def find_model(
     model: str | os.PathLike[str],
     *,
     config: str | os.PathLike[str] | GPT2Config | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     ignore_unknown: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -256,9 +257,17 @@ def find_model(
             f"{argument('config')} is {config!r}, expected a GPT2Config or the path of a "
             "config.json: make one with GPT2Config.from_dict(...)"
         )
+    if isinstance(tokenizer, Tokenizer):
+        found = find_model(
+            model, config=config, ignore_unknown=ignore_unknown, revision=revision,
+            offline=offline, token=token, verify_cached=verify_cached,
+        )  # fmt: skip
+        found.info = _with_tokenizer(found.info, tokenizer)
+        return found
     if not isinstance(tokenizer, str | os.PathLike | None):
         raise ParameterError(
-            f"{argument('tokenizer')} is {tokenizer!r}, expected a folder, or a model that has one"
+            f"{argument('tokenizer')} is {repr(tokenizer)[:60]}, expected a folder, a model that "
+            "has one, or an object with encode, decode and vocab_size"
         )
     if is_openai(model):
         return _OpenAIModel(
@@ -287,6 +296,17 @@ def find_model(
         path, config=config, tokenizer=tokenizer, ignore_unknown=ignore_unknown, offline=offline
     )
     return _CheckpointModel(os.fspath(model), path, format, checkpoint)
+
+
+def _with_tokenizer(info: ModelInfo, tokenizer: Tokenizer) -> ModelInfo:
+    """Replace the tokenizer of a model."""
+    size, vocab_size = tokenizer.vocab_size, info.config.vocab_size
+    if size > vocab_size:
+        raise TokenizerError(
+            f"{argument('tokenizer')} has {size} tokens, the model {vocab_size}: give the "
+            "tokenizer of this model"
+        )
+    return ModelInfo(info.files, info.config, tokenizer)
 
 
 def _needs_conversions(model: str | os.PathLike[str]) -> bool:

@@ -9,7 +9,8 @@ from gptx.errors import TokenizerError, argument
 from gptx.model_files import ModelFiles
 from gptx.tokenization.finding import describe_unreadable
 from gptx.tokenization.pipeline import PipelineTokenizer
-from gptx.tokenization.protocol import Tokenizer
+from gptx.tokenization.plugged import plug
+from gptx.tokenization.protocol import StreamingTokenizer, Tokenizer
 
 
 class ModelInfo:
@@ -18,7 +19,7 @@ class ModelInfo:
     Parameters
     ----------
     tokenizer
-        None: that of the files, if they have one.
+        Any object with encode, decode and vocab_size. None: that of the files, if they have one.
 
     Attributes
     ----------
@@ -33,7 +34,7 @@ class ModelInfo:
     ) -> None:
         self.files = files
         self.config = config
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else plug(tokenizer)
 
     @property
     def name(self) -> str:
@@ -46,7 +47,7 @@ class ModelInfo:
         return self._tokenizer is not None or bool(self.files.tokenizer)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> StreamingTokenizer:
         """Tokenizer of the model, read at the first use.
 
         Raises

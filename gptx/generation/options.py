@@ -18,6 +18,7 @@ from gptx.generation.checks import check_bool, is_int, shown
 from gptx.generation.names import check_names
 from gptx.generation.sampling import SamplingParams, random_seed
 from gptx.kv_cache import KVCache
+from gptx.tokenization.protocol import Tokenizer
 
 Overflow = Literal["error", "truncate", "slide"]
 MAX_TOKENS = 100  # default number of new tokens for each prompt
@@ -84,8 +85,9 @@ class LoadOptions(TypedDict, total=False):
         A config.json or a `GPT2Config`, for a file without a complete configuration, such as the
         number of heads. It replaces the configuration of the model.
     tokenizer
-        A folder with a tokenizer's files, or a model that has a tokenizer, such as "gpt2", for a
-        file without one. It replaces the tokenizer of the model.
+        A folder with a tokenizer's files, a model that has a tokenizer, such as "gpt2", or a
+        `gptx.Tokenizer`: any object with encode, decode and vocab_size. It replaces the tokenizer
+        of the model.
     ignore_unknown
         Leave out tensors that a GPT-2 does not have, with a warning. Otherwise they are an error.
     revision
@@ -106,7 +108,7 @@ class LoadOptions(TypedDict, total=False):
     quantize: str | None
     group_size: int
     config: str | os.PathLike[str] | GPT2Config | None
-    tokenizer: str | os.PathLike[str] | None
+    tokenizer: str | os.PathLike[str] | Tokenizer | None
     ignore_unknown: bool
     revision: str | None
     offline: bool

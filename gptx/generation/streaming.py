@@ -9,7 +9,7 @@ from typing import cast
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.prompts import Prompt
 from gptx.generation.results import Chunk, FinishReason, Result, Token
-from gptx.tokenization.protocol import Tokenizer
+from gptx.tokenization.protocol import StreamingTokenizer, Tokenizer
 
 
 class Continuation:
@@ -36,7 +36,7 @@ class Continuation:
         sequence: int,
         prompt: Prompt,
         prompt_ids: Sequence[int],
-        tokenizer: Tokenizer | None,
+        tokenizer: StreamingTokenizer | None,
         stop: list[str],
         run: TokenGenerator,
     ) -> None:

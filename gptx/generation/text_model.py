@@ -35,7 +35,7 @@ from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
 from gptx.model import Transformer
 from gptx.model_files import ModelFiles
-from gptx.tokenization.protocol import Tokenizer
+from gptx.tokenization.protocol import StreamingTokenizer
 from gptx.weights import array_bytes
 
 Chunks = Generator[Chunk, None, None]
@@ -134,7 +134,7 @@ class Model:
         return self._backend
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> StreamingTokenizer:
         """Tokenizer of the model.
 
         Raises

@@ -45,7 +45,7 @@ class WindowDecoder:
     decode
         Function from token ids to text.
     is_open
-        Function that tests for a token whose text may depend on the next one.
+        Function that tests for tokens whose last text may depend on the next one.
     prompt
         Token ids before the stream.
     """
@@ -53,14 +53,14 @@ class WindowDecoder:
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        is_open: Callable[[int], bool],
+        is_open: Callable[[Sequence[int]], bool],
         prompt: Sequence[int] = (),
     ) -> None:
         self._decode = decode
         self._is_open = is_open
         self._pending: list[int] = []
         end = len(prompt)
-        while end and is_open(prompt[end - 1]):
+        while end and is_open(prompt[:end]):
             end -= 1
         start = end
         while start and not decode(prompt[start:end]):
@@ -70,7 +70,7 @@ class WindowDecoder:
 
     def feed(self, id: int) -> str:
         self._pending.append(id)
-        return "" if self._is_open(id) else self.finish()
+        return "" if self._is_open(self._pending) else self.finish()
 
     def finish(self) -> str:
         pending, self._pending = self._pending, []

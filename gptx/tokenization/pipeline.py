@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -89,26 +90,44 @@ class PipelineTokenizer:
         """
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         byte_level["use_regex"] = True
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        special = special or {}
-        added = [
-            {"id": id, "content": token, **flags, "special": True} for token, id in special.items()
-        ]
         # The library keeps the ids of added tokens only if the vocabulary has them.
-        tokens = {**vocab, **special}
+        tokens = {**vocab, **(special or {})}
         model = {"type": "BPE", "vocab": tokens, "merges": [list(pair) for pair in merges]}
-        definition = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": model,
-        }
-        return cls({}, definition=json.dumps(definition))
+        return cls({}, definition=_definition(model, byte_level, byte_level, special or {}))
+
+    @classmethod
+    def of_pieces(
+        cls,
+        tokens: Sequence[str],
+        *,
+        split: str | None = None,
+        unknown: str | None = None,
+        special: Sequence[str] = (),
+    ) -> PipelineTokenizer:
+        """Make a tokenizer whose tokens are pieces of text: a BPE without merges.
+
+        A piece that is no token falls apart into its characters.
+
+        Parameters
+        ----------
+        tokens
+            All tokens, in the order of their ids.
+        split
+            Regular expression that matches each piece of a text; None: a piece is a character.
+        unknown
+            Token of characters that are no tokens. None: they are an error.
+        special
+            Special tokens, whose ids follow the others.
+        """
+        vocab = {token: id for id, token in enumerate([*tokens, *special])}
+        model = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": unknown}
+        splitter = None
+        if split is not None:
+            model["ignore_merges"] = True  # a piece in the vocabulary is one token
+            splitter = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated"}
+            splitter["invert"] = False
+        added = {token: vocab[token] for token in special}
+        return cls({}, definition=_definition(model, splitter, {"type": "Fuse"}, added))
 
     def _read(self) -> Any:
         from tokenizers import Tokenizer
@@ -166,7 +185,33 @@ class PipelineTokenizer:
         """Return the contents of its tokenizer.json."""
         return dict(json.loads(self._library.to_str()))
 
+    def save(self, folder: str | os.PathLike[str], *, context: int | None = None) -> None:
+        """Write its files into a folder that exists, each atomically, for gptx and transformers.
+
+        Parameters
+        ----------
+        context
+            Context of the model in tokens, for the settings.
+
+        Raises
+        ------
+        StorageError
+            A file cannot be written.
+        """
+        from gptx.tokenization.saving import save_tokenizer
+
+        save_tokenizer(self, Path(folder), context=context)
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Return the token ids of a text; special tokens in it are ordinary text unless allowed.
+
+        Raises
+        ------
+        PromptError
+            The text has a lone surrogate, or a character that a vocabulary of characters lacks.
+        TokenizerError
+            The library refuses the text.
+        """
         try:
             text.encode()  # the library's own error for a lone surrogate is not clear
         except UnicodeEncodeError as error:
@@ -176,7 +221,38 @@ class PipelineTokenizer:
             ) from None
         tokenizer = self._special if allow_special else self._ordinary
         with _named_errors("the text"):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        if self._alphabet is not None and not self._alphabet.issuperset(text):
+            self._check_complete(text, encoding.tokens)
+        return list(encoding.ids)
+
+    @cached_property
+    def _alphabet(self) -> frozenset[str] | None:
+        """Tokens, if the library would leave out characters that are not among them; else None."""
+        from tokenizers import models
+
+        model = self._library.model
+        if self.has_bytes or not isinstance(model, models.BPE) or model.unk_token is not None:
+            return None
+        definition = self.definition()
+        data = definition["model"]
+        if data["merges"] or data["byte_fallback"] or definition["normalizer"]:
+            return None
+        return frozenset(data["vocab"])
+
+    def _check_complete(self, text: str, tokens: Sequence[str]) -> None:
+        """Raise an error for the first character of a text that its tokens lack."""
+        end = 0
+        for token in tokens:
+            if not text.startswith(token, end):
+                break
+            end += len(token)
+        if end < len(text):
+            raise PromptError(
+                f"the text has {text[end]!r} at character {end}, which is not among the "
+                f"{self.vocab_size} tokens of this vocabulary: remove it, or make a vocabulary of "
+                "a text that has it"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         if self.has_bytes:
@@ -190,7 +266,7 @@ class PipelineTokenizer:
             return Utf8Decoder(self.token_bytes)
         if is_local(self._decoder_steps):
             return WindowDecoder(self.decode, self._is_open, prompt)
-        return WindowDecoder(self.decode, lambda id: True)  # text at the end only
+        return WindowDecoder(self.decode, lambda ids: True)  # text at the end only
 
     @cached_property
     def has_bytes(self) -> bool:
@@ -207,12 +283,32 @@ class PipelineTokenizer:
         """Return a token; None for no id, or one that only pads the vocabulary of the model."""
         return self._library.id_to_token(id) if 0 <= id < 2**32 else None
 
-    def _is_open(self, id: int) -> bool:
-        """Test for a byte of ByteFallback, or an id without a token, which may be among bytes."""
-        token = self._token(id)
+    def _is_open(self, ids: Sequence[int]) -> bool:
+        """Test for a last byte of ByteFallback, or id without a token, which may be among bytes."""
+        token = self._token(ids[-1])
         return token is None or (len(token) == 6 and token.startswith("<0x"))
 
+    def piece(self, id: int) -> str | bytes:
+        """Return the text of a token; bytes if they are an incomplete character.
+
+        The tokens of a kind without bytes are as the vocabulary has them, such as "##ing".
+        """
+        if not self.has_bytes:
+            return self._token(id) or ""
+        data = self.token_bytes(id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
+
     def token_bytes(self, id: int) -> bytes:
+        """Return the bytes of a token; none for an id that is not in the vocabulary.
+
+        Raises
+        ------
+        TokenizerError
+            The tokens of this tokenizer are not bytes: their text depends on those beside them.
+        """
         token = self._token(id)
         if not self.has_bytes:
             raise TokenizerError(
@@ -231,6 +327,32 @@ class PipelineTokenizer:
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._library.get_added_tokens_decoder())
+
+
+def _definition(
+    model: Mapping[str, Any],
+    pre_tokenizer: Mapping[str, Any] | None,
+    decoder: Mapping[str, Any],
+    special: Mapping[str, int],
+) -> str:
+    """Return the contents of a tokenizer.json; `special` is special token -> id."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": id, "content": token, **flags, "special": True}
+                for token, id in special.items()
+            ],
+            "normalizer": None,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": None,
+            "decoder": decoder,
+            "model": model,
+        }
+    )
 
 
 @contextmanager

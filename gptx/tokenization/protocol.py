@@ -1,9 +1,28 @@
-"""The interface of a tokenizer."""
+"""The interfaces of a tokenizer: the small one of a caller, and that of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A map between text and token ids.
+
+    Any object with these three members is a tokenizer for gptx: for `gptx.load`, for training, and
+    for a dataset. A further method `save(folder)` stores it beside a trained model.
+    """
+
+    def encode(self, text: str, /) -> Sequence[int]:
+        """Return the token ids of a text."""
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; the ids are below it."""
 
 
 class TextDecoder(Protocol):
@@ -19,30 +38,14 @@ class TextDecoder(Protocol):
         """Return the rest of the text, at the end of the stream."""
 
 
-class Tokenizer(Protocol):
-    """A map between text and token ids."""
+class StreamingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that also decodes token by token; `plug` makes one of any `Tokenizer`."""
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, /, *, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text; special tokens in it are ordinary text unless allowed."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
-
-    def decoder(self, prompt: Sequence[int] = ()) -> TextDecoder:
+    def decoder(self, prompt: Sequence[int] = (), /) -> TextDecoder:
         """Return a decoder of the tokens that follow a prompt.
 
         Its text begins with a space if the first token begins a word after those of the prompt.
         """
-
-    def token_bytes(self, id: int) -> bytes:
-        """Return the bytes of a token; none for an id that is not in the vocabulary.
-
-        Raises
-        ------
-        TokenizerError
-            The tokens of this tokenizer are not bytes: their text depends on those beside them.
-        """
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""

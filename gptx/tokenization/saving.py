@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptx.config import GPT2Config
 from gptx.errors import StorageError
-from gptx.files import create
+from gptx.files import atomic_file
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.files import (
     ADDED_TOKENS,
@@ -45,15 +44,32 @@ _ELSEWHERE = (
 )
 
 
-def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Path) -> None:
+def save_tokenizer(
+    tokenizer: PipelineTokenizer,
+    folder: Path,
+    *,
+    context: int | None = None,
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+) -> None:
     """Write the files of a tokenizer: those it was read from, tokenizer.json and its settings.
 
-    vocab.json and merges.txt are written only if GPT2Tokenizer gives the same ids with them.
+    Each file is written atomically. vocab.json and merges.txt are written only if GPT2Tokenizer
+    gives the same ids with them.
 
     Parameters
     ----------
-    config
-        Config of the model, for the context length and the names of special tokens.
+    folder
+        A folder that exists.
+    context
+        Context of the model in tokens, for settings that lack it.
+    bos_id, eos_ids
+        Ids of special tokens in the model's config, for settings that do not name them.
+
+    Raises
+    ------
+    StorageError
+        A file cannot be read or written.
     """
     definition = tokenizer.definition()
     carried = dict(tokenizer.files)
@@ -64,7 +80,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Pa
     if options:
         options = _adapted(options, tokenizer, definition)
     else:
-        options = _derived_options(tokenizer, definition, config)
+        options = _derived_options(tokenizer, definition, context, bos_id, eos_ids)
     if TEMPLATE in carried:  # version 4 reads it from the settings only
         template = carried[TEMPLATE].read_text(encoding="utf-8", errors="replace")
         options.setdefault("chat_template", template)
@@ -80,7 +96,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, config: GPT2Config, folder: Pa
         model = definition["model"]
         _write_json(folder / VOCAB, model["vocab"])
         merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
-        with create(folder / MERGES) as file:
+        with atomic_file(folder / MERGES) as file:
             file.write(f"#version: 0.2\n{merges}".encode())
 
 
@@ -129,14 +145,18 @@ def _without_places(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _derived_options(
-    tokenizer: PipelineTokenizer, definition: Mapping[str, Any], config: GPT2Config
+    tokenizer: PipelineTokenizer,
+    definition: Mapping[str, Any],
+    context: int | None,
+    bos_id: int | None,
+    eos_ids: Sequence[int],
 ) -> dict[str, Any]:
     """Return settings for a source that has none."""
     tokens = {token["id"]: token["content"] for token in definition["added_tokens"]}
     end = END_OF_TEXT if tokenizer.end_of_text_id is not None else None
     names = {
-        "bos_token": tokens.get(config.bos_token_id, end),
-        "eos_token": next((tokens[id] for id in config.eos_token_ids if id in tokens), end),
+        "bos_token": tokens.get(bos_id, end),
+        "eos_token": next((tokens[id] for id in eos_ids if id in tokens), end),
         "unk_token": end,
     }
     cls = _class_of(tokenizer, definition)
@@ -145,7 +165,12 @@ def _derived_options(
     split = definition["pre_tokenizer"] or {}
     if "add_prefix_space" in split:
         names["add_prefix_space"] = split["add_prefix_space"]
-    options = {"tokenizer_class": cls, "model_max_length": config.n_positions, **names}
+    options: dict[str, Any] = {"tokenizer_class": cls}
+    if context is not None:
+        options["model_max_length"] = context
+    options |= names
+    if cls == ANY_CLASS:  # version 4 would leave out spaces before punctuation
+        options["clean_up_tokenization_spaces"] = False
     return options | dict(tokenizer.settings.options)
 
 
@@ -176,7 +201,7 @@ def copy_file(source: Path, destination: Path) -> None:
         The source cannot be read.
     """
     try:
-        with open(source, "rb") as data, create(destination) as file:
+        with open(source, "rb") as data, atomic_file(destination) as file:
             shutil.copyfileobj(data, file)
     except OSError as error:
         if str(error.filename) == str(source):
@@ -185,10 +210,10 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 def _write_settings(folder: Path, options: dict[str, Any]) -> None:
-    with create(folder / SETTINGS) as file:  # ASCII: a source may have lone surrogates
+    with atomic_file(folder / SETTINGS) as file:  # ASCII: a source may have lone surrogates
         file.write((json.dumps(options, indent=2) + "\n").encode())
 
 
 def _write_json(path: Path, data: Any) -> None:
-    with create(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(data, ensure_ascii=False).encode())

@@ -1,4 +1,4 @@
-"""gptx.conversions.vocabularies.tokenizer_files: files carried over, and files derived.
+"""gptx.tokenization.saving: files carried over, and files derived.
 
 The ids of transformers for a result are those of tests/golden/tokenizers: for it, the files of the
 result say the same as those of the source (`make_tokenizers.py ids SOURCE RESULT`).
@@ -14,21 +14,19 @@ from typing import Any
 
 import pytest
 
-from gptx.config import GPT2Config
 from gptx.conversions.checkpoint import CARRIED_FILES
 from gptx.conversions.registry import FORMATS
-from gptx.conversions.vocabularies.tokenizer_files import (
-    UNREAD_FILES,
-    copy_file,
-    write_tokenizer,
-    write_unread_tokenizer,
-)
 from gptx.errors import StorageError
 from gptx.tokenization.files import FILES
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.saving import (
+    UNREAD_FILES,
+    copy_file,
+    save_tokenizer,
+    write_unread_tokenizer,
+)
 from tests.support.golden_tokenizers import NAMES, TEXTS, expected, folder_of, load
 
-CONFIG = GPT2Config(vocab_size=600, n_positions=64, n_embd=8, n_layer=1, n_head=2)
 OF_MODEL = {"config.json", "generation_config.json"}
 GPT2_KINDS = {name for name in NAMES if name.startswith(("added", "prefix"))}
 
@@ -62,7 +60,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_result_has_the_ids_of_the_source(name: str, out: Path) -> None:
-    write_tokenizer(load(name), CONFIG, out)
+    save_tokenizer(load(name), out, context=64)
     found = PipelineTokenizer.of_folder(out)
     assert found is not None
     assert [found.encode(t, allow_special=True) for t in TEXTS] == expected(name)["ids"]
@@ -72,7 +70,7 @@ def test_the_result_has_the_ids_of_the_source(name: str, out: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tokenizer_without_files_has_the_same_ids(name: str, out: Path) -> None:
     definition = json.dumps(load(name).definition())
-    write_tokenizer(PipelineTokenizer({}, definition=definition), CONFIG, out)
+    save_tokenizer(PipelineTokenizer({}, definition=definition), out, context=64)
     found = PipelineTokenizer.of_folder(out)
     assert found is not None
     assert [found.encode(t, allow_special=True) for t in TEXTS] == expected(name)["ids"]
@@ -82,7 +80,7 @@ def test_a_tokenizer_without_files_has_the_same_ids(name: str, out: Path) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_carried_over(name: str, out: Path) -> None:
-    write_tokenizer(load(name), CONFIG, out)
+    save_tokenizer(load(name), out, context=64)
     for path in folder_of(name).iterdir():
         if path.name == "tokenizer_config.json":
             given = json.loads(path.read_text())
@@ -96,7 +94,7 @@ def test_files_are_carried_over(name: str, out: Path) -> None:
 def test_vocab_and_merges_are_written_where_they_represent_the_tokenizer(
     name: str, out: Path
 ) -> None:
-    write_tokenizer(load(name), CONFIG, out)
+    save_tokenizer(load(name), out, context=64)
     assert (out / "vocab.json").is_file() == (name in GPT2_KINDS)
     assert (out / "merges.txt").is_file() == (name in GPT2_KINDS)
     if name in GPT2_KINDS:
@@ -108,7 +106,7 @@ def test_vocab_and_merges_are_written_where_they_represent_the_tokenizer(
 
 
 def test_settings_of_a_source_without_any(out: Path) -> None:
-    write_tokenizer(load("added_beside_json"), CONFIG, out)
+    save_tokenizer(load("added_beside_json"), out, context=64)
     assert settings_of(out) == {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": 64,
@@ -122,7 +120,7 @@ def test_settings_of_a_source_without_any(out: Path) -> None:
 
 
 def test_the_class_of_config_json_is_kept(out: Path) -> None:
-    write_tokenizer(load("word_list"), CONFIG, out)
+    save_tokenizer(load("word_list"), out, context=64)
     assert settings_of(out) == {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
 
 
@@ -130,13 +128,13 @@ def test_special_tokens_of_the_config(source: Callable[..., PipelineTokenizer], 
     tokenizer = source("metaspace")
     (tokenizer.files["tokenizer_config.json"]).unlink()
     tokenizer = PipelineTokenizer({"tokenizer.json": tokenizer.files["tokenizer.json"]})
-    ids = {"bos_token_id": 0, "eos_token_id": [500, 1]}
-    write_tokenizer(tokenizer, GPT2Config(**{**vars(CONFIG), **ids}), out)
+    save_tokenizer(tokenizer, out, context=64, bos_id=0, eos_ids=(500, 1))
     assert settings_of(out) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 64,
         "bos_token": "<s>",
         "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
     }
 
 
@@ -164,7 +162,7 @@ def test_settings_for_both_versions_of_transformers(
     given: dict[str, Any],
     written: dict[str, Any],
 ) -> None:
-    write_tokenizer(source("metaspace", tokenizer_config__json=given), CONFIG, out)
+    save_tokenizer(source("metaspace", tokenizer_config__json=given), out, context=64)
     found = settings_of(out)
     assert found == found | written
     assert not found.keys() & {"auto_map", "name_or_path", "vocab_file"}
@@ -175,7 +173,7 @@ def test_a_class_with_gpt2_in_its_settings_stays(
     source: Callable[..., PipelineTokenizer], out: Path
 ) -> None:
     options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
-    write_tokenizer(source("lower", tokenizer_config__json=options), CONFIG, out)
+    save_tokenizer(source("lower", tokenizer_config__json=options), out, context=64)
     assert settings_of(out) == options
 
 
@@ -185,7 +183,7 @@ def test_the_prefix_space_of_gpt2_stays_when_the_class_changes(
     definition = load("lower").definition()
     definition["pre_tokenizer"]["add_prefix_space"] = True
     tokenizer = source("prefix_without_config", tokenizer__json=definition)
-    write_tokenizer(tokenizer, CONFIG, out)
+    save_tokenizer(tokenizer, out, context=64)
     assert settings_of(out)["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings_of(out)["add_prefix_space"] is False
     found = PipelineTokenizer.of_folder(out)
@@ -195,7 +193,7 @@ def test_the_prefix_space_of_gpt2_stays_when_the_class_changes(
 
 def test_chat_templates(source: Callable[..., PipelineTokenizer], out: Path) -> None:
     tokenizer = source("metaspace", chat_template__jinja="{{ 1 }}", chat_template__json={"a": 1})
-    write_tokenizer(tokenizer, CONFIG, out)
+    save_tokenizer(tokenizer, out, context=64)
     assert (out / "chat_template.jinja").read_text() == "{{ 1 }}"
     assert (out / "chat_template.json").read_text() == '{"a": 1}'
     assert settings_of(out)["chat_template"] == "{{ 1 }}"
@@ -204,13 +202,13 @@ def test_chat_templates(source: Callable[..., PipelineTokenizer], out: Path) -> 
 def test_a_sentencepiece_model_beside_the_tokenizer(
     source: Callable[..., PipelineTokenizer], out: Path
 ) -> None:
-    write_tokenizer(source("unigram", spiece__model="a model"), CONFIG, out)
+    save_tokenizer(source("unigram", spiece__model="a model"), out, context=64)
     assert (out / "spiece.model").read_text() == "a model"
 
 
 def test_settings_that_are_not_unicode(source: Callable[..., PipelineTokenizer], out: Path) -> None:
     tokenizer = source("metaspace", tokenizer_config__json='{"chat_template": "\\ud800 é"}')
-    write_tokenizer(tokenizer, CONFIG, out)
+    save_tokenizer(tokenizer, out, context=64)
     assert settings_of(out)["chat_template"] == "\ud800 é"
 
 

@@ -16,10 +16,10 @@ from gptx.config import GPT2Config
 from gptx.conversions import convert, detect
 from gptx.conversions.formats import staticgrad
 from gptx.conversions.vocabularies.byte_tokens import tokenizer_from_bytes
-from gptx.conversions.vocabularies.tokenizer_files import write_tokenizer
 from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.stored_weights import OWN_HEAD_NOTE
+from gptx.tokenization.saving import save_tokenizer
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES, write_model
 
@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Path:
     path = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
     tokenizer = tokenizer_from_bytes(TOKENS)
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG, path)
+    save_tokenizer(tokenizer, path, context=CONFIG.n_positions)
     return path
 
 
@@ -123,13 +123,13 @@ def test_ids_without_a_token_have_no_bytes(source: Path, tmp_path: Path) -> None
     model = write_model(tmp_path / "larger", CONFIG, random_weights(CONFIG))
     tokenizer = tokenizer_from_bytes([*TOKENS[:-2], TOKENS[-1]])
     assert tokenizer is not None
-    write_tokenizer(tokenizer, CONFIG, model)
+    save_tokenizer(tokenizer, model, context=CONFIG.n_positions)
     convert(model, tmp_path / "out", "staticgrad")
     expected = [*TOKENS[:-2], TOKENS[-1], b""]
     assert (tmp_path / "out" / NAMES[2]).read_bytes() == vocabulary(expected)
     assert staticgrad.read(tmp_path / "out", CONFIG).tokenizer is not None
     small = write_model(tmp_path / "small", config, random_weights(config))
-    write_tokenizer(tokenizer, config, small)
+    save_tokenizer(tokenizer, small, context=config.n_positions)
     with pytest.raises(TokenizerError, match="has the token id 258, the model 211 tokens"):
         convert(small, tmp_path / "no", "staticgrad")
 
@@ -139,7 +139,7 @@ def test_id_beyond_the_vocabulary_after_a_gap_is_refused(tmp_path: Path) -> None
     assert tokenizer is not None
     assert tokenizer.vocab_size < CONFIG.vocab_size
     model = write_model(tmp_path / "source", CONFIG, random_weights(CONFIG))
-    write_tokenizer(tokenizer, CONFIG, model)
+    save_tokenizer(tokenizer, model, context=CONFIG.n_positions)
     with pytest.raises(TokenizerError, match="has the token id 260, the model 260 tokens"):
         convert(model, tmp_path / "out", "staticgrad")
 
