@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -220,20 +220,37 @@ def write_safetensors(
     file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Write arrays in memory to a file; the same arrays and metadata give the same bytes."""
+    layout = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    write_arrays(file, layout, tensors.values(), metadata)
+
+
+def write_arrays(
+    file: BinaryIO,
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write arrays that arrive one by one to a file.
+
+    Parameters
+    ----------
+    layout
+        Name -> type and shape of each array.
+    arrays
+        The arrays, in the order of `layout`.
+    metadata
+        The strings of `__metadata__`.
+    """
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": names[array.dtype],
-            "shape": array.shape,
-            "data_offsets": (start, end),
-        }
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT_BYTES)
     file.write(len(text).to_bytes(8, "little") + text)
-    for array in tensors.values():
+    for array in arrays:
         little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
         file.write(np.ascontiguousarray(little_endian).data)
 

@@ -1,0 +1,278 @@
+"""Checkpoints: the folders of a run, written so that a crash at any point loses no checkpoint.
+
+The output folder is a model folder with the best weights, which `gptx.load` and transformers read.
+Its folder `last` has the last checkpoint: a model folder, the optimizer's arrays and the state. It
+is replaced atomically, and before the best weights of the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptx.config import GPT2Config
+from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, argument
+from gptx.files import atomic_path, create
+from gptx.model_files import CONFIG, WEIGHTS
+from gptx.safetensors_file import SafetensorsFile, write_arrays
+from gptx.tokenization.pipeline import PipelineTokenizer
+
+if TYPE_CHECKING:
+    from gptx.conversions.checkpoint import Checkpoint
+
+LAST = "last"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "training.json"
+DATA = "data"  # token files that `gptx.train` prepares
+VERSION = 1
+MAX_STATE_BYTES = 2**24
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")
+
+Read = Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class HostTensor:
+    """An array on a device, described before it is copied to the host.
+
+    Attributes
+    ----------
+    dtype, shape
+        Type on the host, and shape.
+    read
+        Function that copies it.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Read
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A checkpoint in its folder.
+
+    Attributes
+    ----------
+    folder
+        Path of `last`.
+    config
+        Config of the model.
+    tokenizer
+        Tokenizer of the model; None without one.
+    record
+        Contents of training.json.
+    """
+
+    folder: Path
+    config: GPT2Config
+    tokenizer: PipelineTokenizer | None
+    record: Mapping[str, Any]
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield name and array of each weight, with the precision of the run."""
+        exact, stored = self.moments("weights"), SafetensorsFile(self.folder / WEIGHTS)
+        for name in self.config.tensor_shapes():
+            yield name, exact[name]() if name in exact else stored.read(name)
+
+    def moments(self, kind: str) -> dict[str, Read]:
+        """Return name of a weight -> function that reads an array of the optimizer, such as "m"."""
+        file = SafetensorsFile(self.folder / OPTIMIZER)
+
+        def reader(name: str) -> Read:
+            return lambda: file.read(name)
+
+        prefix = f"{kind}."
+        return {
+            name.removeprefix(prefix): reader(name)
+            for name in file.entries
+            if name.startswith(prefix)
+        }
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check that a run may write a folder, before any work.
+
+    A folder belongs to gptx if it is missing, empty or has a checkpoint.
+
+    Raises
+    ------
+    StorageError
+        The folder has other files, or cannot be written.
+    ParameterError
+        The folder has a run, and neither `resume` nor `overwrite` is set.
+    NotFoundError
+        There is no run to resume.
+    """
+    state = folder / LAST / STATE
+    if resume:
+        if not state.is_file():
+            raise NotFoundError(
+                f"{folder} has no run to resume ({state} is missing): give the folder of a run, "
+                f"or leave out {argument('resume')}"
+            )
+    elif state.is_file():
+        if not overwrite:
+            raise ParameterError(
+                f"{folder} has a run already: continue it with {argument('resume', True)}, "
+                f"replace it with {argument('overwrite', True)}, or give another folder"
+            )
+    elif folder.is_dir():
+        others = [p.name for p in folder.iterdir() if p.name != DATA and not _is_temporary(p)]
+        if others:
+            raise StorageError(
+                f"{folder} is not the folder of a run, it has {sorted(others)[0]}: give a new or "
+                "an empty folder"
+            )
+    elif folder.exists() or folder.is_symlink():
+        raise StorageError(f"{folder} is no folder: give the name of a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror or error})") from error
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{folder} cannot be written (it is read-only)")
+
+
+def _is_temporary(path: Path) -> bool:
+    """Test for a file or folder that an ended process left of `gptx.files.atomic_path`."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path, *, overwrite: bool) -> None:
+    """Remove what an ended process left, and the best weights of a run that is replaced.
+
+    Without those, the folder cannot mix files of two runs.
+    """
+    for path in [p for p in folder.iterdir() if _is_temporary(p)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+    if overwrite:
+        with suppress(FileNotFoundError), _storage_errors(folder / WEIGHTS):
+            (folder / WEIGHTS).unlink()
+
+
+def write_last(
+    folder: Path,
+    checkpoint: Checkpoint,
+    moments: Mapping[str, HostTensor],
+    record: Mapping[str, Any],
+) -> Path:
+    """Write the last checkpoint of a run atomically; return its folder.
+
+    Parameters
+    ----------
+    folder
+        Output folder of the run.
+    checkpoint
+        The model, whose weights are written as float32.
+    moments
+        Name such as "m.wte.weight" -> array of the optimizer.
+    record
+        Contents of training.json.
+
+    Raises
+    ------
+    StorageError
+        The disk is full, or the folder cannot be written; the older checkpoint stays.
+    """
+    from gptx.conversions.formats import hugging_face
+
+    with atomic_path(folder / LAST) as temporary:
+        temporary.mkdir()
+        hugging_face.write(checkpoint, temporary, dtype="float32")
+        with create(temporary / OPTIMIZER) as file:
+            layout = {name: (x.dtype, x.shape) for name, x in moments.items()}
+            write_arrays(file, layout, (x.read() for x in moments.values()), {})
+        with create(temporary / STATE) as file:
+            file.write((json.dumps({"version": VERSION, **record}, indent=2) + "\n").encode())
+    return folder / LAST
+
+
+def publish(folder: Path) -> None:
+    """Make the last checkpoint the best one: link its weights into the folder, copy the rest.
+
+    Weights are last, so a folder without them is the only incomplete one.
+
+    Raises
+    ------
+    StorageError
+        A file cannot be written; the older one stays.
+    """
+    own = (OPTIMIZER, STATE)
+    with _storage_errors(folder):
+        names = sorted(p.name for p in (folder / LAST).iterdir() if p.name not in own)
+        for name in [n for n in names if n != WEIGHTS] + [WEIGHTS]:
+            source, path = folder / LAST / name, folder / name
+            if path.is_file() and (path.samefile(source) or _is_same(path, source, name)):
+                continue
+            with atomic_path(path) as temporary:
+                if name == WEIGHTS:
+                    _link(source, temporary)
+                else:
+                    shutil.copyfile(source, temporary)
+
+
+def _is_same(path: Path, source: Path, name: str) -> bool:
+    return name != WEIGHTS and path.read_bytes() == source.read_bytes()
+
+
+def _link(source: Path, path: Path) -> None:
+    """Link a file, which is never changed in place; copy it where links do not exist."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (StorageError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def read_last(folder: Path) -> StoredRun:
+    """Open the last checkpoint of a run.
+
+    Raises
+    ------
+    DataError
+        The checkpoint is damaged, or of a newer gptx.
+    NotFoundError, StorageError
+        A file is missing or cannot be read.
+    """
+    last = folder / LAST
+    path = last / STATE
+    try:
+        is_small = path.stat().st_size <= MAX_STATE_BYTES
+        record = json.loads(path.read_bytes()) if is_small else None
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist, expected the folder of a run") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        raise DataError(
+            f"{path} is damaged, or of another version of gptx: expected version {VERSION}; "
+            f"start a new run from its weights, with {argument('init', str(last))}"
+        )
+    return StoredRun(
+        last, GPT2Config.from_file(last / CONFIG), PipelineTokenizer.of_folder(last), record
+    )

@@ -1,0 +1,614 @@
+"""The trainer: a step is a batch, the gradients of its passes, their norm, and an update."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptx import weights as weight_trees
+from gptx.backends import Backend, get_backend
+from gptx.backends.backward import Batch, loss_function
+from gptx.config import GPT2Config
+from gptx.errors import (
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    ParameterError,
+    argument,
+)
+from gptx.generation.found_model import find_model
+from gptx.generation.model_info import ModelInfo
+from gptx.generation.text_model import Model
+from gptx.model import Transformer, forward
+from gptx.model_files import CONFIG, ModelFiles
+from gptx.safetensors_file import widen_bfloat16
+from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.training import checkpoint, optimizers
+from gptx.training.callbacks import Callback, EvaluationRecord, Skipped, StepRecord
+from gptx.training.deferral import deferred_signals
+from gptx.training.initialization import initial_weights
+from gptx.training.loss_scale import LossScale
+from gptx.training.schedule import learning_rate
+from gptx.training.settings import CHANGEABLE, TrainingSettings
+from gptx.training.state import TrainingState, appended, z_score
+
+Array = Any
+
+MAX_FAILURES = 10  # steps in a row without finite gradients
+
+
+class TrainingData(Protocol):
+    """The data of a run; a batch is a pure function of the step, so a resumed run gets the same."""
+
+    def batch(self, step: int) -> Batch:
+        """Return all sequences of a step, which is counted from 0."""
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an evaluation, always the same; none without a validation split.
+
+        With a limit, so many batches, spread over the split.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts that differ between different data, as JSON has them, without paths."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The end of a run.
+
+    Attributes
+    ----------
+    step
+        Number of steps.
+    loss
+        Loss of the last step; None without steps.
+    validation_loss
+        Loss of the last evaluation; None without a validation split.
+    best_loss, best_step
+        The lowest validation loss, and its step.
+    skipped
+        Number of steps that did not change the weights.
+    reason
+        "steps": all steps are done; "patience": no new best loss.
+    folder
+        Folder of the best weights; None if nothing was saved.
+    """
+
+    step: int
+    loss: float | None
+    validation_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    skipped: int
+    reason: str
+    folder: Path | None
+
+
+class Trainer:
+    """A run: model, data, optimizer and state.
+
+    Parameters
+    ----------
+    model
+        A config, to train from scratch; or a model to continue from: everything that `gptx.load`
+        takes. A resumed run has the model of its checkpoint.
+    data
+        See `TrainingData`.
+    settings
+        See `TrainingSettings`.
+    output
+        Folder of the run; None saves nothing.
+    tokenizer
+        Tokenizer of the data, which is saved with the model; None: that of `model`.
+    backend
+        A `Backend`, or the name of one. Its dtype is that of the activations; in 16 bits, weights
+        and optimizer are float32.
+    callbacks
+        See `gptx.training.callbacks`.
+    resume
+        Continue the run in `output`.
+    overwrite
+        Replace the run in `output`.
+
+    Attributes
+    ----------
+    config, settings, backend, data, tokenizer
+        Parts of the run.
+    output : Path or None
+        Folder of the run.
+    state : TrainingState
+        State after the last step.
+    weights : dict
+        Name -> array on the backend, float32 or float64.
+    moments : dict
+        "m" and "v" -> arrays of the optimizer, in the order of the trainable weights.
+
+    Raises
+    ------
+    ParameterError
+        The settings differ from those of the run to resume, or the model is quantized.
+    StorageError
+        The output folder is not that of a run.
+    NotFoundError, DataError
+        There is no run to resume, or it is damaged.
+    """
+
+    def __init__(
+        self,
+        model: GPT2Config | str | os.PathLike[str],
+        data: TrainingData,
+        settings: TrainingSettings | None = None,
+        *,
+        output: str | os.PathLike[str] | None = None,
+        tokenizer: PipelineTokenizer | None = None,
+        backend: str | Any = "numpy",
+        callbacks: Iterable[Callback] = (),
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.settings = settings or TrainingSettings()
+        self.data = data
+        self.callbacks = list(callbacks)
+        self.backend = get_backend(backend)
+        self.output = None if output is None else Path(output).expanduser()
+        self.state = TrainingState(scale=LossScale.of(self.backend.dtype))
+        self.reason = ""
+        if self.output is not None:
+            checkpoint.check_output(self.output, resume=resume, overwrite=overwrite)
+            checkpoint.remove_leftovers(self.output, overwrite=overwrite)
+        elif resume:
+            raise ParameterError(f"{argument('resume')} needs {argument('output')}, the folder")
+        stored = checkpoint.read_last(self.output) if self.output and resume else None
+        if stored:
+            self.config, self.tokenizer = stored.config, stored.tokenizer
+            self._compare(stored.record)
+            first = stored.weights()
+        else:
+            self.config, found, first = _first_weights(model, self.settings.seed)
+            self.tokenizer = tokenizer or found
+        self.trainable = self.settings.select_trainable(list(self.config.tensor_shapes()))
+        with self.backend.scope():
+            self.weights = {name: self._on_backend(array) for name, array in first}
+            self.moments = self._first_moments(stored)
+            self._set_computed(self.weights)
+        self._loss_function = loss_function(
+            forward,
+            self._transformer(self.backend),
+            trainable=self.trainable,
+            recompute=self.settings.recompute,
+            dropout=self.settings.dropout_places,
+        )
+        if stored:
+            self._publish_best()
+
+    # The loop
+
+    def run(self) -> TrainingResult:
+        """Train to the last step, or until the validation loss has no new best.
+
+        Raises
+        ------
+        Interrupted
+            Ctrl-C; the state after the last whole step is saved.
+        NonFiniteError
+            The gradients of ten steps in a row were not finite. The last checkpoint stays.
+        StorageError
+            A checkpoint cannot be written. The older one stays.
+        """
+        self._call("on_start", self)
+        try:
+            while True:
+                self._evaluate_and_save()
+                if self._is_finished():
+                    return self._result()
+                self.step()
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.save()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted from None
+            raise
+        finally:
+            self._call("on_end", self)
+
+    def _is_finished(self) -> bool:
+        patience = self.settings.patience
+        if self.state.step >= self.settings.steps:
+            self.reason = "steps"
+        elif patience is not None and self.state.evaluations_since_best >= patience:
+            self.reason = "patience"
+        return bool(self.reason)
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate and write a checkpoint if it is time for that."""
+        state, settings = self.state, self.settings
+        at_end = state.step == settings.steps
+        evaluated = False
+        if state.evaluated_step != state.step and (at_end or state.step % settings.eval_every == 0):
+            self.evaluate()
+            evaluated = True
+        is_best = evaluated and self.state.best_step == state.step
+        every = settings.save_every or settings.eval_every
+        if is_best or at_end or state.step % every == 0:
+            self.save()
+
+    def step(self) -> StepRecord:
+        """Run one step: update the weights, or skip the step if its gradients are no use."""
+        started = time.perf_counter()
+        state, settings, ops = self.state, self.settings, self.backend
+        batch = self._checked(self.data.batch(state.step))
+        scale = state.scale
+        with ops.scope():
+            loss, grads = self._gradients(batch, scale.value)
+            norm = math.sqrt(_float(ops, optimizers.function(ops, "squared_norm")(grads)))
+            loss, norm = _float(ops, loss) / scale.value, norm / scale.value
+            skipped = self._reason_to_skip(loss, norm)
+            lr = learning_rate(settings, state.step)
+            with deferred_signals():  # the update may change the arrays in place
+                if skipped is None:
+                    self._update(grads, lr, self._clip_factor(norm) / scale.value)
+                self.state = self._next_state(loss, norm, skipped)
+        record = StepRecord(
+            step=self.state.step,
+            loss=loss,
+            norm=norm,
+            learning_rate=lr,
+            tokens=round(batch.n_tokens),
+            seconds=time.perf_counter() - started,
+            skipped=skipped,
+            loss_scale=scale.value if scale.is_dynamic else None,
+        )
+        self._call("on_step", record)
+        if self.state.failures >= MAX_FAILURES:
+            raise self._non_finite_error()
+        return record
+
+    def _gradients(self, batch: Batch, loss_scale: float) -> tuple[Array, list[Array]]:
+        """Return the loss and the gradients of a step: the sums of those of its passes.
+
+        Each pass divides by the tokens of the whole step, so the sums do not depend on the split.
+        """
+        n = self.settings.batch_size
+        loss, total = None, []
+        for first in range(0, len(batch.ids), n):
+            part_loss, part = self._loss_function.gradients(
+                self._computed,
+                batch.sequences(first, first + n),
+                scale=loss_scale / batch.n_tokens,
+                step=self.state.step,
+                first_sequence=first,
+            )
+            grads = [part[name] for name in self.trainable]
+            if len(batch.ids) > n and self.backend.float_dtype != self._master_dtype:
+                # A sum in 16 bits loses too much precision.
+                grads = [self.backend.xp.astype(g, self._master_dtype) for g in grads]
+            if first == 0:
+                loss, total = part_loss, grads
+                continue
+            loss = loss + part_loss
+            for i, g in enumerate(grads):
+                total[i] += g
+        return loss, total
+
+    def _reason_to_skip(self, loss: float, norm: float) -> Skipped | None:
+        state, limit = self.state, self.settings.skip_z
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return "loss scale" if state.scale.can_fall else "non-finite"
+        if limit is not None and (
+            z_score(state.losses, loss) > limit or z_score(state.norms, norm) > limit
+        ):
+            return "z-score"
+        return None
+
+    def _clip_factor(self, norm: float) -> float:
+        clip = self.settings.clip
+        return clip / norm if clip is not None and norm > clip else 1.0
+
+    def _update(self, grads: list[Array], lr: float, grad_scale: float) -> None:
+        """Update the weights and the arrays of the optimizer."""
+        settings = self.settings
+        weights = [self.weights[name] for name in self.trainable]
+        options: dict[str, Any] = {
+            "lr": lr,
+            "decays": [settings.weight_decay if w.ndim >= 2 else 0.0 for w in weights],
+            "grad_scale": grad_scale,
+        }
+        if settings.optimizer == "adamw":
+            options |= {
+                "beta1": settings.beta1,
+                "beta2": settings.beta2,
+                "eps": settings.eps,
+                "step": self.state.updates + 1,
+            }
+        else:
+            options["momentum"] = settings.momentum
+        update = optimizers.function(self.backend, f"{settings.optimizer}_update")
+        new, *moments = update(weights, grads, *self.moments.values(), **options)
+        self.moments = dict(zip(self.moments, moments, strict=True))
+        changed = dict(zip(self.trainable, new, strict=True))
+        self.weights |= changed
+        self._set_computed(changed)
+
+    def _next_state(self, loss: float, norm: float, skipped: Skipped | None) -> TrainingState:
+        state = self.state
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        return replace(
+            state,
+            step=state.step + 1,
+            updates=state.updates + (skipped is None),
+            skipped=state.skipped + (skipped is not None),
+            failures=0 if is_finite else state.failures + (skipped == "non-finite"),
+            loss=loss if math.isfinite(loss) else state.loss,
+            losses=appended(state.losses, loss),
+            norms=appended(state.norms, norm),
+            scale=state.scale.after_step(is_finite=is_finite),
+        )
+
+    def _non_finite_error(self) -> NonFiniteError:
+        advice = f"lower {argument('learning_rate')} or {argument('clip')}"
+        kept = f"; {self.output / checkpoint.LAST} is unchanged" if self.output else ""
+        return NonFiniteError(
+            f"the loss or a gradient was NaN or infinite in {MAX_FAILURES} steps in a row, up to "
+            f"step {self.state.step}{kept}: {advice}"
+        )
+
+    # Evaluation
+
+    def evaluate(self) -> EvaluationRecord | None:
+        """Compute the loss on the validation split, without dropout; None without a split."""
+        started = time.perf_counter()
+        total = tokens = 0.0
+        with self.backend.scope():
+            for batch in self.data.validation_batches(self.settings.eval_batches):
+                n = self._checked(batch).n_tokens
+                loss = self._loss_function.loss(self._computed, batch, scale=1 / n)
+                total += n * _float(self.backend, loss)
+                tokens += n
+        state = replace(self.state, evaluated_step=self.state.step)
+        if not tokens:
+            self.state = state
+            return None
+        loss = total / tokens
+        is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if is_best:
+            state = replace(state, best_loss=loss, best_step=state.step, evaluations_since_best=0)
+        else:
+            n_worse = state.evaluations_since_best + 1
+            state = replace(state, evaluations_since_best=n_worse)
+        self.state = replace(state, validation_loss=loss if math.isfinite(loss) else None)
+        seconds = time.perf_counter() - started
+        record = EvaluationRecord(self.state.step, loss, is_best, seconds)
+        self._call("on_evaluation", record)
+        return record
+
+    def _checked(self, batch: Batch) -> Batch:
+        """Check a batch against the model: ids in the vocabulary, positions in the context."""
+        V, S = self.config.vocab_size, self.config.n_positions
+        T = batch.ids.shape[1]
+        if T > S:
+            raise DataError(
+                f"the data have sequences of {T} tokens, the model has a context of {S}: "
+                f"give a {argument('context')} of at most {S}"
+            )
+        largest = max(int(batch.ids.max()), int(batch.targets.max()))
+        if largest >= V or min(int(batch.ids.min()), int(batch.targets.min())) < 0:
+            raise DataError(
+                f"the data have token id {largest}, the model has ids from 0 to {V - 1}: prepare "
+                f"the text with the model's tokenizer"
+            )
+        if not batch.n_tokens:
+            raise DataError("a batch has no token to learn from: all are masked")
+        return batch
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write the last checkpoint, and make it the best one if it is.
+
+        Without a validation split the last checkpoint is the best one. Nothing is written if the
+        run has no output folder, or if the step is saved already.
+
+        Raises
+        ------
+        StorageError
+            The disk is full, or the folder cannot be written; the older checkpoint stays.
+        """
+        if self.output is None or self.state == self._saved_state:
+            return
+        state = self.state
+        folder = checkpoint.write_last(
+            self.output, self._checkpoint(), self._stored_moments(), self._record()
+        )
+        self._saved_state = state
+        self._publish_best()
+        self._call("on_checkpoint", folder)
+
+    _saved_state: TrainingState | None = None
+
+    def _publish_best(self) -> None:
+        """Make the last checkpoint the best one if it is; after a crash, too."""
+        if self.output and self.state.best_step in (None, self.state.step):
+            checkpoint.publish(self.output)
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.to_dict(),
+            "data": self.data.describe(),
+            "backend": self.backend.name,
+            "dtype": self.backend.dtype,
+            "state": self.state.to_dict(),
+        }
+
+    def _checkpoint(self) -> Any:
+        """Return the model as `gptx.conversions` writes it, with weights in float32."""
+        from gptx.conversions.checkpoint import Checkpoint, StoredTensor
+
+        def read(name: str) -> np.ndarray:
+            return self._to_host(self.weights[name]).astype(np.float32, copy=False)
+
+        shapes = self.config.tensor_shapes()
+        stored = {
+            name: StoredTensor(shape, np.dtype(np.float32), partial(read, name))
+            for name, shape in shapes.items()
+        }
+        return Checkpoint(self.config, stored, self.tokenizer)
+
+    def _stored_moments(self) -> dict[str, checkpoint.HostTensor]:
+        """Return the arrays of the optimizer; weights too if they are not float32."""
+        arrays = {
+            f"{kind}.{name}": array
+            for kind, values in self.moments.items()
+            for name, array in zip(self.trainable, values, strict=True)
+        }
+        if self._host_dtype != np.float32:
+            arrays |= {f"weights.{name}": array for name, array in self.weights.items()}
+        return {
+            name: checkpoint.HostTensor(
+                self._host_dtype, tuple(array.shape), partial(self._to_host, array)
+            )
+            for name, array in arrays.items()
+        }
+
+    def _to_host(self, array: Array) -> np.ndarray:
+        with self.backend.scope():
+            return self.backend.to_numpy(array)
+
+    def _first_moments(self, stored: checkpoint.StoredRun | None) -> dict[str, list[Array]]:
+        """Return zeros, or the arrays of a checkpoint."""
+        settings = self.settings
+        shapes = self.config.tensor_shapes()
+        moments: dict[str, list[Array]] = {}
+        for kind in optimizers.MOMENTS[settings.optimizer]:
+            if settings.optimizer == "sgd" and not settings.momentum:
+                continue
+            found = stored.moments(kind) if stored else {}
+            moments[kind] = [
+                self._on_backend(found[name]())
+                if stored
+                else self.backend.zeros(shapes[name], str(self._host_dtype))
+                for name in self.trainable
+            ]
+        return moments
+
+    def _compare(self, record: Mapping[str, Any]) -> None:
+        """Take the state of a checkpoint; refuse settings or data that differ from it."""
+        state = TrainingState.from_dict(record["state"])
+        old, new = TrainingSettings.from_dict(record["settings"]), self.settings
+        before, now = old.to_dict(), new.to_dict()
+        differing = [n for n in now if n not in CHANGEABLE and now[n] != before[n]]
+        if differing == ["steps"] and self._has_same_rates(old, state.step):
+            differing = []
+        if differing:
+            changes = ", ".join(
+                f"{argument(name)} ({before[name]!r}, not {now[name]!r})" for name in differing
+            )
+            raise ParameterError(
+                f"the run in {self.output} has other settings: {changes}; give its settings to "
+                "resume it"
+            )
+        data, given = record["data"], self.data.describe()
+        if wrong := sorted(n for n in data.keys() | given.keys() if data.get(n) != given.get(n)):
+            raise ParameterError(
+                f"the run in {self.output} has other data: {wrong[0]} is {data.get(wrong[0])!r}, "
+                f"not {given.get(wrong[0])!r}; give its data to resume it"
+            )
+        if record["dtype"] != self.backend.dtype:
+            raise ParameterError(
+                f"the run in {self.output} computes in {record['dtype']}, not "
+                f"{self.backend.dtype}: give this {argument('dtype')} to resume it"
+            )
+        self.state = state
+
+    def _has_same_rates(self, old: TrainingSettings, step: int) -> bool:
+        """Test that another number of steps changes no learning rate of the steps so far."""
+        new = self.settings
+        return all(learning_rate(old, k) == learning_rate(new, k) for k in range(step))
+
+    # Arrays
+
+    @property
+    def _master_dtype(self) -> Any:
+        return self.backend.accumulation_dtype
+
+    @property
+    def _host_dtype(self) -> np.dtype:
+        """Type of weights and optimizer: float64 for that type, float32 for the others."""
+        return np.dtype("float64" if self.backend.dtype == "float64" else "float32")
+
+    def _on_backend(self, host: np.ndarray) -> Array:
+        """Copy an array to the backend; a copy, since an update may change it in place."""
+        wide = np.array(widen_bfloat16(host), self._host_dtype, order="C")
+        return self.backend.asarray(wide, str(self._host_dtype))
+
+    def _set_computed(self, changed: Mapping[str, Array]) -> None:
+        """Convert changed weights to the type in which the model computes."""
+        ops = self.backend
+        if ops.float_dtype == self._master_dtype:
+            self._computed = self.weights
+            return
+        converted = {name: ops.xp.astype(w, ops.float_dtype) for name, w in changed.items()}
+        self._computed = {**getattr(self, "_computed", {}), **converted}
+
+    def _transformer(self, backend: Backend) -> Transformer:
+        return Transformer(self.config, weight_trees.as_tree(self._computed), backend)
+
+    def model(self) -> Model:
+        """Return the model with the current weights, for samples; the next step changes them."""
+        backend = copy.copy(self.backend)
+        backend.compiles = False  # the compiled pass has the weights in another layout
+        folder = self.output or Path()
+        files = ModelFiles(str(folder), folder, folder / CONFIG, (), {}, None)
+        info = ModelInfo(files, self.config, self.tokenizer)
+        return Model(self._transformer(backend), info, f"step {self.state.step}")
+
+    # Events
+
+    def _call(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+
+    def _result(self) -> TrainingResult:
+        state = self.state
+        return TrainingResult(
+            state.step,
+            state.loss,
+            state.validation_loss,
+            state.best_loss,
+            state.best_step,
+            state.skipped,
+            self.reason,
+            self.output,
+        )
+
+
+def _float(ops: Backend, x: Array) -> float:
+    """Wait for a scalar on the device."""
+    return float(ops.to_numpy(x))
+
+
+def _first_weights(
+    model: Any, seed: int
+) -> tuple[GPT2Config, PipelineTokenizer | None, Iterable[tuple[str, np.ndarray]]]:
+    """Return the config, the tokenizer and the weights that a run starts from."""
+    if isinstance(model, GPT2Config):
+        return model, None, initial_weights(model, seed)
+    found = find_model(model)
+    opened = found.open()
+    if opened.config.quantization is not None:
+        raise ParameterError(
+            f"{found.info.name} is {opened.config.quantization}, expected float weights to train: "
+            "give the model that it was made of"
+        )
+    tokenizer = found.info.tokenizer if found.info.has_tokenizer else None
+    if not isinstance(tokenizer, PipelineTokenizer | None):
+        tokenizer = None
+    return opened.config, tokenizer, ((n, opened.arrays[n]) for n in opened.config.tensor_shapes())
