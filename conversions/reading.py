@@ -126,12 +126,12 @@ def find_path(
 
 def read_tokenizer(
     source: str | os.PathLike[str],
-    config: GPT2Config,
+    config: GPT2Config | None = None,
     *,
     offline: bool = False,
     token: str | None = None,
 ) -> PipelineTokenizer:
-    """Read a tokenizer for a model that comes without one.
+    """Read a tokenizer, for a text or for a model that comes without one.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def read_tokenizer(
         A folder with the tokenizer's files, or one of them; or a model that has a tokenizer: an
         embedded name, a file of any format, an alias or a Hub id. Weights are not downloaded.
     config
-        Config of the model.
+        Config of the model; None without one.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def read_tokenizer(
         unread = finding.describe_unreadable(path) if path is not None else None
         expected = "expected tokenizer.json, or vocab.json and merges.txt"
         raise NotFoundError(f"{source} has no tokenizer: {unread or expected}")
-    if found.vocab_size > config.vocab_size:
+    if config is not None and found.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"the tokenizer of {source} has {found.vocab_size} tokens, the model "
             f"{config.vocab_size}: give the tokenizer of this model"

@@ -4,6 +4,10 @@ model.mpk is a record of Burn 0.13, see `containers/messagepack.py`; its linear 
 `[in, out]`. config.json is that of a training run. The format is read only
 (https://github.com/felix-andreas/gpt-burn, src/model.rs, src/train.rs).
 
+Its tokenizer is part of the program (src/tokenizer.rs): 103 characters, and `<?>` for all others. A
+model with a vocabulary of that size gets them, unless the folder has a `tokenizer.bin`, which the
+program writes for vowel pieces.
+
 Its model differs from GPT-2 in three ways:
 
 - Queries, keys, values and the output of the attention have no biases: they become zero.
@@ -25,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits, punctuation
 
 import numpy as np
 
@@ -33,8 +38,13 @@ from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 from gptx.conversions.containers.binary import Array, BinaryFile
 from gptx.conversions.containers.messagepack import FLOATS, NUMBER_LAYOUTS, Kind, Record, Schema
 from gptx.errors import ConfigError, NotFoundError, StorageError, WeightsError
+from gptx.tokenization.pipeline import PipelineTokenizer
 
-WEIGHTS = "model.mpk"
+WEIGHTS, PIECES = "model.mpk", "tokenizer.bin"
+# The tokens of `CharTokenizer`, in the order of their ids.
+UNKNOWN = "<?>"
+LETTERS = f"\n {ascii_lowercase}{ascii_uppercase}{punctuation}{digits}äüöÄÖÜß"
+CHARACTERS = [*LETTERS, UNKNOWN]
 BURN_EPSILON = 1e-5  # of Burn's layer norm
 EPSILON = 1e-10  # its square, for GPT-2's layer norm
 
@@ -153,7 +163,15 @@ def read(path: Path, config: GPT2Config | None = None, ignore_unknown: bool = Fa
     }
     if folded is not None:
         stored["ln_f.bias"] = StoredTensor(folded.shape, folded.dtype, lambda: folded)
-    return Checkpoint(found, stored, None, tuple(notes), ignore_unknown=ignore_unknown)
+    tokenizer = _tokenizer(file.parent, found.vocab_size)
+    return Checkpoint(found, stored, tokenizer, tuple(notes), ignore_unknown=ignore_unknown)
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> PipelineTokenizer | None:
+    """Return the tokenizer of gpt-burn's characters; None for a model of another vocabulary."""
+    if vocab_size != len(CHARACTERS) or (folder / PIECES).exists():
+        return None
+    return PipelineTokenizer.of_pieces(CHARACTERS, unknown=UNKNOWN)
 
 
 def _read_sizes(path: Path) -> dict[str, int]:
