@@ -37,6 +37,7 @@ COMMANDS = {
     "info": "Show the configuration, the tensors and the memory of a model.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
+    "prepare": "Convert text files to token files for training.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
 }
 

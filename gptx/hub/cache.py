@@ -2,7 +2,7 @@
 
 Layout under `HF_HUB_CACHE`, as huggingface_hub documents it::
 
-    models--OWNER--NAME/
+    models--OWNER--NAME/                or datasets--OWNER--NAME
         blobs/HASH                      content; HASH.incomplete is a partial download
         snapshots/COMMIT/FILE           link to a blob
         refs/BRANCH                     commit of a branch or a tag
@@ -27,6 +27,7 @@ from gptx.hub.staging import staging
 from gptx.model_files import CONFIG, WEIGHT_FILES
 
 COMMIT = re.compile("[0-9a-f]{40}")
+MODEL, DATASET = "model", "dataset"  # kinds of repositories
 
 
 class RepositoryCache:
@@ -38,10 +39,10 @@ class RepositoryCache:
         Folder of the cache.
     """
 
-    def __init__(self, repository: str) -> None:
+    def __init__(self, repository: str, kind: str = MODEL) -> None:
         self.root = Path(constants.HF_HUB_CACHE)
-        self._repository = repository
-        name = f"models--{repository.replace('/', '--')}"
+        self._repository, self._kind = repository, kind
+        name = f"{kind}s--{repository.replace('/', '--')}"
         self._folder, self._locks = self.root / name, self.root / ".locks" / name
 
     def find(self, filename: str, revision: str) -> Path | None:
@@ -68,7 +69,9 @@ class RepositoryCache:
     def _load(self, filename: str, revision: str) -> object:
         found: object = None
         with suppress(UnicodeDecodeError):  # a damaged ref, like none
-            found = try_to_load_from_cache(self._repository, filename, self.root, revision)
+            found = try_to_load_from_cache(
+                self._repository, filename, self.root, revision, self._kind
+            )
         if found is None:  # also in a folder without permissions, which the system names
             with suppress(FileNotFoundError):
                 (self._folder / "snapshots" / self._commit(revision) / filename).stat()

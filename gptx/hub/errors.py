@@ -37,21 +37,28 @@ class InvalidSettingError(HubUnavailableError):
 
 
 @contextmanager
-def translated(repository: str, revision: str, filename: str) -> Iterator[None]:
-    """Raise any exception as a gptx error about this file."""
+def translated(
+    repository: str, revision: str, filename: str, kind: str = "model"
+) -> Iterator[None]:
+    """Raise any exception as a gptx error about this file; `kind` is that of the repository."""
     try:
         yield
     except GptxError:
         raise
     except Exception as error:
-        raise _translate(error, repository, revision, filename) from error
+        raise _translate(error, repository, revision, filename, kind) from error
 
 
-def no_such_file(repository: str, revision: str, filename: str) -> NoSuchFileError:
+def no_such_file(
+    repository: str, revision: str, filename: str, kind: str = "model"
+) -> NoSuchFileError:
     """Make the error for a file that an existing revision lacks."""
+    missing = f"{filename} of {repository}@{revision} does not exist on {constants.ENDPOINT}"
+    if kind != "model":
+        return NoSuchFileError(f"{missing}: get the text elsewhere, and give its file")
     return NoSuchFileError(
-        f"{filename} of {repository}@{revision} does not exist on {constants.ENDPOINT}: expected a "
-        f"GPT-2 with config.json and model.safetensors; {other_format_hint(repository)}"
+        f"{missing}: expected a GPT-2 with config.json and model.safetensors; "
+        f"{other_format_hint(repository)}"
     )
 
 
@@ -71,7 +78,9 @@ def wrong_content(subject: str) -> IntegrityError:
     )
 
 
-def _translate(error: Exception, repository: str, revision: str, filename: str) -> GptxError:
+def _translate(
+    error: Exception, repository: str, revision: str, filename: str, kind: str
+) -> GptxError:
     hub = constants.ENDPOINT
     subject = f"{filename} of {repository}@{revision}"
     response = getattr(error, "response", None)
@@ -98,14 +107,15 @@ def _translate(error: Exception, repository: str, revision: str, filename: str) 
             "HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, errors.EntryNotFoundError) or status in (404, 410):
-        return no_such_file(repository, revision, filename)
+        return no_such_file(repository, revision, filename, kind)
     if is_storage_fault(error):
         return not_stored(subject, constants.HF_HUB_CACHE, error)
     fault = explain(error, hub)
-    kind = InvalidSettingError if fault.is_setting else HubUnavailableError
-    return kind(
-        f"{hub} did not deliver {subject} ({fault.reason}): {fault.remedy}, or use a cached model "
-        f"with {argument('offline', True)}, or {EMBEDDED_HINT}"
+    cls = InvalidSettingError if fault.is_setting else HubUnavailableError
+    other = EMBEDDED_HINT if kind == "model" else "a file of your own"
+    return cls(
+        f"{hub} did not deliver {subject} ({fault.reason}): {fault.remedy}, or use a cached {kind} "
+        f"with {argument('offline', True)}, or {other}"
     )
 
 

@@ -27,7 +27,7 @@ from gptx.errors import (
     argument,
 )
 from gptx.hub.authorization import check_token, find_token
-from gptx.hub.cache import COMMIT, RepositoryCache
+from gptx.hub.cache import COMMIT, MODEL, RepositoryCache
 from gptx.hub.download import download
 from gptx.hub.errors import (
     EMBEDDED_HINT,
@@ -75,6 +75,10 @@ class Repository:
         Also hash files that are in the cache.
     former_name
         Hub id that the repository had before, and that its cache may still have.
+    kind
+        "model" or "dataset".
+    first_file
+        A file that every revision has: its request gives the commit.
 
     Attributes
     ----------
@@ -95,13 +99,17 @@ class Repository:
         token: str | None,
         verify_cached: bool,
         former_name: str | None = None,
+        *,
+        kind: str = MODEL,
+        first_file: str = CONFIG,
     ) -> None:
         check_token(token)
         self.name = name
+        self._kind, self._first_file = kind, first_file
         self.revision = self._requested = revision
         self._token, self._verify_cached = token, verify_cached
         self._offline = offline or constants.HF_HUB_OFFLINE
-        self._caches = [RepositoryCache(known) for known in (name, former_name) if known]
+        self._caches = [RepositoryCache(known, kind) for known in (name, former_name) if known]
         self._metadata: dict[str, FileMetadata] = {}
         self._hub_answered = False
         self._downloaded = False
@@ -159,7 +167,7 @@ class Repository:
             return
         try:
             with self._translated("the ref"):
-                complete = self._cache.has_weights(self.revision)
+                complete = self._kind != MODEL or self._cache.has_weights(self.revision)
                 self._cache.write_ref(self._requested, self.revision, move=complete)
         except StorageError:
             if self._downloaded:  # else all files were cached, and the cache may be read-only
@@ -178,26 +186,26 @@ class Repository:
         if COMMIT.fullmatch(self._requested):
             return self._requested
         path = None
-        with self._translated("config.json"), suppress(NoSuchFileError):
-            path = self._cached("config.json")
+        with self._translated(self._first_file), suppress(NoSuchFileError):
+            path = self._cached(self._first_file)
         if self._offline and path is None:
-            raise self._not_cached("config.json")
+            raise self._not_cached(self._first_file)
         if not self._offline:
             attempts = 1 if path else METADATA_ATTEMPTS
             try:
-                metadata = self._request_metadata("config.json", attempts)
+                metadata = self._request_metadata(self._first_file, attempts)
             except HubUnavailableError as error:
                 if path is None:
                     raise HubUnavailableError(f"{error.message}{self._other_commits()}") from error
                 self._hub_error = error
             else:
-                return self._path_component(metadata.commit, "config.json")
+                return self._path_component(metadata.commit, self._first_file)
         assert path is not None
         return path.parent.name
 
     def _cached(self, filename: str) -> Path | None:
         if self._cache.lacks(filename, self.revision):
-            raise no_such_file(self.name, self._requested, filename)
+            raise no_such_file(self.name, self._requested, filename, self._kind)
         return self._cache.find(filename, self.revision)
 
     def _is_intact(self, path: Path, filename: str) -> bool:
@@ -288,7 +296,7 @@ class Repository:
             raise
 
     def _url(self, filename: str) -> str:
-        return hf_hub_url(self.name, filename, revision=self.revision)
+        return hf_hub_url(self.name, filename, repo_type=self._kind, revision=self.revision)
 
     def _authorization(self) -> str | None:
         if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
@@ -296,16 +304,18 @@ class Repository:
         return find_token(self._token)
 
     def _translated(self, filename: str) -> AbstractContextManager[None]:
-        return translated(self.name, self._requested, filename)
+        return translated(self.name, self._requested, filename, self._kind)
 
     def _describe(self, filename: str) -> str:
         return f"{filename} of {self.name}@{self._requested}"
 
     def _not_cached(self, filename: str) -> NoSuchFileError:
+        missing = f"{self._describe(filename)} is not in the cache {self._cache.root}"
+        if self._kind != MODEL:
+            return NoSuchFileError(f"{missing}, and gptx is offline: try again with a connection")
         return NoSuchFileError(
-            f"{self._describe(filename)} is not in the cache {self._cache.root}, and gptx is "
-            f"offline: run `gptx download {self.name}` with a connection first, or use "
-            f"{EMBEDDED_HINT}{self._other_commits()}"
+            f"{missing}, and gptx is offline: run `gptx download {self.name}` with a connection "
+            f"first, or use {EMBEDDED_HINT}{self._other_commits()}"
         )
 
     def _other_commits(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+from gptx.tokenization.vowels import PATTERN as VOWEL_PATTERN
 from gptx.training.texts import Begin
 
 MAX_HELD_CHARACTERS = 2**24  # without white space; then a text is cut anywhere
@@ -44,14 +45,20 @@ def is_exact(definition: dict[str, Any]) -> bool:
     definition
         Contents of its tokenizer.json.
     """
-    split = definition["pre_tokenizer"] or {}
-    by_words = split.get("type") == "ByteLevel" and split["use_regex"]
     return (
-        bool(by_words)
-        and not split["add_prefix_space"]  # each chunk would get one
+        _ends_before_space(definition["pre_tokenizer"] or {}, definition["model"])
         and definition["normalizer"] is None
         and not any(_spans_spaces(token) for token in definition["added_tokens"])
     )
+
+
+def _ends_before_space(split: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Test for words, pieces or characters that end before white space."""
+    if not split:
+        return model["type"] == "BPE" and not model["merges"]
+    if split["type"] == "ByteLevel":  # with a prefix space, each chunk would get one
+        return bool(split["use_regex"]) and not split["add_prefix_space"]
+    return split["type"] == "Split" and split["pattern"] == {"Regex": VOWEL_PATTERN}
 
 
 def _spans_spaces(token: dict[str, Any]) -> bool:

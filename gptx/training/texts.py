@@ -39,6 +39,11 @@ class TextFile:
     path: Path
     name: str
 
+    @property
+    def size(self) -> int:
+        """Size in bytes; 0 for a file that does not exist."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
     def chunks(self, progress: Progress | None = None) -> Iterator[str]:
         """Yield the text in chunks of about `CHUNK_BYTES`.
 

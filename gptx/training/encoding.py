@@ -1,0 +1,128 @@
+"""Token ids of a text of any size, encoded in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gptx.errors import DataError, ParameterError, PromptError, argument
+from gptx.tokenization.byte_level import END_OF_TEXT
+from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
+from gptx.training.chunks import Cut, cut_anywhere, cut_before_space, cut_into_chunks, is_exact
+from gptx.training.texts import Begin, code_points
+
+Array = np.ndarray
+
+N_CODE_POINTS = 0x110000
+
+
+class Encoder:
+    """A tokenizer that encodes a text in chunks.
+
+    Parameters
+    ----------
+    tokenizer
+        Any tokenizer.
+    allow_special
+        Read special tokens in the text as tokens, not as ordinary text.
+
+    Attributes
+    ----------
+    tokenizer
+        The tokenizer.
+    is_exact
+        True if the ids are those of the text in one piece, wherever it is cut.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, allow_special: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self._allow_special = allow_special
+        self._table: Array | None = None
+        self._cut: Cut = cut_before_space
+        self.is_exact = False
+        if isinstance(tokenizer, PipelineTokenizer):
+            definition = tokenizer.definition()
+            self.is_exact = is_exact(definition)
+            tokens = characters_of(definition)
+            if tokens:
+                self._table = np.full(N_CODE_POINTS, -1, np.int32)
+                self._table[code_points("".join(tokens))] = list(tokens.values())
+                self._cut = cut_before_space if allow_special else cut_anywhere
+        elif allow_special:
+            raise ParameterError(
+                f"{argument('allow_special')} is True, and the tokenizer is not one of gptx: "
+                "leave it out"
+            )
+
+    def end_of_text_id(self) -> int:
+        """Return the id of `<|endoftext|>`.
+
+        Raises
+        ------
+        ParameterError
+            The vocabulary lacks it.
+        """
+        id = getattr(self.tokenizer, "end_of_text_id", None)
+        if id is None:
+            raise ParameterError(
+                f"the tokenizer has no {END_OF_TEXT} to begin documents with: give "
+                f"{argument('end_of_text', 'none')}"
+            )
+        return int(id)
+
+    def ids(self, items: Iterator[str | Begin]) -> Iterator[Array]:
+        """Yield the ids of texts in chunks [n], int32, with the end-of-text token at each mark.
+
+        Raises
+        ------
+        DataError
+            The text has a character that the vocabulary lacks.
+        """
+        for item in cut_into_chunks(items, self._cut):
+            if isinstance(item, Begin):
+                yield np.array([self.end_of_text_id()], np.int32)
+            else:
+                yield self.encode(item)
+
+    def encode(self, text: str) -> Array:
+        """Return the ids of a text: [n], int32."""
+        special = self._allow_special and END_OF_TEXT in text
+        if self._table is not None and not special:
+            ids = self._table[code_points(text)]
+            if ids.min(initial=0) >= 0:
+                return ids
+        try:
+            if isinstance(self.tokenizer, PipelineTokenizer):
+                found = self.tokenizer.encode(text, allow_special=self._allow_special)
+            else:
+                found = list(self.tokenizer.encode(text))
+        except PromptError as error:
+            raise DataError(error.message) from None
+        return np.array(found, np.int32)
+
+
+def characters_of(definition: dict[str, Any]) -> dict[str, int]:
+    """Return the tokens of a tokenizer of characters: character -> id; empty for any other kind.
+
+    Parameters
+    ----------
+    definition
+        Contents of its tokenizer.json.
+    """
+    model, added = definition["model"], definition["added_tokens"]
+    steps = definition["normalizer"], definition["pre_tokenizer"]
+    if model["type"] != "BPE" or model["merges"] or steps != (None, None):
+        return {}
+    if not all(token["special"] for token in added):  # which are found in any text
+        return {}
+    special = {token["content"] for token in added}
+    tokens = {token: id for token, id in model["vocab"].items() if token not in special}
+    return tokens if all(len(token) == 1 for token in tokens) else {}
+
+
+def special_of(definition: dict[str, Any]) -> dict[str, int]:
+    """Return the special tokens of a tokenizer.json: token -> id."""
+    return {token["content"]: token["id"] for token in definition["added_tokens"]}
