@@ -75,6 +75,7 @@ DATASETS = ("tinyshakespeare", "tinystories")
 @click.option(
     "--shard-tokens", type=int, metavar="N", help="Write several files, of N tokens each."
 )
+@click.option("--max-bytes", type=int, metavar="N", help="Read the first N bytes of the text only.")
 @click.option(
     "--dataset",
     metavar="NAME",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,7 +53,13 @@ class TrainingData(Protocol):
         """Return the batch of a step, counted from 0; it depends on the seed and the step only."""
 
     def validation_batches(self, n: int | None = None) -> Iterator[Batch]:
-        """Yield the first `n` batches for validation, or all; they are always the same."""
+        """Yield all batches for validation, or `n` that are spread evenly over the split.
+
+        They are always the same. The last batch of the split can have fewer sequences.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return numbers that tell these data from others, as JSON has them, without paths."""
 
     def check(self, config: GPT2Config, tokenizer: PipelineTokenizer | None = None) -> None:
         """Check the context, the vocabulary and the ids before the first step.
@@ -91,8 +97,8 @@ class EpochOrder:
 
     def __init__(self, n: int, seed: int, n_offsets: int = 1) -> None:
         self.n = n
+        self.seed = check_seed(seed)
         self._n_offsets = n_offsets
-        self._seed = check_seed(seed)
         self._epochs: dict[int, tuple[int, Array]] = {}
 
     def batch(self, step: int, size: int) -> list[tuple[int, int]]:
@@ -110,7 +116,7 @@ class EpochOrder:
     def epoch(self, epoch: int) -> tuple[int, Array]:
         """Return the offset of an epoch, and its order: a permutation [n] of 0 to n - 1."""
         if epoch not in self._epochs:
-            counter, key = [0, epoch, 0, 0], [self._seed, ORDER_STREAM]
+            counter, key = [0, epoch, 0, 0], [self.seed, ORDER_STREAM]
             words = np.random.Philox(counter=counter, key=key).random_raw(self.n + 1)
             order = np.argsort(words[1:], kind="stable").astype(np.uint32)
             recent = {key: value for key, value in self._epochs.items() if key == epoch - 1}
@@ -196,7 +202,7 @@ class TokenData:
         return Batch(windows[:, :-1], windows[:, 1:], weights)
 
     def validation_batches(self, n: int | None = None) -> Iterator[Batch]:
-        """Yield the first `n` batches for validation, or all; they are always the same.
+        """Yield all batches for validation, or `n` that are spread evenly over the split.
 
         The windows cover the split from its begin, without overlap; the last one is padded. Each
         token but the first is a target once. The last batch can have fewer sequences.
@@ -205,9 +211,8 @@ class TokenData:
             return
         B, T = self.batch_size, self.context
         n_targets = self.validation.n_tokens - 1
-        for index, first in enumerate(range(0, n_targets, B * T)):
-            if index == n:
-                return
+        for index in spread(n, -(-n_targets // (B * T))):
+            first = index * B * T
             count = min(B * T, n_targets - first)
             tokens = self.validation.read(first, count + 1).astype(np.int64)
             shape = (-(-count // T), T)
@@ -223,6 +228,26 @@ class TokenData:
         for files in (self.train, self.validation):
             if files is not None:
                 files.check_ids(config.vocab_size)
+
+    def describe(self) -> dict[str, Any]:
+        splits = {"train": self.train, "validation": self.validation}
+        return {
+            "kind": "tokens",
+            "context": self.context,
+            "sequences": self.batch_size,
+            "seed": self._order.seed,
+            **{f"{name} tokens": files.n_tokens if files else 0 for name, files in splits.items()},
+            **{
+                f"{name} checksum": files.checksum() if files else 0
+                for name, files in splits.items()
+            },
+        }
+
+
+def spread(n: int | None, total: int) -> Iterator[int]:
+    """Yield `n` numbers that are spread evenly over those below `total`; all if `n` is None."""
+    n = total if n is None else min(n, total)
+    return (index * total // n for index in range(n))
 
 
 def _in_rows(values: Array, shape: tuple[int, int]) -> Array:

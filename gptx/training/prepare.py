@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,7 @@ def prepare(
     end_of_text: str | None = None,
     allow_special: bool = False,
     shard_tokens: int | None = None,
+    max_bytes: int | None = None,
     overwrite: bool = False,
     offline: bool = False,
     progress: PassProgress | None = None,
@@ -142,6 +143,8 @@ def prepare(
         Read `<|endoftext|>` in the text as the token, not as ordinary text.
     shard_tokens
         Write files of this number of tokens: train_000000.bin and so on.
+    max_bytes
+        Read this number of bytes at the begin of the joined texts only; None for all.
     overwrite
         Replace the folder, if it has only files that `prepare` writes.
     offline
@@ -189,13 +192,15 @@ def prepare(
         end_of_text=end_of_text,
         shard_tokens=shard_tokens,
     )
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes)
     check_output(folder, overwrite=overwrite)
     if dataset is not None:
         fetched = fetch(dataset, offline=offline)
         texts = fetched.train
         validation = fetched.validation if has_own_validation else validation
     with ExitStack() as stack:
-        files = _text_files(texts, stack)
+        files = _first_bytes(_text_files(texts, stack), max_bytes)
         others = _text_files(validation, stack)
         track = _Tracker(progress)
         scanned = scan(files, track.begin("check", files))
@@ -436,4 +441,16 @@ def _text_files(names: Sequence[str | os.PathLike[str]], stack: ExitStack) -> li
         if path.is_dir():
             raise ParameterError(f"{path} is a folder, expected text files: give {path}/*.txt")
         found.append(TextFile(path, str(name)))
+    return found
+
+
+def _first_bytes(files: list[TextFile], n_bytes: int | None) -> list[TextFile]:
+    """Return the files without what follows the first `n_bytes` bytes."""
+    if n_bytes is None:
+        return files
+    found = []
+    for file in files:
+        if n_bytes > 0:
+            found.append(replace(file, max_bytes=n_bytes))
+            n_bytes -= file.size
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,19 @@ class TextFile:
         Path of the file.
     name
         Its name in error messages.
+    max_bytes
+        Number of bytes to read, without a character that they cut; None for all.
     """
 
     path: Path
     name: str
+    max_bytes: int | None = None
 
     @property
     def size(self) -> int:
-        """Size in bytes; 0 for a file that does not exist."""
-        return self.path.stat().st_size if self.path.is_file() else 0
+        """Number of bytes that are read; 0 for a file that does not exist."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        return size if self.max_bytes is None else min(size, self.max_bytes)
 
     def chunks(self, progress: Progress | None = None) -> Iterator[str]:
         """Yield the text in chunks of about `CHUNK_BYTES`.
@@ -59,11 +64,14 @@ class TextFile:
         try:
             with open(self.path, "rb") as file:
                 position, rest, carriage_return = 0, b"", ""
+                left = sys.maxsize if self.max_bytes is None else self.max_bytes
                 while True:
-                    data = file.read(CHUNK_BYTES)
+                    data = file.read(min(CHUNK_BYTES, left))
+                    left -= len(data)
                     if progress is not None:
                         progress(len(data))
-                    text, n_bytes = self._decode(rest + data, position, final=not data)
+                    # At the limit, an incomplete character is left out.
+                    text, n_bytes = self._decode(rest + data, position, final=not data and left > 0)
                     rest = (rest + data)[n_bytes:]
                     text = text.removeprefix("\ufeff") if position == 0 else text
                     position += n_bytes

@@ -8,6 +8,7 @@ and staticgrad have none. Sources: karpathy/nanoGPT `data/*/prepare.py`, karpath
 from __future__ import annotations
 
 import glob
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,11 @@ class TokenFiles:
             if opened is not None:
                 opened.close()
         return rows
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of the first and of the last `CHUNK_TOKENS` ids."""
+        n = min(CHUNK_TOKENS, self.n_tokens)
+        return zlib.crc32(self.read(self.n_tokens - n, n), zlib.crc32(self.read(0, n)))
 
     def check_ids(self, vocab_size: int) -> None:
         """Check that all ids are below the size of a vocabulary.
