@@ -1,14 +1,13 @@
 """The CuPy backend for NVIDIA GPUs.
 
 `compiled.py` runs the forward pass. The ops here run without it: they override generic ops that
-CuPy computes incorrectly, or that would synchronize with the device. Array-API names come from
-array_api_compat.
+CuPy computes incorrectly, or that would synchronize with the device. Attention and the gradients
+are in `training.py`. Array-API names come from array_api_compat.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ import cupy
 import cupyx
 import numpy as np
 
-from gptx.backends.base import Array, Backend, NextTokens
+from gptx.backends.base import Array, NextTokens
 from gptx.backends.cuda.capture import TIMED_LAUNCHES
 from gptx.backends.cuda.compiled import CompiledForward
 from gptx.backends.cuda.compiler import CUDA_TYPES, ROW_BLOCK, KernelVariant, kernel
@@ -26,6 +25,7 @@ from gptx.backends.cuda.host_copy import HostCopy, PendingCopies
 from gptx.backends.cuda.out_of_memory import translate_out_of_memory
 from gptx.backends.cuda.quantized import QuantizedWeight
 from gptx.backends.cuda.sampler import CupySampler
+from gptx.backends.cuda.training import TrainingOps
 from gptx.backends.fusion import ACTIVATIONS
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
@@ -33,7 +33,7 @@ from gptx.errors import BackendError, argument
 from gptx.quantization import QuantizedTensor
 
 
-class CupyBackend(Backend):
+class CupyBackend(TrainingOps):
     """CuPy arrays on one CUDA device.
 
     Work is ordered by CuPy's current stream. Threads that share a model have to use the same
@@ -75,10 +75,10 @@ class CupyBackend(Backend):
         super().__init__(_Namespace(), dtype=dtype, device=cupy.cuda.Device(device), **options)
         self.kernel_variant = KernelVariant(self.dtype, self.cache_dtype, device=device)
         self._pending_copies = PendingCopies()
-        self._has_kernels = self.dtype in CUDA_TYPES and self.cache_dtype in CUDA_TYPES
+        self.has_kernels = self.dtype in CUDA_TYPES and self.cache_dtype in CUDA_TYPES
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
-        if self.compiles and self._has_kernels:
+        if self.compiles and self.has_kernels:
             try:
                 return CompiledForward(forward, model)
             except UnsupportedOp:  # a custom forward pass, or widths without kernels
@@ -105,7 +105,7 @@ class CupyBackend(Backend):
         return cupy.asfortranarray(self.asarray(host))
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
-        if self._has_kernels:
+        if self.has_kernels:
             return QuantizedWeight.from_host(q, self.kernel_variant)
         return super().pack_quantized(q, table=table)
 
@@ -126,7 +126,7 @@ class CupyBackend(Backend):
         return super().unembed(x, table)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
-        if not self._has_kernels:
+        if not self.has_kernels:
             return super().layer_norm(x, weight, bias, eps)
         x = cupy.ascontiguousarray(x)
         out = cupy.empty_like(x)
@@ -142,7 +142,7 @@ class CupyBackend(Backend):
         return self._activation("gelu", x)
 
     def _activation(self, name: str, x: Array) -> Array:
-        if not self._has_kernels:
+        if not self.has_kernels:
             return getattr(super(), name)(x)
         x = cupy.ascontiguousarray(x)
         out = cupy.empty_like(x)
@@ -158,16 +158,6 @@ class CupyBackend(Backend):
             rows = cupy.arange(buffer.shape[0])[:, None]
             buffer[rows, :, positions.index] = new.transpose(0, 2, 1, 3)
         return buffer
-
-    def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
-        # In CuPy 14.2, batched matmul fails in bfloat16 and converts float16 to float32. Here, both
-        # types are converted to float32.
-        B, H, T, D = q.shape
-        q, k, v = (a.astype(self.accumulation_dtype, copy=False) for a in (q, k, v))
-        scores = (q * scale) @ k.swapaxes(-1, -2)
-        masked = cupy.arange(k.shape[2]) > positions.index[:, None, :, None]
-        heads = self.softmax(cupy.where(masked, self.accumulation_dtype(-math.inf), scores)) @ v
-        return heads.swapaxes(1, 2).reshape(B, T, H * D).astype(self.float_dtype, copy=False)
 
     def asarray(self, host: np.ndarray, dtype: str | None = None) -> Array:
         if host.dtype.kind == "f":

@@ -1,7 +1,8 @@
 """Compile the CUDA kernels of `kernels/*.cu` with NVRTC at their first use.
 
-Each file is a separate module: device.cuh, activation.cuh, then the file. Macros select the types,
-so a kernel has one name for all types. CuPy caches compiled modules on disk.
+Each file is a separate module: device.cuh, activation.cuh, the file's own headers, then the file.
+Macros select the types, so a kernel has one name for all types. CuPy caches compiled modules on
+disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from gptx.backends.cuda import dependent_launch
 
 KERNELS_FOLDER = Path(__file__).parent / "kernels"
 HEADERS = ("device.cuh", "activation.cuh")
-EXTRA_HEADERS = {"gemv.cu": ("gemv_input.cuh",)}
+EXTRA_HEADERS = {
+    "gemv.cu": ("gemv_input.cuh",),
+    "layer_norm.cu": ("reductions.cuh",),
+    "sampler.cu": ("philox.cuh",),
+    "training_elementwise.cu": ("reductions.cuh", "philox.cuh"),
+    "training_optimizer.cu": ("reductions.cuh",),
+    "training_rows.cu": ("reductions.cuh",),
+}
 CUDA_TYPES = {"float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
 ROW_BLOCK = (256,)  # threads of a block that computes one row
 DEFAULT_SHARED_BYTES = 48 * 1024  # of a block, without a function attribute

@@ -1,16 +1,5 @@
 // Layer norm; a block normalizes one row.
 
-// The sum of x over a block, in every thread; `warp_sums` has an element for each warp.
-DEVICE float block_sum(float x, float* warp_sums) {
-    x = warp_sum(x);
-    __syncthreads();  // the previous sums may still be read
-    if (threadIdx.x % WARP == 0) warp_sums[threadIdx.x / WARP] = x;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < (int)blockDim.x / WARP; warp++) sum += warp_sums[warp];
-    return sum;
-}
-
 // x [n] -> (x - mean) / sqrt(variance + epsilon) * weight + bias.
 template <class T>
 DEVICE void layer_norm_row(

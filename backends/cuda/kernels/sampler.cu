@@ -4,8 +4,6 @@
 // exp(x - best) in units of 2^-40, so sums are exact. Each filter keeps the tokens with x at or
 // above a threshold. A radix select finds the threshold, digit by digit of its key, without a sort.
 
-typedef unsigned long long u64;
-
 constexpr int MAX_THREADS = WARP * WARP;
 constexpr int DIGIT_BITS = 11;  // of a key in one pass over the tokens
 constexpr int BUCKETS = 1 << DIGIT_BITS;
@@ -32,21 +30,9 @@ DEVICE unsigned key_of(float x) {
     return word >> 31 ? ~word : word | 0x80000000u;
 }
 
-// The first 24 random bits of `gptx.generation.sampling.uniform`: Philox 4x64 with ten rounds
-// (Salmon et al., SC 2011). NumPy increments the counter before its use.
+// The first 24 random bits of `gptx.generation.sampling.uniform`.
 DEVICE unsigned uniform(u64 seed, u64 stream, u64 step) {
-    u64 a = step + 1, b = 0, c = 0, d = 0;
-    for (int round = 0; round < 10; round++) {
-        u64 left = 0xD2E7470EE14C6C93, right = 0xCA5A826395121157;
-        u64 high = __umul64hi(right, c) ^ b ^ seed, other = __umul64hi(left, a) ^ d ^ stream;
-        b = right * c;
-        d = left * a;
-        a = high;
-        c = other;
-        seed += 0x9E3779B97F4A7C15;
-        stream += 0xBB67AE8584CAA73B;
-    }
-    return (unsigned)(a >> 40);
+    return (unsigned)(philox({{step + 1}}, seed, stream).word[0] >> 40);
 }
 
 // The value that the warp with the number of this lane has stored.

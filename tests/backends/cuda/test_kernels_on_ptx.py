@@ -11,7 +11,7 @@ import pytest
 from tests.backends.cuda import test_layer_norm, test_sampler
 from tests.backends.cuda.test_attention import AttentionCase
 from tests.backends.cuda.test_linear import LinearCase
-from tests.emulator import KERNELS, compile_text
+from tests.emulator import compile_text
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("ptx_path")]
 
@@ -37,5 +37,5 @@ def test_gemm_on_ptx(random: np.random.Generator) -> None:
 
 
 def test_sampler_on_ptx(random: np.random.Generator) -> None:
-    kernels = compile_text((KERNELS / "sampler.cu").read_text("utf-8"), {})
+    kernels = compile_text(test_sampler.SOURCE, {})
     test_sampler.test_draws_from_a_large_vocabulary(kernels, random)

@@ -21,7 +21,8 @@ def test_layer_norms_agree_with_the_generic_op(
     for name, rows in (("layer_norm_stream", x.astype(np.float32)), ("layer_norm", x)):
         out = np.zeros((3, n), TYPES[real])
         args = [rows, weight, bias, np.float32(1e-5), out, np.int32(n)]
-        compile_module(["layer_norm.cu"], {"REAL": real}).launch(name, (3, 1, 1), (64, 1, 1), args)
+        kernels = compile_module(["reductions.cuh", "layer_norm.cu"], {"REAL": real})
+        kernels.launch(name, (3, 1, 1), (64, 1, 1), args)
         np.testing.assert_allclose(out.astype(np.float64), expected, rtol=0, atol=0.03)
         if real == "float":
             np.testing.assert_allclose(out, expected, rtol=0, atol=2e-4)

@@ -23,6 +23,7 @@ from tests.support.sampling_reference import (
     top_p,
 )
 
+SOURCE = "".join((KERNELS / name).read_text("utf-8") for name in ("philox.cuh", "sampler.cu"))
 UNIFORM = """
 extern "C" __global__ void uniforms(const u64* keys, unsigned* out) {
     const u64* key = keys + 3 * threadIdx.x;
@@ -33,7 +34,7 @@ extern "C" __global__ void uniforms(const u64* keys, unsigned* out) {
 
 @pytest.fixture(scope="module")
 def kernels() -> Module:
-    return compile_text((KERNELS / "sampler.cu").read_text("utf-8") + UNIFORM, {})
+    return compile_text(SOURCE + UNIFORM, {})
 
 
 class SamplerCase:
