@@ -20,7 +20,7 @@ from gptx.training.callbacks import Callback, EvaluationRecord, StepRecord
 CLEAR_LINE = "\r\x1b[K"
 SECONDS_BETWEEN_DRAWINGS = 0.1
 RECENT_STEPS = 50
-MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 4, 40
+MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 6, 42
 EIGHTHS = " ▏▎▍▌▋▊▉█"  # of a column of the bar
 WHOLES = " #"  # for encodings without those
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # of a control character in a sample
@@ -83,15 +83,17 @@ class Status:
             room = columns - len(" ".join([first, *others]))
             if room >= 0:
                 break
-        if room > MIN_BAR_COLUMNS:
+        if room - 1 >= MIN_BAR_COLUMNS:
             others.insert(0, self._blocks(min(room - 1, MAX_BAR_COLUMNS), levels))
         return " ".join([first, *others])[:columns]
 
     def _blocks(self, width: int, levels: str) -> str:
-        """Return `width` columns, filled to the share of the steps that are done."""
+        """Return a bar of `width` columns, filled to the share of the steps that are done."""
+        width -= 2  # the ends
         full = len(levels) - 1
         filled = min(self.step, self.steps) * width * full // self.steps
-        return "".join(levels[max(0, min(full, filled - full * i))] for i in range(width))
+        blocks = (levels[max(0, min(full, filled - full * i))] for i in range(width))
+        return f"|{''.join(blocks)}|"
 
 
 class Progress(Callback):
@@ -103,7 +105,7 @@ class Progress(Callback):
         Standard error, or another text stream.
     every
         Number of steps between two lines, if the stream is no terminal. None: a hundredth of the
-        run.
+        run, at least 10.
     """
 
     def __init__(self, stream: TextIO, *, every: int | None = None) -> None:
@@ -139,7 +141,7 @@ class Progress(Callback):
                 self._drawn = now
                 status = self._figures(record, now)
                 self._draw(status.bar(_columns(self._stream) - 1, self._levels))
-        elif last or record.step % (self._every or math.ceil(self._steps / 100)) == 0:
+        elif last or record.step % (self._every or max(10, math.ceil(self._steps / 100))) == 0:
             self._write(f"{self._figures(record, now).line()}\n")
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

@@ -45,7 +45,7 @@ def report(stream: io.StringIO, steps: int, *, every: int | None = None) -> Prog
 def test_a_bar_of_the_usual_width() -> None:
     line = STATUS.bar(79)
     assert line == (
-        "1250/2000 ███▊   loss 1.843 val 1.912 norm 0.84 lr 6.1e-4 21.3k tok/s 1:05 left"
+        "1250/2000 |██▌ | loss 1.843 val 1.912 norm 0.84 lr 6.1e-4 21.3k tok/s 1:05 left"
     )
     assert len(line) == 79
 
@@ -68,8 +68,8 @@ def test_a_narrow_bar_drops_the_least_important_figures() -> None:
 def test_the_bar_is_filled_at_the_end() -> None:
     begin, end = (Status(step, 10, 2.0, 1.0, 1e-3, 1.0, 0.0) for step in (0, 10))
     assert "█" not in begin.bar(79)
-    assert f" {24 * '█'} " in end.bar(79)
-    assert f" {24 * '#'} " in end.bar(79, WHOLES)
+    assert f"|{22 * '█'}|" in end.bar(79)
+    assert f"|{22 * '#'}|" in end.bar(79, WHOLES)
 
 
 def test_a_line_elsewhere() -> None:
@@ -94,13 +94,13 @@ def test_rates(rate: float, text: str) -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    report(stream, 300).on_end(trainer(300))  # type: ignore[arg-type]
+    report(stream, 1200).on_end(trainer(1200))  # type: ignore[arg-type]
     lines = stream.getvalue().splitlines()
     assert lines[0] == ("1,000 parameters, layers 2, heads 2, width 8, context 16, vocabulary 65")
     steps = [line for line in lines if line.startswith("step") and "tokens/s" in line]
     assert len(steps) == 100
-    assert steps[0].startswith("step 3/300: loss 2.0000, norm 1.00, learning rate 1.0e-3, 7,680 ")
-    assert "step 150: validation loss 1.7500 (the best so far), training loss 2.0000" in lines
+    assert steps[0].startswith("step 12/1,200: loss 2.0000, norm 1.00, learning rate 1.0e-3, ")
+    assert "step 600: validation loss 1.7500 (the best so far), training loss 2.0000" in lines
     assert "\r" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 
@@ -156,4 +156,4 @@ def test_an_encoding_without_blocks_has_another_bar(monkeypatch: pytest.MonkeyPa
     stream = Terminal()
     report(stream, 4)
     assert stream.getvalue().isascii()
-    assert " ######" in stream.getvalue()
+    assert "|######" in stream.getvalue()
