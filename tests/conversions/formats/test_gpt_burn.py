@@ -24,6 +24,7 @@ from gptx.conversions.containers import messagepack
 from gptx.conversions.formats import gpt_burn
 from gptx.errors import ConfigError, NotFoundError, WeightsError
 from tests.support.burn_bytes import Raw, burn_weights, narrow, numbers, pack, record, write_burn
+from tests.support.cli import run
 from tests.support.fuzz import accepted, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.models import make_model
 from tests.support.random_models import CASES
@@ -68,6 +69,14 @@ def small(tmp_path: Path) -> Path:
 def burn(tmp_path: Path) -> Path:
     """Copy a folder that gpt-burn wrote."""
     return shutil.copytree(GOLDEN / "wide", tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a folder with a vocabulary of gpt-burn's characters, as `model_83M` has."""
+    folder = tmp_path_factory.mktemp("model_83M")
+    write_burn(folder, replace(CASES["tiny"], vocab_size=104), kind="half::binary16::f16")
+    return folder
 
 
 class TestLogits:
@@ -173,6 +182,54 @@ class TestTensors:
             tracemalloc.stop()
         assert opened < size / 2
         assert size < peak < 4.5 * size  # a tensor of twice the width, padded from the narrow one
+
+
+# The example in the README of gpt-burn, with the ids of its characters.
+GERMAN = (
+    "Albert Einstein war ein schweizerisch-US-amerikanischer theoretischer Physiker deutscher "
+    "Herkunft."
+)
+IDS = [28, 13, 3, 6, 19, 21, 1, 32, 10, 15, 20, 21, 6, 10, 15, 1, 24, 2, 19, 1, 6, 10, 15, 1, 20]
+IDS += [4, 9, 24, 6, 10, 27, 6, 19, 10, 20, 4, 9, 66, 48, 46, 66, 2, 14, 6, 19, 10, 12, 2, 15, 10]
+IDS += [20, 4, 9, 6, 19, 1, 21, 9, 6, 16, 19, 6, 21, 10, 20, 4, 9, 6, 19, 1, 43, 9, 26, 20, 10, 12]
+IDS += [6, 19, 1, 5, 6, 22, 21, 20, 4, 9, 6, 19, 1, 35, 6, 19, 12, 22, 15, 7, 21, 67]
+
+
+class TestCharacters:
+    """The tokenizer that is part of the program."""
+
+    def test_the_ids_of_gpt_burn(self, characters: Path) -> None:
+        tokenizer = gpt_burn.read(characters).tokenizer
+        assert tokenizer is not None
+        assert tokenizer.encode(GERMAN) == IDS
+        assert tokenizer.decode(IDS) == GERMAN
+        assert tokenizer.encode("\näß") == [0, 96, 102]
+        assert tokenizer.encode("é<?>😀") == [103, 71, 74, 73, 103]  # 103 is `<?>`
+        assert tokenizer.decode([2, 103]) == "a<?>"
+        assert tokenizer.vocab_size == 104
+
+    def test_a_converted_model_generates_text(self, characters: Path, tmp_path: Path) -> None:
+        for to in ("safetensors", "mlx"):
+            convert(characters, tmp_path / to, to, dtype="float32")
+            done = run("generate", "-m", str(tmp_path / to), "-q", "-n", "5", "-s", "1", "Albert")
+            assert (done.code, done.err) == (0, "")
+            direct = run("generate", "-m", str(characters), "-q", "-n", "5", "-s", "1", "Albert")
+            assert done.out == direct.out
+            assert len(done.out) == 6  # 5 characters and the line end
+
+    def test_it_is_the_tokenizer_of_a_text(self, characters: Path) -> None:
+        done = run("tokenize", "ab", "--tokenizer", str(characters))
+        assert done.out == '2 "a"  3 "b"\n'
+
+    @pytest.mark.parametrize("size", [103, 105])
+    def test_a_model_of_another_vocabulary_has_none(self, tmp_path: Path, size: int) -> None:
+        write_burn(tmp_path, replace(CASES["tiny"], vocab_size=size))
+        assert gpt_burn.read(tmp_path).tokenizer is None
+
+    def test_a_model_of_vowel_pieces_has_none(self, characters: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(characters, tmp_path / "model")
+        (folder / "tokenizer.bin").write_bytes(b"")
+        assert gpt_burn.read(folder).tokenizer is None
 
 
 class TestInvalidFolders:
