@@ -1,1 +1,1 @@
-"""Vocabularies: token lists in the files of other programs, and tokenizer files."""
+"""Vocabularies: token lists in the files of other programs, and their comparison."""
