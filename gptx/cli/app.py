@@ -35,9 +35,9 @@ COMMANDS = {
     "download": "Download models from the Hub, and verify downloaded ones.",
     "generate": "Continue a prompt and print the text token by token.",
     "info": "Show the configuration, the tensors and the memory of a model.",
+    "prepare": "Convert text files to token files for training.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
-    "prepare": "Convert text files to token files for training.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
 }
 

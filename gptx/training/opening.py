@@ -118,7 +118,7 @@ def _has_examples(folder: Path | None, names: Sequence[str | os.PathLike[str]]) 
     kinds = {Path(name).suffix.lower() for name in names}
     if JSON_LINES in kinds and len(kinds) > 1:
         raise ParameterError(
-            f"{argument('data')} has {' and '.join(sorted(kinds))} files, expected files of one kind"
+            f"{argument('data')} has {' and '.join(sorted(kinds))} files, expected one kind"
         )
     return JSON_LINES in kinds
 

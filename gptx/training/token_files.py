@@ -92,9 +92,12 @@ def open_token_file(path: Path) -> TokenFile:
 
 
 def _llm_c_file(file: BinaryFile, header: Array) -> TokenFile:
-    if len(header) < 3 or header[1] != LLM_C_VERSION:
-        version = header[1] if len(header) > 1 else "none"
-        raise DataError(f"{file.path} has version {version} of llm.c's data, expected 1")
+    if file.size < HEADER_BYTES:
+        raise DataError(f"{file.path} is truncated: expected a header of {HEADER_BYTES} bytes")
+    if header[1] != LLM_C_VERSION:
+        raise DataError(
+            f"{file.path} has version {header[1]} of llm.c's data, expected {LLM_C_VERSION}"
+        )
     n_tokens = int(header[2])
     if n_tokens < 0 or file.size != HEADER_BYTES + 2 * n_tokens:
         raise DataError(
