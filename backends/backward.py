@@ -181,8 +181,7 @@ class LossFunction:
 
     def loss(self, weights: dict[str, Array], batch: Batch, *, scale: float) -> Array:
         """Return the loss as `gradients` does, without dropout: a scalar on the device."""
-        run = _Run(self, weights, batch, None)
-        return run.loss(batch, scale, (False, False))[0]
+        return self._loss(weights, *self._inputs(batch, scale))
 
     def gradients(
         self,
@@ -215,8 +214,32 @@ class LossFunction:
             Σ scale · weights · nll, a scalar on the device; name -> gradient of each trainable
             weight, in the backend's dtype.
         """
-        run = _Run(self, weights, batch, (step, first_sequence))
-        return run.gradients(batch, scale)
+        return self._gradients(weights, *self._inputs(batch, scale), step, first_sequence)
+
+    def _inputs(self, batch: Batch, scale: float) -> tuple[Array, Array, Array]:
+        """Copy a batch to the device: ids [B, T], targets [N], and weights [N] times the scale."""
+        ops = self.ops
+        dtype = "float64" if ops.dtype == "float64" else "float32"
+        weights = ops.asarray(batch.weights.reshape(-1) * np.float64(scale), dtype)
+        return ops.asarray(batch.ids), ops.asarray(batch.targets.reshape(-1)), weights
+
+    # On arrays of the device only, so that a backend can compile these two
+
+    def _loss(
+        self, weights: dict[str, Array], ids: Array, targets: Array, row_weights: Array
+    ) -> Array:
+        return _Run(self, weights, ids, None).loss(targets, row_weights, (False, False))[0]
+
+    def _gradients(
+        self,
+        weights: dict[str, Array],
+        ids: Array,
+        targets: Array,
+        row_weights: Array,
+        step: Array | int,
+        first_sequence: Array | int,
+    ) -> tuple[Array, dict[str, Array]]:
+        return _Run(self, weights, ids, (step, first_sequence)).gradients(targets, row_weights)
 
 
 class _Plan:
@@ -287,18 +310,21 @@ class _Run:
         self,
         function: LossFunction,
         weights: dict[str, Array],
-        batch: Batch,
-        counters: tuple[int, int] | None,
+        ids: Array,
+        counters: tuple[Array | int, Array | int] | None,
     ) -> None:
         self.ops, self.plan, self.graph = function.ops, function._plan, function._graph
         self.trainable, self.weights = function.trainable, weights
         self.dropout = function.dropout if counters else Dropout()
         self.step, self.first_sequence = counters or (0, 0)
-        B, T = batch.ids.shape
+        B, T = ids.shape
         host = np.broadcast_to(np.arange(T), (B, T))
         self.positions = Positions(host, T, True, self.ops.asarray)
-        self.ids = self.ops.asarray(batch.ids)
+        self.ids = ids
         self.results: dict[Node, Array] = {}
+        self.g: Array = None  # the newest gradient of the backward pass
+        # A lazy library would compute results again at once, and keep them, without an order.
+        self.compute_after = self.ops.override("compute_after")
 
     # Forward
 
@@ -336,6 +362,11 @@ class _Run:
             case "query" | "key" | "value":
                 return self._heads(node)
         operands = [self._value(x) for x in node.operands]
+        if self.g is not None and self.compute_after is not None:
+            operands = [
+                self.compute_after(x, self.g) if isinstance(operand, Node) else x
+                for operand, x in zip(node.operands, operands, strict=True)
+            ]
         match node.op:
             case "add":
                 return self._add(node, *operands)
@@ -374,29 +405,25 @@ class _Run:
         )
 
     def loss(
-        self, batch: Batch, scale: float, wanted: tuple[bool, ...], *, keep: bool = False
+        self, targets: Array, weights: Array, wanted: tuple[bool, ...], *, keep: bool = False
     ) -> tuple[Array, Array, Array]:
         """Compute the forward pass and the loss; return `cross_entropy`'s results."""
         x = self.forward(keep=keep)
         table = self._value(self.graph.output.operands[1])
-        ops = self.ops
-        rows = ops.xp.reshape(x, (-1, x.shape[-1]))
-        dtype = "float64" if ops.dtype == "float64" else "float32"
-        weights = ops.asarray(batch.weights.reshape(-1) * np.float64(scale), dtype)
-        cross_entropy = gradients.function(ops, "cross_entropy")
-        return cross_entropy(rows, table, ops.asarray(batch.targets.reshape(-1)), weights,
-                             wanted=wanted)  # fmt: skip
+        rows = self.ops.xp.reshape(x, (-1, x.shape[-1]))
+        cross_entropy = gradients.function(self.ops, "cross_entropy")
+        return cross_entropy(rows, table, targets, weights, wanted=wanted)
 
     # Backward
 
-    def gradients(self, batch: Batch, scale: float) -> tuple[Array, dict[str, Array]]:
+    def gradients(self, targets: Array, weights: Array) -> tuple[Array, dict[str, Array]]:
         """Return the loss and the gradients of the trainable weights."""
         head = self.graph.output
         wanted = self.plan.wanted.get(head, (False, False))
-        loss, dx, dtable = self.loss(batch, scale, wanted, keep=True)
+        loss, dx, dtable = self.loss(targets, weights, wanted, keep=True)
         self.by_node: dict[Node, Array] = {}
         self.by_name: dict[str, Array] = {}
-        shape = (*batch.ids.shape, -1)
+        shape = (*self.ids.shape, -1)
         dx = None if dx is None else self.ops.xp.reshape(dx, shape)
         self._add_gradients(head, (dx, dtable))
         for node in reversed(self.graph.nodes[:-1]):
@@ -415,7 +442,7 @@ class _Run:
                 found = [self.by_node.pop(heads[name]) for name in HEADS]
                 g = gradients.function(self.ops, "split_heads_vjp")(*found)
                 return self._add_gradients(node, (g,))
-        g = self.by_node.pop(node)
+        g = self.g = self.by_node.pop(node)
         match node.op:
             case "keys" | "values":
                 return self._add_gradients(node, (g,))

@@ -45,10 +45,10 @@ def random_bits(
     """
     xp = ops.xp
     blocks = -(-n // 16)
-    block = np.tile(np.arange(1, blocks + 1, dtype=np.uint64), rows)
-    row = np.repeat(np.arange(first_row, first_row + rows, dtype=np.uint64), blocks)
-    step, site = (_words(ops, np.full(rows * blocks, x, np.uint64)) for x in counter)
-    words = [_words(ops, block), step, site, _words(ops, row)]
+    block = _words(ops, np.tile(np.arange(1, blocks + 1, dtype=np.uint64), rows))
+    row = _words(ops, np.repeat(np.arange(rows, dtype=np.uint64), blocks)) + _words(ops, first_row)
+    step, site = (xp.broadcast_to(_words(ops, x), block.shape) for x in counter)
+    words = [block, step, site, row]
     keys = list(key)
     for _ in range(ROUNDS):
         words = _round(ops, words, keys)
@@ -77,6 +77,9 @@ def _multiply(ops: Any, a: int, b: Array) -> tuple[Array, Array]:
     return a_high * b_high + (middle >> half) + (rest >> half), _words(ops, np.uint64(a)) * b
 
 
-def _words(ops: Any, host: Any) -> Array:
-    """Copy uint64 numbers to the device."""
-    return ops.xp.asarray(np.asarray(host), dtype=ops.xp.uint64, **ops.on_device)
+def _words(ops: Any, numbers: Any) -> Array:
+    """Copy uint64 numbers to the device, if they are not there."""
+    if isinstance(numbers, int | np.integer | np.ndarray):
+        numbers = np.asarray(numbers, np.uint64)
+        return ops.xp.asarray(numbers, dtype=ops.xp.uint64, **ops.on_device)
+    return numbers
