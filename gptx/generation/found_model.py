@@ -267,7 +267,7 @@ def find_model(
     if not isinstance(tokenizer, str | os.PathLike | None):
         raise ParameterError(
             f"{argument('tokenizer')} is {repr(tokenizer)[:60]}, expected a folder, a model that "
-            "has one, or an object with encode, decode and vocab_size"
+            "has one, or an object of the protocol gptx.Tokenizer"
         )
     if is_openai(model):
         return _OpenAIModel(

@@ -120,10 +120,10 @@ class PipelineTokenizer:
             Special tokens, whose ids follow the others.
         """
         vocab = {token: id for id, token in enumerate([*tokens, *special])}
-        model = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": unknown}
-        splitter = None
+        model: dict[str, Any] = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": unknown}
+        model["ignore_merges"] = split is not None  # a piece in the vocabulary is one token
+        splitter: dict[str, Any] | None = None
         if split is not None:
-            model["ignore_merges"] = True  # a piece in the vocabulary is one token
             splitter = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated"}
             splitter["invert"] = False
         added = {token: vocab[token] for token in special}
