@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.base import Backend
+from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
 from gptx.backends.cpu.memory import Pool, allocate_aligned
+from gptx.backends.cpu.training.ops import MIN_ROWS, TrainingOps, is_whole
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError
@@ -25,7 +26,7 @@ from gptx.quantization import QuantizedTensor
 Array = np.ndarray
 
 
-class NumpyBackend(Backend):
+class NumpyBackend(TrainingOps):
     """NumPy arrays. Memory-mapped float32 weights are used without a copy."""
 
     name = "numpy"
@@ -58,6 +59,7 @@ class NumpyBackend(Backend):
         return super().pack_quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:
+        self.recycler.next_pass()
         return super().embed(ids, table) if isinstance(table, Array) else table.take_rows(ids)
 
     def unembed(self, x: Array, table: Any) -> Array:
@@ -79,6 +81,8 @@ class NumpyBackend(Backend):
     def linear(self, x: Array, weight: Any, bias: Array) -> Array:
         if not isinstance(weight, Array):
             return weight.multiply(x, bias, self.threads)
+        if self.has_many_rows(x):
+            return self.linear_rows(x, weight, bias)
         if len(x) > 1:  # one GEMM over all rows; NumPy would loop over B
             y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
         else:
@@ -87,6 +91,8 @@ class NumpyBackend(Backend):
         return y
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        if self.has_many_rows(x):
+            return self.layer_norm_rows(x, weight, bias, eps)
         n = x.shape[-1]
         y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
         y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
@@ -95,6 +101,8 @@ class NumpyBackend(Backend):
         return y
 
     def gelu_new(self, x: Array) -> Array:
+        if self.has_many_rows(x):
+            return self.activate_rows(GELU_NEW, x)
         y = x * x
         y *= 0.044715 * math.sqrt(2 / math.pi)
         y += math.sqrt(2 / math.pi)
@@ -105,7 +113,12 @@ class NumpyBackend(Backend):
         y *= 0.5
         return y
 
+    def gelu(self, x: Array) -> Array:
+        return self.activate_rows(GELU, x) if self.has_many_rows(x) else super().gelu(x)
+
     def relu(self, x: Array) -> Array:
+        if self.has_many_rows(x):
+            return self.activate_rows(RELU, x)
         return np.maximum(x, 0.0)
 
     def softmax(self, x: Array) -> Array:
@@ -121,6 +134,8 @@ class NumpyBackend(Backend):
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
         B, H, T, D = q.shape
+        if B * T >= MIN_ROWS and is_whole(k, positions, T):
+            return self.attention_rows(q, k, v, scale)
         scores = (q * scale) @ k.swapaxes(-1, -2)
         if T > 1 or not positions.aligned:  # a single aligned token attends to all positions
             hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]

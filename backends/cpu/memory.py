@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,8 @@ Array = np.ndarray
 
 CACHE_LINE_BYTES = 64  # also the size of a vector of AVX-512
 POOL_CHUNK_BYTES = 2**26  # allocated by a pool at once
+MIN_RECYCLED_BYTES = 2**18  # smaller arrays come from the C library, which keeps their pages
+KEPT_PASSES = 3  # forward passes for which a recycler keeps free memory: two steps
 
 
 def allocate_aligned(
@@ -67,3 +70,61 @@ class Pool:
                 self._free = allocate_aligned((POOL_CHUNK_BYTES,), np.uint8)
             memory, self._free = self._free[:n_bytes], self._free[padded:]
         return memory.view(dtype).reshape(shape)
+
+
+class Recycler:
+    """Large arrays whose memory is used again when no reference to them is left.
+
+    A step of training needs arrays of the same sizes as the step before. New memory from the system
+    costs more time than most ops: each page is cleared first. `next_pass` frees the memory that the
+    latest passes have not used.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._free: dict[int, deque[_Memory]] = {}  # number of bytes -> memory, oldest first
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return an array with any content."""
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if n_bytes < MIN_RECYCLED_BYTES:
+            return np.empty(shape, dtype)
+        free = self._free.setdefault(n_bytes, deque())
+        try:
+            memory = free.pop().array
+        except IndexError:
+            memory = allocate_aligned((n_bytes,), np.uint8)
+        return np.asarray(_Lease(self, memory, shape, np.dtype(dtype)))
+
+    def give_back(self, memory: Array) -> None:
+        """Keep memory for the next array of its size."""
+        self._free[memory.size].append(_Memory(memory, self.passes))
+
+    def next_pass(self) -> None:
+        """Note that a forward pass begins."""
+        self.passes += 1
+        for free in self._free.values():
+            while free and free[0].last_pass < self.passes - KEPT_PASSES:
+                free.popleft()
+
+
+class _Memory(NamedTuple):
+    """Free memory, and the number of the pass that used it last."""
+
+    array: Array
+    last_pass: int
+
+
+class _Lease:
+    """The owner of an array's memory: deleted with the last view of the array."""
+
+    def __init__(
+        self, recycler: Recycler, memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._recycler, self._memory = recycler, memory
+        self.__array_interface__ = {**memory.__array_interface__, "shape": shape}
+        self.__array_interface__["typestr"] = dtype.str
+        del self.__array_interface__["descr"]
+
+    def __del__(self) -> None:
+        self._recycler.give_back(self._memory)

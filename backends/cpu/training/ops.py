@@ -1,0 +1,477 @@
+"""Ops on many rows, their gradients and the optimizer, as methods of the NumPy backend.
+
+Products go through BLAS on one thread each, with the columns or rows of the result split among
+threads. Blocks of rows that fit the caches go through row functions: compiled ones for float32 if
+Numba is installed, else NumPy's. The definitions are those of `gptx.backends.base`,
+`gptx.backends.gradients` and `gptx.training.optimizers`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gptx.backends import base, gradients
+from gptx.backends.base import Backend
+from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
+from gptx.backends.cpu.memory import Recycler
+from gptx.backends.cpu.training import row_functions
+from gptx.backends.cpu.training.workers import WORKERS
+from gptx.backends.positions import Positions
+
+Array = np.ndarray
+Wanted = tuple[bool, ...]
+
+MIN_ROWS = 32  # with fewer rows, calls cost more than the threads gain
+BLOCK_ELEMENTS = 2**15  # of a row function's block, 128 KB of float32
+MIN_PRODUCT_WORK = 2**20  # multiplications for which a second thread is worthwhile
+COLUMN_MULTIPLE = 16  # of a thread's part of a product
+LOSS_BYTES = 2**25  # of the logits that exist at a time
+HEAD_BYTES = 2**20  # of the patterns that a thread computes at a time
+QUERY_ROWS = 64  # queries of a block, which needs no keys after its last one
+ADAMW_ELEMENTS = 2**18
+NORM_ELEMENTS = 2**16  # summed in the backend's dtype; the sums of blocks are added in float64
+
+
+class TrainingOps(Backend):
+    """Methods of `NumpyBackend`; attributes are those of `Backend`."""
+
+    def __init__(self, xp: Any, **options: Any) -> None:
+        super().__init__(xp, **options)
+        self.recycler = Recycler()
+
+    @cached_property
+    def _row_functions(self) -> Any:
+        """The row functions, compiled if possible."""
+        if self.dtype == "float32" and self.compiles:
+            try:
+                return importlib.import_module("gptx.backends.cpu.training.row_kernels")
+            except ImportError:  # no Numba
+                pass
+        return row_functions
+
+    @property
+    def _n_threads(self) -> int:
+        if self.threads:
+            return self.threads
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+    # Forward
+
+    def has_many_rows(self, x: Array) -> bool:
+        """Test for enough rows to split."""
+        return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
+
+    def linear_rows(self, x: Array, weight: Array, bias: Array) -> Array:
+        """Return `Backend.linear`."""
+        y = self._allocate((*x.shape[:-1], weight.shape[1]))
+        self._multiply(_rows(x), weight, _rows(y), bias)
+        return y
+
+    def layer_norm_rows(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Return `Backend.layer_norm`."""
+        x, weight, bias = (self._writable(a) for a in (x, weight, bias))
+        y = self._allocate(x.shape)
+        source, target = _rows(x), _rows(y)
+        function = self._row_functions.layer_norm
+
+        def normalize(first: int, last: int) -> None:
+            function(source[first:last], weight, bias, eps, target[first:last])
+
+        self._run_blocks(normalize, len(source), x.shape[-1])
+        return y
+
+    def activate_rows(self, kind: int, x: Array) -> Array:
+        """Return `Backend.gelu_new`, `gelu` or `relu`."""
+        x = self._writable(x)
+        y = self._allocate(x.shape)
+        source, target = x.reshape(-1), y.reshape(-1)
+        function = self._row_functions.activate
+        self._run_blocks(
+            lambda first, last: function(kind, source[first:last], target[first:last]), x.size, 1
+        )
+        return y
+
+    def attention_rows(self, q: Array, k: Array, v: Array, scale: float) -> Array:
+        """Return `Backend.attention` of sequences without earlier tokens."""
+        B, H, T, D = q.shape
+        y = self._allocate((B, T, H * D))
+        heads = _split_heads(y, H)
+
+        def attend(b: int, h: slice) -> None:
+            p = self._pattern(q[b, h], k[b, h], scale)
+            for first, last in _blocks(T, QUERY_ROWS):
+                np.matmul(p[:, first:last, :last], v[b, h, :last], out=heads[b, h, first:last])
+
+        self._run_heads(attend, B, H, T)
+        return y
+
+    def _pattern(self, q: Array, k: Array, scale: float) -> Array:
+        """Return the pattern of some heads, [heads, T, T] and padding; q and k are [heads, T, D].
+
+        A row has zeros after its own token, up to the end of its block.
+        """
+        n, T, _ = q.shape
+        p = self._allocate((n, T, -(-T // 16) * 16))
+        for first, last in _blocks(T, QUERY_ROWS):
+            np.matmul(q[:, first:last], k[:, :last].swapaxes(1, 2), out=p[:, first:last, :last])
+            self._row_functions.causal_softmax(p, first, last, scale)
+        return p
+
+    # Gradients
+
+    def linear_vjp(
+        self, g: Array, x: Array, weight: Array, bias: Array, *, wanted: Wanted
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Return `gradients.linear_vjp`."""
+        n_in, n_out = weight.shape
+        rows = _rows(g)
+        dx = dw = db = None
+        if wanted[0]:
+            dx = self._allocate((*g.shape[:-1], n_in))
+            self._multiply(rows, weight.T, _rows(dx))
+        if wanted[1]:
+            dw = self._allocate((n_in, n_out))
+            self._multiply(_rows(x).T, rows, dw)
+        if wanted[2]:
+            db = np.add.reduce(rows, axis=0)
+        return dx, dw, db
+
+    def layer_norm_vjp(
+        self, g: Array, x: Array, weight: Array, bias: Array, eps: float, *, wanted: Wanted
+    ) -> tuple[Array | None, Array | None, Array | None, None]:
+        """Return `gradients.layer_norm_vjp`."""
+        g, x, weight = (self._writable(a) for a in (g, x, weight))
+        dx = self._allocate(x.shape)
+        n = x.shape[-1]
+        source, gradient, target = _rows(x), _rows(g), _rows(dx)
+        size = max(1, BLOCK_ELEMENTS // n)
+        sums = np.empty((2, -(-len(source) // size), n), self.float_dtype)
+        function = self._row_functions.layer_norm_vjp
+
+        def differentiate(first: int, last: int) -> None:
+            dw, db = sums[:, first // size]
+            block = slice(first, last)
+            function(gradient[block], source[block], weight, eps, target[block], dw, db)
+
+        self._run_blocks(differentiate, len(source), n)
+        dw, db = np.add.reduce(sums, axis=1)
+        return *(x if w else None for x, w in zip((dx, dw, db), wanted, strict=False)), None
+
+    def gelu_new_vjp(self, g: Array, x: Array, *, wanted: Wanted) -> tuple[Array]:
+        """Return `gradients.gelu_new_vjp`."""
+        return (self._activate_vjp(GELU_NEW, g, x),)
+
+    def gelu_vjp(self, g: Array, x: Array, *, wanted: Wanted) -> tuple[Array]:
+        """Return `gradients.gelu_vjp`."""
+        return (self._activate_vjp(GELU, g, x),)
+
+    def relu_vjp(self, g: Array, x: Array, *, wanted: Wanted) -> tuple[Array]:
+        """Return `gradients.relu_vjp`."""
+        return (self._activate_vjp(RELU, g, x),)
+
+    def _activate_vjp(self, kind: int, g: Array, x: Array) -> Array:
+        g, x = self._writable(g), self._writable(x)
+        dx = self._allocate(x.shape)
+        flat_g, flat_x, flat_dx = (a.reshape(-1) for a in (g, x, dx))
+        function = self._row_functions.activate_vjp
+
+        def differentiate(first: int, last: int) -> None:
+            block = slice(first, last)
+            function(kind, flat_g[block], flat_x[block], flat_dx[block])
+
+        self._run_blocks(differentiate, x.size, 1)
+        return dx
+
+    def attention_vjp(
+        self,
+        g: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        positions: Positions,
+        scale: float,
+        *,
+        wanted: Wanted,
+    ) -> tuple[Array, Array, Array, None, None]:
+        """Return `gradients.attention_vjp`; the three gradients are views of one array."""
+        B, H, T, D = q.shape
+        if not is_whole(k, positions, T):
+            return gradients.attention_vjp(self, g, q, k, v, positions, scale, wanted=wanted)
+        dq, dk, dv = self.split_heads(self._allocate((B, T, 3 * H * D)), H)
+        heads = _split_heads(self._writable(g), H)
+
+        def differentiate(b: int, h: slice) -> None:
+            queries, keys, values, gradient = q[b, h], k[b, h], v[b, h], heads[b, h]
+            p = self._pattern(queries, keys, scale)
+            ds = self._allocate(p.shape)
+            for first, last in _blocks(T, QUERY_ROWS):
+                np.matmul(
+                    gradient[:, first:last],
+                    values[:, :last].swapaxes(1, 2),
+                    out=ds[:, first:last, :last],
+                )
+                self._row_functions.causal_softmax_vjp(p, ds, first, last, scale)
+                np.matmul(ds[:, first:last, :last], keys[:, :last], out=dq[b, h, first:last])
+            for first, last in _blocks(T, QUERY_ROWS):  # of the keys: later queries read them
+                p_t, ds_t = (x[:, first:, first:last].swapaxes(1, 2) for x in (p, ds))
+                np.matmul(p_t, gradient[:, first:], out=dv[b, h, first:last])
+                np.matmul(ds_t, queries[:, first:], out=dk[b, h, first:last])
+
+        self._run_heads(differentiate, B, H, T)
+        return dq, dk, dv, None, None
+
+    def split_heads_vjp(self, dq: Array, dk: Array, dv: Array) -> Array:
+        """Return `gradients.split_heads_vjp`, without a copy of views of one array."""
+        B, H, T, D = dq.shape
+        whole = dq.base
+        if isinstance(whole, np.ndarray) and whole.shape == (B, T, 3 * H * D):
+            views = self.split_heads(whole, H)
+            if all(_is_same(x, view) for x, view in zip((dq, dk, dv), views, strict=True)):
+                return whole
+        return gradients.split_heads_vjp(self, dq, dk, dv)
+
+    def embed_vjp(
+        self, g: Array, ids: Array, table: Array, *, wanted: Wanted, total: Array | None = None
+    ) -> tuple[None, Array | None]:
+        """Return `gradients.embed_vjp`; it adds to `total` in place."""
+        if not wanted[1]:
+            return None, None
+        flat = ids.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        rows, starts = np.unique(flat[order], return_index=True)
+        if total is None:
+            total = self._allocate(table.shape)
+            total[...] = 0
+        total[rows] += np.add.reduceat(_rows(g)[order], starts, axis=0)
+        return None, total
+
+    def cross_entropy(
+        self, x: Array, table: Array, targets: Array, weights: Array, *, wanted: Wanted
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Return `gradients.cross_entropy`."""
+        N, V = len(x), len(table)
+        dx = self._allocate(x.shape) if wanted[0] else None
+        dtable = self._allocate(table.shape) if wanted[1] else None
+        losses = np.empty(N, np.float64)
+        width = -(-V // 16) * 16
+        size = max(1, LOSS_BYTES // (width * x.itemsize))
+        size = min(N, max(MIN_ROWS, size // 64 * 64))
+        for first in range(0, N, size):
+            block = slice(first, min(first + size, N))
+            rows = x[block]
+            memory = self._allocate((len(rows), width))
+            logits = memory[:, :V]
+            self._multiply(rows, table.T, logits)
+            self._differentiate_loss(memory, V, targets[block], weights[block], losses[block])
+            if dx is not None:
+                self._multiply(logits, table, dx[block])
+            if dtable is not None:
+                self._multiply(logits.T, rows, dtable, add=first > 0)
+        return np.asarray(losses.sum(), self.accumulation_dtype), dx, dtable
+
+    def _differentiate_loss(
+        self, logits: Array, V: int, targets: Array, weights: Array, losses: Array
+    ) -> None:
+        function = self._row_functions.cross_entropy
+
+        def differentiate(first: int, last: int) -> None:
+            block = slice(first, last)
+            function(logits[block], V, targets[block], weights[block], losses[block])
+
+        self._run_blocks(differentiate, len(logits), V)
+
+    def dropout(
+        self, x: Array, p: float, *, seed: int, step: int, site: int, first_row: int
+    ) -> Array:
+        """Return `gradients.dropout`."""
+        if self._row_functions is row_functions:
+            return gradients.dropout(
+                self, x, p, seed=seed, step=step, site=site, first_row=first_row
+            )
+        x = self._writable(x)
+        y = self._allocate(x.shape)
+        source, target = _rows(x), _rows(y)
+        counters = np.uint64(seed), np.uint64(step), np.uint64(site)
+        threshold, factor = round(p * 2**16), 1 / (1 - p)
+        function = self._row_functions.dropout
+
+        def drop(first: int, last: int) -> None:
+            block = slice(first, last)
+            row = first_row + first
+            function(source[block], target[block], *counters, row, threshold, factor)
+
+        self._run_blocks(drop, len(source), x.shape[-1])
+        return y
+
+    # Optimizer
+
+    def squared_norm(self, grads: Sequence[Array]) -> Array:
+        """Return `optimizers.squared_norm`."""
+        blocks = [
+            flat[first : first + NORM_ELEMENTS]
+            for flat in (g.reshape(-1) for g in grads)
+            for first in range(0, flat.size, NORM_ELEMENTS)
+        ]
+        squares = np.empty(len(blocks), np.float64)
+
+        def square(i: int) -> None:
+            squares[i] = np.dot(blocks[i], blocks[i])
+
+        with self._serial_blas():
+            self._run(square, len(blocks))
+        return np.asarray(squares.sum(), self.accumulation_dtype)
+
+    def adamw_update(
+        self,
+        weights: list[Array],
+        grads: list[Array],
+        m: list[Array],
+        v: list[Array],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decays: Sequence[float],
+        step: int,
+        grad_scale: float,
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Return `optimizers.adamw_update`; it changes weights and moments in place."""
+        weights, grads, m, v = ([self._writable(a) for a in x] for x in (weights, grads, m, v))
+        rate, correction2 = lr / (1 - beta1**step), 1 / (1 - beta2**step)
+        blocks = [
+            (tuple(a[first : first + ADAMW_ELEMENTS] for a in flat), 1 - lr * decay)
+            for *arrays, decay in zip(weights, grads, m, v, decays, strict=True)
+            for flat in [[a.reshape(-1) for a in arrays]]
+            for first in range(0, flat[0].size, ADAMW_ELEMENTS)
+        ]
+        function = self._row_functions.adamw
+
+        def update(i: int) -> None:
+            arrays, keep = blocks[i]
+            function(*arrays, grad_scale, beta1, beta2, rate, correction2, eps, keep)
+
+        self._run(update, len(blocks))
+        return weights, m, v
+
+    # Memory and threads
+
+    def _allocate(self, shape: tuple[int, ...]) -> Array:
+        return self.recycler.allocate(shape, self.float_dtype)
+
+    def _writable(self, x: Array) -> Array:
+        """Return x, or a copy if it is read-only, not contiguous or of another type."""
+        return np.require(x, self.float_dtype, ["C", "W"])
+
+    def _multiply(
+        self, a: Array, b: Array, out: Array, bias: Array | None = None, *, add: bool = False
+    ) -> None:
+        """Set `out` to a @ b + bias, or add it to `out`; a and b may be transposed."""
+        rows, columns = out.shape
+        work = out.size * a.shape[1]
+        by_column = columns >= rows
+        threads = self._n_threads
+        if work < MIN_PRODUCT_WORK or not self._blas_libraries():  # Accelerate has its own threads
+            threads = 1
+        ends = _split(columns if by_column else rows, threads)
+
+        def multiply(part: int) -> None:
+            own = slice(ends[part], ends[part + 1])
+            left, right = (a, b[:, own]) if by_column else (a[own], b)
+            target = out[:, own] if by_column else out[own]
+            if add:
+                target += left @ right
+            else:
+                np.matmul(left, right, out=target)
+            if bias is not None:
+                target += bias[own] if by_column else bias
+
+        with self._serial_blas():
+            self._run(multiply, len(ends) - 1)
+
+    def _run(self, function: Callable[[int], None], parts: int) -> None:
+        WORKERS.run(function, parts, self._n_threads)
+
+    def _run_blocks(self, function: Callable[[int, int], None], rows: int, width: int) -> None:
+        """Call function(first, last) on blocks of rows of a length that does not change results."""
+        size = max(1, BLOCK_ELEMENTS // width)
+
+        def compute(block: int) -> None:
+            function(block * size, min((block + 1) * size, rows))
+
+        self._run(compute, -(-rows // size))
+
+    def _run_heads(self, function: Callable[[int, slice], None], B: int, H: int, T: int) -> None:
+        """Call function(b, h) on each sequence and some of its heads."""
+        size = HEAD_BYTES // (T * T * self.float_dtype(0).itemsize)
+        size = max(1, min(size, H, -(-B * H // self._n_threads)))
+        groups = -(-H // size)
+
+        def compute(part: int) -> None:
+            b, group = divmod(part, groups)
+            function(b, slice(group * size, min((group + 1) * size, H)))
+
+        with self._serial_blas():
+            self._run(compute, B * groups)
+
+    @contextmanager
+    def _serial_blas(self) -> Iterator[None]:
+        """Set BLAS to one thread a product: its own threads would spin between our parts."""
+        with base._blas_lock:
+            before = [library.get_num_threads() for library in self._blas_libraries()]
+            try:
+                self._set_blas([1] * len(before), before)
+                yield
+            finally:
+                self._set_blas(before, [1] * len(before))
+
+    def _blas_libraries(self) -> list[Any]:
+        """Return the controllers of BLAS libraries; none if the library has no such setting."""
+        if self._blas is None:  # the search takes milliseconds
+            import threadpoolctl
+
+            found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            self._blas = found.lib_controllers
+        return self._blas
+
+
+def _rows(x: Array) -> Array:
+    """Return x [..., n] as rows [N, n]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _split_heads(x: Array, n_head: int) -> Array:
+    """Return x [B, T, C] as heads [B, H, T, D]."""
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
+
+
+def _blocks(n: int, size: int) -> list[tuple[int, int]]:
+    """Return the begin and end of blocks of range(n)."""
+    return [(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+def _split(n: int, parts: int) -> list[int]:
+    """Return the begins of parts of range(n), and n; they are multiples of `COLUMN_MULTIPLE`."""
+    size = math.ceil(n / parts / COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    return [*range(0, n, size), n]
+
+
+def is_whole(k: Array, positions: Positions, T: int) -> bool:
+    """Test for keys k [B, H, S, D] of the new tokens only, the same number in each sequence."""
+    return positions.aligned and positions.stop == T == k.shape[2]
+
+
+def _is_same(x: Array, y: Array) -> bool:
+    """Test for two views of the same elements."""
+    return x.__array_interface__ == y.__array_interface__
