@@ -17,7 +17,14 @@ from typing import BinaryIO
 import numpy as np
 
 from gptx.conversions.containers.binary import BinaryFile
-from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, argument
+from gptx.errors import (
+    DataError,
+    NotFoundError,
+    ParameterError,
+    StorageError,
+    TokenizerError,
+    argument,
+)
 from gptx.files import create
 
 Array = np.ndarray
@@ -294,13 +301,20 @@ class TokenWriter:
         self._close(complete=error is None)
 
     def write(self, ids: Array) -> None:
-        """Append ids [n] of any integer type, below 2^16.
+        """Append ids [n] of any integer type.
 
         Raises
         ------
         ParameterError
             llm.c's header cannot hold the number of tokens.
+        TokenizerError
+            An id has more than 16 bits.
         """
+        if len(ids) and ids.max() >= MAX_VOCABULARY:
+            raise TokenizerError(
+                f"the tokenizer has the token id {ids.max()}, and token files have ids of 16 bits: "
+                "give another tokenizer, as that of GPT-2"
+            )
         while len(ids):
             if self._file is None:
                 self._open()

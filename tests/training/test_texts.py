@@ -23,7 +23,7 @@ def file(tmp_path: Path, data: bytes, name: str = "a.txt") -> TextFile:
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        ("a\r\nb\rc\r\r\nd\r".encode(), "a\nb\rc\r\nd\r"),
+        (b"a\r\nb\rc\r\r\nd\r", "a\nb\rc\r\nd\r"),
         ("\ufeffä€𝄞\ufeff".encode(), "ä€𝄞\ufeff"),
         (b"a\n", "a\n"),
     ],
