@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import click
+from click.core import ParameterSource
 
 from gptx.backends import TABLE
 from gptx.cli.formatting import print_json
@@ -27,6 +28,7 @@ from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print
 from gptx.errors import Interrupted
 from gptx.files import check_writable
 from gptx.generation.api import load_once
+from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (
     MAX_TOKENS,
     LoadOptions,
@@ -246,7 +248,8 @@ def _as_dict(
     type=click.Choice(get_args(Overflow)),
     metavar="NAME",
     help="If the text exceeds the context: error; truncate (drop the start of the prompt); "
-    "slide (drop the older half, repeatedly).  [default: error; slide in a session]",
+    "slide (drop the older half, repeatedly).  [default: slide in a session, or if only the "
+    "default of -n does not fit; else error]",
 )
 @json_option
 @click.option(
@@ -294,20 +297,40 @@ def generate(
 
         run_session(model, cast("LoadOptions", load_options), options, quiet=quiet)
         return
+    source = click.get_current_context().get_parameter_source
+    may_slide = options["overflow"] is None and source("max_tokens") is ParameterSource.DEFAULT
     options["overflow"] = options["overflow"] or "error"
     request = Request([text], check_options(cast("Options", options)))
+
+    def check(info: ModelInfo) -> None:
+        nonlocal request
+        if may_slide:
+            request = _slide_if_needed(request, info)
+        request.check(info)
+
     if prompt_cache is not None:
         check_writable(prompt_cache)
     loaded = load_once(
         model,
         request.options.max_tokens,
-        request.check,
+        check,
         **cast("LoadOptions", load_options),
     )
     _generate(loaded, request, prompt_cache, as_json=as_json, quiet=quiet)
 
 
 _LOAD_OPTIONS = LoadOptions.__annotations__
+
+
+def _slide_if_needed(request: Request, info: ModelInfo) -> Request:
+    """Return a request that slides if its prompt fits the context, and its output does not."""
+    options, [text] = request.options, request.prompts
+    assert isinstance(text, str)
+    n_prompt = len(info.tokenizer.encode(text, allow_special=options.allow_special))
+    room = info.config.n_positions - n_prompt
+    if room < 0 or room >= (options.max_tokens or 0) - 1:
+        return request
+    return Request([text], replace(options, overflow="slide"))
 
 
 def _on_a_terminal() -> bool:

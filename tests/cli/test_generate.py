@@ -41,6 +41,19 @@ def test_a_text_that_ends_with_a_newline(shakespeare: Model) -> None:
     assert run(*GENERATE, "-n", "1", "ROMEO:").out == "\n"
 
 
+def test_a_default_number_of_tokens_beyond_the_context_slides(shakespeare: Model) -> None:
+    """The model has 256 positions; as for a model that was trained with fewer than 100."""
+    prompt = "to be or not " * 40
+    assert 156 < len(shakespeare.encode(prompt)) < 256
+    done = run(*GENERATE, "--json", prompt)
+    assert done.code == 0
+    assert len(json.loads(done.out)["tokens"]) == 100
+    for args in (("-n", "100", prompt), ("--overflow", "error", prompt), (prompt * 2,)):
+        done = run(*GENERATE, *args)
+        assert (done.code, done.out) == (65, "")
+        assert "use --overflow truncate or slide" in done.err
+
+
 @pytest.mark.parametrize(
     ("args", "stdin"),
     [
