@@ -27,6 +27,7 @@ from gptx.tokenization.files import (
 )
 from gptx.tokenization.finding import SENTENCEPIECE
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.settings import GPT2, read_settings
 
 TEMPLATE = "chat_template.jinja"
@@ -45,7 +46,7 @@ _ELSEWHERE = (
 
 
 def save_tokenizer(
-    tokenizer: PipelineTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     context: int | None = None,
@@ -55,7 +56,8 @@ def save_tokenizer(
     """Write the files of a tokenizer: those it was read from, tokenizer.json and its settings.
 
     Each file is written atomically. vocab.json and merges.txt are written only if GPT2Tokenizer
-    gives the same ids with them.
+    gives the same ids with them. A tokenizer of the caller writes itself with its method
+    `save(folder)`, if it has one.
 
     Parameters
     ----------
@@ -71,6 +73,10 @@ def save_tokenizer(
     StorageError
         A file cannot be read or written.
     """
+    if not isinstance(tokenizer, PipelineTokenizer):
+        if callable(save := getattr(tokenizer, "save", None)):
+            save(folder)
+        return
     definition = tokenizer.definition()
     carried = dict(tokenizer.files)
     for name in (*TEMPLATES, *SENTENCEPIECE):  # slow tokenizers need the latter

@@ -15,6 +15,7 @@ from gptx.errors import ParameterError, TokenizerError
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.plugged import PluggedTokenizer, plug
 from gptx.tokenization.protocol import Tokenizer
+from gptx.tokenization.saving import save_tokenizer
 from tests.support.golden_tokenizers import NAMES, TEXTS, load
 
 
@@ -114,6 +115,15 @@ def test_other_results_of_encode_are_named(found: object) -> None:
     tokenizer.encode = lambda text: found  # type: ignore[method-assign, assignment, return-value]
     with pytest.raises(TokenizerError, match=r"encode\(\) of Bytes returns .*, expected a list"):
         plug(tokenizer).encode("ab")
+
+
+def test_a_tokenizer_is_saved_by_its_own_method(tmp_path: Path) -> None:
+    tokenizer = Bytes()
+    save_tokenizer(tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    tokenizer.save = lambda folder: (folder / "mine").write_text("bytes")  # type: ignore[attr-defined]
+    save_tokenizer(tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 class TestModels:
