@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from gptx.backends.base import Array, Backend
+from gptx.backends.base import Array
+from gptx.backends.mlx_training import MlxTraining
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory
 from gptx.quantization import QuantizedTensor
@@ -44,7 +45,7 @@ class QuantizedWeight(NamedTuple):
         return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=self.bits)
 
 
-class MlxBackend(Backend):
+class MlxBackend(MlxTraining):
     """MLX arrays; `device` is "cpu", "gpu" or None for the default of MLX."""
 
     name = "mlx"

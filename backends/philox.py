@@ -20,7 +20,7 @@ LOW = 2**32 - 1  # mask of the low half of a word
 
 
 def random_bits(
-    ops: Any, key: tuple[int, int], counter: tuple[int, int], first_row: int, rows: int, n: int
+    ops: Any, key: tuple[int, int], counter: tuple[Any, Any], first_row: Any, rows: int, n: int
 ) -> Array:
     """Return random bits, 16 to an element.
 
@@ -31,10 +31,12 @@ def random_bits(
     ----------
     ops
         A backend.
-    key, counter
-        Two numbers each, from 0 to 2**64 - 1.
-    first_row, rows
-        First row, and number of rows.
+    key
+        Two numbers from 0 to 2**64 - 1.
+    counter, first_row
+        Numbers from 0 to 2**64 - 1, or scalars of uint64 on the device.
+    rows
+        Number of rows.
     n
         Elements of a row.
 
