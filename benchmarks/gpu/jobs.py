@@ -21,6 +21,8 @@ DEVICE = "benchmarks.gpu.device:report_device"
 CHECKS = "benchmarks.gpu.checks:run_checks"
 TIMES = "benchmarks.gpu.times:run_times"
 KERNELS = "benchmarks.gpu.times:count_kernels"
+TRAINING_CHECKS = "benchmarks.gpu.training:run_checks"
+TRAINING_TIMES = "benchmarks.gpu.training:run_times"
 TESTS = "benchmarks.gpu.jobs:run_tests"
 
 
@@ -48,6 +50,7 @@ class Job:
 SHORT, DEEP, PREFILL, BATCH = (1, 16, 128), (1, 1000, 25), (1, 1024, 1), (128, 128, 128)
 PROMPTS = [(1, n, 1) for n in (128, 512, 1000)] + [(8, n, 1) for n in (512, 1000)]
 PDL_ENGINES = ("gptx", "gptx pdl", "gptx no pdl")  # programmatic dependent launch
+TRAINING_ENGINES = ("gptx", "torch eager")
 GOAL_ENGINES = ("gptx", "torch graph")
 
 
@@ -63,6 +66,8 @@ def _goal_jobs() -> list[Job]:
         Job("device", DEVICE, 40),
         Job("checks", CHECKS, 120, {"which": "first"}),
         times("124M", (*GOAL_ENGINES, "transformers"), [SHORT, BATCH, PREFILL, DEEP], 90),
+        Job("training checks", TRAINING_CHECKS, 90),
+        training("124M", 60),
         times("124M", PDL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60, "pdl"),
         times("124M", ("gptx", "torch compile"), [SHORT, PREFILL, BATCH, DEEP], 150, "compiled"),
         times("1558M", GOAL_ENGINES, [SHORT, DEEP], 100),
@@ -78,6 +83,7 @@ def _goal_jobs() -> list[Job]:
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int4"),
         times("124M", ("gptx",), [SHORT, DEEP], 40, quantize="int8"),
         Job("other checks", CHECKS, 150, {"which": "rest"}),
+        training("124M", 60, dtype="float32"),
         times("355M", GOAL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60),
         times("774M", GOAL_ENGINES, [SHORT, BATCH, PREFILL, DEEP], 60),
         times("124M", ("gptx", "torch compile graph"), [SHORT, BATCH], 90, "compiled graph"),
@@ -128,6 +134,13 @@ def times(
     return Job(name, TIMES, seconds, arguments)
 
 
+def training(size: str, seconds: float, dtype: str = "bfloat16") -> Job:
+    """Return the job that times updates of 4 × 1,024 tokens beside PyTorch's."""
+    setting = {"size": size, "dtype": dtype}
+    arguments = {"setting": setting, "names": TRAINING_ENGINES, "B": 4, "T": 1024}
+    return Job(f"training {size} {dtype}", TRAINING_TIMES, seconds, arguments)
+
+
 def _dry_jobs() -> list[Job]:
     """Return jobs that run every task on the CPU, in a minute or two."""
     here = {"size": "shakespeare", "dtype": "float32", "backend": "numpy", "device": "cpu"}
@@ -141,9 +154,12 @@ def _dry_jobs() -> list[Job]:
         Job("eager", TIMES, 120, {"setting": here, "names": eager, "rows": rows}),
         Job("compiled", TIMES, 240, {"setting": here, "names": compiled, "rows": rows[:2]}),
         Job("int4", TIMES, 60, {"setting": int4, "names": ("gptx",), "rows": rows[:1]}),
+        Job("training checks", TRAINING_CHECKS, 60, {"backend": "numpy"}),
+        Job("training", TRAINING_TIMES, 60,
+            {"setting": here, "names": TRAINING_ENGINES, "B": 2, "T": 64}),
         Job("mlx", TIMES, 60, {"setting": here, "names": ("gptx on MLX",), "rows": rows[:1]}),
         Job("tests", TESTS, 60, {"arguments": ["tests/benchmarks/test_gpu_report.py"]}),
-    ]
+    ]  # fmt: skip
 
 
 def run_tests(until: float, arguments: Sequence[str]) -> Iterator[Event]:

@@ -6,7 +6,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from gptx.bench.sources import RANDOM, find_source, write_source
+from gptx.bench.sources import RANDOM, Source, find_source, write_source
 from gptx.config import SIZES, GPT2Config
 from gptx.quantization import Quantization
 from gptx.safetensors_weights import open_weights
@@ -28,12 +28,22 @@ def load_model(size: str, quantize: str | None = None) -> tuple[GPT2Config, dict
     quantize
         "int8" or "int4" for quantized weights in groups of 64, None for floats.
     """
-    name = RANDOM + size if size in SIZES else size
-    source = find_source(name, Path(tempfile.gettempdir()), offline=True)
-    write_source(source)
+    source = _source(size)
     weights = open_weights([source.path / "model.safetensors"], source.config).map()
     quantized, config = quantize_weights(weights, source.config, Quantization.named(quantize))
     return config, quantized
+
+
+def model_folder(size: str) -> Path:
+    """Return the folder of a model of `load_model`."""
+    return _source(size).path
+
+
+def _source(size: str) -> Source:
+    name = RANDOM + size if size in SIZES else size
+    source = find_source(name, Path(tempfile.gettempdir()), offline=True)
+    write_source(source)
+    return source
 
 
 def step_bytes(config: GPT2Config, itemsize: int) -> int:

@@ -125,6 +125,29 @@ COLUMNS = (
 )
 
 
+TRAINING_COLUMNS = (
+    Column("model", lambda r: r["size"], right=False),
+    Column("precision", _precision, right=False),
+    Column("sequences × tokens", lambda r: f"{r['batch']} × {r['tokens']}"),
+    Column("engine", lambda r: r["engine"], right=False),
+    Column("an update", lambda r: duration(float(np.median(r["seconds"])))),
+    Column("tokens/s", lambda r: f"{r['batch'] * r['tokens'] / np.median(r['seconds']):,.0f}"),
+    Column("memory", lambda r: megabytes(r["memory"])),
+    Column("× PyTorch", lambda r: ratio(r["speedup"])),
+)
+
+
+def _training_rows(results: Results) -> list[Event]:
+    """Return the records of training, with the speed relative to PyTorch in the same job."""
+    rows = [dict(r) for r in results.of("training") if "seconds" in r]
+    for r in rows:
+        beside = [x for x in rows if x["job"] == r["job"] and x["engine"] == "torch eager"]
+        r["speedup"] = None
+        if beside and r["engine"] == "gptx":
+            r["speedup"] = float(np.median(beside[0]["seconds"]) / np.median(r["seconds"]))
+    return rows
+
+
 def list_goals(results: Results) -> list[Goal]:
     """Return the goals for an H200, and stretch goals."""
     small = {"size": "124M", "dtype": "bfloat16", "quantize": ""}
@@ -165,6 +188,8 @@ def render_tables(records: Iterable[Event]) -> str:
     if results.times:
         order = sorted(results.times, key=lambda r: [*map(str, _row(r)[:3]), *_row(r)[3:]])
         parts += [markdown(order, COLUMNS), goals_table(list_goals(results))]
+    if rows := _training_rows(results):
+        parts.append(markdown(rows, TRAINING_COLUMNS))
     parts.append("\n".join(_failures(results)))
     return "\n\n".join(part for part in parts if part)
 

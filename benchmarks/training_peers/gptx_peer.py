@@ -21,6 +21,7 @@ from gptx.backends import get_backend
 from gptx.backends.backward import Batch
 from gptx.bench.machine import blas_version
 from gptx.config import GPT2Config
+from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.training.settings import TrainingSettings
 from gptx.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ from gptx.training.trainer import Trainer
 class OneBatch:
     """Training data of one batch, which comes again in each step."""
 
-    tokenizer = None
+    tokenizer: PipelineTokenizer | None = None
     has_validation = False
     sequences_per_epoch = 1_000_000
 
