@@ -25,6 +25,8 @@ from gptx.files import atomic_path, create
 from gptx.model_files import CONFIG, WEIGHTS
 from gptx.safetensors_file import SafetensorsFile, write_arrays
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.training.settings import TrainingSettings
+from gptx.training.state import TrainingState
 
 if TYPE_CHECKING:
     from gptx.conversions.checkpoint import Checkpoint
@@ -33,6 +35,7 @@ LAST = "last"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"
 DATA = "data"  # token files that `gptx.train` prepares
+FIRST = (DATA, "log.jsonl")  # written before the first checkpoint
 VERSION = 1
 MAX_STATE_BYTES = 2**24
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")
@@ -69,14 +72,24 @@ class StoredRun:
         Config of the model.
     tokenizer
         Tokenizer of the model; None without one.
-    record
-        Contents of training.json.
+    settings, state
+        Settings of the run, and its state.
+    data
+        Facts of the data, see `gptx.training.data.TrainingData.describe`.
+    dtype
+        Type of the activations.
+    source
+        Arguments with which the data were opened; empty if the caller made them.
     """
 
     folder: Path
     config: GPT2Config
     tokenizer: PipelineTokenizer | None
-    record: Mapping[str, Any]
+    settings: TrainingSettings
+    state: TrainingState
+    data: Mapping[str, Any]
+    dtype: str
+    source: Mapping[str, Any]
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield name and array of each weight, with the precision of the run."""
@@ -100,18 +113,18 @@ class StoredRun:
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Check that a run may write a folder, before any work.
+    """Check that a run may write a folder, before any work, and make the folder.
 
     A folder belongs to gptx if it is missing, empty or has a checkpoint.
 
     Raises
     ------
-    StorageError
-        The folder has other files, or cannot be written.
     ParameterError
-        The folder has a run, and neither `resume` nor `overwrite` is set.
+        The folder has other files, or it has a run, and neither `resume` nor `overwrite` is set.
     NotFoundError
         There is no run to resume.
+    StorageError
+        The folder cannot be made or written.
     """
     state = folder / LAST / STATE
     if resume:
@@ -124,17 +137,18 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         if not overwrite:
             raise ParameterError(
                 f"{folder} has a run already: continue it with {argument('resume', True)}, "
-                f"replace it with {argument('overwrite', True)}, or give another folder"
+                f"replace it with {argument('overwrite', True)}, or give another "
+                f"{argument('output')}"
             )
     elif folder.is_dir():
-        others = [p.name for p in folder.iterdir() if p.name != DATA and not _is_temporary(p)]
+        others = [p.name for p in folder.iterdir() if p.name not in FIRST and not _is_temporary(p)]
         if others:
-            raise StorageError(
-                f"{folder} is not the folder of a run, it has {sorted(others)[0]}: give a new or "
-                "an empty folder"
+            raise ParameterError(
+                f"{folder} is not the folder of a run, it has {min(others)}: give a new or an "
+                f"empty {argument('output')}"
             )
     elif folder.exists() or folder.is_symlink():
-        raise StorageError(f"{folder} is no folder: give the name of a new folder")
+        raise ParameterError(f"{folder} is a file, expected the name of a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -261,18 +275,20 @@ def read_last(folder: Path) -> StoredRun:
     path = last / STATE
     try:
         is_small = path.stat().st_size <= MAX_STATE_BYTES
-        record = json.loads(path.read_bytes()) if is_small else None
+        record = json.loads(path.read_bytes()) if is_small else {}
+        if record["version"] != VERSION:
+            raise ValueError
+        settings = TrainingSettings.from_dict(record["settings"])
+        state = TrainingState.from_dict(record["state"])
+        data, dtype, source = dict(record["data"]), str(record["dtype"]), dict(record["source"])
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist, expected the folder of a run") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or record.get("version") != VERSION:
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise DataError(
             f"{path} is damaged, or of another version of gptx: expected version {VERSION}; "
             f"start a new run from its weights, with {argument('init', str(last))}"
-        )
-    return StoredRun(
-        last, GPT2Config.from_file(last / CONFIG), PipelineTokenizer.of_folder(last), record
-    )
+        ) from None
+    config, tokenizer = GPT2Config.from_file(last / CONFIG), PipelineTokenizer.of_folder(last)
+    return StoredRun(last, config, tokenizer, settings, state, data, dtype, source)

@@ -6,11 +6,11 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from gptx.backends import Backend, get_backend
 from gptx.backends.backward import Batch, loss_function
 from gptx.config import GPT2Config
 from gptx.errors import (
-    DataError,
     Interrupted,
     NonFiniteError,
     ParameterError,
@@ -34,6 +33,7 @@ from gptx.safetensors_file import widen_bfloat16
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.training import checkpoint, optimizers
 from gptx.training.callbacks import Callback, EvaluationRecord, Skipped, StepRecord
+from gptx.training.data import TrainingData
 from gptx.training.deferral import deferred_signals
 from gptx.training.initialization import initial_weights
 from gptx.training.loss_scale import LossScale
@@ -44,22 +44,6 @@ from gptx.training.state import TrainingState, appended, z_score
 Array = Any
 
 MAX_FAILURES = 10  # steps in a row without finite gradients
-
-
-class TrainingData(Protocol):
-    """The data of a run; a batch is a pure function of the step, so a resumed run gets the same."""
-
-    def batch(self, step: int) -> Batch:
-        """Return all sequences of a step, which is counted from 0."""
-
-    def validation_batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of an evaluation, always the same; none without a validation split.
-
-        With a limit, so many batches, spread over the split.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """Return facts that differ between different data, as JSON has them, without paths."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +87,21 @@ class Trainer:
         A config, to train from scratch; or a model to continue from: everything that `gptx.load`
         takes. A resumed run has the model of its checkpoint.
     data
-        See `TrainingData`.
+        See `gptx.training.data.TrainingData`.
     settings
         See `TrainingSettings`.
     output
         Folder of the run; None saves nothing.
-    tokenizer
-        Tokenizer of the data, which is saved with the model; None: that of `model`.
     backend
         A `Backend`, or the name of one. Its dtype is that of the activations; in 16 bits, weights
         and optimizer are float32.
     callbacks
         See `gptx.training.callbacks`.
+    optimizer_state
+        Optimizer state of llm.c, to continue a run of it: moments and number of steps. With it,
+        `model` is the model file of the same step.
+    source
+        Arguments with which `gptx.train` opened the data, for a resumed run.
     resume
         Continue the run in `output`.
     overwrite
@@ -122,8 +109,10 @@ class Trainer:
 
     Attributes
     ----------
-    config, settings, backend, data, tokenizer
+    config, settings, backend, data
         Parts of the run.
+    tokenizer : PipelineTokenizer or None
+        Tokenizer of the model, or else of the data, which is saved with the model.
     output : Path or None
         Folder of the run.
     state : TrainingState
@@ -136,9 +125,10 @@ class Trainer:
     Raises
     ------
     ParameterError
-        The settings differ from those of the run to resume, or the model is quantized.
+        The settings differ from those of the run to resume, the output folder is that of another
+        run or has other files, or the model is quantized.
     StorageError
-        The output folder is not that of a run.
+        The output folder cannot be written.
     NotFoundError, DataError
         There is no run to resume, or it is damaged.
     """
@@ -150,14 +140,16 @@ class Trainer:
         settings: TrainingSettings | None = None,
         *,
         output: str | os.PathLike[str] | None = None,
-        tokenizer: PipelineTokenizer | None = None,
         backend: str | Any = "numpy",
         callbacks: Iterable[Callback] = (),
+        optimizer_state: str | os.PathLike[str] | None = None,
+        source: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.settings = settings or TrainingSettings()
         self.data = data
+        self.source = dict(source or {})
         self.callbacks = list(callbacks)
         self.backend = get_backend(backend)
         self.output = None if output is None else Path(output).expanduser()
@@ -171,15 +163,18 @@ class Trainer:
         stored = checkpoint.read_last(self.output) if self.output and resume else None
         if stored:
             self.config, self.tokenizer = stored.config, stored.tokenizer
-            self._compare(stored.record)
+            self._compare(stored)
             first = stored.weights()
         else:
             self.config, found, first = _first_weights(model, self.settings.seed)
-            self.tokenizer = tokenizer or found
+            self.tokenizer = found or data.tokenizer
+        data.check(self.config, self.tokenizer)
         self.trainable = self.settings.select_trainable(list(self.config.tensor_shapes()))
         with self.backend.scope():
             self.weights = {name: self._on_backend(array) for name, array in first}
             self.moments = self._first_moments(stored)
+            if optimizer_state is not None and not stored:
+                self._take_llm_c_state(Path(optimizer_state).expanduser())
             self._set_computed(self.weights)
         self._loss_function = loss_function(
             forward,
@@ -245,7 +240,7 @@ class Trainer:
         """Run one step: update the weights, or skip the step if its gradients are no use."""
         started = time.perf_counter()
         state, settings, ops = self.state, self.settings, self.backend
-        batch = self._checked(self.data.batch(state.step))
+        batch = self.data.batch(state.step)
         scale = state.scale
         with ops.scope():
             loss, grads = self._gradients(batch, scale.value)
@@ -277,13 +272,13 @@ class Trainer:
 
         Each pass divides by the tokens of the whole step, so the sums do not depend on the split.
         """
-        n = self.settings.batch_size
+        n, n_tokens = self.settings.batch_size, max(1.0, batch.n_tokens)  # all may be masked
         loss, total = None, []
         for first in range(0, len(batch.ids), n):
             part_loss, part = self._loss_function.gradients(
                 self._computed,
                 batch.sequences(first, first + n),
-                scale=loss_scale / batch.n_tokens,
+                scale=loss_scale / n_tokens,
                 step=self.state.step,
                 first_sequence=first,
             )
@@ -355,7 +350,9 @@ class Trainer:
 
     def _non_finite_error(self) -> NonFiniteError:
         advice = f"lower {argument('learning_rate')} or {argument('clip')}"
-        kept = f"; {self.output / checkpoint.LAST} is unchanged" if self.output else ""
+        kept = ""
+        if self.output and self._saved_state:
+            kept = f"; {self.output / checkpoint.LAST} has step {self._saved_state.step}"
         return NonFiniteError(
             f"the loss or a gradient was NaN or infinite in {MAX_FAILURES} steps in a row, up to "
             f"step {self.state.step}{kept}: {advice}"
@@ -369,10 +366,10 @@ class Trainer:
         total = tokens = 0.0
         with self.backend.scope():
             for batch in self.data.validation_batches(self.settings.eval_batches):
-                n = self._checked(batch).n_tokens
+                n = max(1.0, batch.n_tokens)
                 loss = self._loss_function.loss(self._computed, batch, scale=1 / n)
                 total += n * _float(self.backend, loss)
-                tokens += n
+                tokens += batch.n_tokens
         state = replace(self.state, evaluated_step=self.state.step)
         if not tokens:
             self.state = state
@@ -389,25 +386,6 @@ class Trainer:
         record = EvaluationRecord(self.state.step, loss, is_best, seconds)
         self._call("on_evaluation", record)
         return record
-
-    def _checked(self, batch: Batch) -> Batch:
-        """Check a batch against the model: ids in the vocabulary, positions in the context."""
-        V, S = self.config.vocab_size, self.config.n_positions
-        T = batch.ids.shape[1]
-        if T > S:
-            raise DataError(
-                f"the data have sequences of {T} tokens, the model has a context of {S}: "
-                f"give a {argument('context')} of at most {S}"
-            )
-        largest = max(int(batch.ids.max()), int(batch.targets.max()))
-        if largest >= V or min(int(batch.ids.min()), int(batch.targets.min())) < 0:
-            raise DataError(
-                f"the data have token id {largest}, the model has ids from 0 to {V - 1}: prepare "
-                f"the text with the model's tokenizer"
-            )
-        if not batch.n_tokens:
-            raise DataError("a batch has no token to learn from: all are masked")
-        return batch
 
     # Checkpoints
 
@@ -445,6 +423,7 @@ class Trainer:
             "data": self.data.describe(),
             "backend": self.backend.name,
             "dtype": self.backend.dtype,
+            "source": self.source,
             "state": self.state.to_dict(),
         }
 
@@ -467,6 +446,7 @@ class Trainer:
         arrays = {
             f"{kind}.{name}": array
             for kind, values in self.moments.items()
+            if values  # SGD without momentum has none
             for name, array in zip(self.trainable, values, strict=True)
         }
         if self._host_dtype != np.float32:
@@ -489,6 +469,7 @@ class Trainer:
         moments: dict[str, list[Array]] = {}
         for kind in optimizers.MOMENTS[settings.optimizer]:
             if settings.optimizer == "sgd" and not settings.momentum:
+                moments[kind] = []
                 continue
             found = stored.moments(kind) if stored else {}
             moments[kind] = [
@@ -499,39 +480,81 @@ class Trainer:
             ]
         return moments
 
-    def _compare(self, record: Mapping[str, Any]) -> None:
+    def _take_llm_c_state(self, path: Path) -> None:
+        """Take moments, number of steps, and weights if there are, of a run of llm.c."""
+        from gptx.conversions.formats import llm_c_optimizer_state
+
+        found = llm_c_optimizer_state.read(path, self.config)
+        if self.settings.optimizer != "adamw" or found.step >= self.settings.steps:
+            raise ParameterError(
+                f"{path} is the state of AdamW after {found.step} steps, expected "
+                f"{argument('optimizer', 'adamw')} and more {argument('steps')} than that"
+            )
+        if found.master is not None:
+            self.weights = {name: self._on_backend(w) for name, w in found.master.items()}
+        for kind, arrays in (("m", found.m), ("v", found.v)):
+            self.moments[kind] = [self._on_backend(arrays[name]) for name in self.trainable]
+        self.state = replace(self.state, step=found.step, updates=found.step)
+
+    def write_llm_c_state(self, path: str | os.PathLike[str]) -> None:
+        """Write the optimizer state that llm.c resumes from, beside a model file of this step.
+
+        Raises
+        ------
+        ParameterError
+            The optimizer is not AdamW, or some weights are frozen.
+        ConfigError
+            llm.c would compute something else.
+        StorageError
+            The file cannot be written.
+        """
+        from gptx.conversions.formats import llm_c_optimizer_state
+
+        if len(self.trainable) < len(self.weights) or self.settings.optimizer != "adamw":
+            raise ParameterError(
+                f"llm.c trains all weights with AdamW: expected {argument('optimizer', 'adamw')} "
+                f"and no {argument('trainable')}"
+            )
+
+        def on_host(arrays: Iterable[Array]) -> dict[str, np.ndarray]:
+            return dict(zip(self.trainable, map(self._to_host, arrays), strict=True))
+
+        m, v = (on_host(self.moments[kind]) for kind in ("m", "v"))
+        master = on_host(self.weights[name] for name in self.trainable)
+        state = llm_c_optimizer_state.OptimizerState(self.state.updates, m, v, master)
+        llm_c_optimizer_state.write(state, self.config, Path(path).expanduser())
+
+    def _compare(self, stored: checkpoint.StoredRun) -> None:
         """Take the state of a checkpoint; refuse settings or data that differ from it."""
-        state = TrainingState.from_dict(record["state"])
-        old, new = TrainingSettings.from_dict(record["settings"]), self.settings
-        before, now = old.to_dict(), new.to_dict()
-        differing = [n for n in now if n not in CHANGEABLE and now[n] != before[n]]
-        if differing == ["steps"] and self._has_same_rates(old, state.step):
+        old, new = stored.settings.to_dict(), self.settings.to_dict()
+        differing = [n for n in new if n not in CHANGEABLE and new[n] != old[n]]
+        if differing == ["steps"] and self._has_same_rates(stored):
             differing = []
         if differing:
             changes = ", ".join(
-                f"{argument(name)} ({before[name]!r}, not {now[name]!r})" for name in differing
+                f"{argument(name)} ({old[name]!r}, not {new[name]!r})" for name in differing
             )
             raise ParameterError(
                 f"the run in {self.output} has other settings: {changes}; give its settings to "
                 "resume it"
             )
-        data, given = record["data"], self.data.describe()
+        data, given = stored.data, self.data.describe()
         if wrong := sorted(n for n in data.keys() | given.keys() if data.get(n) != given.get(n)):
             raise ParameterError(
                 f"the run in {self.output} has other data: {wrong[0]} is {data.get(wrong[0])!r}, "
                 f"not {given.get(wrong[0])!r}; give its data to resume it"
             )
-        if record["dtype"] != self.backend.dtype:
+        if stored.dtype != self.backend.dtype:
             raise ParameterError(
-                f"the run in {self.output} computes in {record['dtype']}, not "
+                f"the run in {self.output} computes in {stored.dtype}, not "
                 f"{self.backend.dtype}: give this {argument('dtype')} to resume it"
             )
-        self.state = state
+        self.state = self._saved_state = stored.state
 
-    def _has_same_rates(self, old: TrainingSettings, step: int) -> bool:
+    def _has_same_rates(self, stored: checkpoint.StoredRun) -> bool:
         """Test that another number of steps changes no learning rate of the steps so far."""
-        new = self.settings
-        return all(learning_rate(old, k) == learning_rate(new, k) for k in range(step))
+        old, new = stored.settings, self.settings
+        return all(learning_rate(old, k) == learning_rate(new, k) for k in range(stored.state.step))
 
     # Arrays
 
