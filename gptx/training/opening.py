@@ -10,20 +10,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gptx.errors import NotFoundError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.training.data import TokenData, TrainingData
 from gptx.training.examples import Examples, read_examples, split_examples
 from gptx.training.nanogpt_meta import META, read_meta
-from gptx.training.prepare import JSON_LINES, TRAIN
+from gptx.training.plan import TRAIN, VALIDATION_FRACTION
+from gptx.training.prepare import JSON_LINES
+from gptx.training.texts import Paths, as_list
 from gptx.training.token_files import TokenFiles, find_files
 
 TOKENS = ".bin"
 VALIDATION_NAMES = ("val", "valid", "validation")
 _SHARD_NUMBER = re.compile(r"_?\d+$")
-
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def is_text(source: Paths) -> bool:
@@ -34,7 +35,7 @@ def is_text(source: Paths) -> bool:
     return all(
         not Path(os.path.expanduser(name)).is_dir()
         and Path(name).suffix.lower() not in (TOKENS, JSON_LINES)
-        for name in _as_list(source)
+        for name in as_list(source)
     )
 
 
@@ -75,7 +76,7 @@ def open_data(
     DataError
         A file is damaged, is another one, or is shorter than a window.
     """
-    names = _as_list(source)
+    names = as_list(source)
     folder = Path(os.path.expanduser(names[0])) if len(names) == 1 else None
     if folder is not None and not folder.is_dir():
         folder = None
@@ -92,13 +93,13 @@ def open_data(
                 "`gptx prepare`, nanoGPT or llm.c"
             )
     if validation is not None and not isinstance(validation, float | int):
-        held_out = [path for name in _as_list(validation) for path in find_files(os.fspath(name))]
+        held_out = [path for name in as_list(validation) for path in find_files(os.fspath(name))]
     tokenizer = tokenizer or find_tokenizer(train[0].parent)
-    sizes = {"context": context, "batch_size": batch_size, "seed": seed}
+    sizes: dict[str, Any] = {"context": context, "batch_size": batch_size, "seed": seed}
     if kind == TOKENS:
         splits = [TokenFiles.open(paths) if paths else None for paths in (train, held_out)]
         assert splits[0] is not None
-        return TokenData(splits[0], splits[1], **sizes, tokenizer=tokenizer)
+        return TokenData(splits[0], splits[1], tokenizer=tokenizer, **sizes)
     if tokenizer is None:
         raise ParameterError(
             f"{train[0]} has text, and there is no tokenizer: give {argument('tokenizer', 'gpt2')}"
@@ -106,9 +107,10 @@ def open_data(
     examples = read_examples(train, tokenizer, context=context)
     if held_out:
         others = read_examples(held_out, tokenizer, context=context)
-        return Examples(examples, others, **sizes, tokenizer=tokenizer)
-    fraction = validation if isinstance(validation, float | int) else 0.1
-    return Examples(*split_examples(examples, fraction), **sizes, tokenizer=tokenizer)
+        return Examples(examples, others, tokenizer=tokenizer, **sizes)
+    fraction = validation if isinstance(validation, float | int) else VALIDATION_FRACTION
+    examples, rest = split_examples(examples, fraction)
+    return Examples(examples, rest, tokenizer=tokenizer, **sizes)
 
 
 def _has_examples(folder: Path | None, names: Sequence[str | os.PathLike[str]]) -> bool:
@@ -155,7 +157,3 @@ def find_tokenizer(folder: Path) -> PipelineTokenizer | None:
     if found is None and (folder / META).is_file():
         return PipelineTokenizer.of_pieces(read_meta(folder / META))
     return found
-
-
-def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)

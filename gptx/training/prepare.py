@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from gptx.errors import (
-    DataError,
-    ModelWarning,
-    ParameterError,
-    StorageError,
-    TokenizerError,
-    argument,
-)
-from gptx.files import atomic_path, check_replaceable
-from gptx.tokenization.files import FILES
+from gptx.errors import ModelWarning, ParameterError, StorageError, TokenizerError, argument
+from gptx.files import atomic_path
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data import check_count
 from gptx.training.datasets import fetch, find_dataset
 from gptx.training.encoding import Encoder, characters_of, special_of
 from gptx.training.nanogpt_meta import META, write_meta
-from gptx.training.texts import (
-    CHUNK_BYTES,
-    Begin,
-    Progress,
-    Scan,
-    TextFile,
-    read_range,
-    scan,
-    split_sections,
-    without_marks,
-)
-from gptx.training.token_files import MAX_VOCABULARY, TokenWriter
+from gptx.training.plan import NANOGPT, NONE, Plan, check_output, make_plan
+from gptx.training.splits import write_splits
+from gptx.training.texts import CHUNK_BYTES, Paths, Progress, TextFile, as_list, scan
+from gptx.training.token_files import MAX_VOCABULARY
 from gptx.training.vocabularies import CHARACTERS, TokenizerSource, check_source, make_tokenizer
 
-FORMATS = NANOGPT, LLM_C, STATICGRAD = ("nanogpt", "llmc", "staticgrad")
-NONE, SECTIONS = "none", "sections"
-PLACES = (NONE, "files", SECTIONS)  # of the end-of-text token
-VALIDATION_FRACTION = 0.1  # as in nanoGPT
-VALIDATION_TOKENS = 32_768  # the first ones, as in llm.c
-
-TRAIN, VALIDATION = "train", "val"  # names of the files
-_WRITTEN = re.compile(rf"({TRAIN}|{VALIDATION})(_\d{{6,}})?\.bin")
-
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 STANDARD_INPUT = "-"
 JSON_LINES = ".jsonl"
 NOT_EXACT_NOTE = (
@@ -169,7 +140,7 @@ def prepare(
         A file is missing, or cannot be read or written.
     """
     folder = Path(os.path.expanduser(output))
-    texts, validation = _as_list(texts), _as_list(validation)
+    texts, validation = as_list(texts), as_list(validation)
     check_source(tokenizer, vocab_size, train_bpe)
     has_own_validation = False
     if dataset is not None:
@@ -221,153 +192,23 @@ def prepare(
             allow_special=allow_special,
         )
         _check_vocabulary(encoder, plan)
+        # A part for validation takes a second pass over the text.
+        encoded = [*files, *(others or (files if plan.validation_fraction else []))]
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            counts = _write_splits(temporary, plan, encoder, files, others, scanned, track)
+            counts = write_splits(
+                temporary,
+                plan,
+                encoder,
+                files,
+                others,
+                scanned.n_characters,
+                track.begin("encode", encoded),
+            )
             _write_tokenizer(temporary, encoder.tokenizer, plan)
     if not encoder.is_exact and scanned.n_characters > CHUNK_BYTES:
         warnings.warn(NOT_EXACT_NOTE, ModelWarning, stacklevel=2)
     return Prepared(folder, encoder.tokenizer, *counts)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of `prepare` that decide the files, with their defaults.
-
-    Attributes
-    ----------
-    format, end_of_text, shard_tokens
-        See `prepare`.
-    validation_fraction, validation_tokens
-        See `prepare`; one of them is 0.
-    """
-
-    format: str
-    end_of_text: str
-    shard_tokens: int | None
-    validation_fraction: float
-    validation_tokens: int
-
-
-def make_plan(
-    format: str,
-    *,
-    has_validation_text: bool = False,
-    validation_fraction: float | None = None,
-    validation_tokens: int | None = None,
-    end_of_text: str | None = None,
-    shard_tokens: int | None = None,
-) -> Plan:
-    """Check the options of `prepare`, and add the defaults of the format."""
-    if format not in FORMATS:
-        raise ParameterError(f"{argument('format')} is {format!r}, expected {' or '.join(FORMATS)}")
-    given = {
-        "validation": has_validation_text or None,
-        "validation_fraction": validation_fraction,
-        "validation_tokens": validation_tokens,
-    }
-    names = [argument(name) for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ParameterError(f"{names[0]} and {names[1]} exclude each other: give one of them")
-    if validation_fraction is not None and not 0 <= validation_fraction < 1:  # NaN too
-        raise ParameterError(
-            f"{argument('validation_fraction')} is {validation_fraction!r}, expected at least 0 "
-            "and less than 1"
-        )
-    if validation_tokens is not None:
-        check_count("validation_tokens", validation_tokens)
-    if shard_tokens is not None:
-        check_count("shard_tokens", shard_tokens)
-    if end_of_text is None:
-        end_of_text = NONE if format == NANOGPT else SECTIONS
-    elif end_of_text not in PLACES:
-        raise ParameterError(
-            f"{argument('end_of_text')} is {end_of_text!r}, expected {', '.join(PLACES)}"
-        )
-    if not names and format == NANOGPT:
-        validation_fraction = VALIDATION_FRACTION
-    elif not names:
-        validation_tokens = VALIDATION_TOKENS
-    return Plan(
-        format, end_of_text, shard_tokens, validation_fraction or 0.0, validation_tokens or 0
-    )
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raise an error if `prepare` may not write a folder.
-
-    A folder with any other file is never replaced.
-    """
-    check_replaceable(folder)
-    if folder.is_file():
-        raise ParameterError(f"{folder} is a file, expected a folder to write: give another name")
-    if not folder.is_dir():
-        return
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be read ({error.strerror or error})") from error
-    others = [name for name in names if not is_written(name)]
-    if others:
-        raise ParameterError(
-            f"{folder} has {others[0]!r}, which is no file of prepared data: give another folder"
-        )
-    if names and not overwrite:
-        raise ParameterError(
-            f"{folder} already exists: give another name, or {argument('overwrite', True)}"
-        )
-
-
-def is_written(name: str) -> bool:
-    """Test for the name of a file that `prepare` writes."""
-    return bool(_WRITTEN.fullmatch(name)) or name in (META, *FILES)
-
-
-def _write_splits(
-    folder: Path,
-    plan: Plan,
-    encoder: Encoder,
-    files: Sequence[TextFile],
-    others: Sequence[TextFile],
-    scanned: Scan,
-    track: _Tracker,
-) -> tuple[int, int]:
-    """Write the token files; return the numbers of tokens for training and for validation."""
-    n_train = int(scanned.n_characters * (1 - plan.validation_fraction))
-    held_out = others or (files if plan.validation_fraction else [])
-    first = 0 if others else n_train
-
-    def ids(files: Sequence[TextFile], name: str, *ends: int | None) -> Iterator[np.ndarray]:
-        items = read_range(files, *ends, progress=track.begin(name, files))
-        return encoder.ids(_with_marks(items, plan.end_of_text))
-
-    def writer(name: str) -> TokenWriter:
-        return TokenWriter(
-            folder, name, header=plan.format == LLM_C, shard_tokens=plan.shard_tokens
-        )
-
-    with writer(TRAIN) as train, writer(VALIDATION) as validation:
-        for part in ids(files, "training", 0, n_train if not others else None):
-            missing = max(plan.validation_tokens - validation.n_tokens, 0)
-            validation.write(part[:missing])
-            train.write(part[missing:])
-        if held_out:
-            for part in ids(held_out, "validation", first, None):
-                validation.write(part)
-    wanted = bool(held_out or plan.validation_tokens)
-    if train.n_tokens == 0 or (wanted and validation.n_tokens == 0):
-        n_tokens = train.n_tokens + validation.n_tokens
-        raise DataError(
-            f"the text has {n_tokens} tokens, too few for training and validation: give a longer "
-            f"text, or another {argument('validation_fraction')}"
-        )
-    return train.n_tokens, validation.n_tokens
-
-
-def _with_marks(items: Iterator[str | Begin], places: str) -> Iterator[str | Begin]:
-    if places == NONE:
-        return without_marks(items)
-    return split_sections(items) if places == SECTIONS else items
 
 
 def _check_vocabulary(encoder: Encoder, plan: Plan) -> None:
@@ -418,19 +259,18 @@ class _Tracker:
         return count
 
 
-def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
 def _text_files(names: Sequence[str | os.PathLike[str]], stack: ExitStack) -> list[TextFile]:
     """Return the files of names; standard input is copied to a file, as it is read twice."""
     found = []
     for name in names:
         if str(name) == STANDARD_INPUT:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = Path(folder) / "text"
-            with open(path, "wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
+            try:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text"
+                with open(path, "wb") as copy:
+                    shutil.copyfileobj(sys.stdin.buffer, copy)
+            except OSError as error:
+                reason = error.strerror or error
+                raise StorageError(f"standard input cannot be copied ({reason})") from error
             found.append(TextFile(path, "standard input"))
             continue
         path = Path(os.path.expanduser(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ OTHER_MARKS = {
 
 # The progress of a pass over files: called with the number of bytes that were read since.
 Progress = Callable[[int], None]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def as_list(paths: Paths) -> list[str | os.PathLike[str]]:
+    """Return one path or several as a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,8 @@ class TokenFiles:
     def checksum(self) -> int:
         """Return the CRC-32 of the first and of the last `CHUNK_TOKENS` ids."""
         n = min(CHUNK_TOKENS, self.n_tokens)
-        return zlib.crc32(self.read(self.n_tokens - n, n), zlib.crc32(self.read(0, n)))
+        first, last = self.read(0, n), self.read(self.n_tokens - n, n)
+        return zlib.crc32(last.tobytes(), zlib.crc32(first.tobytes()))
 
     def check_ids(self, vocab_size: int) -> None:
         """Check that all ids are below the size of a vocabulary.

@@ -9,7 +9,7 @@ import pytest
 
 from gptx.cli import prepare as command
 from gptx.training.datasets import DATASETS
-from gptx.training.prepare import FORMATS, PLACES
+from gptx.training.plan import FORMATS, PLACES
 from tests.support.cli import run
 
 

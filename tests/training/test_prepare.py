@@ -207,7 +207,8 @@ def test_a_note_for_a_tokenizer_without_safe_places(tmp_path: Path) -> None:
 def test_progress(text: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     prepare(text, tmp_path / "out", progress=lambda *call: calls.append(call))
-    assert {name for name, _, _ in calls} == {"check", "training", "validation"}
+    assert {name for name, _, _ in calls} == {"check", "encode"}
+    assert calls[-1] == ("encode", 2 * len(TEXT), 2 * len(TEXT))
     assert calls[0] == ("check", len(TEXT), len(TEXT))
 
 
@@ -250,6 +251,8 @@ def test_a_folder_that_exists(text: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == old
     with raises_error(ParameterError, "text.txt is a file"):
         prepare(text, text)
+    with raises_error(StorageError, "missing does not exist"):
+        prepare(text, tmp_path / "missing" / "out")
 
 
 @pytest.mark.parametrize("at", range(3))
