@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gptx.generation.text_model import Model
     from gptx.kv_cache import KVCache
     from gptx.tokenization.protocol import Tokenizer
+    from gptx.training.api import train
 
 # In a checkout, backends/ and conversions/ are beside this folder, not in it. With their parent in
 # `__path__`, Python finds them there without an installation.
@@ -47,6 +48,7 @@ _MODULES = {
     "generate": "gptx.generation.api",
     "load": "gptx.generation.api",
     "stream": "gptx.generation.api",
+    "train": "gptx.training.api",
     "SamplingParams": "gptx.generation.sampling",
     "Tokenizer": "gptx.tokenization.protocol",
 }
@@ -69,6 +71,7 @@ __all__ = [
     "get_backend",
     "load",
     "stream",
+    "train",
 ]
 
 

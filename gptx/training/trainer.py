@@ -24,7 +24,7 @@ from gptx.errors import (
     ParameterError,
     argument,
 )
-from gptx.generation.found_model import find_model
+from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.text_model import Model
 from gptx.model import Transformer, forward
@@ -85,7 +85,8 @@ class Trainer:
     ----------
     model
         A config, to train from scratch; or a model to continue from: everything that `gptx.load`
-        takes. A resumed run has the model of its checkpoint.
+        takes, or the result of `gptx.generation.found_model.find_model`. A resumed run has the
+        model of its checkpoint.
     data
         See `gptx.training.data.TrainingData`.
     settings
@@ -135,7 +136,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPT2Config | str | os.PathLike[str],
+        model: GPT2Config | FoundModel | str | os.PathLike[str],
         data: TrainingData,
         settings: TrainingSettings | None = None,
         *,
@@ -624,7 +625,7 @@ def _first_weights(
     """Return the config, the tokenizer and the weights that a run starts from."""
     if isinstance(model, GPT2Config):
         return model, None, initial_weights(model, seed)
-    found = find_model(model)
+    found = model if isinstance(model, FoundModel) else find_model(model)
     opened = found.open()
     if opened.config.quantization is not None:
         raise ParameterError(
