@@ -318,7 +318,7 @@ class _Run:
         self.dropout = function.dropout if counters else Dropout()
         self.step, self.first_sequence = counters or (0, 0)
         B, T = ids.shape
-        host = np.broadcast_to(np.arange(T), (B, T))
+        host = np.tile(np.arange(T), (B, 1))
         self.positions = Positions(host, T, True, self.ops.asarray)
         self.ids = ids
         self.results: dict[Node, Array] = {}

@@ -170,7 +170,7 @@ class MlxLoss(LossFunction):
 
     def _gradients(self, *inputs: Any) -> tuple[Array, dict[str, Array]]:
         *arrays, step, first_sequence = inputs
-        counters = (mx.array(x, dtype=mx.uint64) for x in (step, first_sequence))
+        counters = (mx.array(x, dtype=mx.int64) for x in (step, first_sequence))
         return self._start(self._lazy_gradients(*arrays, *counters))
 
     def _start(self, results: Any) -> Any:

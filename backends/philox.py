@@ -2,7 +2,8 @@
 
 A block of four words is a function of a key and a counter; there is no state. Salmon et al.,
 "Parallel Random Numbers: As Easy as 1, 2, 3", 2011. `numpy.random.Philox` is the definition: its
-first block has the counter after the given one.
+first block has the counter after the given one. The words are signed integers that wrap, since
+PyTorch cannot add or shift unsigned ones.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def random_bits(
     key
         Two numbers from 0 to 2**64 - 1.
     counter, first_row
-        Numbers from 0 to 2**64 - 1, or scalars of uint64 on the device.
+        Numbers from 0 to 2**64 - 1, or scalars of int64 on the device.
     rows
         Number of rows.
     n
@@ -43,7 +44,7 @@ def random_bits(
     Returns
     -------
     Array
-        uint64 [rows, n], each from 0 to 65535.
+        int64 [rows, n], each from 0 to 65535.
     """
     xp = ops.xp
     blocks = -(-n // 16)
@@ -57,13 +58,13 @@ def random_bits(
         keys = [(k + w) % 2**64 for k, w in zip(keys, KEY_INCREMENTS, strict=True)]
     words = [xp.reshape(word, (rows, blocks, 1, 1)) for word in words]
     shifts = xp.reshape(_words(ops, np.arange(0, 64, 16, dtype=np.uint64)), (1, 1, 1, 4))
-    bits = (xp.concat(words, axis=2) >> shifts) & _words(ops, np.uint64(0xFFFF))
+    bits = (xp.concat(words, axis=2) >> shifts) & _words(ops, 0xFFFF)
     return xp.reshape(bits, (rows, 16 * blocks))[:, :n]
 
 
 def _round(ops: Any, words: list[Array], keys: list[int]) -> list[Array]:
     """Return the four words after one round."""
-    key_0, key_1 = (_words(ops, np.uint64(key)) for key in keys)
+    key_0, key_1 = (_words(ops, key) for key in keys)
     high_0, low_0 = _multiply(ops, MULTIPLIERS[0], words[0])
     high_1, low_1 = _multiply(ops, MULTIPLIERS[1], words[2])
     return [high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0]
@@ -71,17 +72,21 @@ def _round(ops: Any, words: list[Array], keys: list[int]) -> list[Array]:
 
 def _multiply(ops: Any, a: int, b: Array) -> tuple[Array, Array]:
     """Return the high and the low word of the product of a number and the words b."""
-    mask, half = _words(ops, np.uint64(LOW)), _words(ops, np.uint64(32))
-    a_low, a_high = (_words(ops, np.uint64(x)) for x in (a & LOW, a >> 32))
-    b_low, b_high = b & mask, b >> half
-    middle = a_high * b_low + ((a_low * b_low) >> half)
+    mask, half = _words(ops, LOW), _words(ops, 32)
+
+    def high(x: Array) -> Array:
+        return (x >> half) & mask
+
+    a_low, a_high = (_words(ops, x) for x in (a & LOW, a >> 32))
+    b_low, b_high = b & mask, high(b)
+    middle = a_high * b_low + high(a_low * b_low)
     rest = a_low * b_high + (middle & mask)
-    return a_high * b_high + (middle >> half) + (rest >> half), _words(ops, np.uint64(a)) * b
+    return a_high * b_high + high(middle) + high(rest), _words(ops, a) * b
 
 
 def _words(ops: Any, numbers: Any) -> Array:
-    """Copy uint64 numbers to the device, if they are not there."""
-    if isinstance(numbers, int | np.integer | np.ndarray):
-        numbers = np.asarray(numbers, np.uint64)
-        return ops.xp.asarray(numbers, dtype=ops.xp.uint64, **ops.on_device)
+    """Copy numbers from 0 to 2**64 - 1 to the device as words, if they are not there."""
+    if isinstance(numbers, int | np.ndarray):
+        words = np.asarray(numbers, np.uint64).view(np.int64)
+        return ops.xp.asarray(words, dtype=ops.xp.int64, **ops.on_device)
     return numbers

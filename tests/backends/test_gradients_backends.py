@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.backends import Backend, Positions, gradients
+from gptx.backends import Backend, Positions, get_backend, gradients
 from gptx.backends.backward import Batch, Dropout, LossFunction, loss_function, named_weights
 from gptx.model import Transformer, forward
 from gptx.weights import to_backend
@@ -244,3 +244,10 @@ def test_gradients_of_a_model_agree_with_float64(case: str, library: Backend) ->
 def test_gradients_of_a_model_agree_with_the_generic_ones(case: str, name: str) -> None:
     generic = model_gradients(case, make_backend(name, generic=True))
     assert_close(model_gradients(case, make_backend(name)), generic, 1e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", MODELS)
+def test_gradients_of_a_model_on_pytorch_agree_with_float64(case: str) -> None:
+    backend = get_backend(pytest.importorskip("torch"))
+    assert_close(model_gradients(case, backend), model_gradients(case, EXACT), 1e-5)
