@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
-from tests.backends.cuda import test_layer_norm, test_sampler
+from tests.backends.cuda import test_layer_norm, test_sampler, test_training
 from tests.backends.cuda.test_attention import AttentionCase
 from tests.backends.cuda.test_linear import LinearCase
 from tests.emulator import compile_text
@@ -39,3 +42,27 @@ def test_gemm_on_ptx(random: np.random.Generator) -> None:
 def test_sampler_on_ptx(random: np.random.Generator) -> None:
     kernels = compile_text(test_sampler.SOURCE, {})
     test_sampler.test_draws_from_a_large_vocabulary(kernels, random)
+
+
+TRAINING: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+    "attention-float32": (test_training.test_attention_and_its_gradient, ("float32", 8, 40)),
+    "attention-bfloat16": (test_training.test_attention_and_its_gradient, ("bfloat16", 16, 66)),
+    "linear": (test_training.test_sums_of_many_rows_are_split, ("bfloat16",)),
+    "layer_norm": (test_training.test_layer_norm_vjp, ("bfloat16", 257)),
+    "gelu_new": (test_training.test_activation_vjp, ("bfloat16", "gelu_new")),
+    "gelu": (test_training.test_activation_vjp, ("float16", "gelu")),
+    "embed": (test_training.test_embed_vjp, ("bfloat16", 131)),
+    "dropout": (test_training.test_dropout, ("bfloat16", 37)),
+    "adamw": (test_training.test_adamw_update, ("mixed",)),
+    "squared_norm": (test_training.test_squared_norm, ("float16",)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_on_ptx(name: str, random: np.random.Generator) -> None:
+    test, arguments = TRAINING[name]
+    test(*arguments, random)
+
+
+def test_cross_entropy_on_ptx(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_training.test_cross_entropy("bfloat16", 75, 3, random, monkeypatch)
