@@ -98,11 +98,14 @@ def test_counts_of_parts_add_up(parts: list[str], space: str) -> None:
 
 
 def test_the_most_frequent_pieces_are_tokens() -> None:
-    pieces = Counter({"once": 1, "most": 9, "even": 3, "also": 3, "a": 2, "z": 1})
-    tokenizer = vowel_tokenizer(pieces, "acelmnostvz", 14)
+    pieces = Counter({"once": 1, "most": 9, "or": 3, "also": 3, "a": 2, "z": 1})
+    tokenizer = vowel_tokenizer(pieces, "acelmnorstz", 14)
     tokens = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
     # Two longer pieces have room; of those with the same count, the first in the order of Unicode.
-    assert tokens == ["also", "most", UNKNOWN, *"acelmnostvz"]
+    assert tokens == ["also", "most", UNKNOWN, *"acelmnorstz"]
+    tokenizer = vowel_tokenizer(pieces, "acelmnorstz", 15)
+    tokens = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+    assert tokens == ["a", "also", "most", "or", UNKNOWN, *"celmnorstz"]
 
 
 def test_a_frequent_character_is_a_piece() -> None:
@@ -129,3 +132,5 @@ def test_a_vocabulary_without_room_for_the_characters() -> None:
     with pytest.raises(ParameterError, match=r"vocab_size is 5, expected at least 6: .* 5 char"):
         vowel_tokenizer(Counter(), "abcde", 5)
     assert vowel_tokenizer(Counter(), "abcde", 6).vocab_size == 6
+    with pytest.raises(ParameterError, match="vocab_size is 6, expected at least 7"):
+        vowel_tokenizer(Counter(), "abcde", 6, end_of_text=True)
