@@ -8,6 +8,7 @@ anywhere. Any other tokenizer can give other ids at a cut, every `CHUNK_BYTES` o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,8 @@ from gptx.tokenization.vowels import PATTERN as VOWEL_PATTERN
 from gptx.training.texts import Begin
 
 MAX_HELD_CHARACTERS = 2**24  # without white space; then a text is cut anywhere
+
+_PLACE = re.compile(r"(?<=\S)(?=[ \n])")
 
 # Returns the last position where a text can be cut; 0 if there is none.
 Cut = Callable[[str], int]
@@ -35,6 +38,11 @@ def cut_before_space(text: str) -> int:
         if text[at : at + 1] in (" ", "\n"):  # one that Python and Rust take for white space
             return at
     return 0
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text at each position of `cut_before_space`."""
+    return _PLACE.split(text)
 
 
 def is_exact(definition: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
 from gptx.training import chunks
-from gptx.training.chunks import cut_before_space, cut_into_chunks, is_exact
+from gptx.training.chunks import cut_before_space, cut_into_chunks, is_exact, words_of
 from gptx.training.encoding import Encoder
 from gptx.training.texts import BEGIN
 from tests.support.byte_tokenizers import byte_tokenizer, small_tokenizer
@@ -72,6 +72,23 @@ def test_ids_of_chunks_are_those_of_the_text(
 )
 def test_the_last_place_before_white_space(text: str, at: int) -> None:
     assert cut_before_space(text) == at
+
+
+@given(TEXTS)
+def test_words_are_split_at_these_places(text: str) -> None:
+    words = words_of(text)
+    assert "".join(words) == text
+    ends = [len("".join(words[: i + 1])) for i in range(len(words) - 1)]
+    assert ends == [at for at in range(len(text)) if at and cut_before_space(text[: at + 1]) == at]
+
+
+def test_few_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptx.training.encoding.MAX_WORDS", 2)
+    encoder = Encoder(tokenizer("bpe"))
+    text = "the east sea at the east " + "a" * 65
+    for _ in range(2):
+        assert encoder.encode(text).tolist() == tokenizer("bpe").encode(text)
+    assert list(encoder._words) == ["the", " east"]
 
 
 def test_the_mark_of_a_document_ends_a_chunk() -> None:

@@ -313,7 +313,7 @@ def test_bad_texts(text: Path, tmp_path: Path) -> None:
     characters = prepare(text, tmp_path / "characters").tokenizer
     with raises_error(DataError, "the text has 1 tokens, too few for training and validation"):
         prepare(tmp_path / "short", folder)
-    with raises_error(DataError, "the text has 'ö' at character 0"):
+    with raises_error(DataError, "the text has 'ö', which is not among the 24 tokens"):
         prepare(tmp_path / "other", folder, tokenizer=characters)
     with raises_error(ParameterError, "x.jsonl has examples, expected a text"):
         prepare(tmp_path / "x.jsonl", folder)
