@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +14,7 @@ import click
 
 from gptx.backends import TABLE
 from gptx.backends.backward import RECOMPUTE
-from gptx.cli.options import Sections, complete_model
+from gptx.cli.options import Sections, complete_model, offline_option
 from gptx.config import SIZES
 from gptx.errors import ParameterError, argument
 from gptx.training.callbacks import Callback
@@ -61,7 +61,21 @@ def _translate(args: Sequence[str]) -> Iterator[str]:
         }.get((flag, is_number, is_path), flag)
 
 
-def _option(*names: str, default: Any = "", **more: Any) -> Any:
+class _Validation(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no argument
+    """A fraction, or a file."""
+
+    name = "validation"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
+def _option(*names: str, default: Any = "", **more: Any) -> Callable[[Any], Any]:
     """Return an option that is None if it is not given; the default is a part of its help."""
     if default != "":
         more["help"] += f"  [default: {default}]"
@@ -91,9 +105,9 @@ def _option(*names: str, default: Any = "", **more: Any) -> Any:
 )
 @_option(
     "--validation",
-    type=float,
+    type=_Validation(),
     metavar="X",
-    help="Share of the text, at its end, that is for validation.",
+    help="Fraction of the text for validation, at its end; or a file.",
     default=0.1,
 )
 @_option(
@@ -114,6 +128,7 @@ def _option(*names: str, default: Any = "", **more: Any) -> Any:
     type=click.Choice(tuple(SIZES)),
     help=f"Start from scratch, with the size of a GPT-2: {', '.join(SIZES)}.",
 )
+@offline_option
 @_option("-l", "--n-layer", type=int, metavar="N", help="Layers.", default=4)
 @_option("--n-head", type=int, metavar="N", help="Heads of a layer.", default=4)
 @_option("-d", "--n-embd", type=int, metavar="N", help="Width.", default=128)
@@ -346,7 +361,7 @@ def train(
     Examples:
       gptx train corpus.txt -o model
       gptx train corpus.txt --init gpt2 --steps 200 -o tuned
-      gptx train --resume model --steps 4000
+      gptx train --resume model
       gptx train tokens --size 124M -b mlx --dtype bfloat16
     """
     # Imported here: `gptx train --help` starts faster without.
@@ -398,7 +413,7 @@ class _Run(Callback):
 
     def __init__(self) -> None:
         self._trainer: Any = None
-        self._start = 0.0
+        self._start = time.monotonic()
 
     def on_start(self, trainer: Any) -> None:
         self._trainer, self._start = trainer, time.monotonic()
@@ -430,7 +445,7 @@ class _Run(Callback):
         click.echo(text, err=True)
         if result.folder is not None:
             name = shlex.quote(str(result.folder))
-            click.echo(f"{result.folder}: gptx generate -m {name}", err=True)
+            click.echo(f"{result.folder}: gptx generate -m {name} --temperature 0.8", err=True)
 
 
 def _note(text: str) -> None:

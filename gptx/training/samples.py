@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ class Samples(Callback):
     def on_start(self, trainer: Any) -> None:
         self._trainer = trainer
         if self._every is None:
-            self._every = max(1, trainer.settings.steps // 4)
+            self._every = math.ceil(trainer.settings.steps / 4)
 
     def on_step(self, record: StepRecord) -> None:
         last = record.step == self._trainer.settings.steps

@@ -35,7 +35,7 @@ def options_of(calls: list[dict[str, Any]], *args: str) -> dict[str, Any]:
     done = run("train", *args)
     assert (done.code, done.out) == (0, "")
     call = calls.pop()
-    defaults = {"output": "model", "resume": False, "overwrite": False}
+    defaults = {"output": "model", "resume": False, "overwrite": False, "offline": False}
     del call["callbacks"]
     return {name: x for name, x in call.items() if name not in defaults or x != defaults[name]}
 
@@ -78,6 +78,8 @@ def test_options_and_their_types(calls: list[dict[str, Any]]) -> None:
         "overwrite": True,
         "clip": 0.5,
     }
+    assert options_of(calls, "data", "--validation", "0.2")["validation"] == 0.2
+    assert options_of(calls, "data", "--validation", "val.txt")["validation"] == "val.txt"
     assert options_of(calls, "data", "--clip", "0")["clip"] is None
     assert options_of(calls, "data", "--no-save")["output"] is None
 
@@ -185,7 +187,7 @@ def test_bad_usage(calls: list[dict[str, Any]], args: tuple[str, ...], message: 
         ),
         (
             {"folder": Path("my model"), "best_loss": None},
-            ["10 steps in 0:00", "my model: gptx generate -m 'my model'"],
+            ["10 steps in 0:00", "my model: gptx generate -m 'my model' --temperature 0.8"],
         ),
     ],
     ids=["steps", "no validation", "patience", "saved"],

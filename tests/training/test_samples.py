@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from gptx.errors import NonFiniteError
-from gptx.generation.text_model import Model
 from gptx.training.callbacks import StepRecord
 from gptx.training.samples import Samples
 
@@ -36,7 +35,7 @@ class Echo:
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({}, [2, 4, 6, 8, 9]), ({"every": 4}, [4, 8, 9]), ({"every": 0}, []), ({"every": 99}, [9])],
+    [({}, [3, 6, 9]), ({"every": 4}, [4, 8, 9]), ({"every": 0}, []), ({"every": 99}, [9])],
     ids=["a quarter", "4", "none", "the end only"],
 )
 def test_the_steps_that_have_a_sample(options: dict[str, Any], steps: list[int]) -> None:
@@ -47,12 +46,6 @@ def test_the_prompt_and_the_beginning() -> None:
     assert run(Echo(None), 1, prompt="To ") == [(1, "To 'To ' 7")]
     assert run(Echo(None), 1) == [(1, r"'\n' 7")]
     assert run(Echo(3), 1) == [(1, "[3] 7")]
-
-
-def test_a_real_model(shakespeare: Model) -> None:
-    [(_, first)] = run(shakespeare, 1, prompt="ROMEO:")
-    assert first.startswith("ROMEO:")
-    assert len(first) > 100
 
 
 def test_an_error_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
