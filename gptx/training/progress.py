@@ -121,11 +121,15 @@ class Progress(Callback):
         self._steps = 0
 
     def on_start(self, trainer: Any) -> None:
-        self._steps = trainer.settings.steps
-        config = trainer.config
+        config, data, settings = trainer.config, trainer.data, trainer.settings
+        self._steps = settings.steps
+        n = data.sequences_per_epoch
+        validation = "" if data.has_validation else ", no validation"
         self.note(
             f"{config.n_parameters:,} parameters, layers {config.n_layer}, heads {config.n_head}, "
-            f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}"
+            f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}\n"
+            f"{settings.steps:,} steps of {settings.sequences} sequences of {data.context} tokens, "
+            f"{settings.steps * settings.sequences / n:.1f} epochs of {n:,}{validation}"
         )
 
     def on_step(self, record: StepRecord) -> None:

@@ -24,17 +24,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def trainer(steps: int) -> SimpleNamespace:
+def trainer(steps: int, *, has_validation: bool = True) -> SimpleNamespace:
     sizes = {"n_parameters": 1000, "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16}
     return SimpleNamespace(
-        settings=SimpleNamespace(steps=steps), config=SimpleNamespace(**sizes, vocab_size=65)
+        settings=SimpleNamespace(steps=steps, sequences=4),
+        config=SimpleNamespace(**sizes, vocab_size=65),
+        data=SimpleNamespace(context=8, sequences_per_epoch=1500, has_validation=has_validation),
     )
 
 
 def report(stream: io.StringIO, steps: int, *, every: int | None = None) -> Progress:
     """Report a run of some steps, with an evaluation in the middle."""
     shown = Progress(stream, every=every)
-    shown.on_start(trainer(steps))  # type: ignore[arg-type]
+    shown.on_start(trainer(steps))
     for step in range(1, steps + 1):
         shown.on_step(StepRecord(step, 2.0, 1.0, 1e-3, 768, 0.1))
         if step == steps // 2:
@@ -94,15 +96,24 @@ def test_rates(rate: float, text: str) -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    report(stream, 1200).on_end(trainer(1200))  # type: ignore[arg-type]
+    report(stream, 1200).on_end(trainer(1200))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == ("1,000 parameters, layers 2, heads 2, width 8, context 16, vocabulary 65")
+    assert lines[:2] == [
+        "1,000 parameters, layers 2, heads 2, width 8, context 16, vocabulary 65",
+        "1,200 steps of 4 sequences of 8 tokens, 3.2 epochs of 1,500",
+    ]
     steps = [line for line in lines if line.startswith("step") and "tokens/s" in line]
     assert len(steps) == 100
     assert steps[0].startswith("step 12/1,200: loss 2.0000, norm 1.00, learning rate 1.0e-3, ")
     assert "step 600: validation loss 1.7500 (the best so far), training loss 2.0000" in lines
     assert "\r" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
+
+
+def test_data_without_validation() -> None:
+    stream = io.StringIO()
+    Progress(stream).on_start(trainer(10, has_validation=False))
+    assert stream.getvalue().endswith(" 0.0 epochs of 1,500, no validation\n")
 
 
 def test_the_number_of_steps_between_two_lines() -> None:
@@ -117,13 +128,13 @@ def test_a_terminal_has_one_status_line(monkeypatch: pytest.MonkeyPatch) -> None
     stream = Terminal()
     shown = report(stream, 4)
     *lines, last = stream.getvalue().split("\n")
-    assert len(lines) == 2  # the model, and the evaluation
-    assert lines[1].endswith(f"{CLEAR_LINE}step 2: validation loss 1.7500 (the best so far), "
+    assert len(lines) == 3  # the model, the steps and the evaluation
+    assert lines[2].endswith(f"{CLEAR_LINE}step 2: validation loss 1.7500 (the best so far), "
                              "training loss 2.0000")  # fmt: skip
     drawn = last.split(CLEAR_LINE)[1:]
     assert [text.split()[0] for text in drawn] == ["2/4", "3/4", "4/4"]
     assert [len(text) for text in drawn[1:]] == [99, 99]
-    shown.on_end(trainer(4))  # type: ignore[arg-type]
+    shown.on_end(trainer(4))
     assert stream.getvalue().endswith(CLEAR_LINE)
 
 
@@ -136,7 +147,7 @@ def test_a_fast_run_is_not_drawn_at_each_step() -> None:
 def test_a_step_that_is_skipped_is_a_line_that_stays() -> None:
     stream = io.StringIO()
     shown = Progress(stream)
-    shown.on_start(trainer(2))  # type: ignore[arg-type]
+    shown.on_start(trainer(2))
     shown.on_step(StepRecord(1, float("nan"), float("nan"), 1e-3, 8, 0.1, "non-finite"))
     shown.on_step(StepRecord(2, 2.5, 1.5, 1e-3, 8, 0.1))
     assert "step 1: the update is skipped (non-finite)\n" in stream.getvalue()
