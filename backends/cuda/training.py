@@ -26,7 +26,7 @@ from gptx.backends.cuda.training_attention import (
     packed_rows,
 )
 from gptx.backends.fusion import ACTIVATIONS
-from gptx.backends.gradients import FUNCTIONS, Wanted
+from gptx.backends.gradients import Wanted
 from gptx.backends.positions import Positions
 
 WARP = 32
@@ -70,8 +70,8 @@ class TrainingOps(Backend):
         g = cupy.ascontiguousarray(g).reshape(-1, C)
         # Unique keys: any correct sort has the same result.
         keys = cupy.sort((ids.reshape(-1).astype(cupy.int64) << 32) + cupy.arange(len(g)))
-        if total is None or not total.flags.c_contiguous:
-            total = cupy.zeros(table.shape, g.dtype) + (0 if total is None else total)
+        total = cupy.zeros(table.shape, g.dtype) if total is None else total
+        total = cupy.ascontiguousarray(total)
         add = kernel("training_embedding.cu", "embed_vjp", self.kernel_variant)
         grid = len(g), _ceil(C, EMBED_COLUMNS)
         add(grid, EMBED_BLOCK, g, keys, total, np.int64(len(g)), np.int32(C))
@@ -155,9 +155,9 @@ class TrainingOps(Backend):
             dqkv = launch.backward(cupy.ascontiguousarray(g), merge_heads(q, k, v))
             dq, dk, dv = self.split_heads(dqkv.reshape(B, T, 3 * H * D), H)
             return dq, dk, dv, None, None
-        p = self.softmax(self.scores(q, k, positions, scale))
+        p = self.pattern(self.scores(q, k, positions, scale))
         dp, dv = self.z_vjp(g, p, v, wanted=(True, True))
-        (ds,) = FUNCTIONS["pattern_vjp"](self, dp, p)
+        (ds,) = self.pattern_vjp(dp, p)
         dq, dk, *_ = self.scores_vjp(ds, q, k, positions, scale, wanted=(True, True))
         return dq, dk, dv, None, None
 
@@ -174,6 +174,14 @@ class TrainingOps(Backend):
         g = g * scale
         dq, dk = self._narrow(g @ k, g.swapaxes(-1, -2) @ q)
         return dq, dk, None, None
+
+    def pattern(self, scores: Array) -> Array:
+        scores = cupy.ascontiguousarray(scores)
+        return self._launch_on_rows("pattern", (scores,), self.kernel_variant.array_dtype)
+
+    def pattern_vjp(self, g: Array, p: Array) -> tuple[Array]:
+        g, p = cupy.ascontiguousarray(g), cupy.ascontiguousarray(p)
+        return (self._launch_on_rows("pattern_vjp", (g, p), cupy.float32),)
 
     def z(self, p: Array, v: Array) -> Array:
         B, H, T, D = p.shape[:3] + v.shape[3:]
@@ -228,7 +236,7 @@ class TrainingOps(Backend):
         padded[:V] = table
         losses = cupy.empty(N, cupy.float32)
         launch = kernel("training_rows.cu", "cross_entropy", self.kernel_variant)
-        dx = cupy.empty_like(x) if wanted[0] else None
+        dx: Array = cupy.empty_like(x) if wanted[0] else None
         dtable: Array = None
         n_rows = max(1, MAX_LOGITS_BYTES // (stride * x.itemsize))
         for first in range(0, N, n_rows):
@@ -276,6 +284,16 @@ class TrainingOps(Backend):
         grid = (_ceil(x.size, ELEMENTS_PER_THREAD * ROW_BLOCK[0]),)
         launch(grid, ROW_BLOCK, g, x, dx, np.int64(x.size), np.int32(1 + ACTIVATIONS.index(name)))
         return (dx,)
+
+    def _launch_on_rows(self, name: str, arrays: tuple[Array, ...], dtype: Any) -> Array:
+        """Launch a kernel with a warp for each row; return its result."""
+        out = cupy.empty(arrays[0].shape, dtype)
+        n = out.shape[-1]
+        rows = out.size // n
+        launch = kernel("training_rows.cu", name, self.kernel_variant)
+        grid = (_ceil(rows, ROW_BLOCK[0] // WARP),)
+        launch(grid, ROW_BLOCK, *arrays, out, np.int64(rows), np.int32(n))
+        return out
 
     def _sum_rows(self, x: Array) -> Array:
         """Return the sum of x [N, n] over its rows, [n]."""

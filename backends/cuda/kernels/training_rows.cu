@@ -1,4 +1,5 @@
-// Gradients of layer norm and of cross entropy, and sums over rows. Every sum has a fixed order.
+// Layer norm, cross entropy and the attention pattern in training, and sums over rows. Every sum has a
+// fixed order.
 
 // Gradient of layer norm by x [rows, n], from the gradient g [rows, n] of its result. dx may be null.
 // `partial` [gridDim.x, 2, n], or null: the sums over this block's rows of g · normalized x, and of
@@ -121,4 +122,34 @@ extern "C" __global__ void cross_entropy(
         }
         store_floats(x + i, stride - i, some);
     }
+}
+
+// The attention pattern, softmax of scores [rows, n] -> p [rows, n]. A warp computes a row. Grid (rows
+// / 8 rounded up), block 256.
+extern "C" __global__ void pattern(const float* scores, REAL* p, long long rows, int n) {
+    const long long row = (long long)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (row >= rows) return;
+    const float* x = scores + row * n;
+    float top = x[0], sum = 0.0f;
+    for (int i = threadIdx.x % WARP; i < n; i += WARP) top = fmaxf(top, x[i]);
+    top = warp_max(top);
+    for (int i = threadIdx.x % WARP; i < n; i += WARP) sum += expf(x[i] - top);
+    sum = warp_sum(sum);
+    for (int i = threadIdx.x % WARP; i < n; i += WARP)
+        p[row * n + i] = from_float<REAL>(expf(x[i] - top) / sum);
+}
+
+// Gradient of `pattern` by the scores, from g, the gradient of p: p (g - sum of g · p). Grid and block
+// as above.
+extern "C" __global__ void pattern_vjp(
+    const REAL* g, const REAL* p, float* dscores, long long rows, int n
+) {
+    const long long row = (long long)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (row >= rows) return;
+    float sum = 0.0f;
+    for (int i = threadIdx.x % WARP; i < n; i += WARP)
+        sum += to_float(g[row * n + i]) * to_float(p[row * n + i]);
+    sum = warp_sum(sum);
+    for (int i = threadIdx.x % WARP; i < n; i += WARP)
+        dscores[row * n + i] = to_float(p[row * n + i]) * (to_float(g[row * n + i]) - sum);
 }
