@@ -13,7 +13,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,18 @@ from gptx.backends.positions import Positions
 
 Array = np.ndarray
 Wanted = tuple[bool, ...]
+Heads = tuple[slice, slice]  # some sequences, and some of their heads
 
 MIN_ROWS = 32  # with fewer rows, calls cost more than the threads gain
-BLOCK_ELEMENTS = 2**15  # of a row function's block, 128 KB of float32
-MIN_PRODUCT_WORK = 2**20  # multiplications for which a second thread is worthwhile
+MIN_PART_ELEMENTS = 2**15  # of a row function: a thread takes tens of microseconds to begin
+MIN_PART_WORK = 2**20  # multiplications of a product
 COLUMN_MULTIPLE = 16  # of a thread's part of a product
 LOSS_BYTES = 2**25  # of the logits that exist at a time
-HEAD_BYTES = 2**20  # of the patterns that a thread computes at a time
+PATTERN_BYTES = 2**22  # of the patterns that a thread computes at a time
 QUERY_ROWS = 64  # queries of a block, which needs no keys after its last one
-ADAMW_ELEMENTS = 2**18
-NORM_ELEMENTS = 2**16  # summed in the backend's dtype; the sums of blocks are added in float64
+ADAMW_ELEMENTS = 2**19
+NORM_ELEMENTS = 2**15  # summed in the backend's dtype; these sums are added in float64
+NORM_SUMS = 2**5  # of a part
 
 
 class TrainingOps(Backend):
@@ -87,7 +90,7 @@ class TrainingOps(Backend):
         def normalize(first: int, last: int) -> None:
             function(source[first:last], weight, bias, eps, target[first:last])
 
-        self._run_blocks(normalize, len(source), x.shape[-1])
+        self._run_rows(normalize, len(source), x.shape[-1])
         return y
 
     def activate_rows(self, kind: int, x: Array) -> Array:
@@ -96,7 +99,7 @@ class TrainingOps(Backend):
         y = self._allocate(x.shape)
         source, target = x.reshape(-1), y.reshape(-1)
         function = self._row_functions.activate
-        self._run_blocks(
+        self._run_rows(
             lambda first, last: function(kind, source[first:last], target[first:last]), x.size, 1
         )
         return y
@@ -105,26 +108,45 @@ class TrainingOps(Backend):
         """Return `Backend.attention` of sequences without earlier tokens."""
         B, H, T, D = q.shape
         y = self._allocate((B, T, H * D))
+        if kernels := self._attention_kernels(q, k, v):
+            operands = kernels.Heads.of(q, k, v)
+            size = kernels.workspace_size(T, D, gradient=False)
+
+            def attend_heads(first: int, last: int) -> None:
+                workspace = self._allocate((size,))
+                kernels.attention(operands, y, scale, first, last, workspace)
+
+            self._run_shares(attend_heads, B * H)
+            return y
         heads = _split_heads(y, H)
 
-        def attend(b: int, h: slice) -> None:
-            p = self._pattern(q[b, h], k[b, h], scale)
+        def attend(own: Heads) -> None:
+            p = self._pattern(q[own], k[own], scale)
             for first, last in _blocks(T, QUERY_ROWS):
-                np.matmul(p[:, first:last, :last], v[b, h, :last], out=heads[b, h, first:last])
+                values = v[own][..., :last, :]
+                np.matmul(p[..., first:last, :last], values, out=heads[own][..., first:last, :])
 
         self._run_heads(attend, B, H, T)
         return y
 
+    def _attention_kernels(self, q: Array, k: Array, v: Array) -> Any:
+        """Return the compiled kernels if they support the shapes, else None."""
+        if self._row_functions is row_functions:
+            return None
+        kernels = importlib.import_module("gptx.backends.cpu.training.attention_kernels")
+        return kernels if kernels.supports(q, k, v) else None
+
     def _pattern(self, q: Array, k: Array, scale: float) -> Array:
-        """Return the pattern of some heads, [heads, T, T] and padding; q and k are [heads, T, D].
+        """Return the pattern of some heads, [b, h, T, T] and padding; q and k are [b, h, T, D].
 
         A row has zeros after its own token, up to the end of its block.
         """
-        n, T, _ = q.shape
-        p = self._allocate((n, T, -(-T // 16) * 16))
+        b, h, T, _ = q.shape
+        p = self._allocate((b, h, T, -(-T // 16) * 16))
         for first, last in _blocks(T, QUERY_ROWS):
-            np.matmul(q[:, first:last], k[:, :last].swapaxes(1, 2), out=p[:, first:last, :last])
-            self._row_functions.causal_softmax(p, first, last, scale)
+            keys = k[..., :last, :].swapaxes(2, 3)
+            np.matmul(q[..., first:last, :], keys, out=p[..., first:last, :last])
+            row_functions.causal_softmax(_heads(p), first, last, scale)
         return p
 
     # Gradients
@@ -135,15 +157,24 @@ class TrainingOps(Backend):
         """Return `gradients.linear_vjp`."""
         n_in, n_out = weight.shape
         rows = _rows(g)
-        dx = dw = db = None
-        if wanted[0]:
-            dx = self._allocate((*g.shape[:-1], n_in))
-            self._multiply(rows, weight.T, _rows(dx))
-        if wanted[1]:
-            dw = self._allocate((n_in, n_out))
-            self._multiply(_rows(x).T, rows, dw)
-        if wanted[2]:
-            db = np.add.reduce(rows, axis=0)
+        dx = self._allocate((*g.shape[:-1], n_in)) if wanted[0] else None
+        dw = self._allocate((n_in, n_out)) if wanted[1] else None
+        db = np.empty(n_out, self.float_dtype) if wanted[2] else None
+        threads = self._product_threads(len(rows) * n_in * n_out)
+        ends = _split(n_out, threads)
+        products = [] if dx is None else self._split_product(rows, weight.T, _rows(dx), threads)
+
+        def differentiate(part: int) -> None:
+            if part < len(products):
+                products[part]()
+            own = slice(ends[part], ends[part + 1]) if part + 1 < len(ends) else slice(0)
+            if dw is not None:
+                np.matmul(_rows(x).T, rows[:, own], out=dw[:, own])
+            if db is not None:
+                np.add.reduce(rows[:, own], axis=0, out=db[own])
+
+        with self._serial_blas():
+            self._run(differentiate, max(len(products), len(ends) - 1))
         return dx, dw, db
 
     def layer_norm_vjp(
@@ -154,17 +185,17 @@ class TrainingOps(Backend):
         dx = self._allocate(x.shape)
         n = x.shape[-1]
         source, gradient, target = _rows(x), _rows(g), _rows(dx)
-        size = max(1, BLOCK_ELEMENTS // n)
-        sums = np.empty((2, -(-len(source) // size), n), self.float_dtype)
+        sums: dict[int, tuple[Array, Array]] = {}
         function = self._row_functions.layer_norm_vjp
 
         def differentiate(first: int, last: int) -> None:
-            dw, db = sums[:, first // size]
+            dw, db = np.empty((2, n), self.float_dtype)
             block = slice(first, last)
             function(gradient[block], source[block], weight, eps, target[block], dw, db)
+            sums[first] = dw, db
 
-        self._run_blocks(differentiate, len(source), n)
-        dw, db = np.add.reduce(sums, axis=1)
+        self._run_rows(differentiate, len(source), n)
+        dw, db = (sum(parts) for parts in zip(*(sums[i] for i in sorted(sums)), strict=True))
         return *(x if w else None for x, w in zip((dx, dw, db), wanted, strict=False)), None
 
     def gelu_new_vjp(self, g: Array, x: Array, *, wanted: Wanted) -> tuple[Array]:
@@ -189,7 +220,7 @@ class TrainingOps(Backend):
             block = slice(first, last)
             function(kind, flat_g[block], flat_x[block], flat_dx[block])
 
-        self._run_blocks(differentiate, x.size, 1)
+        self._run_rows(differentiate, x.size, 1)
         return dx
 
     def attention_vjp(
@@ -208,24 +239,34 @@ class TrainingOps(Backend):
         if not is_whole(k, positions, T):
             return gradients.attention_vjp(self, g, q, k, v, positions, scale, wanted=wanted)
         dq, dk, dv = self.split_heads(self._allocate((B, T, 3 * H * D)), H)
-        heads = _split_heads(self._writable(g), H)
+        g = self._writable(g)
+        if kernels := self._attention_kernels(q, k, v):
+            operands, gradients_of = kernels.Heads.of(q, k, v), kernels.Heads.of(dq, dk, dv)
+            size = kernels.workspace_size(T, D, gradient=True)
 
-        def differentiate(b: int, h: slice) -> None:
-            queries, keys, values, gradient = q[b, h], k[b, h], v[b, h], heads[b, h]
+            def differentiate_heads(first: int, last: int) -> None:
+                workspace = self._allocate((size,))
+                kernels.attention_vjp(operands, gradients_of, g, scale, first, last, workspace)
+
+            self._run_shares(differentiate_heads, B * H)
+            return dq, dk, dv, None, None
+        heads = _split_heads(g, H)
+
+        def differentiate(own: Heads) -> None:
+            queries, keys, values, gradient = q[own], k[own], v[own], heads[own]
             p = self._pattern(queries, keys, scale)
             ds = self._allocate(p.shape)
             for first, last in _blocks(T, QUERY_ROWS):
-                np.matmul(
-                    gradient[:, first:last],
-                    values[:, :last].swapaxes(1, 2),
-                    out=ds[:, first:last, :last],
-                )
-                self._row_functions.causal_softmax_vjp(p, ds, first, last, scale)
-                np.matmul(ds[:, first:last, :last], keys[:, :last], out=dq[b, h, first:last])
+                rows, before = np.s_[..., first:last, :], np.s_[..., :last, :]
+                block = np.s_[..., first:last, :last]
+                np.matmul(gradient[rows], values[before].swapaxes(2, 3), out=ds[block])
+                row_functions.causal_softmax_vjp(_heads(p), _heads(ds), first, last, scale)
+                np.matmul(ds[block], keys[before], out=dq[own][rows])
             for first, last in _blocks(T, QUERY_ROWS):  # of the keys: later queries read them
-                p_t, ds_t = (x[:, first:, first:last].swapaxes(1, 2) for x in (p, ds))
-                np.matmul(p_t, gradient[:, first:], out=dv[b, h, first:last])
-                np.matmul(ds_t, queries[:, first:], out=dk[b, h, first:last])
+                rows, after = np.s_[..., first:last, :], np.s_[..., first:, :]
+                block = np.s_[..., first:, first:last]
+                np.matmul(p[block].swapaxes(2, 3), gradient[after], out=dv[own][rows])
+                np.matmul(ds[block].swapaxes(2, 3), queries[after], out=dk[own][rows])
 
         self._run_heads(differentiate, B, H, T)
         return dq, dk, dv, None, None
@@ -288,7 +329,7 @@ class TrainingOps(Backend):
             block = slice(first, last)
             function(logits[block], V, targets[block], weights[block], losses[block])
 
-        self._run_blocks(differentiate, len(logits), V)
+        self._run_rows(differentiate, len(logits), V)
 
     def dropout(
         self, x: Array, p: float, *, seed: int, step: int, site: int, first_row: int
@@ -310,22 +351,23 @@ class TrainingOps(Backend):
             row = first_row + first
             function(source[block], target[block], *counters, row, threshold, factor)
 
-        self._run_blocks(drop, len(source), x.shape[-1])
+        self._run_rows(drop, len(source), x.shape[-1])
         return y
 
     # Optimizer
 
     def squared_norm(self, grads: Sequence[Array]) -> Array:
         """Return `optimizers.squared_norm`."""
-        blocks = [
-            flat[first : first + NORM_ELEMENTS]
-            for flat in (g.reshape(-1) for g in grads)
-            for first in range(0, flat.size, NORM_ELEMENTS)
-        ]
+        blocks: list[Array] = []  # [n, NORM_ELEMENTS] or the rest of a gradient, [1, n]
+        for flat in (g.reshape(-1) for g in grads):
+            end = flat.size // NORM_ELEMENTS * NORM_ELEMENTS
+            whole = flat[:end].reshape(-1, NORM_ELEMENTS)
+            blocks += [whole[i : i + NORM_SUMS] for i in range(0, len(whole), NORM_SUMS)]
+            blocks += [flat[None, end:]] if end < flat.size else []
         squares = np.empty(len(blocks), np.float64)
 
         def square(i: int) -> None:
-            squares[i] = np.dot(blocks[i], blocks[i])
+            squares[i] = np.vecdot(blocks[i], blocks[i]).sum(dtype=np.float64)
 
         with self._serial_blas():
             self._run(square, len(blocks))
@@ -377,16 +419,26 @@ class TrainingOps(Backend):
         self, a: Array, b: Array, out: Array, bias: Array | None = None, *, add: bool = False
     ) -> None:
         """Set `out` to a @ b + bias, or add it to `out`; a and b may be transposed."""
-        rows, columns = out.shape
-        work = out.size * a.shape[1]
-        by_column = columns >= rows
-        threads = self._n_threads
-        if work < MIN_PRODUCT_WORK or not self._blas_libraries():  # Accelerate has its own threads
-            threads = 1
-        ends = _split(columns if by_column else rows, threads)
+        threads = self._product_threads(out.size * a.shape[1])
+        parts = self._split_product(a, b, out, threads, bias, add=add)
+        with self._serial_blas():
+            self._run(lambda part: parts[part](), len(parts))
 
-        def multiply(part: int) -> None:
-            own = slice(ends[part], ends[part + 1])
+    def _product_threads(self, multiplications: int) -> int:
+        """Return the number of threads for a product."""
+        if not self._blas_libraries():  # Accelerate has its own threads
+            return 1
+        return max(1, min(self._n_threads, multiplications // MIN_PART_WORK))
+
+    @staticmethod
+    def _split_product(
+        a: Array, b: Array, out: Array, parts: int, bias: Array | None = None, *, add: bool = False
+    ) -> list[Callable[[], None]]:
+        """Return functions for a part each of `_multiply`."""
+        by_column = out.shape[1] >= out.shape[0]
+        ends = _split(out.shape[1] if by_column else out.shape[0], parts)
+
+        def multiply(own: slice) -> None:
             left, right = (a, b[:, own]) if by_column else (a[own], b)
             target = out[:, own] if by_column else out[own]
             if add:
@@ -396,33 +448,30 @@ class TrainingOps(Backend):
             if bias is not None:
                 target += bias[own] if by_column else bias
 
-        with self._serial_blas():
-            self._run(multiply, len(ends) - 1)
+        return [partial(multiply, slice(*own)) for own in pairwise(ends)]
 
     def _run(self, function: Callable[[int], None], parts: int) -> None:
         WORKERS.run(function, parts, self._n_threads)
 
-    def _run_blocks(self, function: Callable[[int, int], None], rows: int, width: int) -> None:
-        """Call function(first, last) on blocks of rows of a length that does not change results."""
-        size = max(1, BLOCK_ELEMENTS // width)
+    def _run_rows(self, function: Callable[[int, int], None], rows: int, width: int) -> None:
+        """Call function(first, last) on a share of the rows for each thread."""
+        parts = max(1, min(self._n_threads, rows * width // MIN_PART_ELEMENTS))
+        ends = _split(rows, parts)
+        self._run(lambda part: function(ends[part], ends[part + 1]), len(ends) - 1)
 
-        def compute(block: int) -> None:
-            function(block * size, min((block + 1) * size, rows))
+    def _run_shares(self, function: Callable[[int, int], None], n: int) -> None:
+        """Call function(first, last) on a share of range(n) for each thread."""
+        parts = min(n, self._n_threads)
+        self._run(lambda i: function(n * i // parts, n * (i + 1) // parts), parts)
 
-        self._run(compute, -(-rows // size))
-
-    def _run_heads(self, function: Callable[[int, slice], None], B: int, H: int, T: int) -> None:
-        """Call function(b, h) on each sequence and some of its heads."""
-        size = HEAD_BYTES // (T * T * self.float_dtype(0).itemsize)
-        size = max(1, min(size, H, -(-B * H // self._n_threads)))
-        groups = -(-H // size)
-
-        def compute(part: int) -> None:
-            b, group = divmod(part, groups)
-            function(b, slice(group * size, min((group + 1) * size, H)))
-
+    def _run_heads(self, function: Callable[[Heads], None], B: int, H: int, T: int) -> None:
+        """Call `function` on slices of the sequences and of the heads."""
+        count = PATTERN_BYTES // (T * T * self.float_dtype(0).itemsize)
+        count = max(1, min(count, -(-B * H // self._n_threads)))
+        b, h = max(1, count // H), min(count, H)
+        parts = [(slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, H, h)]
         with self._serial_blas():
-            self._run(compute, B * groups)
+            self._run(lambda part: function(parts[part]), len(parts))
 
     @contextmanager
     def _serial_blas(self) -> Iterator[None]:
@@ -454,6 +503,11 @@ def _split_heads(x: Array, n_head: int) -> Array:
     """Return x [B, T, C] as heads [B, H, T, D]."""
     B, T, C = x.shape
     return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
+
+
+def _heads(p: Array) -> Array:
+    """Return patterns [b, h, T, W] as [heads, T, W]."""
+    return p.reshape(-1, *p.shape[2:])
 
 
 def _blocks(n: int, size: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Row functions in NumPy, for any float type: what ops on many rows do besides products.
 
-`row_kernels.py` has the same functions, compiled. A function gets a block of rows that fits the
-caches, and computes in place or with `out=`, because new memory costs more than arithmetic.
+`row_kernels.py` has the same functions, compiled. A function gets a thread's share of the rows. It
+computes in place or with `out=`, because new memory costs more than arithmetic.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW
 
 Array = np.ndarray
 
+BLOCK = 2**15  # elements that stay in the caches between NumPy's passes
 SLOPE = math.sqrt(2 / math.pi)  # of the tanh's argument at 0
 
 
 def activate(kind: int, x: Array, y: Array) -> None:
     """Set y [n] to the activation of x [n]."""
+    for first in range(0, len(x), BLOCK):
+        _activate_block(kind, x[first : first + BLOCK], y[first : first + BLOCK])
+
+
+def _activate_block(kind: int, x: Array, y: Array) -> None:
     if kind == GELU_NEW:
         _tanh_of_cubic(x, y)
         y += 1.0
@@ -32,6 +38,12 @@ def activate(kind: int, x: Array, y: Array) -> None:
 
 def activate_vjp(kind: int, g: Array, x: Array, dx: Array) -> None:
     """Set dx [n] to g [n] times the derivative of the activation at x [n]."""
+    for first in range(0, len(x), BLOCK):
+        block = slice(first, first + BLOCK)
+        _differentiate_block(kind, g[block], x[block], dx[block])
+
+
+def _differentiate_block(kind: int, g: Array, x: Array, dx: Array) -> None:
     if kind == GELU_NEW:  # 0.5 (1 + t) + 0.5 x (1 - t²) u', for t = tanh(u)
         t = np.empty_like(x)
         _tanh_of_cubic(x, t)
@@ -177,17 +189,19 @@ def adamw(
 
     w becomes keep · w - rate · m / (sqrt(v · correction2) + eps).
     """
-    x = g * grad_scale
-    m *= beta1
-    m += x * (1 - beta1)
-    x *= x
-    x *= 1 - beta2
-    v *= beta2
-    v += x
-    np.multiply(v, correction2, out=x)
-    np.sqrt(x, out=x)
-    x += eps
-    np.divide(m, x, out=x)
-    x *= rate
-    w *= keep
-    w -= x
+    for first in range(0, len(w), BLOCK):
+        own = slice(first, first + BLOCK)
+        mean, square, weight, x = m[own], v[own], w[own], g[own] * grad_scale
+        mean *= beta1
+        mean += x * (1 - beta1)
+        x *= x
+        x *= 1 - beta2
+        square *= beta2
+        square += x
+        np.multiply(square, correction2, out=x)
+        np.sqrt(x, out=x)
+        x += eps
+        np.divide(mean, x, out=x)
+        x *= rate
+        weight *= keep
+        weight -= x

@@ -135,61 +135,6 @@ def layer_norm_vjp(g: Any, x: Any, weight: Any, eps: float, dx: Any, dw: Any, db
             db[k] += g[r, k]
 
 
-# Attention
-
-
-@cached
-def causal_softmax(scores: Any, first: int, last: int, scale: float) -> None:
-    """Replace rows [first, last) of scores [heads, T, W] by the softmax of their causal part.
-
-    Row r has r + 1 scores, to be multiplied by `scale`; the others, up to `last`, become 0. W is a
-    multiple of 16, at least T.
-    """
-    heads, T, W = scores.shape
-    flat, factor = scores.reshape(-1), splat(scale)
-    for head in range(heads):
-        for r in range(first, last):
-            i, end = (head * T + r) * W, (r + LANES) // LANES * LANES
-            for c in range(r + 1, end):
-                flat[i + c] = -np.inf
-            highest = splat(-np.inf)
-            for c in range(0, end, LANES):
-                x = load(flat, i + c) * factor
-                store(flat, i + c, x)
-                highest = maximum(highest, x)
-            highest, sums = splat(max_lanes(highest)), splat(0.0)
-            for c in range(0, end, LANES):
-                e = exp(load(flat, i + c) - highest)
-                store(flat, i + c, e)
-                sums += e
-            inverse = splat(np.float32(1) / sum_lanes(sums))
-            for c in range(0, end, LANES):
-                store(flat, i + c, load(flat, i + c) * inverse)
-            for c in range(r + 1, last):
-                flat[i + c] = 0
-
-
-@cached
-def causal_softmax_vjp(pattern: Any, g: Any, first: int, last: int, scale: float) -> None:
-    """Replace rows [first, last) of g, gradients by the pattern, by gradients by the scores.
-
-    Arrays [heads, T, W] and `scale` as of `causal_softmax`.
-    """
-    heads, T, W = pattern.shape
-    p, flat = pattern.reshape(-1), g.reshape(-1)
-    factor = np.float32(scale)
-    for head in range(heads):
-        for r in range(first, last):
-            i = (head * T + r) * W
-            mean = np.float32(0)
-            for c in range(r + 1):
-                mean += p[i + c] * flat[i + c]
-            for c in range(r + 1):
-                flat[i + c] = p[i + c] * (flat[i + c] - mean) * factor
-            for c in range(r + 1, last):
-                flat[i + c] = 0
-
-
 # Loss
 
 
