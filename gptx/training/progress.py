@@ -144,7 +144,7 @@ class Progress(Callback):
             if last or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
                 self._drawn = now
                 status = self._figures(record, now)
-                self._draw(status.bar(_columns(self._stream) - 1, self._levels))
+                self._draw(status.bar(_columns(self._stream) - len("^C "), self._levels))
         elif last or record.step % (self._every or max(10, math.ceil(self._steps / 100))) == 0:
             self._write(f"{self._figures(record, now).line()}\n")
 

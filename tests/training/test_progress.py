@@ -133,7 +133,7 @@ def test_a_terminal_has_one_status_line(monkeypatch: pytest.MonkeyPatch) -> None
                              "training loss 2.0000")  # fmt: skip
     drawn = last.split(CLEAR_LINE)[1:]
     assert [text.split()[0] for text in drawn] == ["2/4", "3/4", "4/4"]
-    assert [len(text) for text in drawn[1:]] == [99, 99]
+    assert [len(text) for text in drawn[1:]] == [97, 97]  # and room for ^C
     shown.on_end(trainer(4))
     assert stream.getvalue().endswith(CLEAR_LINE)
 
