@@ -17,6 +17,7 @@ from gptx.backends.backward import Batch
 from gptx.config import GPT2Config
 from gptx.errors import DataError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.training.token_files import TokenFiles
 
 Array = np.ndarray
@@ -37,7 +38,7 @@ class TrainingData(Protocol):
         B, number of sequences of a batch.
     """
 
-    tokenizer: PipelineTokenizer | None
+    tokenizer: Tokenizer | None
     context: int
     batch_size: int
 
@@ -61,7 +62,7 @@ class TrainingData(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return numbers that tell these data from others, as JSON has them, without paths."""
 
-    def check(self, config: GPT2Config, tokenizer: PipelineTokenizer | None = None) -> None:
+    def check(self, config: GPT2Config, tokenizer: Tokenizer | None = None) -> None:
         """Check the context, the vocabulary and the ids before the first step.
 
         Parameters
@@ -165,7 +166,7 @@ class TokenData:
         context: int,
         batch_size: int,
         seed: int = 0,
-        tokenizer: PipelineTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.context = check_count("context", context)
         self.batch_size = check_count("batch_size", batch_size)
@@ -222,7 +223,7 @@ class TokenData:
                 _in_rows(np.ones(count, np.float32), shape),
             )
 
-    def check(self, config: GPT2Config, tokenizer: PipelineTokenizer | None = None) -> None:
+    def check(self, config: GPT2Config, tokenizer: Tokenizer | None = None) -> None:
         check_context(self.context, config)
         check_tokenizers(self.tokenizer, tokenizer)
         for files in (self.train, self.validation):
@@ -292,9 +293,14 @@ def check_context(context: int, config: GPT2Config) -> None:
         )
 
 
-def check_tokenizers(data: PipelineTokenizer | None, model: PipelineTokenizer | None) -> None:
-    """Raise DataError if the data and the model have tokens of different ids."""
-    if data is None or model is None or data is model:
+def check_tokenizers(data: Tokenizer | None, model: Tokenizer | None) -> None:
+    """Raise DataError if the data and the model have tokens of different ids.
+
+    The tokens of an object of the caller are not known.
+    """
+    if not (isinstance(data, PipelineTokenizer) and isinstance(model, PipelineTokenizer)):
+        return
+    if data is model:
         return
     ids, expected = tokens_of(data), tokens_of(model)
     different = [token for token, id in ids.items() if expected.get(token) != id]

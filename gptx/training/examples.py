@@ -24,12 +24,13 @@ from gptx.errors import (
     DataError,
     ModelWarning,
     NotFoundError,
+    ParameterError,
     PromptError,
     StorageError,
     argument,
 )
 from gptx.tokenization.byte_level import END_OF_TEXT
-from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data import (
     EpochOrder,
     check_context,
@@ -114,12 +115,12 @@ class Examples:
         context: int,
         batch_size: int,
         seed: int = 0,
-        tokenizer: PipelineTokenizer,
+        tokenizer: Tokenizer,
     ) -> None:
         self.context = check_count("context", context)
         self.batch_size = check_count("batch_size", batch_size)
         self.train, self.validation = train, validation
-        self.tokenizer: PipelineTokenizer | None = tokenizer
+        self.tokenizer: Tokenizer | None = tokenizer
         self._order = EpochOrder(train.n, seed)
 
     @property
@@ -143,7 +144,7 @@ class Examples:
             numbers = range(first, min(first + self.batch_size, self.validation.n))
             yield self.validation.batch(numbers, self.context)
 
-    def check(self, config: GPT2Config, tokenizer: PipelineTokenizer | None = None) -> None:
+    def check(self, config: GPT2Config, tokenizer: Tokenizer | None = None) -> None:
         check_context(self.context, config)
         check_tokenizers(self.tokenizer, tokenizer)
         for examples in (self.train, self.validation):
@@ -169,7 +170,7 @@ class Examples:
 
 
 def read_examples(
-    paths: Sequence[Path], tokenizer: PipelineTokenizer, *, context: int
+    paths: Sequence[Path], tokenizer: Tokenizer, *, context: int
 ) -> ExampleSet:
     """Read and encode the examples of files.
 
@@ -183,7 +184,7 @@ def read_examples(
     NotFoundError, StorageError
         A file does not exist, or cannot be read.
     """
-    end = tokenizer.end_of_text_id
+    end = getattr(tokenizer, "end_of_text_id", None)
     ids: list[Array] = []
     first_targets: list[int] = []
     n_cut = n_empty = 0
@@ -267,9 +268,15 @@ def split_examples(examples: ExampleSet, fraction: float) -> tuple[ExampleSet, E
 
     Raises
     ------
+    ParameterError
+        The fraction is out of range.
     DataError
         There is one example only.
     """
+    if not 0 <= fraction < 1:  # NaN too
+        raise ParameterError(
+            f"{argument('validation')} is {fraction!r}, expected at least 0 and less than 1"
+        )
     if fraction == 0:
         return examples, None
     if examples.n < 2:

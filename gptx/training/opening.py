@@ -14,6 +14,7 @@ from typing import Any
 
 from gptx.errors import NotFoundError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data import TokenData, TrainingData
 from gptx.training.examples import Examples, read_examples, split_examples
 from gptx.training.nanogpt_meta import META, read_meta
@@ -45,7 +46,7 @@ def open_data(
     context: int,
     batch_size: int,
     seed: int = 0,
-    tokenizer: PipelineTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     validation: float | Paths | None = None,
 ) -> TrainingData:
     """Open token files or examples.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from gptx.errors import ModelWarning, ParameterError, StorageError, TokenizerError, argument
 from gptx.files import atomic_path
@@ -260,19 +261,9 @@ class _Tracker:
 
 
 def _text_files(names: Sequence[str | os.PathLike[str]], stack: ExitStack) -> list[TextFile]:
-    """Return the files of names; standard input is copied to a file, as it is read twice."""
+    """Return the files of names; a pipe is copied to a file, as the text is read twice."""
     found = []
     for name in names:
-        if str(name) == STANDARD_INPUT:
-            try:
-                path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text"
-                with open(path, "wb") as copy:
-                    shutil.copyfileobj(sys.stdin.buffer, copy)
-            except OSError as error:
-                reason = error.strerror or error
-                raise StorageError(f"standard input cannot be copied ({reason})") from error
-            found.append(TextFile(path, "standard input"))
-            continue
         path = Path(os.path.expanduser(name))
         if path.suffix.lower() == JSON_LINES:
             raise ParameterError(
@@ -280,8 +271,25 @@ def _text_files(names: Sequence[str | os.PathLike[str]], stack: ExitStack) -> li
             )
         if path.is_dir():
             raise ParameterError(f"{path} is a folder, expected text files: give {path}/*.txt")
-        found.append(TextFile(path, str(name)))
+        if str(name) == STANDARD_INPUT:
+            found.append(_copy(sys.stdin.buffer, "standard input", stack))
+        elif path.exists() and not path.is_file():
+            with open(path, "rb") as pipe:
+                found.append(_copy(pipe, str(name), stack))
+        else:
+            found.append(TextFile(path, str(name)))
     return found
+
+
+def _copy(source: BinaryIO, name: str, stack: ExitStack) -> TextFile:
+    """Copy a stream to a file that the stack deletes."""
+    try:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "text"
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except OSError as error:
+        raise StorageError(f"{name} cannot be copied ({error.strerror or error})") from error
+    return TextFile(path, name)
 
 
 def _first_bytes(files: list[TextFile], n_bytes: int | None) -> list[TextFile]:

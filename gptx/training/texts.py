@@ -215,6 +215,6 @@ def split_sections(items: Iterator[str | Begin]) -> Iterator[str | Begin]:
         yield held
 
 
-def without_marks(items: Iterator[str | Begin]) -> Iterator[str | Begin]:
+def without_marks(items: Iterator[str | Begin]) -> Iterator[str]:
     """Leave out `BEGIN`: the files are one document."""
     return (item for item in items if not isinstance(item, Begin))

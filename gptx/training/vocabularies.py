@@ -14,10 +14,11 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
 from gptx.training.chunks import cut_before_space, cut_into_chunks
-from gptx.training.texts import Begin, Progress, TextFile, read_range, without_marks
+from gptx.training.texts import Progress, TextFile, read_range, without_marks
 
 CHARACTERS, VOWELS = "characters", "vowels"
 VOWEL_TOKENS = 1024  # of a vocabulary of vowel pieces
+PART_CHARACTERS = 2**12  # given to the library at a time, which keeps 256 parts in memory
 MAX_PIECES = 2**20  # that are counted; of more, the most frequent half is kept
 
 TokenizerSource = str | os.PathLike[str] | Tokenizer
@@ -108,9 +109,10 @@ def count_pieces(texts: Iterator[str]) -> Counter[str]:
 
 
 def _chunks(files: Sequence[TextFile], progress: Progress | None) -> Iterator[str]:
-    """Yield the text in chunks that end before white space."""
-    for item in cut_into_chunks(
-        without_marks(read_range(files, progress=progress)), cut_before_space
-    ):
-        assert not isinstance(item, Begin)
-        yield item
+    """Yield the text in small chunks that end before white space."""
+    parts = (
+        text[first : first + PART_CHARACTERS]
+        for text in without_marks(read_range(files, progress=progress))
+        for first in range(0, len(text), PART_CHARACTERS)
+    )
+    return without_marks(cut_into_chunks(parts, cut_before_space))

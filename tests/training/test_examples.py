@@ -156,6 +156,9 @@ def test_validation_examples(tmp_path: Path) -> None:
     assert len(list(data.validation_batches(1))) == 1
     assert split_examples(many(tmp_path), 0)[1] is None
     assert [part and part.n for part in split_examples(many(tmp_path, 2), 0.1)] == [1, 1]
+    for fraction in (1.0, -0.1, float("nan")):
+        with raises_error(ParameterError, f"validation is {fraction}"):
+            split_examples(many(tmp_path), fraction)
     with raises_error(DataError, "there is one example"):
         split_examples(many(tmp_path, 1), 0.1)
 

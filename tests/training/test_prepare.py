@@ -32,7 +32,7 @@ from gptx.training.opening import open_data
 from gptx.training.prepare import Prepared, prepare
 from gptx.training.token_files import TokenFiles
 from tests.support.byte_tokenizers import byte_tokenizer
-from tests.support.cli import raises_error
+from tests.support.cli import posix, raises_error
 from tests.support.embedded_tokenizer import FOLDER, load_tokenizer
 from tests.support.shared_files import shared
 
@@ -178,6 +178,18 @@ def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(counts(prepare("-", tmp_path / "out"))) == len(TEXT)
 
 
+@posix
+def test_a_pipe(tmp_path: Path) -> None:
+    """Process substitution of a shell: it can be read once only."""
+    reader, writer = os.pipe()
+    os.write(writer, TEXT.encode())
+    os.close(writer)
+    try:
+        assert sum(counts(prepare(f"/dev/fd/{reader}", tmp_path / "out"))) == len(TEXT)
+    finally:
+        os.close(reader)
+
+
 class Words:
     """A tokenizer of a caller, with the three members of the protocol."""
 
@@ -216,10 +228,12 @@ def test_progress(text: Path, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("options", ["tokenizer='characters'", "train_bpe=300"])
 def test_memory_does_not_grow_with_the_text(options: str, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
     code = (
-        "import resource, sys; from gptx.training.prepare import prepare;"
+        "import re, sys; from gptx.training.prepare import prepare;"
         f"prepare(sys.argv[1], sys.argv[1] + '.out', {options});"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     peaks = []
     for n_bytes in (10**6, 10**7):
@@ -228,7 +242,7 @@ def test_memory_does_not_grow_with_the_text(options: str, tmp_path: Path) -> Non
         done = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
         )
-        peaks.append(int(done.stdout))
+        peaks.append(int(done.stdout) * 1024)
     assert peaks[1] - peaks[0] < 6 * 10**6
 
 
@@ -274,6 +288,33 @@ def test_a_full_disk_leaves_the_old_files(
         prepare(text, tmp_path / "out", overwrite=True, tokenizer=FOLDER)
     assert contents(tmp_path / "out") == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("at", range(4))
+def test_a_killed_process_leaves_the_old_files(at: int, text: Path, tmp_path: Path) -> None:
+    """The fourth write is that of the tokenizer, after all token files."""
+    prepare(text, tmp_path / "out")
+    old = contents(tmp_path / "out")
+    code = f"""
+import os, sys
+from gptx.training import prepare, token_files
+left = [{at}]
+def killed(function):
+    def call(*args):
+        if left[0] == 0:
+            os._exit(9)
+        left[0] -= 1
+        return function(*args)
+    return call
+token_files.TokenWriter.write = killed(token_files.TokenWriter.write)
+prepare._write_tokenizer = killed(prepare._write_tokenizer)
+prepare.prepare({str(text)!r}, {str(tmp_path / "out")!r}, train_bpe=260, overwrite=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert contents(tmp_path / "out") == old
+    prepare(text, tmp_path / "out", train_bpe=260, overwrite=True)
+    assert contents(tmp_path / "out") != old
 
 
 @pytest.mark.parametrize(
