@@ -56,5 +56,5 @@ def test_a_failure_of_the_training_ends_the_script(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         train_shakespeare.main([str(tmp_path / "absent"), "-o", str(tmp_path / "out"), "-q"])
-    assert caught.value.code not in (0, None)
+    assert caught.value.code == 66
     assert "absent" in capfd.readouterr().err

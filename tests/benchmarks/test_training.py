@@ -111,6 +111,7 @@ def test_llm_c_has_the_same_loss(folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler, by itself
 @pytest.mark.parametrize("name", ["PyTorch eager", "PyTorch compiled"])
 def test_pytorch_has_the_same_losses(name: str, folder: Callable[..., Path]) -> None:
     pytest.importorskip("transformers")
