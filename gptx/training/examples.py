@@ -169,9 +169,7 @@ class Examples:
         }
 
 
-def read_examples(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, context: int
-) -> ExampleSet:
+def read_examples(paths: Sequence[Path], tokenizer: Tokenizer, *, context: int) -> ExampleSet:
     """Read and encode the examples of files.
 
     An example of more than `context` + 1 tokens is cut at its end, and one without a token for the
@@ -273,10 +271,7 @@ def split_examples(examples: ExampleSet, fraction: float) -> tuple[ExampleSet, E
     DataError
         There is one example only.
     """
-    if not 0 <= fraction < 1:  # NaN too
-        raise ParameterError(
-            f"{argument('validation')} is {fraction!r}, expected at least 0 and less than 1"
-        )
+    check_fraction(fraction)
     if fraction == 0:
         return examples, None
     if examples.n < 2:
@@ -286,3 +281,11 @@ def split_examples(examples: ExampleSet, fraction: float) -> tuple[ExampleSet, E
         )
     n_train = min(max(int(examples.n * (1 - fraction)), 1), examples.n - 1)
     return examples.part(0, n_train), examples.part(n_train, examples.n)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ParameterError for a fraction for validation that is out of range."""
+    if not 0 <= fraction < 1:  # NaN too
+        raise ParameterError(
+            f"{argument('validation')} is {fraction!r}, expected at least 0 and less than 1"
+        )

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptx.errors import NotFoundError, ParameterError, argument
+from gptx.errors import DataError, NotFoundError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data import TokenData, TrainingData
-from gptx.training.examples import Examples, read_examples, split_examples
+from gptx.training.examples import Examples, check_fraction, read_examples, split_examples
 from gptx.training.nanogpt_meta import META, read_meta
 from gptx.training.plan import TRAIN, VALIDATION_FRACTION
 from gptx.training.prepare import JSON_LINES
@@ -65,8 +65,8 @@ def open_data(
     tokenizer
         Tokenizer of the ids, which examples need. None: the one in the folder.
     validation
-        Files or a pattern for validation; for examples also the fraction that is at their end, 0.1
-        by default. None: the files of the folder.
+        Files or a pattern for validation; or the fraction that is at the end of the data. None: the
+        files of a folder, 0.1 of other data and of a folder of examples without such a file.
 
     Raises
     ------
@@ -93,25 +93,43 @@ def open_data(
                 f"{folder} has no train.bin and no train.jsonl, expected a folder of "
                 "`gptx prepare`, nanoGPT or llm.c"
             )
-    if validation is not None and not isinstance(validation, float | int):
+    if isinstance(validation, float | int):
+        held_out = []
+    elif validation is not None:
         held_out = [path for name in as_list(validation) for path in find_files(os.fspath(name))]
     tokenizer = tokenizer or find_tokenizer(train[0].parent)
     sizes: dict[str, Any] = {"context": context, "batch_size": batch_size, "seed": seed}
+    fraction = validation if isinstance(validation, float | int) else None
+    if fraction is None and not held_out and (folder is None or kind == JSON_LINES):
+        fraction = VALIDATION_FRACTION
     if kind == TOKENS:
-        splits = [TokenFiles.open(paths) if paths else None for paths in (train, held_out)]
-        assert splits[0] is not None
-        return TokenData(splits[0], splits[1], tokenizer=tokenizer, **sizes)
+        tokens = TokenFiles.open(train)
+        others = TokenFiles.open(held_out) if held_out else None
+        if fraction is not None:
+            tokens, others = split_tokens(tokens, fraction)
+        return TokenData(tokens, others, tokenizer=tokenizer, **sizes)
     if tokenizer is None:
         raise ParameterError(
             f"{train[0]} has text, and there is no tokenizer: give {argument('tokenizer', 'gpt2')}"
         )
     examples = read_examples(train, tokenizer, context=context)
-    if held_out:
-        others = read_examples(held_out, tokenizer, context=context)
-        return Examples(examples, others, tokenizer=tokenizer, **sizes)
-    fraction = validation if isinstance(validation, float | int) else VALIDATION_FRACTION
-    examples, rest = split_examples(examples, fraction)
+    rest = read_examples(held_out, tokenizer, context=context) if held_out else None
+    if fraction is not None:
+        examples, rest = split_examples(examples, fraction)
     return Examples(examples, rest, tokenizer=tokenizer, **sizes)
+
+
+def split_tokens(files: TokenFiles, fraction: float) -> tuple[TokenFiles, TokenFiles | None]:
+    """Split off the last tokens for validation: a fraction of them, at least two."""
+    check_fraction(fraction)
+    if fraction == 0:
+        return files, None
+    if files.n_tokens < 3:
+        raise DataError(
+            f"{files.name} has {files.n_tokens} tokens, too few for training and validation: give "
+            f"more, or {argument('validation', 0.0)}"
+        )
+    return files.split(min(max(int(files.n_tokens * (1 - fraction)), 1), files.n_tokens - 2))
 
 
 def _has_examples(folder: Path | None, names: Sequence[str | os.PathLike[str]]) -> bool:

@@ -156,6 +156,19 @@ class TokenFiles:
         others = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return f"{self.files[0].path}{others}"
 
+    def split(self, n: int) -> tuple[TokenFiles, TokenFiles]:
+        """Return the first `n` ids and the others; `n` is at least 1 and below `n_tokens`."""
+        first: list[TokenFile] = []
+        rest: list[TokenFile] = []
+        for file in self.files:
+            size = min(n, file.n_tokens)
+            n -= size
+            if size:
+                first.append(TokenFile(file.path, file.offset, size))
+            if size < file.n_tokens:
+                rest.append(TokenFile(file.path, file.offset + 2 * size, file.n_tokens - size))
+        return TokenFiles(first), TokenFiles(rest)
+
     def read(self, first: int, n: int) -> Array:
         """Read `n` ids from the position `first`: [n], uint16; see `windows`."""
         return self.windows([first], n)[0]

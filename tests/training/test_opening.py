@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptx.errors import NotFoundError, ParameterError
+from gptx.errors import DataError, NotFoundError, ParameterError
 from gptx.tokenization.characters import character_tokenizer
 from gptx.training.data import TokenData
 from gptx.training.examples import Examples
@@ -52,7 +52,7 @@ def test_a_folder_with_several_corpora_is_refused(tmp_path: Path) -> None:
     tokens(tmp_path, "tiny_shakespeare_train", "tiny_stories_train", "tiny_stories_val")
     with raises_error(ParameterError, "several corpora", "tiny_shakespeare_train.bin and "):
         open_data(tmp_path, **SIZES)
-    assert sizes(open_data(tmp_path / "tiny_stories_train.bin", **SIZES)) == (20, 0)
+    assert sizes(open_data(tmp_path / "tiny_stories_train.bin", **SIZES)) == (18, 2)
     (tmp_path / "new").mkdir()
     tokens(tmp_path / "new", "train", "train_000000")
     with raises_error(ParameterError, "several corpora"):
@@ -72,6 +72,26 @@ def test_patterns(tmp_path: Path) -> None:
     tokens(tmp_path, "a_0", "a_1", "b_0")
     found = open_data(f"{tmp_path}/a_*.bin", validation=f"{tmp_path}/b_*.bin", **SIZES)
     assert sizes(found) == (40, 20)
+
+
+def test_a_part_of_the_tokens_for_validation(tmp_path: Path) -> None:
+    """The last ones, also of several files; and of a folder only on request."""
+    tokens(tmp_path / "data", "train_0", "train_1")
+    pattern = f"{tmp_path}/data/train_*.bin"
+    for fraction, expected in ((None, (36, 4)), (0.75, (10, 30)), (0, (40, 0)), (0.001, (38, 2))):
+        data = open_data(pattern, validation=fraction, **SIZES)
+        assert sizes(data) == expected
+        assert isinstance(data, TokenData)
+        parts = [data.train, *([data.validation] if data.validation else [])]
+        read = np.concatenate([part.read(0, part.n_tokens) for part in parts])
+        assert read.tolist() == [*range(20), *range(20)]
+    assert sizes(open_data(tmp_path / "data", **SIZES)) == (40, 0)
+    assert sizes(open_data(tmp_path / "data", validation=0.5, **SIZES)) == (20, 20)
+    with raises_error(ParameterError, "validation is 1.0"):
+        open_data(pattern, validation=1.0, **SIZES)
+    tokens(tmp_path, "short", n=2)
+    with raises_error(DataError, "too few for training and validation"):
+        open_data(tmp_path / "short.bin", **SIZES)
 
 
 def test_the_tokenizer_of_the_folder(tmp_path: Path) -> None:
