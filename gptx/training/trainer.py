@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from gptx.model import Transformer, forward
 from gptx.model_files import CONFIG, ModelFiles
 from gptx.safetensors_file import widen_bfloat16
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.training import checkpoint, optimizers
 from gptx.training.callbacks import Callback, EvaluationRecord, Skipped, StepRecord
 from gptx.training.data import TrainingData
@@ -112,7 +113,7 @@ class Trainer:
     ----------
     config, settings, backend, data
         Parts of the run.
-    tokenizer : PipelineTokenizer or None
+    tokenizer : Tokenizer or None
         Tokenizer of the model, or else of the data, which is saved with the model.
     output : Path or None
         Folder of the run.
@@ -163,12 +164,12 @@ class Trainer:
             raise ParameterError(f"{argument('resume')} needs {argument('output')}, the folder")
         stored = checkpoint.read_last(self.output) if self.output and resume else None
         if stored:
-            self.config, self.tokenizer = stored.config, stored.tokenizer
+            self.config, found = stored.config, stored.tokenizer
             self._compare(stored)
             first = stored.weights()
         else:
             self.config, found, first = _first_weights(model, self.settings.seed)
-            self.tokenizer = found or data.tokenizer
+        self.tokenizer: Tokenizer | None = found or data.tokenizer
         data.check(self.config, self.tokenizer)
         self.trainable = self.settings.select_trainable(list(self.config.tensor_shapes()))
         with self.backend.scope():
@@ -440,7 +441,8 @@ class Trainer:
             name: StoredTensor(shape, np.dtype(np.float32), partial(read, name))
             for name, shape in shapes.items()
         }
-        return Checkpoint(self.config, stored, self.tokenizer)
+        tokenizer = cast("PipelineTokenizer | None", self.tokenizer)  # or one that saves itself
+        return Checkpoint(self.config, stored, tokenizer)
 
     def _stored_moments(self) -> dict[str, checkpoint.HostTensor]:
         """Return the arrays of the optimizer; weights too if they are not float32."""
