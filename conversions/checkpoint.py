@@ -23,6 +23,7 @@ from gptx.quantization import Quantization, QuantizedTensor, dequantize
 from gptx.safetensors_file import widen_bfloat16
 from gptx.stored_weights import check_weights, drop_unknown, have_same_numbers, is_linear_weight
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.saving import (
     TEMPLATES,
     UNREAD_FILES,
@@ -263,14 +264,14 @@ def require_openai_settings(config: GPT2Config, program: str, *supported: str) -
             raise ConfigError(f"{name} is {found!r}{reason}, {program} supports only {value!r}")
 
 
-def end_of_text_ids(vocab_size: int, tokenizer: PipelineTokenizer | None = None) -> dict[str, Any]:
+def end_of_text_ids(vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Return `bos_token_id` and `eos_token_id` for a format that has neither.
 
     Both are the id of <|endoftext|> in the tokenizer. Without a tokenizer they are OpenAI's 50256
     if the vocabulary has that id, else None.
     """
     if tokenizer is not None:
-        id = tokenizer.end_of_text_id
+        id = getattr(tokenizer, "end_of_text_id", None)  # a tokenizer of the caller may lack it
     else:
         id = 50256 if vocab_size > 50256 else None
     return {"bos_token_id": id, "eos_token_id": id}
