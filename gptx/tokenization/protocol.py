@@ -10,8 +10,9 @@ from typing import Protocol, runtime_checkable
 class Tokenizer(Protocol):
     """A map between text and token ids.
 
-    Any object with these three members is a tokenizer for gptx: for `gptx.load`, for training, and
-    for a dataset. A further method `save(folder)` stores it beside a trained model.
+    Any object with these three members is a tokenizer for `gptx.load` and for training. Training
+    also uses, if they exist, `end_of_text_id`, the id of a token between two texts, and
+    `save(folder)`, which stores the tokenizer beside the model.
     """
 
     def encode(self, text: str, /) -> Sequence[int]:
