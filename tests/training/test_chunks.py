@@ -82,15 +82,6 @@ def test_words_are_split_at_these_places(text: str) -> None:
     assert ends == [at for at in range(len(text)) if at and cut_before_space(text[: at + 1]) == at]
 
 
-def test_few_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptx.training.encoding.MAX_WORDS", 2)
-    encoder = Encoder(tokenizer("bpe"))
-    text = "the east sea at the east " + "a" * 65
-    for _ in range(2):
-        assert encoder.encode(text).tolist() == tokenizer("bpe").encode(text)
-    assert list(encoder._words) == ["the", " east"]
-
-
 def test_the_mark_of_a_document_ends_a_chunk() -> None:
     items = iter(["ab", BEGIN, "c d", "e", BEGIN])
     assert list(cut_into_chunks(items, cut_before_space)) == ["ab", BEGIN, "c", " de", BEGIN]
