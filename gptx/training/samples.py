@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from gptx.errors import GptxError
+from gptx.errors import GptxError, NonFiniteError
 from gptx.generation.text_model import Model
 from gptx.training.callbacks import Callback, StepRecord
 
@@ -59,6 +59,8 @@ class Samples(Callback):
                 seed=self._trainer.settings.seed,
                 overflow="slide",
             )
+        except NonFiniteError:
+            return "no sample: the model computes a NaN or an infinity"
         except GptxError as error:
             return f"no sample: {error}"
         return f"{self._prompt or ''}{text}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from gptx.errors import NonFiniteError
+from gptx.errors import GptxError, NonFiniteError, PromptError
 from gptx.training.callbacks import StepRecord
 from gptx.training.samples import Samples
 
@@ -48,9 +49,14 @@ def test_the_prompt_and_the_beginning() -> None:
     assert run(Echo(3), 1) == [(1, "[3] 7")]
 
 
-def test_an_error_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Echo, prompt: Any, **_: Any) -> str:
-        raise NonFiniteError("the model computed NaN")
-
-    monkeypatch.setattr(Echo, "generate", fail)
-    assert run(Echo(None), 1) == [(1, "no sample: the model computed NaN")]
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (NonFiniteError("NaN: fetch the model again"), "the model computes a NaN or an infinity"),
+        (PromptError("the prompt is empty"), "the prompt is empty"),
+    ],
+    ids=["not finite", "prompt"],
+)
+def test_an_error_ends_no_run(monkeypatch: pytest.MonkeyPatch, error: GptxError, text: str) -> None:
+    monkeypatch.setattr(Echo, "generate", mock.Mock(side_effect=error))
+    assert run(Echo(None), 1) == [(1, f"no sample: {text}")]
