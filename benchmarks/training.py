@@ -39,7 +39,7 @@ from gptx.errors import GptxError
 WORKER = "benchmarks.training_peers.base"
 REFERENCE = "PyTorch eager"
 MAX_LOSS_DIFFERENCE = 1e-4  # of the loss
-CHECK_STEPS = 3  # in the first turn
+CHECK_STEPS = 2  # in the first turn
 
 MODELS = {
     "124M": GPT2Config.of_size("124M"),
