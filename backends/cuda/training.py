@@ -33,7 +33,7 @@ WARP = 32
 SUM_BLOCK = (WARP, 16)  # threads of a block that sums columns
 MIN_SUM_ROWS = 64  # of such a block
 BLOCKS_PER_MULTIPROCESSOR = 4
-ELEMENTS_PER_THREAD = 8  # of `activation_vjp`
+LOAD_BYTES = 16  # of a thread
 ELEMENTS_PER_RANDOM_BLOCK = 16  # of `dropout`
 EMBED_BLOCK, EMBED_COLUMNS = (WARP, 8), 128  # threads and columns of a block of `embed_vjp`
 LOSS_BLOCK = (512,)  # threads of a row of logits
@@ -281,7 +281,7 @@ class TrainingOps(Backend):
         g, x = cupy.ascontiguousarray(g), cupy.ascontiguousarray(x)
         dx = cupy.empty_like(x)
         launch = kernel("training_elementwise.cu", "activation_vjp", self.kernel_variant)
-        grid = (_ceil(x.size, ELEMENTS_PER_THREAD * ROW_BLOCK[0]),)
+        grid = (_ceil(x.nbytes, LOAD_BYTES * ROW_BLOCK[0]),)
         launch(grid, ROW_BLOCK, g, x, dx, np.int64(x.size), np.int32(1 + ACTIVATIONS.index(name)))
         return (dx,)
 

@@ -16,6 +16,7 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.plugged import PluggedTokenizer, plug
 from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.saving import save_tokenizer
+from gptx.training.api import train
 from tests.support.golden_tokenizers import NAMES, TEXTS, load
 
 
@@ -124,6 +125,21 @@ def test_a_tokenizer_is_saved_by_its_own_method(tmp_path: Path) -> None:
     tokenizer.save = lambda folder: (folder / "mine").write_text("bytes")  # type: ignore[attr-defined]
     save_tokenizer(tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_model_is_trained_with_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("To be, or not to be: é\n" * 40)
+    tokenizer = Bytes()
+    tokenizer.save = lambda folder: (folder / "mine").write_text("bytes")  # type: ignore[attr-defined]
+    small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context": 8, "steps": 2}
+    backend = gptx.get_backend(generic=True)
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    train(text, output=out, tokenizer=tokenizer, backend=backend, **small)
+    assert (out / "mine").is_file()
+    model = gptx.load(out, tokenizer=tokenizer, compile=False)
+    assert model.config.vocab_size == 256
+    assert model.config.eos_token_id is None
+    assert model.generate("To be", max_tokens=3, seed=1).text is not None
 
 
 class TestModels:

@@ -23,11 +23,13 @@ DEVICE float block_max(float x, float* of_warp) {
     return largest;
 }
 
-DEVICE bool is_aligned(const void* p) { return (unsigned long long)p % 16 == 0; }
+template <class V> DEVICE bool is_aligned(const void* p) {
+    return (unsigned long long)p % alignof(V) == 0;
+}
 
-// Load the first `count` of N numbers, a multiple of 8; the others become 0.
+// Load the first `count` of N numbers; the others become 0.
 template <int N, class T> DEVICE void load_floats(const T* p, long long count, float (&x)[N]) {
-    if (count >= N && is_aligned(p)) {
+    if (count >= N && is_aligned<Vec<T, N>>(p)) {
         const auto from = *(const Vec<T, N>*)p;
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = to_float(from.x[i]);
@@ -37,9 +39,9 @@ template <int N, class T> DEVICE void load_floats(const T* p, long long count, f
     for (int i = 0; i < N; i++) x[i] = i < count ? to_float(p[i]) : 0.0f;
 }
 
-// Store the first `count` of N numbers, a multiple of 8.
+// Store the first `count` of N numbers.
 template <int N, class T> DEVICE void store_floats(T* p, long long count, const float (&x)[N]) {
-    if (count >= N && is_aligned(p)) {
+    if (count >= N && is_aligned<Vec<T, N>>(p)) {
         Vec<T, N> to;
 #pragma unroll
         for (int i = 0; i < N; i++) to.x[i] = from_float<T>(x[i]);

@@ -1,23 +1,24 @@
-// Attention of whole sequences for training: forward, and the gradients of queries, keys and values.
+// Attention of whole sequences for training: forward, and the gradients of queries, keys and
+// values.
 //
-// Rows are packed, qkv [B·T, 3C]; token t of a sequence attends to tokens 0 to t. A block has 64 rows
-// of one head, 16 for each of its 4 warps: queries, or keys in `attention_vjp_keys`. It iterates over
-// tiles of COLUMNS rows of the other kind. Scores stay on the multiprocessor, and each kernel computes
-// them again ("FlashAttention-2", https://arxiv.org/abs/2307.08691). No two blocks write the same
-// row, so there are no atomics and the result does not depend on their order.
+// Rows are packed, qkv [B·T, 3C]; token t of a sequence attends to tokens 0 to t. A block has 64
+// rows of one head, 16 for each of its 4 warps: queries, or keys in `attention_vjp_keys`. It
+// iterates over tiles of COLUMNS rows of the other kind. Scores stay on the multiprocessor, and
+// each kernel computes them again ("FlashAttention-2", https://arxiv.org/abs/2307.08691). No two
+// blocks write the same row, so there are no atomics and the result does not depend on their order.
 //
-// Tiles [16, 8] of results are distributed over a warp by the layout of `mma` (device.cuh): a lane has
-// rows lane / 4 and lane / 4 + 8, and columns 2 (lane % 4) and the next one. 16-bit types use tensor
-// cores; float32 uses scalar products in the same layout.
+// Tiles [16, 8] of results are distributed over a warp by the layout of `mma` (device.cuh): a lane
+// has rows lane / 4 and lane / 4 + 8, and columns 2 (lane % 4) and the next one. 16-bit types use
+// tensor cores; float32 uses scalar products in the same layout.
 
 namespace training {
 
 constexpr int THREADS = 128;
-constexpr int ROWS = 64;                                             // of a block
+constexpr int ROWS = 64;  // of a block
 constexpr int COLUMNS = sizeof(REAL) == 2 && HEAD <= 64 ? 64 : 32;  // of a tile, by registers
 constexpr int WIDTH = (HEAD + 15) / 16 * 16;
 constexpr int STRIDE = WIDTH + ELEMENTS_PER_LOAD<REAL>;  // of a row in shared memory
-constexpr int SCRATCH = COLUMNS + 4;                     // stride of a row of float32 scratch memory
+constexpr int SCRATCH = COLUMNS + 4;  // stride of a row of float32 scratch memory
 constexpr float LOWEST = -3.4e38f;
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -149,7 +150,8 @@ DEVICE float sum_of_4(float x) {
     return x + __shfl_xor_sync(FULL_MASK, x, 2);
 }
 
-// The place of a block and of a thread: rows first + row and first + row + 8 of head h of sequence b.
+// The place of a block and of a thread: rows first + row and first + row + 8 of head h of sequence
+// b.
 struct Place {
     int h, b, first, row, column, warp;
 
@@ -182,8 +184,9 @@ struct Place {
     }
 };
 
-// Shared memory: two tiles of the block's rows, two pairs of tiles of the other kind (one of a pair is
-// loaded during the work on the other), two [COLUMNS, 2] of statistics, and scratch of each warp.
+// Shared memory: two tiles of the block's rows, two pairs of tiles of the other kind (one of a pair
+// is loaded during the work on the other), two [COLUMNS, 2] of statistics, and scratch of each
+// warp.
 struct Shared {
     REAL *own[2], *pairs;
     float *statistics, *scratch;
@@ -240,8 +243,8 @@ DEVICE void mask_keys(Scores& s, const Place& place, int first) {
 
 }  // namespace training
 
-// qkv [B·T, 3C] -> out [B·T, C]. scale > 0. Grid (H, T / 64 rounded up, B), block 128. Dynamic shared
-// memory: see `Shared`, and `training_attention.py`.
+// qkv [B·T, 3C] -> out [B·T, C]. scale > 0. Grid (H, T / 64 rounded up, B), block 128. Dynamic
+// shared memory: see `Shared`, and `training_attention.py`.
 extern "C" __global__ void __launch_bounds__(training::THREADS)
 attention_forward(const REAL* qkv, float scale, REAL* out, int T, int H) {
     using namespace training;
@@ -285,9 +288,10 @@ attention_forward(const REAL* qkv, float scale, REAL* out, int T, int H) {
     place.store(out + (long long)place.b * T * C + place.h * HEAD, C, T, y, low, high);
 }
 
-// The gradient of the queries: g [B·T, C] and qkv -> the first third of dqkv [B·T, 3C]. A first pass
-// over the keys computes `statistics` [B, H, T, 2]: log2 of the sum of exponentials of a query's
-// scores, and the sum of P · dP, for `attention_vjp_keys`. Grid, block and shared memory as above.
+// The gradient of the queries: g [B·T, C] and qkv -> the first third of dqkv [B·T, 3C]. A first
+// pass over the keys computes `statistics` [B, H, T, 2]: log2 of the sum of exponentials of a
+// query's scores, and the sum of P · dP, for `attention_vjp_keys`. Grid, block and shared memory as
+// above.
 extern "C" __global__ void __launch_bounds__(training::THREADS)
 attention_vjp_queries(
     const REAL* g, const REAL* qkv, float scale, REAL* dqkv, float* statistics, int T, int H

@@ -17,22 +17,24 @@ DEVICE float activation_slope(float x, int activation) {
     }
 }
 
-// Gradient of an activation by x [n], from the gradient g [n] of its result. A thread has 8 elements.
+// Gradient of an activation by x [n], from the gradient g [n] of its result. A thread has 16 bytes of
+// each.
 extern "C" __global__ void activation_vjp(
     const REAL* g, const REAL* x, REAL* dx, long long n, int activation
 ) {
-    const long long first = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
+    constexpr int EACH = ELEMENTS_PER_LOAD<REAL>;
+    const long long first = EACH * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (first >= n) return;
-    float gradient[8], y[8];
+    float gradient[EACH], y[EACH];
     load_floats(g + first, n - first, gradient);
     load_floats(x + first, n - first, y);
 #pragma unroll
-    for (int i = 0; i < 8; i++) gradient[i] *= activation_slope(y[i], activation);
+    for (int i = 0; i < EACH; i++) gradient[i] *= activation_slope(y[i], activation);
     store_floats(dx + first, n - first, gradient);
 }
 
-// Dropout of rows [rows, n] (`gptx.backends.gradients.dropout`): an element stays, times `factor`, if
-// its 16 random bits are at least `threshold`. A thread has the 16 elements of one Philox block.
+// Dropout of rows [rows, n] (`gptx.backends.gradients.dropout`): an element stays, times `factor`,
+// if its 16 random bits are at least `threshold`. A thread has the 16 elements of one Philox block.
 extern "C" __global__ void dropout(
     const REAL* x, REAL* out, long long rows, int n, u64 seed, u64 step, u64 site, u64 first_row,
     unsigned threshold, float factor

@@ -1,9 +1,9 @@
-// Layer norm, cross entropy and the attention pattern in training, and sums over rows. Every sum has a
-// fixed order.
+// Layer norm, cross entropy and the attention pattern in training, and sums over rows. Every sum
+// has a fixed order.
 
-// Gradient of layer norm by x [rows, n], from the gradient g [rows, n] of its result. dx may be null.
-// `partial` [gridDim.x, 2, n], or null: the sums over this block's rows of g · normalized x, and of
-// g; `sum_partials` adds them. Grid any, block a multiple of 32. Shared memory: 3 n floats.
+// Gradient of layer norm by x [rows, n], from the gradient g [rows, n] of its result. dx may be
+// null. `partial` [gridDim.x, 2, n], or null: the sums over this block's rows of g · normalized x,
+// and of g; `sum_partials` adds them. Grid any, block a multiple of 32. Shared memory: 3 n floats.
 extern "C" __global__ void layer_norm_vjp(
     const REAL* g, const REAL* x, const REAL* weight, float epsilon, REAL* dx, float* partial,
     long long rows, int n
@@ -68,8 +68,8 @@ DEVICE void sum_rows_of_block(const From* x, To* out, long long rows, int n) {
     out[(long long)blockIdx.y * n + column] = from_float<To>(sum);
 }
 
-// Sums of parts of the rows of x [rows, n] -> partial [gridDim.y, n]. Grid (n / 32 rounded up, parts),
-// block (32, up to 32).
+// Sums of parts of the rows of x [rows, n] -> partial [gridDim.y, n]. Grid (n / 32 rounded up,
+// parts), block (32, up to 32).
 extern "C" __global__ void sum_rows(const REAL* x, float* partial, long long rows, int n) {
     sum_rows_of_block(x, partial, rows, n);
 }
@@ -79,14 +79,14 @@ extern "C" __global__ void sum_partials(const float* partial, REAL* out, long lo
     sum_rows_of_block(partial, out, rows, n);
 }
 
-// Loss of each row, weight · (logsumexp(logits) - logits[target]), from logits [rows, stride], which
-// become their gradients unless `with_gradients` is 0. Columns from V on are padding: ignored, then 0.
-// Grid (rows), block a multiple of 32.
+// Loss of each row, weight · (logsumexp(logits) - logits[target]), from logits [rows, stride],
+// which become their gradients unless `with_gradients` is 0. Columns from V on are padding:
+// ignored, then 0. Grid (rows), block a multiple of 32.
 extern "C" __global__ void cross_entropy(
     REAL* logits, const long long* targets, const float* weights, float* losses, int V, int stride,
     int with_gradients
 ) {
-    constexpr int EACH = 8;  // numbers that a thread loads at once
+    constexpr int EACH = ELEMENTS_PER_LOAD<REAL>;
     constexpr float LOWEST = -3.4e38f;
     __shared__ float of_warps[WARP];
     const int row = blockIdx.x, target = (int)targets[row];
@@ -124,8 +124,8 @@ extern "C" __global__ void cross_entropy(
     }
 }
 
-// The attention pattern, softmax of scores [rows, n] -> p [rows, n]. A warp computes a row. Grid (rows
-// / 8 rounded up), block 256.
+// The attention pattern, softmax of scores [rows, n] -> p [rows, n]. A warp computes a row. Grid
+// (rows / 8 rounded up), block 256.
 extern "C" __global__ void pattern(const float* scores, REAL* p, long long rows, int n) {
     const long long row = (long long)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;
@@ -139,8 +139,8 @@ extern "C" __global__ void pattern(const float* scores, REAL* p, long long rows,
         p[row * n + i] = from_float<REAL>(expf(x[i] - top) / sum);
 }
 
-// Gradient of `pattern` by the scores, from g, the gradient of p: p (g - sum of g · p). Grid and block
-// as above.
+// Gradient of `pattern` by the scores, from g, the gradient of p: p (g - sum of g · p). Grid and
+// block as above.
 extern "C" __global__ void pattern_vjp(
     const REAL* g, const REAL* p, float* dscores, long long rows, int n
 ) {
