@@ -8,6 +8,7 @@ PyTorch cannot add or shift unsigned ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ Array = Any
 ROUNDS = 10
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_INCREMENTS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
-LOW = 2**32 - 1  # mask of the low half of a word
 
 
 def random_bits(
@@ -48,45 +48,41 @@ def random_bits(
     """
     xp = ops.xp
     blocks = -(-n // 16)
-    block = _words(ops, np.tile(np.arange(1, blocks + 1, dtype=np.uint64), rows))
-    row = _words(ops, np.repeat(np.arange(rows, dtype=np.uint64), blocks)) + _words(ops, first_row)
+    block = _words(ops, np.tile(np.arange(1, blocks + 1), rows))
+    row = _words(ops, np.repeat(np.arange(rows), blocks)) + _words(ops, first_row)
     step, site = (xp.broadcast_to(_words(ops, x), block.shape) for x in counter)
-    words = [block, step, site, row]
-    keys = list(key)
-    for _ in range(ROUNDS):
-        words = _round(ops, words, keys)
-        keys = [(k + w) % 2**64 for k, w in zip(keys, KEY_INCREMENTS, strict=True)]
-    words = [xp.reshape(word, (rows, blocks, 1, 1)) for word in words]
-    shifts = xp.reshape(_words(ops, np.arange(0, 64, 16, dtype=np.uint64)), (1, 1, 1, 4))
-    bits = (xp.concat(words, axis=2) >> shifts) & _words(ops, 0xFFFF)
+    even, odd = xp.stack([block, site]), xp.stack([step, row])  # words 0 and 2, words 1 and 3
+    multiply = _multiplication(ops)
+    for number in range(ROUNDS):
+        keys = [[(k + number * w) % 2**64] for k, w in zip(key, KEY_INCREMENTS, strict=True)]
+        high, low = multiply(even)
+        even = xp.flip(high, axis=0) ^ odd ^ _words(ops, keys)
+        odd = xp.flip(low, axis=0)
+    words = xp.reshape(xp.stack([even, odd], axis=1), (4, rows, blocks, 1))
+    words = xp.permute_dims(words, (1, 2, 0, 3))
+    bits = (words >> _words(ops, [0, 16, 32, 48])) & _words(ops, 0xFFFF)
     return xp.reshape(bits, (rows, 16 * blocks))[:, :n]
 
 
-def _round(ops: Any, words: list[Array], keys: list[int]) -> list[Array]:
-    """Return the four words after one round."""
-    key_0, key_1 = (_words(ops, key) for key in keys)
-    high_0, low_0 = _multiply(ops, MULTIPLIERS[0], words[0])
-    high_1, low_1 = _multiply(ops, MULTIPLIERS[1], words[2])
-    return [high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0]
+def _multiplication(ops: Any) -> Callable[[Array], tuple[Array, Array]]:
+    """Return a function of words [2, n]: the high and the low words of `MULTIPLIERS` times them."""
+    mask, half = _words(ops, 2**32 - 1), _words(ops, 32)
+    a = _words(ops, [[a] for a in MULTIPLIERS])
+    a_low, a_high = a & mask, (a >> half) & mask
 
+    def multiply(b: Array) -> tuple[Array, Array]:
+        b_low, b_high = b & mask, (b >> half) & mask
+        middle = a_high * b_low + ((a_low * b_low >> half) & mask)
+        rest = a_low * b_high + (middle & mask)
+        high = a_high * b_high + ((middle >> half) & mask) + ((rest >> half) & mask)
+        return high, a * b
 
-def _multiply(ops: Any, a: int, b: Array) -> tuple[Array, Array]:
-    """Return the high and the low word of the product of a number and the words b."""
-    mask, half = _words(ops, LOW), _words(ops, 32)
-
-    def high(x: Array) -> Array:
-        return (x >> half) & mask
-
-    a_low, a_high = (_words(ops, x) for x in (a & LOW, a >> 32))
-    b_low, b_high = b & mask, high(b)
-    middle = a_high * b_low + high(a_low * b_low)
-    rest = a_low * b_high + (middle & mask)
-    return a_high * b_high + high(middle) + high(rest), _words(ops, a) * b
+    return multiply
 
 
 def _words(ops: Any, numbers: Any) -> Array:
     """Copy numbers from 0 to 2**64 - 1 to the device as words, if they are not there."""
-    if isinstance(numbers, int | np.ndarray):
+    if isinstance(numbers, int | list | np.ndarray):
         words = np.asarray(numbers, np.uint64).view(np.int64)
         return ops.xp.asarray(words, dtype=ops.xp.int64, **ops.on_device)
     return numbers

@@ -20,6 +20,8 @@ from tests.support.models import EXACT, drawn_weights
 from tests.support.random_models import CASES, random_ids
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Function -> number of the argument that has the accumulation dtype.
+WIDE = {"cross_entropy": 3, "pattern": 0, "scores_vjp": 0}
 OVERRIDING = ["numpy", "mlx", "cupy", "cupy-cpu"]
 
 
@@ -128,9 +130,9 @@ def call(
     positional, keywords = arguments
     with backend.scope():
         device = [to_device(a) for a in positional]
-        if name == "cross_entropy":  # weights have the accumulation dtype
+        if name in WIDE:
             dtype = "float64" if backend.dtype == "float64" else "float32"
-            device[3] = backend.asarray(positional[3], dtype)
+            device[WIDE[name]] = backend.asarray(positional[WIDE[name]], dtype)
         out = function(*device, **{key: to_device(a) for key, a in keywords.items()})
         outs = out if isinstance(out, tuple) else (out,)
         return [None if o is None else backend.to_numpy(o).copy() for o in outs]
