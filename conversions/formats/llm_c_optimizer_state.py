@@ -82,7 +82,7 @@ def read(path: Path, config: GPT2Config) -> OptimizerState:
     if file.size < expected or header[STEP] < 0:
         raise WeightsError(
             f"{path} has {file.size} bytes, expected {expected} for this model: it is truncated, "
-            "of another model, or one part of a sharded state (llm.c's -z)"
+            "of another model, or one part of a sharded state (llm.c's `-z`)"
         )
     m, v, *master = (
         map_parameters(file, HEADER_BYTES + part * n_bytes, config, padded)
