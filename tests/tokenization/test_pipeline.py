@@ -157,6 +157,30 @@ def test_ids_outside_the_vocabulary_decode_to_nothing(
     assert tokenizer.decode([id, *good, id]) == "ab"
 
 
+def test_the_piece_of_a_token_is_text_or_an_incomplete_character(
+    tokenizer: PipelineTokenizer,
+) -> None:
+    pieces = [tokenizer.piece(id) for id in tokenizer.encode("Now é")]
+    assert [piece for piece in pieces if isinstance(piece, str)]
+    texts = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+    assert b"".join(texts) == "Now é".encode()
+    for id in range(256):
+        piece = tokenizer.piece(id)
+        data = tokenizer.token_bytes(id)
+        assert piece == (data.decode() if data < b"\x80" else data)
+    assert tokenizer.piece(10**6) == ""
+
+
+def test_the_piece_of_a_token_without_bytes() -> None:
+    tokenizer = PipelineTokenizer.of_folder(folder_of("wordpiece"))
+    assert tokenizer is not None
+    pieces = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+    vocab = tokenizer.definition()["model"]["vocab"]
+    assert {token: pieces[id] for token, id in vocab.items()} == {token: token for token in vocab}
+    assert any(token.startswith("##") for token in vocab)
+    assert tokenizer.piece(10**6) == ""
+
+
 def test_vocab_size_is_the_number_of_tokens(tokenizer: PipelineTokenizer) -> None:
     assert tokenizer.token_bytes(tokenizer.vocab_size - 1) != b""
     assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
