@@ -6,39 +6,39 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gptx.backends import get_backend
+from gptx.backends import Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ConfigError, ParameterError, argument
+from gptx.generation.checks import is_real, shown
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.names import check_names
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.tokenization.protocol import Tokenizer
 from gptx.training import checkpoint
 from gptx.training.callbacks import Callback
-from gptx.training.data import TrainingData
+from gptx.training.data import TrainingData, check_count
 from gptx.training.log_file import LogFile
 from gptx.training.opening import is_text, open_data
+from gptx.training.plan import TRAIN
 from gptx.training.plot import LossPlot
-from gptx.training.prepare import prepare
+from gptx.training.prepare import JSON_LINES, prepare
 from gptx.training.settings import TrainingSettings
 from gptx.training.texts import Paths, as_list
 from gptx.training.trainer import Trainer, TrainingResult
 from gptx.training.vocabularies import CHARACTERS, VOWELS, TokenizerSource, read_tokenizer
 
 SETTINGS = tuple(f.name for f in fields(TrainingSettings))
-# Start of a run -> settings whose default differs from that of `TrainingSettings`.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "scratch": {},
-    "size": {"learning_rate": 6e-4, "batch_size": 4},
-    "init": {"learning_rate": 1e-4, "batch_size": 4},
-}
+# Settings whose default differs from that of `TrainingSettings`.
+DEFAULTS_OF_SIZE: dict[str, Any] = {"learning_rate": 6e-4, "batch_size": 4}
+DEFAULTS_OF_INIT: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 4}
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # as nanoGPT's model for a CPU
 SMALL_CONTEXT = 64
 MAX_CONTEXT_OF_INIT = 256  # default: a sequence of 1,024 tokens takes gigabytes
-MAX_WARMUP_PART = 10  # the default warm-up is at most this part of the steps
+MIN_STEPS_PER_WARMUP = 10  # the default warm-up is at most a tenth of the steps
 
 
 def train(
@@ -130,57 +130,46 @@ def train(
         Ctrl-C; the last step is saved.
     """
     check_names(settings, SETTINGS, dict.fromkeys(_PARAMETERS, "gptx.train"))
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-    shape = {name: value for name, value in shape.items() if value is not None}
     folder = None if output is None else Path(output).expanduser()
+    shape = _given(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    sizes = _given(size=size, **shape)
+    source = _given(
+        data=_absolute(data),
+        context=context,
+        validation=validation if is_real(validation) else _absolute(validation),
+        max_bytes=max_bytes,
+    )
+    _check_source(source, shape)
+    if resume:
+        start = _resumed(folder, {**sizes, **_given(init=init)}, source, settings)
+    elif data is None:
+        raise ParameterError(f"{argument('data')} is None, expected a text to learn from")
+    elif init is not None:
+        if sizes:
+            raise ParameterError(
+                f"{argument('init')} has a size of its own: leave out {argument(next(iter(sizes)))}"
+            )
+        start = _from_model(find_model(init, offline=offline), source, settings)
+    else:
+        start = _from_scratch(size, shape, source, settings)
+    if folder is not None:
+        checkpoint.check_output(folder, resume=resume, overwrite=overwrite)
+    if dtype is None and not isinstance(backend, Backend):
+        dtype = start.dtype
+    ops = get_backend(backend, dtype=dtype, threads=threads)
     with ExitStack() as stack:
-        if resume:
-            if folder is None or init is not None or size is not None or shape:
-                raise ParameterError(
-                    f"{argument('resume')} takes the model of the run in {argument('output')}: "
-                    f"leave out {argument('init')}, {argument('size')} and the like"
-                )
-            checkpoint.check_output(folder, resume=True, overwrite=False)
-            stored = checkpoint.read_last(folder)
-            chosen = TrainingSettings.from_dict(stored.settings.to_dict() | settings)
-            source = dict(stored.source) | _given(data, context, validation, max_bytes)
-            if not source.get("data"):
-                raise ParameterError(
-                    f"the run in {folder} has no data of files: give {argument('data')}"
-                )
-            model: GPT2Config | FoundModel = stored.config
-            dtype = dtype or stored.dtype
-            known: PipelineTokenizer | None = stored.tokenizer
+        if folder is None or resume:  # the data of a resumed run stay until they are compared
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            start = "init" if init is not None else "size" if size is not None else "scratch"
-            if data is None:
-                raise ParameterError(f"{argument('data')} is None, expected a text to learn from")
-            if start == "init" and (size is not None or shape):
-                raise ParameterError(
-                    f"{argument('init')} has a size of its own: leave out {argument('size')}, "
-                    f"{argument('n_layer')} and the like"
-                )
-            chosen = _with_defaults(settings, start)
-            found = find_model(init, offline=offline) if init is not None else None
-            known = _tokenizer_of(found)
-            config = found.info.config if found else _scratch_config(size, shape, context)
-            source = _given(data, context, validation, max_bytes)
-            source.setdefault("context", min(config.n_positions, MAX_CONTEXT_OF_INIT) if found else
-                              config.n_positions)  # fmt: skip
-            if folder is not None:
-                checkpoint.check_output(folder, resume=False, overwrite=overwrite)
-            model = found or config
-        ops = get_backend(backend, dtype=dtype, threads=threads)
-        opened = _open(
-            source, folder, stack, chosen, tokenizer=tokenizer, known=known, resume=resume,
-            offline=offline,
-        )  # fmt: skip
+            place = folder
+        opened, source = _open(start, folder, place, tokenizer, offline=offline)
+        model = start.model
         if isinstance(model, GPT2Config) and not resume:
             model = _with_vocabulary(model, opened.tokenizer)
         trainer = Trainer(
             model,
             opened,
-            chosen,
+            start.settings,
             output=folder,
             backend=ops,
             callbacks=[LogFile(), LossPlot(), *callbacks] if folder else callbacks,
@@ -195,134 +184,200 @@ def train(
 _PARAMETERS = tuple(name for name in train.__annotations__ if name not in ("settings", "return"))
 
 
-def _given(
-    data: Paths | None,
-    context: int | None,
-    validation: float | Paths | None,
-    max_bytes: int | None,
-) -> dict[str, Any]:
-    """Return the arguments about the data that are not None, as JSON has them."""
-    if validation is not None and not isinstance(validation, int | float):
-        validation = [os.path.abspath(os.path.expanduser(name)) for name in as_list(validation)]
-    arguments = {
-        "data": data and [os.path.abspath(os.path.expanduser(name)) for name in as_list(data)],
-        "context": context,
-        "validation": validation,
-        "max_bytes": max_bytes,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
+# The start of a run
 
 
-def _with_defaults(given: Mapping[str, Any], start: str) -> TrainingSettings:
-    """Return the settings of a new run; some defaults depend on its start."""
-    chosen = TrainingSettings(**{**DEFAULTS[start], **given})
-    if "warmup" in given:
-        return chosen
-    warmup = min(chosen.warmup, chosen.steps // MAX_WARMUP_PART)
-    return TrainingSettings.from_dict(chosen.to_dict() | {"warmup": warmup})
+@dataclass(frozen=True)
+class _Start:
+    """The model and the settings with which a run starts.
+
+    Attributes
+    ----------
+    model
+        A model that exists; or a config, from scratch without a vocabulary.
+    tokenizer
+        Tokenizer of the model; None from scratch.
+    source
+        Arguments about the data, as JSON has them: data (a list of paths), context, validation and
+        max_bytes.
+    dtype
+        Type of a resumed run; None otherwise.
+    """
+
+    model: GPT2Config | FoundModel
+    tokenizer: PipelineTokenizer | None
+    settings: TrainingSettings
+    source: dict[str, Any]
+    dtype: str | None = None
 
 
-def _scratch_config(size: str | None, shape: dict[str, int], context: int | None) -> GPT2Config:
-    """Return the config of a model from scratch, before its vocabulary is known."""
+def _from_scratch(
+    size: str | None, shape: dict[str, int], source: dict[str, Any], given: Mapping[str, Any]
+) -> _Start:
+    if size is not None and shape:
+        raise ParameterError(
+            f"{argument('size')} and {argument(next(iter(shape)))} contradict each other: give one "
+            "of them"
+        )
     try:
-        if size is not None:
-            if shape:
-                raise ParameterError(
-                    f"{argument('size')} and {argument(next(iter(shape)))} contradict each other: "
-                    "give one of them"
-                )
-            given = {} if context is None else {"n_positions": context}
-            return GPT2Config.of_size(size, **given)
-        return GPT2Config(
-            n_positions=SMALL_CONTEXT if context is None else context, **{**SMALL, **shape}
+        config = (
+            GPT2Config(n_positions=SMALL_CONTEXT, **{**SMALL, **shape})
+            if size is None
+            else GPT2Config.of_size(size)
         )
     except ConfigError as error:  # of an option, not of a file
         raise ParameterError(error.message) from None
+    if "context" in source:
+        config = replace(config, n_positions=source["context"])
+    settings = _with_defaults(given, {} if size is None else DEFAULTS_OF_SIZE)
+    return _Start(config, None, settings, {"context": config.n_positions, **source})
 
 
-def _with_vocabulary(config: GPT2Config, tokenizer: PipelineTokenizer | None) -> GPT2Config:
+def _from_model(found: FoundModel, source: dict[str, Any], given: Mapping[str, Any]) -> _Start:
+    known = found.info.tokenizer if found.info.has_tokenizer else None
+    context = min(found.info.config.n_positions, MAX_CONTEXT_OF_INIT)
+    return _Start(
+        found,
+        known if isinstance(known, PipelineTokenizer) else None,
+        _with_defaults(given, DEFAULTS_OF_INIT),
+        {"context": context, **source},
+    )
+
+
+def _resumed(
+    folder: Path | None,
+    sizes: Mapping[str, Any],
+    source: dict[str, Any],
+    given: Mapping[str, Any],
+) -> _Start:
+    if folder is None or sizes:
+        wrong = f"leave out {argument(next(iter(sizes)))}" if sizes else "give its folder"
+        raise ParameterError(
+            f"{argument('resume')} continues the model of the run in {argument('output')}: {wrong}"
+        )
+    checkpoint.check_output(folder, resume=True, overwrite=False)
+    stored = checkpoint.read_last(folder)
+    for name, value in source.items():
+        if name != "data" and value != (old := stored.source.get(name)):
+            raise ParameterError(
+                f"the run in {folder} has {argument(name)} {old!r}, not {value!r}: leave it out to "
+                "resume the run"
+            )
+    source = {**stored.source, **source}
+    if "data" not in source:
+        raise ParameterError(f"the run in {folder} names no files: give its {argument('data')}")
+    settings = TrainingSettings.from_dict(stored.settings.to_dict() | given)
+    return _Start(stored.config, stored.tokenizer, settings, source, stored.dtype)
+
+
+def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> TrainingSettings:
+    """Return the settings of a new run; the default of the warm-up depends on the steps."""
+    chosen = TrainingSettings(**{**defaults, **given})
+    if "warmup" in given:
+        return chosen
+    return replace(chosen, warmup=min(chosen.warmup, chosen.steps // MIN_STEPS_PER_WARMUP))
+
+
+def _with_vocabulary(config: GPT2Config, tokenizer: Tokenizer | None) -> GPT2Config:
     """Return the config of a model for the tokens of the data; without a tokenizer, GPT-2's."""
     if tokenizer is None:
         return config
     from gptx.conversions.checkpoint import end_of_text_ids
 
-    facts = end_of_text_ids(tokenizer.vocab_size, tokenizer)
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return GPT2Config(**values | {"vocab_size": tokenizer.vocab_size} | facts)
+    n = tokenizer.vocab_size
+    return replace(config, vocab_size=n, **end_of_text_ids(n, tokenizer))
 
 
-def _tokenizer_of(found: FoundModel | None) -> PipelineTokenizer | None:
-    if found is None or not found.info.has_tokenizer:
+# Data
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _absolute(paths: Any) -> list[str] | None:
+    """Return paths that another working directory does not change."""
+    if paths is None:
         return None
-    tokenizer = found.info.tokenizer
-    return tokenizer if isinstance(tokenizer, PipelineTokenizer) else None
+    return [os.path.abspath(os.path.expanduser(name)) for name in as_list(paths)]
+
+
+def _check_source(source: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """Check the options about the data and the size that have a range."""
+    counts = {n: source[n] for n in ("context", "max_bytes") if n in source}
+    for name, value in {**counts, **shape}.items():
+        check_count(name, value)
+    share = source.get("validation")
+    if is_real(share) and not 0 <= share < 1:
+        raise ParameterError(
+            f"{argument('validation')} is {shown(share)}, expected a fraction of at least 0, less "
+            "than 1, or files"
+        )
 
 
 def _open(
-    source: dict[str, Any],
+    start: _Start,
     folder: Path | None,
-    stack: ExitStack,
-    settings: TrainingSettings,
-    *,
+    place: Path,
     tokenizer: TokenizerSource | None,
-    known: PipelineTokenizer | None,
-    resume: bool,
+    *,
     offline: bool,
-) -> TrainingData:
-    """Open the data; a text is prepared first, and `source` changed to the result.
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Open the data; a text is prepared first, in a folder of `place`.
 
-    Parameters
-    ----------
-    source
-        See `_given`.
-    folder
-        Output folder; for None and for a resumed run, a text is prepared in a temporary folder.
-    known
-        Tokenizer of the model.
+    Returns
+    -------
+    data, source
+        The data, and the arguments with which a resumed run opens them: those of a prepared text
+        are relative to the folder of the run, which may be moved.
     """
-    names = [str((folder or Path()) / name) for name in source["data"]]
+    source = dict(start.source)
+    names = [os.path.join(folder or "", name) for name in source["data"]]
     validation = source.get("validation")
     if is_text(names):
-        if folder is None or resume:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            place = folder
-        is_fraction = isinstance(validation, int | float)
+        share = {"validation_fraction": validation} if is_real(validation) else {}
         prepared = prepare(
             names,
             place / checkpoint.DATA,
-            tokenizer=tokenizer if tokenizer is not None else known or CHARACTERS,
-            validation=() if is_fraction or validation is None else validation,
-            validation_fraction=validation if is_fraction else None,
+            tokenizer=tokenizer or start.tokenizer or CHARACTERS,
+            validation=() if share else validation or (),
             max_bytes=source.get("max_bytes"),
             overwrite=True,
             offline=offline,
+            **share,
         )
-        names, validation, tokenizer = [str(prepared.folder)], None, None
-        if place == folder:  # a relative path: the folder of the run may be moved
+        names, validation, tokenizer = [str(prepared.folder)], None, prepared.tokenizer
+        if place == folder:
             source["data"] = [checkpoint.DATA]
-            source.pop("validation", None)
-            source.pop("max_bytes", None)
-    if tokenizer in (CHARACTERS, VOWELS):
+    elif isinstance(tokenizer, str) and tokenizer in (CHARACTERS, VOWELS):
         raise ParameterError(
-            f"{argument('tokenizer')} is {tokenizer!r}, which needs a text to make a vocabulary of"
+            f"{argument('tokenizer', tokenizer)} makes a vocabulary of a text: give a text, or "
+            "leave it out"
         )
+    elif tokenizer is None and _has_examples(names):
+        tokenizer = start.tokenizer  # token files have their own, which is compared with it
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = read_tokenizer(tokenizer, offline=offline)
-    if tokenizer is not None and not isinstance(tokenizer, PipelineTokenizer):
+    if not isinstance(tokenizer, Tokenizer | None):
         raise ParameterError(
-            f"{argument('tokenizer')} is an object, expected a folder or a model for these data"
+            f"{argument('tokenizer')} is {shown(tokenizer)}, expected a folder, a model that has "
+            "one, or an object of the protocol gptx.Tokenizer"
         )
-    return open_data(
+    data = open_data(
         names[0] if len(names) == 1 else names,
         context=source["context"],
-        batch_size=settings.sequences,
-        seed=settings.seed,
-        tokenizer=tokenizer or (None if is_prepared(names) else known),
+        batch_size=start.settings.sequences,
+        seed=start.settings.seed,
+        tokenizer=tokenizer,
         validation=validation,
     )
+    return data, source
 
 
-def is_prepared(names: list[str]) -> bool:
-    """Test for a folder with a tokenizer of its own, which is compared with that of the model."""
-    return len(names) == 1 and (Path(names[0]) / "tokenizer.json").is_file()
+def _has_examples(names: list[str]) -> bool:
+    """Test for .jsonl files, or a folder with them, whose text is encoded when it is opened."""
+    return all(
+        name.endswith(JSON_LINES) or (Path(name) / f"{TRAIN}{JSON_LINES}").is_file()
+        for name in names
+    )

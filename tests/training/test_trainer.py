@@ -477,3 +477,39 @@ def test_a_model_with_its_own_head_is_trained() -> None:
     before = arrays_of(trainer)
     trainer.run()
     assert not np.array_equal(before["lm_head.weight"], arrays_of(trainer)["lm_head.weight"])
+
+
+# llm.c
+
+
+def test_a_run_of_llm_c_is_continued_exactly(tmp_path: Path) -> None:
+    """Ten steps, weights and state in llm.c's files, and ten steps are twenty steps."""
+    whole = make_trainer(settings={"eval_every": 100})
+    whole.run()
+    first = make_trainer(settings={"eval_every": 100}, output=tmp_path / "run")
+    for _ in range(10):
+        first.step()
+    first.save()
+    convert(tmp_path / "run" / "last", tmp_path / "model.bin", "llm.c")
+    first.write_llm_c_state(tmp_path / "state.bin")
+    second = make_trainer(
+        settings={"eval_every": 100},
+        model=tmp_path / "model.bin",
+        optimizer_state=tmp_path / "state.bin",
+    )
+    assert (second.state.step, second.state.updates) == (10, 10)
+    second.run()
+    assert_same_arrays(arrays_of(second), arrays_of(whole))
+
+
+def test_a_state_of_llm_c_needs_adamw_and_all_weights(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.step()
+    trainer.write_llm_c_state(tmp_path / "state.bin")
+    for settings in ({"optimizer": "sgd"}, {"steps": 1}):
+        with pytest.raises(ParameterError, match="AdamW after 1 steps"):
+            make_trainer(settings=settings, optimizer_state=tmp_path / "state.bin")
+    frozen = make_trainer(settings={"trainable": ["h.*"]})
+    with pytest.raises(ParameterError, match=r"llm\.c trains all weights with AdamW"):
+        frozen.write_llm_c_state(tmp_path / "other.bin")
+    assert not (tmp_path / "other.bin").exists()
