@@ -196,7 +196,7 @@ class TrainingOps(Backend):
 
         self._run_rows(differentiate, len(source), n)
         dw, db = (sum(parts) for parts in zip(*(sums[i] for i in sorted(sums)), strict=True))
-        return *(x if w else None for x, w in zip((dx, dw, db), wanted, strict=False)), None
+        return dx if wanted[0] else None, dw if wanted[1] else None, db if wanted[2] else None, None
 
     def gelu_new_vjp(self, g: Array, x: Array, *, wanted: Wanted) -> tuple[Array]:
         """Return `gradients.gelu_new_vjp`."""
@@ -264,9 +264,9 @@ class TrainingOps(Backend):
                 np.matmul(ds[block], keys[before], out=dq[own][rows])
             for first, last in _blocks(T, QUERY_ROWS):  # of the keys: later queries read them
                 rows, after = np.s_[..., first:last, :], np.s_[..., first:, :]
-                block = np.s_[..., first:, first:last]
-                np.matmul(p[block].swapaxes(2, 3), gradient[after], out=dv[own][rows])
-                np.matmul(ds[block].swapaxes(2, 3), queries[after], out=dk[own][rows])
+                p_t, ds_t = (x[..., first:, first:last].swapaxes(2, 3) for x in (p, ds))
+                np.matmul(p_t, gradient[after], out=dv[own][rows])
+                np.matmul(ds_t, queries[after], out=dk[own][rows])
 
         self._run_heads(differentiate, B, H, T)
         return dq, dk, dv, None, None

@@ -10,7 +10,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gptx.backends.cpu.memory import CACHE_LINE_BYTES, POOL_CHUNK_BYTES, Pool, allocate_aligned
+from gptx.backends.cpu.memory import (
+    CACHE_LINE_BYTES,
+    KEPT_PASSES,
+    MIN_RECYCLED_BYTES,
+    POOL_CHUNK_BYTES,
+    Pool,
+    Recycler,
+    allocate_aligned,
+)
 
 SHAPES = [(3,), (5, 7), (1,), (1000, 33), (2, 3, 5)]
 
@@ -81,3 +89,45 @@ def test_a_full_chunk_is_freed_with_the_last_of_its_arrays() -> None:
     del first
     gc.collect()
     assert freed() is None
+
+
+LARGE = (MIN_RECYCLED_BYTES // 16, 4)  # float32
+
+
+def test_memory_is_used_again_when_the_last_view_is_gone() -> None:
+    recycler = Recycler()
+    array = recycler.allocate(LARGE, np.float32)
+    assert (array.shape, array.dtype, array.flags.writeable) == (LARGE, np.float32, True)
+    address = array.ctypes.data
+    assert address % CACHE_LINE_BYTES == 0
+    view = array.reshape(-1)[5:].view(np.int32)
+    del array
+    other = recycler.allocate(LARGE, np.float32)
+    assert other.ctypes.data != address
+    del view
+    again = recycler.allocate((MIN_RECYCLED_BYTES // 8,), np.float64)  # as many bytes
+    assert again.ctypes.data == address
+    assert not np.shares_memory(again, other)
+
+
+def test_small_arrays_are_not_recycled() -> None:
+    array = Recycler().allocate((3, 2), np.float32)
+    assert (array.shape, array.dtype, array.base) == ((3, 2), np.float32, None)
+
+
+def test_memory_that_the_latest_passes_have_not_used_is_freed() -> None:
+    recycler = Recycler()
+    recycler.allocate(LARGE, np.float32)
+    (memory,) = (weakref.ref(kept.array) for free in recycler._free.values() for kept in free)
+    for _ in range(KEPT_PASSES):
+        recycler.next_pass()
+        assert memory() is not None
+    recycler.next_pass()
+    assert memory() is None
+
+
+def test_arrays_outlive_their_recycler() -> None:
+    array = Recycler().allocate(LARGE, np.float32)
+    array[...] = 7
+    gc.collect()
+    assert (array == 7).all()
