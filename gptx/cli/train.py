@@ -396,10 +396,11 @@ def train(
         progress = Progress(sys.stderr, every=log_every)
         samples = Samples(progress.sample, every=sample_every, prompt=prompt)
         callbacks += [progress, samples]
+    folder = output if resume is None else resume
     with run.explained():
         result = train_model(
             list(data) or None,
-            output=None if no_save else resume or output or "model",
+            output=None if no_save else "model" if folder is None else folder,
             resume=resume is not None,
             callbacks=callbacks,
             **given,
