@@ -188,6 +188,9 @@ def test_describe_tells_data_apart(tmp_path: Path) -> None:
     ]
     assert len({str(x) for x in described}) == 5
     assert described[0] == data(tmp_path).describe()
+    alone = TokenData(corpus(tmp_path, 1000), context=8, batch_size=3, seed=5).describe()
+    changed = {name for name in alone if alone[name] != described[0][name]}
+    assert changed == {"validation tokens", "validation checksum"}
 
 
 # Memory grows with the data: nanoGPT #287 #428. The pages of a mapping stay in memory.

@@ -146,6 +146,21 @@ def test_each_example_is_used_once_an_epoch(tmp_path: Path) -> None:
     assert (again.batch(4).ids == data.batch(4).ids).all()
 
 
+def test_describe_tells_examples_apart(tmp_path: Path) -> None:
+    examples = many(tmp_path)
+    train, validation = split_examples(examples, 0.25)
+    sizes: dict[str, int] = {"context": 100, "batch_size": 2}
+    described = [
+        Examples(train, validation, **sizes, tokenizer=TOKENIZER).describe(),
+        Examples(train, **sizes, tokenizer=TOKENIZER).describe(),
+        Examples(examples, validation, **sizes, tokenizer=TOKENIZER).describe(),
+        Examples(train, validation, **sizes, seed=1, tokenizer=TOKENIZER).describe(),
+        Examples(train, validation, context=99, batch_size=2, tokenizer=TOKENIZER).describe(),
+    ]
+    assert len({json.dumps(x) for x in described}) == 5
+    assert (described[1]["validation examples"], described[0]["train examples"]) == (0, 7)
+
+
 def test_validation_examples(tmp_path: Path) -> None:
     train, validation = split_examples(many(tmp_path), 0.25)
     assert validation is not None
