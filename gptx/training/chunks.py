@@ -1,9 +1,9 @@
-"""Places where a text can be cut, so that the ids of its chunks are those of the whole text.
+"""Positions where a text can be split, so that the ids of its chunks are those of the whole text.
 
-GPT-2's byte-level BPE splits a text into words before it merges bytes, and no word goes from a
-character that is no white space to one that is. So a text can be cut between the two, and so can
-the text of a tokenizer of pieces that end before white space. A tokenizer of characters can be cut
-anywhere. Any other tokenizer can give other ids at a cut, every `CHUNK_BYTES` or so.
+GPT-2's byte-level BPE splits a text into words before it merges bytes. No word contains white space
+after another character, so a chunk can end between the two. The same holds for vowel pieces, which
+end before white space. A chunk of a tokenizer of characters can end anywhere. Any other tokenizer
+can give other ids at the end of a chunk, every `CHUNK_BYTES` or so.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 from gptx.tokenization.vowels import PATTERN as VOWEL_PATTERN
 from gptx.training.texts import Begin
 
-MAX_HELD_CHARACTERS = 2**24  # without white space; then a text is cut anywhere
+MAX_HELD_CHARACTERS = 2**24  # without white space; then a chunk ends anywhere
 
 _PLACE = re.compile(r"(?<=\S)(?=[ \n])")
 
-# Returns the last position where a text can be cut; 0 if there is none.
-Cut = Callable[[str], int]
+# Returns the last position where a text can be split; 0 if there is none.
+FindSplit = Callable[[str], int]
 
 
-def cut_anywhere(text: str) -> int:
+def end_of(text: str) -> int:
     """Return the end of a text."""
     return len(text)
 
 
-def cut_before_space(text: str) -> int:
+def last_space(text: str) -> int:
     """Return the last position of a space or a line end that follows another character."""
     at = len(text)
     while at > 0:
@@ -41,12 +41,12 @@ def cut_before_space(text: str) -> int:
 
 
 def words_of(text: str) -> list[str]:
-    """Split a text at each position of `cut_before_space`."""
+    """Split a text at each position of `last_space`."""
     return _PLACE.split(text)
 
 
 def is_exact(definition: dict[str, Any]) -> bool:
-    """Test for a tokenizer whose ids do not change at a cut of `cut_before_space`.
+    """Test for a tokenizer whose ids stay the same if a text is split at a `last_space`.
 
     Parameters
     ----------
@@ -77,15 +77,15 @@ def _spans_spaces(token: dict[str, Any]) -> bool:
     )
 
 
-def cut_into_chunks(items: Iterator[str | Begin], cut: Cut) -> Iterator[str | Begin]:
-    """Join and split texts, so that each ends where the text can be cut.
+def split_into_chunks(items: Iterator[str | Begin], find_split: FindSplit) -> Iterator[str | Begin]:
+    """Join and split texts, so that each ends where the text can be split.
 
     Parameters
     ----------
     items
         Texts and marks; a text can end at any character.
-    cut
-        Function that returns the last position where a text can be cut.
+    find_split
+        Function that returns the last position where a text can be split.
     """
     held = ""
     for item in items:
@@ -96,7 +96,7 @@ def cut_into_chunks(items: Iterator[str | Begin], cut: Cut) -> Iterator[str | Be
             yield item
             continue
         held += item
-        at = cut(held) or (len(held) if len(held) > MAX_HELD_CHARACTERS else 0)
+        at = find_split(held) or (len(held) if len(held) > MAX_HELD_CHARACTERS else 0)
         if at:
             yield held[:at]
             held = held[at:]

@@ -12,11 +12,11 @@ from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.chunks import (
-    Cut,
-    cut_anywhere,
-    cut_before_space,
-    cut_into_chunks,
+    FindSplit,
+    end_of,
     is_exact,
+    last_space,
+    split_into_chunks,
     words_of,
 )
 from gptx.training.texts import Begin, code_points
@@ -44,7 +44,7 @@ class Encoder:
     tokenizer
         The tokenizer.
     is_exact
-        True if the ids are those of the text in one piece, wherever it is cut.
+        True if the ids are those of the text in one piece, wherever a chunk ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, allow_special: bool = False) -> None:
@@ -52,7 +52,7 @@ class Encoder:
         self._allow_special = allow_special
         self._table: Array | None = None  # code point -> id, of a tokenizer of characters
         self._words: dict[str, list[int]] = {}
-        self._cut: Cut = cut_before_space
+        self._find_split: FindSplit = last_space
         self.is_exact = False
         if isinstance(tokenizer, PipelineTokenizer):
             definition = tokenizer.definition()
@@ -61,7 +61,7 @@ class Encoder:
             if tokens:
                 self._table = np.full(N_CODE_POINTS, -1, np.int32)
                 self._table[code_points("".join(tokens))] = list(tokens.values())
-                self._cut = cut_before_space if allow_special else cut_anywhere
+                self._find_split = last_space if allow_special else end_of
         elif allow_special:
             raise ParameterError(
                 f"{argument('allow_special')} is True, and the tokenizer is not one of gptx: "
@@ -92,7 +92,7 @@ class Encoder:
         DataError
             The text has a character that the vocabulary lacks.
         """
-        for item in cut_into_chunks(items, self._cut):
+        for item in split_into_chunks(items, self._find_split):
             if isinstance(item, Begin):
                 yield np.array([self.end_of_text_id()], np.int32)
             else:

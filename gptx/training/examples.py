@@ -172,7 +172,7 @@ class Examples:
 def read_examples(paths: Sequence[Path], tokenizer: Tokenizer, *, context: int) -> ExampleSet:
     """Read and encode the examples of files.
 
-    An example of more than `context` + 1 tokens is cut at its end, and one without a token for the
+    An example of more than `context` + 1 tokens is truncated, and one without a token for the
     loss is left out; a note has their numbers.
 
     Raises
@@ -185,7 +185,7 @@ def read_examples(paths: Sequence[Path], tokenizer: Tokenizer, *, context: int) 
     end = getattr(tokenizer, "end_of_text_id", None)
     ids: list[Array] = []
     first_targets: list[int] = []
-    n_cut = n_empty = 0
+    n_truncated = n_empty = 0
     for path in paths:
         for place, prompt, completion in _read_lines(path):
             try:
@@ -193,7 +193,7 @@ def read_examples(paths: Sequence[Path], tokenizer: Tokenizer, *, context: int) 
             except PromptError as error:
                 raise DataError(f"{place}: {error.message}") from None
             example = [*parts[0], *parts[1], *([] if end is None else [end])]
-            n_cut += len(example) > context + 1
+            n_truncated += len(example) > context + 1
             example = example[: context + 1]
             first_target = max(len(parts[0]), 1)
             if first_target >= len(example):
@@ -204,15 +204,17 @@ def read_examples(paths: Sequence[Path], tokenizer: Tokenizer, *, context: int) 
     if not ids:
         names = " and ".join(map(str, paths))
         raise DataError(f"{names}: there is no example with a token to learn, {EXPECTED}")
-    _warn(n_cut, n_empty, context, has_end=end is not None)
+    _warn(n_truncated, n_empty, context, has_end=end is not None)
     starts = np.cumsum([0, *map(len, ids)])
     return ExampleSet(np.concatenate(ids), starts, np.array(first_targets))
 
 
-def _warn(n_cut: int, n_empty: int, context: int, *, has_end: bool) -> None:
+def _warn(n_truncated: int, n_empty: int, context: int, *, has_end: bool) -> None:
     notes = []
-    if n_cut:
-        notes.append(f"{n_cut:,} examples are longer than the context of {context} and are cut")
+    if n_truncated:
+        notes.append(
+            f"{n_truncated:,} examples are longer than the context of {context} and are truncated"
+        )
     if n_empty:
         notes.append(f"{n_empty:,} examples without a token for the loss are left out")
     if not has_end:

@@ -30,8 +30,8 @@ from gptx.training.vocabularies import CHARACTERS, TokenizerSource, check_source
 STANDARD_INPUT = "-"
 JSON_LINES = ".jsonl"
 NOT_EXACT_NOTE = (
-    "this tokenizer has no known place where a text can be cut: some ids can differ from those of "
-    f"the text in one piece, every {CHUNK_BYTES} bytes or so"
+    "the text is encoded in chunks, and this tokenizer has no known position to split a text: some "
+    f"ids can differ from those of the whole text, every {CHUNK_BYTES} bytes or so"
 )
 
 # Called with the name of a pass over the text, the bytes that it has read, and their total.

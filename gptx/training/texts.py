@@ -43,7 +43,7 @@ class TextFile:
     name
         Its name in error messages.
     max_bytes
-        Number of bytes to read, without a character that they cut; None for all.
+        Number of bytes to read, without an incomplete character at their end; None for all.
     """
 
     path: Path

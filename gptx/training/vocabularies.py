@@ -13,7 +13,7 @@ from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
-from gptx.training.chunks import cut_before_space, cut_into_chunks
+from gptx.training.chunks import last_space, split_into_chunks
 from gptx.training.texts import Progress, TextFile, read_range, without_marks
 
 CHARACTERS, VOWELS = "characters", "vowels"
@@ -115,4 +115,4 @@ def _chunks(files: Sequence[TextFile], progress: Progress | None) -> Iterator[st
         for text in without_marks(read_range(files, progress=progress))
         for first in range(0, len(text), PART_CHARACTERS)
     )
-    return without_marks(cut_into_chunks(parts, cut_before_space))
+    return without_marks(split_into_chunks(parts, last_space))

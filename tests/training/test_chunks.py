@@ -16,7 +16,7 @@ from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
 from gptx.training import chunks
-from gptx.training.chunks import cut_before_space, cut_into_chunks, is_exact, words_of
+from gptx.training.chunks import is_exact, last_space, split_into_chunks, words_of
 from gptx.training.encoding import Encoder
 from gptx.training.texts import BEGIN
 from tests.support.byte_tokenizers import byte_tokenizer, small_tokenizer
@@ -71,7 +71,7 @@ def test_ids_of_chunks_are_those_of_the_text(
     ids=range(9),
 )
 def test_the_last_place_before_white_space(text: str, at: int) -> None:
-    assert cut_before_space(text) == at
+    assert last_space(text) == at
 
 
 @given(TEXTS)
@@ -79,17 +79,17 @@ def test_words_are_split_at_these_places(text: str) -> None:
     words = words_of(text)
     assert "".join(words) == text
     ends = [len("".join(words[: i + 1])) for i in range(len(words) - 1)]
-    assert ends == [at for at in range(len(text)) if at and cut_before_space(text[: at + 1]) == at]
+    assert ends == [at for at in range(len(text)) if at and last_space(text[: at + 1]) == at]
 
 
 def test_the_mark_of_a_document_ends_a_chunk() -> None:
     items = iter(["ab", BEGIN, "c d", "e", BEGIN])
-    assert list(cut_into_chunks(items, cut_before_space)) == ["ab", BEGIN, "c", " de", BEGIN]
+    assert list(split_into_chunks(items, last_space)) == ["ab", BEGIN, "c", " de", BEGIN]
 
 
 def test_memory_is_bounded_without_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "MAX_HELD_CHARACTERS", 10)
-    found = list(cut_into_chunks(iter(["abcd"] * 9), cut_before_space))
+    found = list(split_into_chunks(iter(["abcd"] * 9), last_space))
     assert "".join(map(str, found)) == "abcd" * 9
     assert max(len(str(x)) for x in found) == 12
 

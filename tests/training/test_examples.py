@@ -74,14 +74,14 @@ def test_padding_is_masked_and_at_the_right(tmp_path: Path) -> None:
     assert examples.batch([0], 50).ids.shape == (1, 50)  # at most the context
 
 
-def test_an_example_that_is_too_long_is_cut_with_a_note(tmp_path: Path) -> None:
+def test_an_example_that_is_too_long_is_truncated_with_a_note(tmp_path: Path) -> None:
     path = written(
         tmp_path, {"text": "abcdefgh"}, {"text": "abc"}, {"prompt": "abcdef", "completion": "g"}
     )
     with pytest.warns(ModelWarning) as notes:
         examples = read(path, context=4)
     assert [str(note.message) for note in notes] == [
-        "2 examples are longer than the context of 4 and are cut",
+        "2 examples are longer than the context of 4 and are truncated",
         "1 examples without a token for the loss are left out",
     ]
     assert counted(examples, 4) == [ids("bcde"), [*ids("bc"), END]]

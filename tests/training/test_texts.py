@@ -69,7 +69,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4, 1000])
-def test_a_limit_cuts_back_to_a_character(
+def test_a_limit_leaves_out_an_incomplete_character(
     chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(texts, "CHUNK_BYTES", chunk_bytes)
