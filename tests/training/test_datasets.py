@@ -173,3 +173,19 @@ def test_the_hash_of_tiny_shakespeare() -> None:
 
     text = shared("data/tinyshakespeare.txt").read_bytes()
     assert hashlib.sha256(text).hexdigest() == datasets.DATASETS["tinyshakespeare"].sha256
+
+
+@pytest.mark.hub
+def test_the_names_on_the_hub() -> None:
+    """The real repositories; of TinyStories, the small file only."""
+    from gptx.hub.cache import DATASET
+    from gptx.hub.repository import Repository
+
+    assert fetch("tinyshakespeare").train[0].stat().st_size == 1_115_394
+    stories = DATASETS["tinystories"]
+    name = stories.validation[0]
+    source = Repository(
+        stories.repository, "main", False, None, False, kind=DATASET, first_file=name
+    )
+    assert END_OF_TEXT in source.need(name).read_text("utf-8")[:10_000]
+    source._request_metadata(stories.train[0])
