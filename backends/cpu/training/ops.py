@@ -35,7 +35,8 @@ MIN_ROWS = 32  # with fewer rows, calls cost more than the threads gain
 MIN_PART_ELEMENTS = 2**15  # of a row function: a thread takes tens of microseconds to begin
 MIN_PART_WORK = 2**20  # multiplications of a product
 COLUMN_MULTIPLE = 16  # of a thread's part of a product
-LOSS_BYTES = 2**25  # of the logits that exist at a time
+LOSS_BYTES = 2**26  # of the logits that exist at a time
+ADDED_ROWS = 512  # of a product that is added to a matrix
 PATTERN_BYTES = 2**22  # of the patterns that a thread computes at a time
 QUERY_ROWS = 64  # queries of a block, which needs no keys after its last one
 ADAMW_ELEMENTS = 2**19
@@ -307,13 +308,16 @@ class TrainingOps(Backend):
         width = -(-V // 16) * 16
         size = max(1, LOSS_BYTES // (width * x.itemsize))
         size = min(N, max(MIN_ROWS, size // 64 * 64))
+        # Not recycled: the gradients, which come next, may have this memory.
+        memory = np.empty((size, width), self.float_dtype)
         for first in range(0, N, size):
             block = slice(first, min(first + size, N))
             rows = x[block]
-            memory = self._allocate((len(rows), width))
-            logits = memory[:, :V]
+            logits = memory[: len(rows), :V]
             self._multiply(rows, table.T, logits)
-            self._differentiate_loss(memory, V, targets[block], weights[block], losses[block])
+            self._differentiate_loss(
+                memory[: len(rows)], V, targets[block], weights[block], losses[block]
+            )
             if dx is not None:
                 self._multiply(logits, table, dx[block])
             if dtable is not None:
@@ -441,8 +445,9 @@ class TrainingOps(Backend):
         def multiply(own: slice) -> None:
             left, right = (a, b[:, own]) if by_column else (a[own], b)
             target = out[:, own] if by_column else out[own]
-            if add:
-                target += left @ right
+            if add:  # BLAS could add, but NumPy does not pass it on: the product is a temporary
+                for first, last in _blocks(len(left), ADDED_ROWS):
+                    target[first:last] += left[first:last] @ right
             else:
                 np.matmul(left, right, out=target)
             if bias is not None:
