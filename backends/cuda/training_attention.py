@@ -44,7 +44,7 @@ def packed_rows(q: Array, k: Array, v: Array) -> Array | None:
     C, itemsize = H * D, q.itemsize
     strides = np.array([3 * T * C, D, 3 * C, 1]) * itemsize
     for part, x in enumerate((q, k, v)):
-        fits = x.shape == q.shape and x.dtype == q.dtype
+        fits = x.shape == q.shape and x.dtype == q.dtype and x.data.mem is q.data.mem
         # The stride of an axis of one element has no meaning.
         fits &= all(n == 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
         if not fits or x.data.ptr != q.data.ptr + part * C * itemsize:
