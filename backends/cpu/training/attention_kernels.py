@@ -54,8 +54,9 @@ class Heads(NamedTuple):
     @classmethod
     def of(cls, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Heads:
         """Return the addresses of three arrays, which have to stay alive."""
-        strides = (stride // q.itemsize for stride in q.strides[:3])
-        return cls(*(x.ctypes.data for x in (q, k, v)), *strides, q.shape)
+        sequence, head, row, _ = (stride // q.itemsize for stride in q.strides)
+        addresses = q.ctypes.data, k.ctypes.data, v.ctypes.data
+        return cls(*addresses, sequence, head, row, q.shape)
 
 
 def supports(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> bool:

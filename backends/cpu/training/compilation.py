@@ -6,14 +6,14 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import CellType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 from numba import njit
 
 from gptx.backends.cpu import kernels
 from gptx.backends.cpu.kernels.compilation import FAST_MATH
 
-_FOLDERS = Path(__file__).parent, Path(cast("str", kernels.__file__)).parent
+_FOLDERS = Path(__file__).parent, Path(kernels.__file__).parent
 _SHARED = "compilation.py", "simd.py", "elementwise.py"  # of the kernels that generate texts
 _FILES = [*sorted(_FOLDERS[0].glob("*.py")), *(_FOLDERS[1] / name for name in _SHARED)]
 _CHECKSUM = zlib.crc32(b"".join(path.read_bytes() for path in _FILES))
