@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptx.errors import DataError, NotFoundError, ParameterError, StorageError
+from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, TokenizerError
 from gptx.training import token_files
 from gptx.training.token_files import TokenFiles, TokenWriter, find_files, open_token_file
 from tests.support.cli import raises_error
@@ -95,6 +95,17 @@ def test_other_files(data: bytes, parts: tuple[str, ...], tmp_path: Path) -> Non
         open_token_file(path)
 
 
+@pytest.mark.parametrize("shift", range(4))
+def test_a_long_text(shift: int, tmp_path: Path) -> None:
+    """A character can begin at the end of the first bytes."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"a" * shift + "𝄞".encode() * 2000)
+    with raises_error(DataError, "is a text"):
+        open_token_file(path)
+    path.write_bytes(b"\xff" * 5000)  # the id 65535
+    assert open_token_file(path).n_tokens == 2500
+
+
 def test_text_is_not_taken_for_ids_of_characters(tmp_path: Path) -> None:
     """Ids below 256 have a byte 0, so a file of characters is no text."""
     path = tmp_path / "x.bin"
@@ -107,6 +118,9 @@ def test_an_id_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(token_files, "CHUNK_TOKENS", 4)
     files = TokenFiles.open(write(tmp_path, [*range(9), 12, 11, 12]))
     files.check_ids(13)
+    files.check_ids(2**16)
+    with raises_error(DataError, "has the token id 9 at position 0"):
+        TokenFiles.open(write(tmp_path, [9, 0], "first")).check_ids(9)
     with raises_error(DataError, "has the token id 12 at position 9, and the model has 12 tokens"):
         files.check_ids(12)
 
@@ -138,6 +152,20 @@ def test_too_many_tokens_for_a_header(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(write(tmp_path, IDS, "raw")) == 1
     with raises_error(ParameterError, "more than 25 tokens", "shard_tokens=100000000"):
         write(tmp_path, IDS, "val", header=True)
+
+
+def test_an_id_of_more_than_16_bits(tmp_path: Path) -> None:
+    assert write(tmp_path, [2**16 - 1])
+    with raises_error(TokenizerError, "the token id 65536, and token files have ids of 16 bits"):
+        write(tmp_path, [2**16], "val")
+
+
+@pytest.mark.parametrize("n", [1, 9, 10, 11, 25])
+def test_split(n: int, tmp_path: Path) -> None:
+    files = TokenFiles.open(write(tmp_path, IDS, header=True, shard_tokens=10))
+    first, rest = files.split(n)
+    assert first.read(0, first.n_tokens).tolist() == IDS[:n]
+    assert rest.read(0, rest.n_tokens).tolist() == IDS[n:]
 
 
 def test_the_checksum_depends_on_both_ends(tmp_path: Path) -> None:
