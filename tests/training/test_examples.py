@@ -76,7 +76,7 @@ def test_padding_is_masked_and_at_the_right(tmp_path: Path) -> None:
 
 def test_an_example_that_is_too_long_is_truncated_with_a_note(tmp_path: Path) -> None:
     path = written(
-        tmp_path, {"text": "abcdefgh"}, {"text": "abc"}, {"prompt": "abcdef", "completion": "g"}
+        tmp_path, {"text": "abcdefgh"}, {"text": "abcd"}, {"prompt": "abcdef", "completion": "g"}
     )
     with pytest.warns(ModelWarning) as notes:
         examples = read(path, context=4)
@@ -84,7 +84,7 @@ def test_an_example_that_is_too_long_is_truncated_with_a_note(tmp_path: Path) ->
         "2 examples are longer than the context of 4 and are truncated",
         "1 examples without a token for the loss are left out",
     ]
-    assert counted(examples, 4) == [ids("bcde"), [*ids("bc"), END]]
+    assert counted(examples, 4) == [ids("bcde"), [*ids("bcd"), END]]
 
 
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:

@@ -42,12 +42,13 @@ def test_the_text_does_not_depend_on_the_chunks(
     ("data", "parts"),
     [
         (b"abcdefghij\0", ("a.txt has a byte 0 at position 10",)),
+        (b"\0abc", ("a.txt has a byte 0 at position 0",)),
         (b"abcdefgh\xff", ("a.txt has byte 0xff at position 8", "iconv -f WINDOWS-1252")),
         (b"abc\xe2\x82", ("a.txt has byte 0xe2 at position 3",)),
         ("ab".encode("utf-16"), ("a.txt is in UTF-16", "iconv -f UTF-16")),
         ("ab".encode("utf-32"), ("a.txt is in UTF-32",)),
     ],
-    ids=["byte 0", "invalid", "truncated", "UTF-16", "UTF-32"],
+    ids=["byte 0", "first byte", "invalid", "truncated", "UTF-16", "UTF-32"],
 )
 def test_data_that_are_no_text(
     data: bytes,
