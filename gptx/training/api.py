@@ -221,7 +221,7 @@ def _from_scratch(
         )
     try:
         config = (
-            GPT2Config(n_positions=SMALL_CONTEXT, **{**SMALL, **shape})
+            replace(GPT2Config(n_positions=SMALL_CONTEXT), **{**SMALL, **shape})
             if size is None
             else GPT2Config.of_size(size)
         )
@@ -266,7 +266,7 @@ def _resumed(
     source = {**stored.source, **source}
     if "data" not in source:
         raise ParameterError(f"the run in {folder} names no files: give its {argument('data')}")
-    settings = TrainingSettings.from_dict(stored.settings.to_dict() | given)
+    settings = TrainingSettings.from_dict({**stored.settings.to_dict(), **given})
     return _Start(stored.config, stored.tokenizer, settings, source, stored.dtype)
 
 
@@ -308,7 +308,7 @@ def _check_source(source: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
     counts = {n: source[n] for n in ("context", "max_bytes") if n in source}
     for name, value in {**counts, **shape}.items():
         check_count(name, value)
-    share = source.get("validation")
+    share: Any = source.get("validation")
     if is_real(share) and not 0 <= share < 1:
         raise ParameterError(
             f"{argument('validation')} is {shown(share)}, expected a fraction of at least 0, less "
@@ -334,18 +334,18 @@ def _open(
     """
     source = dict(start.source)
     names = [os.path.join(folder or "", name) for name in source["data"]]
-    validation = source.get("validation")
+    validation: Any = source.get("validation")
     if is_text(names):
-        share = {"validation_fraction": validation} if is_real(validation) else {}
+        is_fraction = is_real(validation)
         prepared = prepare(
             names,
             place / checkpoint.DATA,
             tokenizer=tokenizer or start.tokenizer or CHARACTERS,
-            validation=() if share else validation or (),
+            validation=() if is_fraction else validation or (),
+            validation_fraction=validation if is_fraction else None,
             max_bytes=source.get("max_bytes"),
             overwrite=True,
             offline=offline,
-            **share,
         )
         names, validation, tokenizer = [str(prepared.folder)], None, prepared.tokenizer
         if place == folder:

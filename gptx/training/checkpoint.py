@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from gptx.files import atomic_path, create
 from gptx.model_files import CONFIG, WEIGHTS
 from gptx.safetensors_file import SafetensorsFile, write_arrays
 from gptx.tokenization.pipeline import PipelineTokenizer
+from gptx.training.parameters import HostTensor, Read
 from gptx.training.settings import TrainingSettings
 from gptx.training.state import TrainingState
 
@@ -39,25 +41,6 @@ FIRST = (DATA, "log.jsonl")  # written before the first checkpoint
 VERSION = 1
 MAX_STATE_BYTES = 2**24
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}(\.old)?")
-
-Read = Callable[[], np.ndarray]
-
-
-@dataclass(frozen=True)
-class HostTensor:
-    """An array on a device, described before it is copied to the host.
-
-    Attributes
-    ----------
-    dtype, shape
-        Type on the host, and shape.
-    read
-        Function that copies it.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Read
 
 
 @dataclass(frozen=True)
@@ -93,23 +76,24 @@ class StoredRun:
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield name and array of each weight, with the precision of the run."""
-        exact, stored = self.moments("weights"), SafetensorsFile(self.folder / WEIGHTS)
+        exact, stored = self.moments().get("weights", {}), SafetensorsFile(self.folder / WEIGHTS)
         for name in self.config.tensor_shapes():
             yield name, exact[name]() if name in exact else stored.read(name)
 
-    def moments(self, kind: str) -> dict[str, Read]:
-        """Return name of a weight -> function that reads an array of the optimizer, such as "m"."""
+    def moments(self) -> dict[str, dict[str, Read]]:
+        """Return kind ("m") -> name of a weight -> function that reads an array of the optimizer.
+
+        Raises
+        ------
+        WeightsError
+            The file is damaged.
+        """
         file = SafetensorsFile(self.folder / OPTIMIZER)
-
-        def reader(name: str) -> Read:
-            return lambda: file.read(name)
-
-        prefix = f"{kind}."
-        return {
-            name.removeprefix(prefix): reader(name)
-            for name in file.entries
-            if name.startswith(prefix)
-        }
+        found: dict[str, dict[str, Read]] = {}
+        for stored_name in file.entries:
+            kind, _, name = stored_name.partition(".")
+            found.setdefault(kind, {})[name] = partial(file.read, stored_name)
+        return found
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -8,13 +8,11 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from gptx import weights as weight_trees
 from gptx.backends import Backend, get_backend
 from gptx.backends.backward import Batch, loss_function
 from gptx.config import GPT2Config
@@ -27,17 +25,17 @@ from gptx.errors import (
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.text_model import Model
-from gptx.model import Transformer, forward
+from gptx.model import forward
 from gptx.model_files import CONFIG, ModelFiles
-from gptx.safetensors_file import widen_bfloat16
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training import checkpoint, optimizers
+from gptx.training import checkpoint, llm_c_state, optimizers
 from gptx.training.callbacks import Callback, EvaluationRecord, Skipped, StepRecord
 from gptx.training.data import TrainingData
 from gptx.training.deferral import deferred_signals
 from gptx.training.initialization import initial_weights
 from gptx.training.loss_scale import LossScale
+from gptx.training.parameters import Parameters
 from gptx.training.schedule import learning_rate
 from gptx.training.settings import CHANGEABLE, TrainingSettings
 from gptx.training.state import TrainingState, appended, z_score
@@ -119,10 +117,8 @@ class Trainer:
         Folder of the run.
     state : TrainingState
         State after the last step.
-    weights : dict
-        Name -> array on the backend, float32 or float64.
-    moments : dict
-        "m" and "v" -> arrays of the optimizer, in the order of the trainable weights.
+    parameters : Parameters
+        Weights, and arrays of the optimizer, on the backend.
 
     Raises
     ------
@@ -165,23 +161,28 @@ class Trainer:
         stored = checkpoint.read_last(self.output) if self.output and resume else None
         if stored:
             self.config, found = stored.config, stored.tokenizer
+            self.source = self.source or dict(stored.source)
             self._compare(stored)
             first = stored.weights()
         else:
             self.config, found, first = _first_weights(model, self.settings.seed)
         self.tokenizer: Tokenizer | None = found or data.tokenizer
         data.check(self.config, self.tokenizer)
-        self.trainable = self.settings.select_trainable(list(self.config.tensor_shapes()))
-        with self.backend.scope():
-            self.weights = {name: self._on_backend(array) for name, array in first}
-            self.moments = self._first_moments(stored)
-            if optimizer_state is not None and not stored:
-                self._take_llm_c_state(Path(optimizer_state).expanduser())
-            self._set_computed(self.weights)
+        self.parameters = Parameters(
+            self.config, self.settings, self.backend, first, stored and stored.moments()
+        )
+        if optimizer_state is not None and not stored:
+            n_steps = llm_c_state.read(self.parameters, optimizer_state)
+            if n_steps >= self.settings.steps:
+                raise ParameterError(
+                    f"{optimizer_state} is the state after {n_steps} steps, expected more "
+                    f"{argument('steps')} than that, not {self.settings.steps}"
+                )
+            self.state = replace(self.state, step=n_steps, updates=n_steps)
         self._loss_function = loss_function(
             forward,
-            self._transformer(self.backend),
-            trainable=self.trainable,
+            self.parameters.transformer(),
+            trainable=self.parameters.trainable,
             recompute=self.settings.recompute,
             dropout=self.settings.dropout_places,
         )
@@ -252,7 +253,12 @@ class Trainer:
             lr = learning_rate(settings, state.step)
             with deferred_signals():  # the update may change the arrays in place
                 if skipped is None:
-                    self._update(grads, lr, self._clip_factor(norm) / scale.value)
+                    self.parameters.update(
+                        grads,
+                        lr=lr,
+                        grad_scale=self._clip_factor(norm) / scale.value,
+                        number=state.updates + 1,
+                    )
                 self.state = self._next_state(loss, norm, skipped)
         record = StepRecord(
             step=self.state.step,
@@ -278,16 +284,16 @@ class Trainer:
         loss, total = None, []
         for first in range(0, len(batch.ids), n):
             part_loss, part = self._loss_function.gradients(
-                self._computed,
+                self.parameters.computed,
                 batch.sequences(first, first + n),
                 scale=loss_scale / n_tokens,
                 step=self.state.step,
                 first_sequence=first,
             )
-            grads = [part[name] for name in self.trainable]
-            if len(batch.ids) > n and self.backend.float_dtype != self._master_dtype:
+            grads = [part[name] for name in self.parameters.trainable]
+            if len(batch.ids) > n and self.backend.float_dtype != self.parameters.dtype:
                 # A sum in 16 bits loses too much precision.
-                grads = [self.backend.xp.astype(g, self._master_dtype) for g in grads]
+                grads = [self.backend.xp.astype(g, self.parameters.dtype) for g in grads]
             if first == 0:
                 loss, total = part_loss, grads
                 continue
@@ -309,31 +315,6 @@ class Trainer:
     def _clip_factor(self, norm: float) -> float:
         clip = self.settings.clip
         return clip / norm if clip is not None and norm > clip else 1.0
-
-    def _update(self, grads: list[Array], lr: float, grad_scale: float) -> None:
-        """Update the weights and the arrays of the optimizer."""
-        settings = self.settings
-        weights = [self.weights[name] for name in self.trainable]
-        options: dict[str, Any] = {
-            "lr": lr,
-            "decays": [settings.weight_decay if w.ndim >= 2 else 0.0 for w in weights],
-            "grad_scale": grad_scale,
-        }
-        if settings.optimizer == "adamw":
-            options |= {
-                "beta1": settings.beta1,
-                "beta2": settings.beta2,
-                "eps": settings.eps,
-                "step": self.state.updates + 1,
-            }
-        else:
-            options["momentum"] = settings.momentum
-        update = optimizers.function(self.backend, f"{settings.optimizer}_update")
-        new, *moments = update(weights, grads, *self.moments.values(), **options)
-        self.moments = dict(zip(self.moments, moments, strict=True))
-        changed = dict(zip(self.trainable, new, strict=True))
-        self.weights |= changed
-        self._set_computed(changed)
 
     def _next_state(self, loss: float, norm: float, skipped: Skipped | None) -> TrainingState:
         state = self.state
@@ -369,7 +350,7 @@ class Trainer:
         with self.backend.scope():
             for batch in self.data.validation_batches(self.settings.eval_batches):
                 n = max(1.0, batch.n_tokens)
-                loss = self._loss_function.loss(self._computed, batch, scale=1 / n)
+                loss = self._loss_function.loss(self.parameters.computed, batch, scale=1 / n)
                 total += n * _float(self.backend, loss)
                 tokens += batch.n_tokens
         state = replace(self.state, evaluated_step=self.state.step)
@@ -406,7 +387,7 @@ class Trainer:
             return
         state = self.state
         folder = checkpoint.write_last(
-            self.output, self._checkpoint(), self._stored_moments(), self._record()
+            self.output, self._checkpoint(), self.parameters.host_moments(), self._record()
         )
         self._saved_state = state
         self._publish_best()
@@ -416,7 +397,8 @@ class Trainer:
 
     def _publish_best(self) -> None:
         """Make the last checkpoint the best one if it is; after a crash, too."""
-        if self.output and self.state.best_step in (None, self.state.step):
+        is_best = self.state.best_step == self.state.step or not self.data.has_validation
+        if self.output and is_best:
             checkpoint.publish(self.output)
 
     def _record(self) -> dict[str, Any]:
@@ -433,71 +415,13 @@ class Trainer:
         """Return the model as `gptx.conversions` writes it, with weights in float32."""
         from gptx.conversions.checkpoint import Checkpoint, StoredTensor
 
-        def read(name: str) -> np.ndarray:
-            return self._to_host(self.weights[name]).astype(np.float32, copy=False)
-
         shapes = self.config.tensor_shapes()
         stored = {
-            name: StoredTensor(shape, np.dtype(np.float32), partial(read, name))
-            for name, shape in shapes.items()
+            name: StoredTensor(shapes[name], np.dtype(np.float32), read)
+            for name, read in self.parameters.host_weights().items()
         }
         tokenizer = cast("PipelineTokenizer | None", self.tokenizer)  # or one that saves itself
         return Checkpoint(self.config, stored, tokenizer)
-
-    def _stored_moments(self) -> dict[str, checkpoint.HostTensor]:
-        """Return the arrays of the optimizer; weights too if they are not float32."""
-        arrays = {
-            f"{kind}.{name}": array
-            for kind, values in self.moments.items()
-            if values  # SGD without momentum has none
-            for name, array in zip(self.trainable, values, strict=True)
-        }
-        if self._host_dtype != np.float32:
-            arrays |= {f"weights.{name}": array for name, array in self.weights.items()}
-        return {
-            name: checkpoint.HostTensor(
-                self._host_dtype, tuple(array.shape), partial(self._to_host, array)
-            )
-            for name, array in arrays.items()
-        }
-
-    def _to_host(self, array: Array) -> np.ndarray:
-        with self.backend.scope():
-            return self.backend.to_numpy(array)
-
-    def _first_moments(self, stored: checkpoint.StoredRun | None) -> dict[str, list[Array]]:
-        """Return zeros, or the arrays of a checkpoint."""
-        settings = self.settings
-        shapes = self.config.tensor_shapes()
-        moments: dict[str, list[Array]] = {}
-        for kind in optimizers.MOMENTS[settings.optimizer]:
-            if settings.optimizer == "sgd" and not settings.momentum:
-                moments[kind] = []
-                continue
-            found = stored.moments(kind) if stored else {}
-            moments[kind] = [
-                self._on_backend(found[name]())
-                if stored
-                else self.backend.zeros(shapes[name], str(self._host_dtype))
-                for name in self.trainable
-            ]
-        return moments
-
-    def _take_llm_c_state(self, path: Path) -> None:
-        """Take moments, number of steps, and weights if there are, of a run of llm.c."""
-        from gptx.conversions.formats import llm_c_optimizer_state
-
-        found = llm_c_optimizer_state.read(path, self.config)
-        if self.settings.optimizer != "adamw" or found.step >= self.settings.steps:
-            raise ParameterError(
-                f"{path} is the state of AdamW after {found.step} steps, expected "
-                f"{argument('optimizer', 'adamw')} and more {argument('steps')} than that"
-            )
-        if found.master is not None:
-            self.weights = {name: self._on_backend(w) for name, w in found.master.items()}
-        for kind, arrays in (("m", found.m), ("v", found.v)):
-            self.moments[kind] = [self._on_backend(arrays[name]) for name in self.trainable]
-        self.state = replace(self.state, step=found.step, updates=found.step)
 
     def write_llm_c_state(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer state that llm.c resumes from, beside a model file of this step.
@@ -511,21 +435,7 @@ class Trainer:
         StorageError
             The file cannot be written.
         """
-        from gptx.conversions.formats import llm_c_optimizer_state
-
-        if len(self.trainable) < len(self.weights) or self.settings.optimizer != "adamw":
-            raise ParameterError(
-                f"llm.c trains all weights with AdamW: expected {argument('optimizer', 'adamw')} "
-                f"and no {argument('trainable')}"
-            )
-
-        def on_host(arrays: Iterable[Array]) -> dict[str, np.ndarray]:
-            return dict(zip(self.trainable, map(self._to_host, arrays), strict=True))
-
-        m, v = (on_host(self.moments[kind]) for kind in ("m", "v"))
-        master = on_host(self.weights[name] for name in self.trainable)
-        state = llm_c_optimizer_state.OptimizerState(self.state.updates, m, v, master)
-        llm_c_optimizer_state.write(state, self.config, Path(path).expanduser())
+        llm_c_state.write(self.parameters, self.state.updates, path)
 
     def _compare(self, stored: checkpoint.StoredRun) -> None:
         """Take the state of a checkpoint; refuse settings or data that differ from it."""
@@ -559,34 +469,6 @@ class Trainer:
         old, new = stored.settings, self.settings
         return all(learning_rate(old, k) == learning_rate(new, k) for k in range(stored.state.step))
 
-    # Arrays
-
-    @property
-    def _master_dtype(self) -> Any:
-        return self.backend.accumulation_dtype
-
-    @property
-    def _host_dtype(self) -> np.dtype:
-        """Type of weights and optimizer: float64 for that type, float32 for the others."""
-        return np.dtype("float64" if self.backend.dtype == "float64" else "float32")
-
-    def _on_backend(self, host: np.ndarray) -> Array:
-        """Copy an array to the backend; a copy, since an update may change it in place."""
-        wide = np.array(widen_bfloat16(host), self._host_dtype, order="C")
-        return self.backend.asarray(wide, str(self._host_dtype))
-
-    def _set_computed(self, changed: Mapping[str, Array]) -> None:
-        """Convert changed weights to the type in which the model computes."""
-        ops = self.backend
-        if ops.float_dtype == self._master_dtype:
-            self._computed = self.weights
-            return
-        converted = {name: ops.xp.astype(w, ops.float_dtype) for name, w in changed.items()}
-        self._computed = {**getattr(self, "_computed", {}), **converted}
-
-    def _transformer(self, backend: Backend) -> Transformer:
-        return Transformer(self.config, weight_trees.as_tree(self._computed), backend)
-
     def model(self) -> Model:
         """Return the model with the current weights, for samples; the next step changes them."""
         backend = copy.copy(self.backend)
@@ -594,7 +476,7 @@ class Trainer:
         folder = self.output or Path()
         files = ModelFiles(str(folder), folder, folder / CONFIG, (), {}, None)
         info = ModelInfo(files, self.config, self.tokenizer)
-        return Model(self._transformer(backend), info, f"step {self.state.step}")
+        return Model(self.parameters.transformer(backend), info, f"step {self.state.step}")
 
     # Events
 
@@ -623,7 +505,7 @@ def _float(ops: Backend, x: Array) -> float:
 
 def _first_weights(
     model: Any, seed: int
-) -> tuple[GPT2Config, PipelineTokenizer | None, Iterable[tuple[str, np.ndarray]]]:
+) -> tuple[GPT2Config, PipelineTokenizer | None, Iterable[tuple[str, Any]]]:
     """Return the config, the tokenizer and the weights that a run starts from."""
     if isinstance(model, GPT2Config):
         return model, None, initial_weights(model, seed)

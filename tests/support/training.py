@@ -111,9 +111,12 @@ def tiny_settings(**changes: Any) -> TrainingSettings:
 def arrays_of(trainer: Trainer) -> dict[str, np.ndarray]:
     """Return copies of all weights and moments of a run, on the host."""
     ops = trainer.backend
-    found = dict(trainer.weights)
-    for kind, arrays in trainer.moments.items():
-        found |= {f"{kind}.{n}": x for n, x in zip(trainer.trainable, arrays, strict=bool(arrays))}
+    found = dict(trainer.parameters.weights)
+    for kind, arrays in trainer.parameters.moments.items():
+        found |= {
+            f"{kind}.{n}": x
+            for n, x in zip(trainer.parameters.trainable, arrays, strict=bool(arrays))
+        }
     with ops.scope():
         return {name: np.array(ops.to_numpy(x)) for name, x in found.items()}
 

@@ -88,7 +88,7 @@ def test_the_folder_is_a_model_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in (folder / "last").iterdir()) == sorted(model + own)
     loaded = gptx.load(folder / "last")
     assert loaded.config == CONFIG
-    assert np.array_equal(loaded.gpt2.weights.wte.weight, trainer.weights["wte.weight"])
+    assert np.array_equal(loaded.gpt2.weights.wte.weight, trainer.parameters.weights["wte.weight"])
     data = json.loads((folder / "config.json").read_text())
     assert (data["model_type"], data["torch_dtype"]) == ("gpt2", "float32")
     tensors, metadata = read_safetensors(folder / "model.safetensors")

@@ -20,6 +20,7 @@ from gptx.errors import DataError, Interrupted, NonFiniteError, ParameterError
 from gptx.random_weights import random_weights
 from gptx.training import state
 from gptx.training.callbacks import Callback, StepRecord
+from gptx.training.parameters import Parameters
 from gptx.training.trainer import Trainer
 from tests.support.backends import make_backend
 from tests.support.random_models import CASES, write_model
@@ -162,9 +163,11 @@ def test_frozen_weights_do_not_change(tmp_path: Path) -> None:
     before = arrays_of(trainer)
     trainer.run()
     after = arrays_of(trainer)
-    assert len(trainer.moments["m"]) == len(trainer.trainable) == 14
+    assert len(trainer.parameters.moments["m"]) == len(trainer.parameters.trainable) == 14
     for name in CONFIG.tensor_shapes():
-        assert np.array_equal(before[name], after[name]) == (name not in trainer.trainable)
+        assert np.array_equal(before[name], after[name]) == (
+            name not in trainer.parameters.trainable
+        )
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
@@ -255,7 +258,7 @@ def test_16_bits_with_weights_in_float32(dtype: str) -> None:
         callbacks=[records],
     )
     result = trainer.run()
-    assert {str(w.dtype) for w in trainer.weights.values()} == {"mlx.core.float32"}
+    assert {str(w.dtype) for w in trainer.parameters.weights.values()} == {"mlx.core.float32"}
     exact = Records()
     make_trainer(settings={"steps": 6, "eval_every": 20}, callbacks=[exact]).run()
     assert result.validation_loss is not None
@@ -308,9 +311,9 @@ def test_the_best_weights_are_kept_and_the_run_stops_early(tmp_path: Path) -> No
     assert losses.index(min(losses)) == len(losses) - 3
     best = gptx.load(tmp_path / "run").gpt2.weights
     last = gptx.load(tmp_path / "run" / "last").gpt2.weights
-    assert np.array_equal(last.wte.weight, trainer.weights["wte.weight"])
+    assert np.array_equal(last.wte.weight, trainer.parameters.weights["wte.weight"])
     assert not np.array_equal(best.wte.weight, last.wte.weight)
-    trainer.weights["wte.weight"][:] = best.wte.weight
+    trainer.parameters.weights["wte.weight"][:] = best.wte.weight
     assert trainer.state.best_step == result.best_step
 
 
@@ -349,7 +352,7 @@ def test_without_a_validation_split_the_last_weights_are_the_best(tmp_path: Path
     assert records.evaluations == []
     assert (result.validation_loss, result.best_loss) == (None, None)
     best = gptx.load(tmp_path).gpt2.weights.wte.weight
-    assert np.array_equal(best, trainer.weights["wte.weight"])
+    assert np.array_equal(best, trainer.parameters.weights["wte.weight"])
 
 
 # Events and interruptions
@@ -389,14 +392,14 @@ def test_ctrl_c_in_an_update_waits_for_its_end(
 ) -> None:
     """An update changes the arrays in place: half of one would be no state of the run."""
     trainer = make_trainer(output=tmp_path / "run")
-    original = Trainer._set_computed
+    original = Parameters.update
 
-    def interrupted(self: Trainer, changed: Any) -> None:
-        if self.state.step == 4:
+    def interrupted(self: Parameters, *arguments: Any, number: int, **options: Any) -> None:
+        if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        original(self, changed)
+        original(self, *arguments, number=number, **options)
 
-    monkeypatch.setattr(Trainer, "_set_computed", interrupted)
+    monkeypatch.setattr(Parameters, "update", interrupted)
     with pytest.raises(Interrupted):
         trainer.run()
     monkeypatch.undo()
@@ -454,7 +457,7 @@ def test_the_data_are_checked_before_the_first_step() -> None:
 
 
 def test_fine_tuning_begins_with_the_weights_of_the_model(tmp_path: Path) -> None:
-    weights = dict(make_trainer(settings={"seed": 3}).weights)
+    weights = dict(make_trainer(settings={"seed": 3}).parameters.weights)
     write_model(tmp_path / "init", CONFIG, weights)
     trainer = make_trainer(model=tmp_path / "init")
     assert_same_arrays({n: w for n, w in arrays_of(trainer).items() if n in weights}, weights)
@@ -506,10 +509,13 @@ def test_a_state_of_llm_c_needs_adamw_and_all_weights(tmp_path: Path) -> None:
     trainer = make_trainer()
     trainer.step()
     trainer.write_llm_c_state(tmp_path / "state.bin")
-    for settings in ({"optimizer": "sgd"}, {"steps": 1}):
-        with pytest.raises(ParameterError, match="AdamW after 1 steps"):
+    for settings, message in (
+        ({"optimizer": "sgd"}, "expected optimizer='adamw'"),
+        ({"steps": 1}, "after 1 steps, expected more steps than that, not 1"),
+    ):
+        with pytest.raises(ParameterError, match=message):
             make_trainer(settings=settings, optimizer_state=tmp_path / "state.bin")
     frozen = make_trainer(settings={"trainable": ["h.*"]})
-    with pytest.raises(ParameterError, match=r"llm\.c trains all weights with AdamW"):
+    with pytest.raises(ParameterError, match=r"llm\.c trains all weights, expected no trainable"):
         frozen.write_llm_c_state(tmp_path / "other.bin")
     assert not (tmp_path / "other.bin").exists()
