@@ -46,7 +46,7 @@ def test_sampler_on_ptx(random: np.random.Generator) -> None:
 
 TRAINING: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     "attention-float32": (test_training.test_attention_and_its_gradient, ("float32", 8, 40)),
-    "attention-bfloat16": (test_training.test_attention_and_its_gradient, ("bfloat16", 16, 66)),
+    "attention-bfloat16": (test_training.test_attention_and_its_gradient, ("bfloat16", 64, 66)),
     "pattern": (test_training.test_the_ops_of_attention, ("bfloat16",)),
     "linear": (test_training.test_sums_of_many_rows_are_split, ("bfloat16",)),
     "layer_norm": (test_training.test_layer_norm_vjp, ("bfloat16", 257)),
