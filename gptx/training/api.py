@@ -25,7 +25,7 @@ from gptx.training.log_file import LogFile
 from gptx.training.opening import is_text, open_data
 from gptx.training.plan import TRAIN
 from gptx.training.plot import LossPlot
-from gptx.training.prepare import JSON_LINES, prepare
+from gptx.training.prepare import JSON_LINES, STANDARD_INPUT, prepare
 from gptx.training.settings import TrainingSettings
 from gptx.training.texts import Paths, as_list
 from gptx.training.trainer import Trainer, TrainingResult
@@ -212,7 +212,7 @@ class _Start:
 
 
 def _from_scratch(
-    size: str | None, shape: dict[str, int], source: dict[str, Any], given: Mapping[str, Any]
+    size: str | None, shape: dict[str, Any], source: dict[str, Any], given: Mapping[str, Any]
 ) -> _Start:
     if size is not None and shape:
         raise ParameterError(
@@ -300,7 +300,10 @@ def _absolute(paths: Any) -> list[str] | None:
     """Return paths that another working directory does not change."""
     if paths is None:
         return None
-    return [os.path.abspath(os.path.expanduser(name)) for name in as_list(paths)]
+    return [
+        STANDARD_INPUT if name == STANDARD_INPUT else os.path.abspath(os.path.expanduser(name))
+        for name in as_list(paths)
+    ]
 
 
 def _check_source(source: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
@@ -333,7 +336,10 @@ def _open(
         are relative to the folder of the run, which may be moved.
     """
     source = dict(start.source)
-    names = [os.path.join(folder or "", name) for name in source["data"]]
+    names = [
+        name if name == STANDARD_INPUT else os.path.join(folder or "", name)
+        for name in source["data"]
+    ]
     validation: Any = source.get("validation")
     if is_text(names):
         is_fraction = is_real(validation)

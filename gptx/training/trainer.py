@@ -163,13 +163,13 @@ class Trainer:
             self.config, found = stored.config, stored.tokenizer
             self.source = self.source or dict(stored.source)
             self._compare(stored)
-            first = stored.weights()
+            first: Iterable[tuple[str, Any]] = stored.weights()
         else:
             self.config, found, first = _first_weights(model, self.settings.seed)
         self.tokenizer: Tokenizer | None = found or data.tokenizer
         data.check(self.config, self.tokenizer)
         self.parameters = Parameters(
-            self.config, self.settings, self.backend, first, stored and stored.moments()
+            self.config, self.settings, self.backend, first, stored.moments() if stored else None
         )
         if optimizer_state is not None and not stored:
             n_steps = llm_c_state.read(self.parameters, optimizer_state)

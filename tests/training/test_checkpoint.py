@@ -242,13 +242,13 @@ def raise_no_space() -> None:
 def test_a_full_disk_at_any_write_leaves_the_old_checkpoint(
     tmp_path: Path, failing: Callable[..., Failing]
 ) -> None:
-    trainer = make_trainer(tmp_path / "run")
+    trainer = make_trainer(tmp_path / "run", data=TinyData(validation=0))
     trainer.save()
     best = tmp_path / "run" / "model.safetensors"
     before = contents(tmp_path / "run" / "last"), best.read_bytes()
     trainer.step()
     counter = failing(10**9, lambda: None)
-    whole = make_trainer(tmp_path / "count")
+    whole = make_trainer(tmp_path / "count", data=TinyData(validation=0))
     whole.save()
     n = 10**9 - counter.left
     assert n > len(CONFIG.tensor_shapes())

@@ -75,18 +75,6 @@ def test_a_run_learns(name: str) -> None:
     assert all(r.tokens == 4 * T and r.skipped is None for r in records.steps)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("mlx", 5), ("strict", 2)])
-def test_the_same_run_on_every_library(name: str, steps: int) -> None:
-    losses = []
-    for library in ("numpy-generic", name):
-        records = Records()
-        settings = {"dropout": 0.1, "steps": steps}
-        backend = make_backend(library)
-        make_trainer(settings=settings, backend=backend, callbacks=[records]).run()
-        losses.append([r.loss for r in records.steps])
-    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("name", "optimizer", "dropout"),
     [("numpy-generic", "adamw", 0.0), ("numpy-generic", "sgd", 0.1), ("mlx", "sgd", 0.0)],
