@@ -7,6 +7,7 @@ in reverse order, with one vector-Jacobian product an op (see `gptx.backends.gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import numpy as np
 
 from gptx.backends import gradients
 from gptx.backends.base import Backend
-from gptx.backends.graph import Graph, Node, UnsupportedOp, expand_attention, trace
+from gptx.backends.graph import Graph, Node, UnsupportedOp, trace
 from gptx.backends.positions import Positions
 from gptx.errors import ParameterError, argument
 
@@ -26,7 +27,7 @@ RECOMPUTE = ("none", "cheap", "block")
 INPUTS = ("ids", "index")  # nodes of the graph's inputs
 HEADS = ("query", "key", "value")  # nodes of the results of `split_heads`
 # Ops whose gradient reads results of other nodes; that of "linear" does for the weight.
-READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention", "scores", "pattern", "z")
+READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention")
 CHEAP = ("layer_norm", "gelu_new", "gelu", "relu")  # ops that `recompute="cheap"` computes again
 
 
@@ -174,8 +175,6 @@ class LossFunction:
         graph = trace(forward, replace(model, weights=weights), last_only=False)
         if not isinstance(graph.output, Node) or graph.output.op != "unembed":
             raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
-        if dropout.attn > 0:
-            expand_attention(graph)
         self._graph = graph
         self._plan = _Plan(graph, self.trainable, recompute)
 
@@ -258,7 +257,7 @@ class _Plan:
     heads
         Operand of `split_heads` -> the nodes of its results, by op.
     sites
-        Node -> number of its place for dropout: sums, and patterns of attention.
+        Node -> number of its place for dropout: sums and attention.
     """
 
     def __init__(self, graph: Graph, trainable: frozenset[str], recompute: str) -> None:
@@ -266,7 +265,7 @@ class _Plan:
         self.read: dict[Node, list[Any]] = {}
         self.last_reader: dict[Node, Node] = {}
         self.heads: dict[Node, dict[str, Node]] = {}
-        places = [node for node in graph.nodes if node.op in ("add", "attention", "pattern")]
+        places = [node for node in graph.nodes if node.op in ("add", "attention")]
         self.sites = {node: number for number, node in enumerate(places)}
         block_inputs: set[Node] = set()
         block = ""
@@ -370,11 +369,9 @@ class _Run:
         match node.op:
             case "add":
                 return self._add(node, *operands)
-            case "scores" | "z":
-                return gradients.function(self.ops, node.op)(*operands)
-            case "pattern":
-                p = gradients.function(self.ops, "pattern")(*operands)
-                return self._drop(node, p, self.dropout.attn)
+            case "attention" if self.dropout.attn > 0:
+                attention = gradients.function(self.ops, "dropped_attention")
+                return attention(*operands, self.dropout.attn, **self._counters(node, operands[0]))
         return getattr(self.ops, node.op)(*operands)
 
     def _heads(self, node: Node) -> Array:
@@ -394,15 +391,18 @@ class _Run:
         """Apply the dropout of a place; to a gradient, too."""
         if p == 0:
             return x
-        rows = int(np.prod(x.shape[1:-1]))  # of a sequence
-        return gradients.function(self.ops, "dropout")(
-            x,
-            p,
-            seed=self.dropout.seed,
-            step=self.step,
-            site=self.plan.sites[node],
-            first_row=self.first_sequence * rows,
-        )
+        drop = gradients.function(self.ops, "dropout")
+        return drop(x, p, **self._counters(node, x))
+
+    def _counters(self, node: Node, x: Array) -> dict[str, Any]:
+        """Return the counters of a place's random bits, for rows [B, ..., n] of all sequences."""
+        rows_of_sequence = math.prod(x.shape[1:-1])
+        return {
+            "seed": self.dropout.seed,
+            "step": self.step,
+            "site": self.plan.sites[node],
+            "first_row": self.first_sequence * rows_of_sequence,
+        }
 
     def loss(
         self, targets: Array, weights: Array, wanted: tuple[bool, ...], *, keep: bool = False
@@ -452,9 +452,11 @@ class _Run:
         wanted = self.plan.wanted[node]
         operands = map(self._value, self.plan.read[node])
         match node.op:
-            case "pattern":
-                p = gradients.function(self.ops, "pattern")(*operands)
-                found = vjp(self._drop(node, g, self.dropout.attn), p)
+            case "attention" if self.dropout.attn > 0:
+                vjp = gradients.function(self.ops, "dropped_attention_vjp")
+                q, *rest = operands
+                counters = self._counters(node, q)
+                found = vjp(g, q, *rest, self.dropout.attn, wanted=wanted, **counters)
             case "embed":
                 name = node.operands[1].name
                 _, total = vjp(g, *operands, wanted=wanted, total=self.by_name.get(name))

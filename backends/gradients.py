@@ -139,14 +139,65 @@ def attention_vjp(
     g
         Gradient [B, T, C].
     """
-    p = pattern(ops, scores(ops, q, k, positions, scale))
-    dp, dv = z_vjp(ops, g, p, v, wanted=(True, True))
-    (ds,) = pattern_vjp(ops, dp, p)
-    dq, dk, *_ = scores_vjp(ops, ds, q, k, positions, scale, wanted=(True, True))
+    return _attention_vjp(ops, g, q, k, v, positions, scale, lambda x: x)
+
+
+def dropped_attention(
+    ops: Backend,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Positions,
+    scale: float,
+    p: float,
+    **counters: int,
+) -> Array:
+    """Return `Backend.attention` with dropout of its pattern, [B, T, C].
+
+    The rows of the pattern are numbered by sequence, head and token. `p` and `counters` are the
+    parameters of `dropout`.
+    """
+    found = function(ops, "pattern")(function(ops, "scores")(q, k, positions, scale))
+    return function(ops, "z")(function(ops, "dropout")(found, p, **counters), v)
+
+
+def dropped_attention_vjp(
+    ops: Backend,
+    g: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Positions,
+    scale: float,
+    p: float,
+    *,
+    wanted: Wanted,
+    **counters: int,
+) -> tuple[Array, Array, Array, None, None]:
+    """Return the gradients by q, k and v, each [B, H, T, D], of `dropped_attention`."""
+    drop = partial(function(ops, "dropout"), p=p, **counters)
+    return _attention_vjp(ops, g, q, k, v, positions, scale, drop)
+
+
+def _attention_vjp(
+    ops: Backend,
+    g: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Positions,
+    scale: float,
+    drop: Callable[[Array], Array],
+) -> tuple[Array, Array, Array, None, None]:
+    p = function(ops, "pattern")(function(ops, "scores")(q, k, positions, scale))
+    dp, dv = function(ops, "z_vjp")(g, drop(p), v, wanted=(True, True))
+    (ds,) = function(ops, "pattern_vjp")(drop(dp), p)
+    wanted = (True, True, False, False)
+    dq, dk, *_ = function(ops, "scores_vjp")(ds, q, k, positions, scale, wanted=wanted)
     return dq, dk, dv, None, None
 
 
-# Attention as three ops, for dropout of its pattern
+# The lines of attention as ops: scores, pattern and its product with the values
 
 
 def scores(ops: Backend, q: Array, k: Array, positions: Positions, scale: float) -> Array:
@@ -277,10 +328,26 @@ def cross_entropy(
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        embed_vjp, linear_vjp, layer_norm_vjp, gelu_new_vjp, gelu_vjp, relu_vjp, split_heads_vjp,
-        attention_vjp, scores, scores_vjp, pattern, pattern_vjp, z, z_vjp, dropout, cross_entropy,
+        embed_vjp,
+        linear_vjp,
+        layer_norm_vjp,
+        gelu_new_vjp,
+        gelu_vjp,
+        relu_vjp,
+        split_heads_vjp,
+        attention_vjp,
+        dropped_attention,
+        dropped_attention_vjp,
+        scores,
+        scores_vjp,
+        pattern,
+        pattern_vjp,
+        z,
+        z_vjp,
+        dropout,
+        cross_entropy,
     )
-}  # fmt: skip
+}
 
 
 def function(ops: Backend, name: str) -> Callable[..., Any]:

@@ -125,20 +125,3 @@ def trace(forward: Callable[..., Any], model: Any, *, last_only: bool) -> Graph:
     except (AttributeError, TypeError) as error:  # an operator or a method that `Node` lacks
         raise UnsupportedOp(str(error)) from error
     return graph
-
-
-def expand_attention(graph: Graph) -> None:
-    """Replace each "attention" node by "scores", "pattern" and "z", its lines in the generic op.
-
-    Dropout and hooks act on them (see `gptx.backends.gradients` for their definitions).
-    """
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "attention":
-            q, k, v, positions, scale = node.operands
-            scores = Node(node.graph, "scores", (q, k, positions, scale))
-            pattern = Node(node.graph, "pattern", (scores,))
-            nodes += [scores, pattern]
-            node.op, node.operands = "z", (pattern, v)  # the same object: others read it
-        nodes.append(node)
-    graph.nodes = nodes

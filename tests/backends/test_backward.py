@@ -20,7 +20,7 @@ from gptx.backends.backward import (
     loss_function,
     named_weights,
 )
-from gptx.backends.graph import UnsupportedOp, expand_attention, trace
+from gptx.backends.graph import UnsupportedOp
 from gptx.config import GPT2Config
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer, forward
@@ -194,26 +194,11 @@ def test_each_place_has_its_own_dropout(place: str) -> None:
 def test_dropout_has_the_places_of_gpt2() -> None:
     """One for the embeddings, and in each block the pattern and both results."""
     model = transformer(SMALL)
-    for dropout in (None, DROPOUT):
-        function = loss_function(forward, model, dropout=dropout)
-        sites = function._plan.sites
-        pattern = "attention" if dropout is None else "pattern"
-        ops = [node.op for node, _ in sorted(sites.items(), key=lambda item: item[1])]
-        assert ops == ["add", *[pattern, "add", "add"] * SMALL.n_layer]
-        assert sorted(sites.values()) == list(range(len(sites)))
-
-
-def test_expanded_attention_is_read_by_the_same_nodes() -> None:
-    model = transformer(SMALL)
-    graph = trace(forward, model, last_only=False)
-    n_nodes, n_attention = len(graph.nodes), SMALL.n_layer
-    expand_attention(graph)
-    assert len(graph.nodes) == n_nodes + 2 * n_attention
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        assert all(order[x] < order[node] for x in node.inputs)
-    assert [node.op for node in graph.nodes if node.op in ("attention", "scores", "pattern", "z")] \
-        == ["scores", "pattern", "z"] * n_attention  # fmt: skip
+    function = loss_function(forward, model, dropout=DROPOUT)
+    sites = function._plan.sites
+    ops = [node.op for node, _ in sorted(sites.items(), key=lambda item: item[1])]
+    assert ops == ["add", *["attention", "add", "add"] * SMALL.n_layer]
+    assert sorted(sites.values()) == list(range(len(sites)))
 
 
 def test_a_backend_may_replace_the_loss_function() -> None:

@@ -99,6 +99,29 @@ def test_attention_in_three_ops_is_attention(random: Random) -> None:
     np.testing.assert_allclose(y, EXACT.attention(q, k, v, POSITIONS, 0.4), atol=1e-15)
 
 
+def test_dropout_of_attention_equals_finite_differences(random: Random) -> None:
+    heads = [random.standard_normal(shape) for shape in HEADS]
+    rest = (POSITIONS, 0.4, 0.3)
+    counters = {"seed": 5, "step": 1, "site": 4, "first_row": 7}
+    attention = gradients.function(EXACT, "dropped_attention")
+    y = attention(*heads, *rest, **counters)
+    p = gradients.pattern(EXACT, gradients.scores(EXACT, *heads[:2], POSITIONS, 0.4))
+    dropped = gradients.dropout(EXACT, p, 0.3, **counters)
+    np.testing.assert_array_equal(y, gradients.z(EXACT, dropped, heads[2]))
+    g = random.standard_normal(y.shape)
+    vjp = gradients.function(EXACT, "dropped_attention_vjp")
+    found = vjp(g, *heads, *rest, wanted=(True, True, True, False, False), **counters)
+    for i in range(3):
+        direction = random.standard_normal(heads[i].shape)
+
+        def at(h: float, i: int = i, direction: Any = direction) -> float:
+            moved = [*heads[:i], heads[i] + h * direction, *heads[i + 1 :]]
+            return float(np.sum(g * attention(*moved, *rest, **counters)))
+
+        error = abs(derivative(at) - np.sum(found[i] * direction)) / np.linalg.norm(found[i])
+        assert error < 1e-8, (i, error)
+
+
 def test_bits_are_those_of_numpys_philox() -> None:
     for key, counter, first_row, n in [
         ((5, 0), (3, 7), 11, 21),
