@@ -186,6 +186,7 @@ def test_a_resume_with_other_settings(
     before = Path(out, "last", "optimizer.safetensors").read_bytes()
     done = run("train", "--resume", out, "-r", "0.5", "-q")
     assert_fails(done, 2, "-r/--learning-rate", "0.5")
+    assert_fails(run("train", "--resume", out, "-c", "7"), 2, "-c/--context")
     assert Path(out, "last", "optimizer.safetensors").read_bytes() == before
     assert run("train", "--resume", out, "--patience", "9", "-q").code == 0
 
@@ -221,6 +222,8 @@ def test_a_bad_text(text: str, out: str, content: bytes, code: int, message: str
         (("-r", "nan"), 2, "-r/--learning-rate is nan"),
         (("--steps", "0"), 2, "--steps is 0"),
         (("--dropout", "1"), 2, "--dropout is 1.0"),
+        (("--validation", "1.5"), 2, "--validation"),
+        (("-c", "0"), 2, "-c/--context"),
         (("--n-head", "3"), 2, "n_head 3"),
         (("--trainable", "h.9.*"), 2, "--trainable has 'h.9.*'"),
         (("--init", "shakespeare", "-c", "300"), 2, "-c/--context is 300"),
