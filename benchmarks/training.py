@@ -4,8 +4,8 @@
     LLM_C=/tmp/llm.c python -m benchmarks.training --threads 2 --work /tmp/models
 
 A step is one update: loss, gradients, their norm, AdamW. An engine has a process of its own for
-each workload, so its peak memory is that of the workload. The first turn is not counted: it checks
-that all engines have the same loss, and that it falls. An engine that is not installed is left out.
+each workload, so its peak memory is that of the workload. Two updates before the rounds check that
+all engines have the same loss, and that it falls. An engine that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gptx.errors import GptxError
 WORKER = "benchmarks.training_peers.base"
 REFERENCE = "PyTorch eager"
 MAX_LOSS_DIFFERENCE = 1e-4  # of the loss
-CHECK_STEPS = 2  # in the first turn
+CHECK_STEPS = 2
 
 MODELS = {
     "124M": GPT2Config.of_size("124M"),
@@ -58,7 +58,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and a batch of B sequences of T tokens; `steps` are timed in each turn."""
+    """A model and a batch of B sequences of T tokens; `steps` are timed in each round."""
 
     model: str
     B: int
@@ -92,8 +92,8 @@ class Run:
     about
         Threads, processor, date.
     records
-        One for each workload and engine: "workload", "engine", "version", "losses" of the first
-        turn, "seconds" of a step in each later turn, and "peak_memory" in bytes.
+        One for each workload and engine: "workload", "engine", "version", "losses" of the check,
+        "seconds" of a step in each round, and "peak_memory" in bytes.
     """
 
     about: dict[str, Any]
@@ -188,7 +188,7 @@ class EngineProcess:
 
 
 def check_losses(name: str, losses: Sequence[float], expected: float) -> None:
-    """Check the losses of the first turn of an engine.
+    """Check the first losses of an engine.
 
     Raises
     ------
@@ -209,29 +209,35 @@ def measure(
     engines: dict[str, EngineProcess] = {}
     records: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        for turn in range(args.rounds + 1):
-            print(f"{workload.name}: round {turn} of {args.rounds}", file=sys.stderr)
-            for name in names if turn == 0 else list(engines):
+        print(f"{workload.name}: losses of {', '.join(names)}", file=sys.stderr)
+        for name in names:
+            log = folder.with_name(f"{name}.log")
+            try:
+                engine = EngineProcess(name, folder, tokens, args.threads, log)
+                stack.callback(engine.close)
+                losses = engine.run_steps(CHECK_STEPS)["losses"]
+                first = next(iter(records.values()), {"losses": losses})
+                check_losses(name, losses, first["losses"][0])
+            except LeftOut as error:
+                print(error, file=sys.stderr)
+                continue
+            engines[name] = engine
+            records[name] = {"workload": workload.name, "engine": name, **engine.about}
+            records[name] |= {"losses": losses, "seconds": []}
+        for turn in range(args.rounds):
+            for name, engine in list(engines.items()):
+                run.about["pauses"] += 1
+                run.about["busy_pauses"] += pause(args.pause)
                 try:
-                    if turn:
-                        run.about["pauses"] += 1
-                        run.about["busy_pauses"] += pause(args.pause)
-                        found = engines[name].run_steps(workload.steps)
-                        records[name]["seconds"].append(float(np.median(found["seconds"])))
-                        records[name]["peak_memory"] = found["peak_memory"]
-                        continue
-                    log = folder.with_name(f"{name}.log")
-                    engine = EngineProcess(name, folder, tokens, args.threads, log)
-                    stack.callback(engine.close)
-                    found = engine.run_steps(CHECK_STEPS)
-                    expected = next((r["losses"][0] for r in records.values()), found["losses"][0])
-                    check_losses(name, found["losses"], expected)
-                    engines[name] = engine
-                    records[name] = {"workload": workload.name, "engine": name, **engine.about}
-                    records[name] |= {"losses": found["losses"], "seconds": []}
+                    found = engine.run_steps(workload.steps)
                 except LeftOut as error:
                     print(error, file=sys.stderr)
-                    engines.pop(name, None)
+                    del engines[name]
+                    continue
+                seconds = float(np.median(found["seconds"]))
+                print(f"{turn + 1} of {args.rounds}, {name}: {seconds:.3f} s", file=sys.stderr)
+                records[name]["seconds"].append(seconds)
+                records[name]["peak_memory"] = found["peak_memory"]
     run.records += records.values()
 
 

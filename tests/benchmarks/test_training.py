@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from benchmarks import training
 from benchmarks.compare.engine_process import LeftOut
 from benchmarks.training import (
+    WORKLOADS,
     EngineProcess,
     Run,
     check_losses,
@@ -63,6 +65,48 @@ def test_engines_that_compute_something_else_are_left_out() -> None:
     ):
         with pytest.raises(LeftOut, match=message):
             check_losses("gptx", losses, 5.0)
+
+
+class FakeEngine:
+    """An engine in the place of a process: absent, wrong, broken in the second round, or good."""
+
+    closed: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, folder: Path, tokens: Any, threads: int, log: Path) -> None:
+        if name == "PyTorch compiled":
+            raise LeftOut(f"{name} is left out: no module")
+        assert np.shape(tokens) == (12, 65)
+        self.name, self.about, self.rounds = name, {"version": "1"}, 0
+
+    def run_steps(self, n: int) -> dict[str, Any]:
+        self.rounds += 1
+        if self.name == "PyTorch eager" and self.rounds == 3:
+            raise LeftOut(f"{self.name} is left out: it failed")
+        losses = [4.0 + (self.name == "llm.c"), 3.0]
+        return {"losses": losses, "seconds": [1.0, 5.0, 2.0], "peak_memory": self.rounds}
+
+    def close(self) -> None:
+        self.closed.append(self.name)
+
+
+def test_a_workload_is_measured_in_rounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "EngineProcess", FakeEngine)
+    monkeypatch.setattr(training, "pause", lambda seconds: True)
+    monkeypatch.setattr(FakeEngine, "closed", [])
+    run = Run({"pauses": 0, "busy_pauses": 0})
+    args = parse_options(["--rounds", "3"])
+    training.measure(run, WORKLOADS["small-12x64"], Path("model"), args.engines, args)
+    good, broken = run.records
+    expected = {"workload": "small-12x64", "version": "1", "losses": [4.0, 3.0]}
+    assert good == expected | {"engine": "gptx", "seconds": 3 * [2.0], "peak_memory": 4}
+    assert broken == expected | {"engine": "PyTorch eager", "seconds": [2.0], "peak_memory": 2}
+    assert run.about == {"pauses": 5, "busy_pauses": 5}
+    assert sorted(FakeEngine.closed) == ["PyTorch eager", "gptx", "llm.c"]
+    messages = capsys.readouterr().err
+    for text in ("no module", "llm.c is left out: its loss is 5.00000", "it failed"):
+        assert text in messages
 
 
 def record(workload: str, engine: str, seconds: list[float], memory: float) -> dict[str, Any]:
