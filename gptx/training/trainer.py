@@ -153,6 +153,7 @@ class Trainer:
         self.output = None if output is None else Path(output).expanduser()
         self.state = TrainingState(scale=LossScale.of(self.backend.dtype))
         self.reason = ""
+        self._saved_state: TrainingState | None = None  # of the last checkpoint
         if self.output is not None:
             checkpoint.check_output(self.output, resume=resume, overwrite=overwrite)
             checkpoint.remove_leftovers(self.output, overwrite=overwrite)
@@ -383,17 +384,18 @@ class Trainer:
         StorageError
             The disk is full, or the folder cannot be written; the older checkpoint stays.
         """
-        if self.output is None or self.state == self._saved_state:
+        if self.output is None:
             return
         state = self.state
+        if state == self._saved_state:
+            self._publish_best()  # Ctrl-C may have come between the two
+            return
         folder = checkpoint.write_last(
             self.output, self._checkpoint(), self.parameters.host_moments(), self._record()
         )
         self._saved_state = state
         self._publish_best()
         self._call("on_checkpoint", folder)
-
-    _saved_state: TrainingState | None = None
 
     def _publish_best(self) -> None:
         """Make the last checkpoint the best one if it is; after a crash, too."""

@@ -24,7 +24,7 @@ from gptx.training.trainer import Trainer
 from tests.support.conversions import in_a_child
 from tests.support.training import CONFIG, TinyData, tiny_settings
 
-STEPS, EVAL_EVERY = 40, 4
+STEPS, EVAL_EVERY = 40, 8
 OPERATIONS = {
     "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.listdir",
     "os.scandir", "ctypes.dlsym",  # before two folders are exchanged
@@ -54,7 +54,7 @@ class Points(Callback):
 
 
 def train(folder: Path, *, resume: bool, points: Points | None = None) -> None:
-    """Run, or continue, 40 steps with a checkpoint every four."""
+    """Run, or continue, 40 steps with a checkpoint every eight."""
     trainer = Trainer(
         CONFIG,
         TinyData(),

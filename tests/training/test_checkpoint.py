@@ -36,14 +36,15 @@ def make_trainer(output: Path | None, **options: Any) -> Trainer:
     return Trainer(CONFIG, data, tiny_settings(**changes), output=output, **options)
 
 
-RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "numpy": ("numpy", {}, {"dropout": 0.1}),
-    "numpy-threads": ("numpy", {"threads": 2}, {"trainable": ["h.*"]}),
-    "generic-float64": ("numpy-generic", {"dtype": "float64"}, {}),
-    "generic-sgd": ("numpy-generic", {}, {"optimizer": "sgd", "momentum": 0.9}),
-    "generic-parts": ("numpy-generic", {}, {"accumulate": 2, "batch_size": 2}),
-    "mlx": ("mlx", {}, {}),
-    "mlx-float16": ("mlx", {"dtype": "float16"}, {}),
+# Backend, its options, settings, and the step of the resumption.
+RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "numpy": ("numpy", {}, {"dropout": 0.1}, 10),
+    "numpy-threads": ("numpy", {"threads": 2}, {"trainable": ["h.*"]}, 10),
+    "mlx": ("mlx", {}, {}, 10),
+    "mlx-float16": ("mlx", {"dtype": "float16"}, {}, 3),
+    "generic-float64": ("numpy-generic", {"dtype": "float64"}, {}, 3),
+    "generic-sgd": ("numpy-generic", {}, {"optimizer": "sgd", "momentum": 0.9}, 3),
+    "generic-parts": ("numpy-generic", {}, {"accumulate": 2, "batch_size": 2}, 3),
 }
 
 
@@ -53,7 +54,8 @@ def test_ten_steps_and_ten_are_twenty(name: str, tmp_path: Path) -> None:
 
     nanoGPT #467, build-nanogpt #83, mlx-lm #97.
     """
-    library, options, settings = RESUMED[name]
+    library, options, settings, n = RESUMED[name]
+    settings = {"eval_every": n // 2, "steps": 2 * n, **settings}
 
     def backend() -> Any:
         return make_backend(library, **options)
@@ -62,14 +64,14 @@ def test_ten_steps_and_ten_are_twenty(name: str, tmp_path: Path) -> None:
     whole = make_trainer(None, settings=settings, backend=backend(), callbacks=[whole_records])
     result = whole.run()
     make_trainer(
-        tmp_path, settings={**settings, "steps": 10}, backend=backend(), callbacks=[records]
+        tmp_path, settings={**settings, "steps": n}, backend=backend(), callbacks=[records]
     ).run()
     data = TinyData()
     resumed = make_trainer(
         tmp_path, settings=settings, data=data, backend=backend(), callbacks=[records], resume=True
     )
     assert resumed.run().loss == result.loss
-    assert data.steps == list(range(10, 20))
+    assert data.steps == list(range(n, 2 * n))
     assert_same_arrays(arrays_of(resumed), arrays_of(whole))
     assert resumed.state == whole.state
     numbers = [(r.step, r.loss, r.norm, r.learning_rate) for r in whole_records.steps]

@@ -18,7 +18,7 @@ from gptx.backends.backward import Batch, LossFunction
 from gptx.conversions import convert
 from gptx.errors import DataError, Interrupted, NonFiniteError, ParameterError
 from gptx.random_weights import random_weights
-from gptx.training import state
+from gptx.training import checkpoint, state
 from gptx.training.callbacks import Callback, StepRecord
 from gptx.training.parameters import Parameters
 from gptx.training.trainer import Trainer
@@ -397,6 +397,26 @@ def test_ctrl_c_in_an_update_waits_for_its_end(
     whole = make_trainer()
     whole.run()
     assert_same_arrays(arrays_of(resumed), arrays_of(whole))
+
+
+def test_ctrl_c_between_the_last_and_the_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(output=tmp_path / "run", settings={"steps": 5})
+    original, calls = checkpoint.publish, []
+
+    def interrupted(folder: Path) -> None:
+        calls.append(trainer.state.step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(folder)
+
+    monkeypatch.setattr(checkpoint, "publish", interrupted)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert calls == [0, 5, 5]
+    best = gptx.load(tmp_path / "run").gpt2.weights.wte.weight
+    assert np.array_equal(best, trainer.parameters.weights["wte.weight"])
 
 
 def test_events_come_in_order(tmp_path: Path) -> None:
