@@ -209,6 +209,7 @@ class Trainer:
             while True:
                 self._evaluate_and_save()
                 if self._is_finished():
+                    self.save()
                     return self._result()
                 self.step()
         except (KeyboardInterrupt, SystemExit) as error:
@@ -229,15 +230,12 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         """Evaluate and write a checkpoint if it is time for that."""
-        state, settings = self.state, self.settings
-        at_end = state.step == settings.steps
-        evaluated = False
-        if state.evaluated_step != state.step and (at_end or state.step % settings.eval_every == 0):
+        step, settings = self.state.step, self.settings
+        is_time = step % settings.eval_every == 0 or step == settings.steps
+        if is_time and self.state.evaluated_step != step:
             self.evaluate()
-            evaluated = True
-        is_best = evaluated and self.state.best_step == state.step
         every = settings.save_every or settings.eval_every
-        if is_best or at_end or state.step % every == 0:
+        if step % every == 0 or self.state.best_step == step:
             self.save()
 
     def step(self) -> StepRecord:
