@@ -64,8 +64,9 @@ def cases(random: np.random.Generator) -> dict[str, list[Arguments]]:
             (70, 5, (False, False)),
         ]
     ]
+    counters = {"seed": 2**63 + 5, "step": 7, "site": 3, "first_row": 11}
     drops: list[Arguments] = [
-        ((x(2, 3, 5, 21), 0.3), {"seed": 2**63 + 5, "step": 7, "site": 3, "first_row": 11}),
+        ((x(2, 3, 5, 21), 0.3), counters),
         ((x(1, 1, 16), 0.5), {"seed": 0, "step": 2**40, "site": 0, "first_row": 2**33}),
     ]
     return {
@@ -93,6 +94,16 @@ def cases(random: np.random.Generator) -> dict[str, list[Arguments]]:
         "split_heads_vjp": [(tuple(heads(3, *size)), {}) for size in sizes],
         "attention_vjp": [
             ((x(B, T, H * D), *heads(3, B, H, T, D), positions(B, T), 0.6), everything)
+            for B, H, T, D in sizes
+        ],
+        "dropped_attention": [
+            ((*heads(3, *size), positions(size[0], size[2]), 0.6, 0.3), counters) for size in sizes
+        ],
+        "dropped_attention_vjp": [
+            (
+                (x(B, T, H * D), *heads(3, B, H, T, D), positions(B, T), 0.6, 0.3),
+                everything | counters,
+            )
             for B, H, T, D in sizes
         ],
         "scores": [((*heads(2, *s), positions(s[0], s[2]), 0.6), {}) for s in sizes],
