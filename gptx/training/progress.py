@@ -21,6 +21,7 @@ CLEAR_LINE = "\r\x1b[K"
 SECONDS_BETWEEN_DRAWINGS = 0.1
 RECENT_STEPS = 50
 MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 6, 42
+WIDE_COLUMNS = 90  # of a line with room for more words
 EIGHTHS = " ▏▎▍▌▋▊▉█"  # of a column of the bar
 WHOLES = " #"  # for encodings without those
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # of a control character in a sample
@@ -69,13 +70,13 @@ class Status:
         A narrow line drops the bar, then figures: learning rate, norm, rate, validation loss, time.
         """
         figures = {
-            "step": f"{self.step}/{self.steps}",
+            "step": f"{self.step:{len(str(self.steps))}}/{self.steps}",
             "loss": f"loss {self.loss:.3f}",
             "validation": "" if self.validation_loss is None else f"val {self.validation_loss:.3f}",
             "norm": f"norm {self.norm:.2f}",
             "learning_rate": f"lr {_scientific(self.learning_rate)}",
             "rate": f"{_thousands(self.tokens_per_second)} tok/s",
-            "time": f"{duration(self.seconds_left)} left",
+            "time": duration(self.seconds_left) + (" left" if columns >= WIDE_COLUMNS else ""),
         }
         for name in ("", "learning_rate", "norm", "rate", "validation", "time", "loss"):
             figures.pop(name, None)
