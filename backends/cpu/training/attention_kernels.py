@@ -26,6 +26,7 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes,
 )
 from gptx.backends.cpu.training.compilation import cached
+from gptx.backends.cpu.training.random_factors import random_factors
 
 ROWS = 6  # of a tile; the last tile of a matrix begins earlier to be a whole one
 
@@ -59,6 +60,36 @@ class Heads(NamedTuple):
         return cls(*addresses, sequence, head, row, q.shape)
 
 
+class Drop(NamedTuple):
+    """Dropout of the pattern, see `gptx.backends.gradients.dropout`.
+
+    Attributes
+    ----------
+    threshold
+        Number of 2**16 random values for which an element is dropped; 0 for no dropout.
+    factor
+        Factor of the other elements.
+    seed, step, site, first_row
+        Counters of the random bits; rows are numbered by sequence, head and token.
+    """
+
+    threshold: int
+    factor: np.float32
+    seed: np.uint64
+    step: np.uint64
+    site: np.uint64
+    first_row: int
+
+    @classmethod
+    def of(cls, p: float, *, seed: int, step: int, site: int, first_row: int) -> Drop:
+        """Return the dropout of a probability."""
+        words = np.uint64(seed), np.uint64(step), np.uint64(site)
+        return cls(round(p * 2**16), np.float32(1 / (1 - p)), *words, first_row)
+
+
+NO_DROP = Drop(0, np.float32(1), np.uint64(0), np.uint64(0), np.uint64(0), 0)
+
+
 def supports(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> bool:
     """Test for float32 arrays [B, H, T, D] of the kernels' sizes and of the same strides."""
     T, D = q.shape[2:]
@@ -74,7 +105,7 @@ def supports(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> bool:
 def workspace_size(T: int, D: int, *, gradient: bool) -> int:
     """Return the floats of workspace for `attention`, or for `attention_vjp`."""
     width, panels = pattern_width(T), (T + LANES) * D
-    return 2 * T * width + 5 * panels if gradient else ROWS * width + 2 * panels
+    return width + (2 * T * width + 5 * panels if gradient else ROWS * width + 2 * panels)
 
 
 def pattern_width(T: int) -> int:
@@ -165,10 +196,28 @@ def _compute_pattern(
         _softmax_row(pattern, p + i * width, r + i + 1, end, scale)
 
 
+@compiled
+def _set_factors(drop: Drop, row: int, count: int, x: Any, at: int) -> None:
+    """Set `count` elements at x[at] to the factors of a row; whole vectors are set."""
+    for c in range(0, count, LANES):
+        block = c // LANES
+        store(x, at + c, random_factors(
+            drop.seed, drop.step, drop.site, row, block, drop.threshold, drop.factor
+        ))  # fmt: skip
+
+
+@compiled
+def _multiply_row(x: Any, i: int, count: int, factors: int) -> None:
+    """Multiply `count` elements at x[i], in whole vectors, by those at x[factors]."""
+    for c in range(0, count, LANES):
+        store(x, i + c, load(x, i + c) * load(x, factors + c))
+
+
 @cached
 def attention(
-    heads: Heads, result: Any, scale: float, first_head: int, last_head: int, workspace: Any
-) -> None:
+    heads: Heads, result: Any, scale: float, drop: Drop, first_head: int, last_head: int,
+    workspace: Any,
+) -> None:  # fmt: skip
     """Set the columns of heads [first_head, last_head) of B·H in `result` [B, T, H·D]."""
     B, H, T, D = heads.shape
     y = result.reshape(-1)
@@ -178,6 +227,7 @@ def attention(
     width, panels = _pattern_width(T), (T + LANES) * D
     keys = ROWS * width
     values = keys + panels
+    factors = values + panels
     for head in range(first_head, last_head):
         start = head // H * heads.sequence_stride + head % H * heads.head_stride
         target = head // H * T * H * D + head % H * D
@@ -188,6 +238,11 @@ def attention(
             _compute_pattern(
                 q, start, stride, workspace, keys, r, T, D, factor, workspace, 0, width
             )
+            if drop.threshold > 0:
+                for i in range(ROWS):
+                    row, count = drop.first_row + head * T + r + i, r + i + 1
+                    _set_factors(drop, row, count, workspace, factors)
+                    _multiply_row(workspace, i * width, count, factors)
             for d in range(0, D, LANES):
                 _multiply_tile(
                     workspace, 0, width, 1, workspace, values + d * T, r + ROWS,
@@ -197,8 +252,8 @@ def attention(
 
 @cached
 def attention_vjp(
-    heads: Heads, gradients: Heads, result: Any, scale: float, first_head: int, last_head: int,
-    workspace: Any,
+    heads: Heads, gradients: Heads, result: Any, scale: float, drop: Drop, first_head: int,
+    last_head: int, workspace: Any,
 ) -> None:  # fmt: skip
     """Set the gradients by heads [first_head, last_head) of B·H, from those by the result."""
     B, H, T, D = heads.shape
@@ -217,6 +272,7 @@ def attention_vjp(
     key_columns = value_rows + panels
     query_columns = key_columns + panels
     g_columns = query_columns + panels
+    factors = g_columns + panels
     for head in range(first_head, last_head):
         start = head // H * heads.sequence_stride + head % H * heads.head_stride
         out = head // H * gradients.sequence_stride + head % H * gradients.head_stride
@@ -238,10 +294,16 @@ def attention_vjp(
                     workspace, ds + p + c, width,
                 )  # fmt: skip
             for i in range(ROWS):
+                count, at = r + i + 1, p + i * width
+                if drop.threshold > 0:
+                    row = drop.first_row + head * T + r + i
+                    _set_factors(drop, row, count, workspace, factors)
+                    _multiply_row(workspace, ds + at, count, factors)
                 _differentiate_softmax_row(
-                    workspace, p + i * width, ds + p + i * width, r + i + 1,
-                    min(width, r + 2 * ROWS), factor,
-                )  # fmt: skip
+                    workspace, at, ds + at, count, min(width, r + 2 * ROWS), factor
+                )
+                if drop.threshold > 0:  # the gradient by the values reads the dropped pattern
+                    _multiply_row(workspace, at, count, factors)
             for d in range(0, D, LANES):
                 _multiply_tile(
                     workspace, ds + p, width, 1, workspace, key_columns + d * T, r + ROWS,

@@ -105,8 +105,11 @@ class TrainingOps(Backend):
         )
         return y
 
-    def attention_rows(self, q: Array, k: Array, v: Array, scale: float) -> Array:
-        """Return `Backend.attention` of sequences without earlier tokens."""
+    def attention_rows(self, q: Array, k: Array, v: Array, scale: float, drop: Any = None) -> Array:
+        """Return `Backend.attention` of sequences without earlier tokens.
+
+        `drop` is None, or an `attention_kernels.Drop`, for shapes that the kernels support.
+        """
         B, H, T, D = q.shape
         y = self._allocate((B, T, H * D))
         if kernels := self._attention_kernels(q, k, v):
@@ -115,7 +118,9 @@ class TrainingOps(Backend):
 
             def attend_heads(first: int, last: int) -> None:
                 workspace = self._allocate((size,))
-                kernels.attention(operands, y, scale, first, last, workspace)
+                kernels.attention(
+                    operands, y, scale, drop or kernels.NO_DROP, first, last, workspace
+                )
 
             self._run_shares(attend_heads, B * H)
             return y
@@ -236,9 +241,52 @@ class TrainingOps(Backend):
         wanted: Wanted,
     ) -> tuple[Array, Array, Array, None, None]:
         """Return `gradients.attention_vjp`; the three gradients are views of one array."""
-        B, H, T, D = q.shape
-        if not is_whole(k, positions, T):
+        if not is_whole(k, positions, q.shape[2]):
             return gradients.attention_vjp(self, g, q, k, v, positions, scale, wanted=wanted)
+        return self._attention_rows_vjp(g, q, k, v, scale)
+
+    def dropped_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        positions: Positions,
+        scale: float,
+        p: float,
+        **counters: int,
+    ) -> Array:
+        """Return `gradients.dropped_attention`."""
+        kernels = self._attention_kernels(q, k, v)
+        if kernels is None or not is_whole(k, positions, q.shape[2]):
+            return gradients.dropped_attention(self, q, k, v, positions, scale, p, **counters)
+        return self.attention_rows(q, k, v, scale, kernels.Drop.of(p, **counters))
+
+    def dropped_attention_vjp(
+        self,
+        g: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        positions: Positions,
+        scale: float,
+        p: float,
+        *,
+        wanted: Wanted,
+        **counters: int,
+    ) -> tuple[Array, Array, Array, None, None]:
+        """Return `gradients.dropped_attention_vjp`; the gradients are views of one array."""
+        kernels = self._attention_kernels(q, k, v)
+        if kernels is None or not is_whole(k, positions, q.shape[2]):
+            return gradients.dropped_attention_vjp(
+                self, g, q, k, v, positions, scale, p, wanted=wanted, **counters
+            )
+        return self._attention_rows_vjp(g, q, k, v, scale, kernels.Drop.of(p, **counters))
+
+    def _attention_rows_vjp(
+        self, g: Array, q: Array, k: Array, v: Array, scale: float, drop: Any = None
+    ) -> tuple[Array, Array, Array, None, None]:
+        """Return the gradients of `attention_rows`."""
+        B, H, T, D = q.shape
         dq, dk, dv = self.split_heads(self._allocate((B, T, 3 * H * D)), H)
         g = self._writable(g)
         if kernels := self._attention_kernels(q, k, v):
@@ -247,7 +295,10 @@ class TrainingOps(Backend):
 
             def differentiate_heads(first: int, last: int) -> None:
                 workspace = self._allocate((size,))
-                kernels.attention_vjp(operands, gradients_of, g, scale, first, last, workspace)
+                kernels.attention_vjp(
+                    operands, gradients_of, g, scale, drop or kernels.NO_DROP, first, last,
+                    workspace,
+                )  # fmt: skip
 
             self._run_shares(differentiate_heads, B * H)
             return dq, dk, dv, None, None

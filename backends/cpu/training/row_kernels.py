@@ -10,9 +10,6 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.elementwise import activate as activate_vector
@@ -20,6 +17,7 @@ from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW
 from gptx.backends.cpu.kernels.simd import (
     LANES,
     exp,
+    extract_lane,
     is_negative,
     load,
     max_lanes,
@@ -29,12 +27,7 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes,
 )
 from gptx.backends.cpu.training.compilation import cached
-
-# Philox 4x64-10, see `gptx.backends.philox`
-ROUNDS = 10
-MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-INCREMENT_0, INCREMENT_1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-
+from gptx.backends.cpu.training.random_factors import random_factors
 
 # Activations
 
@@ -204,37 +197,21 @@ def adamw(
 # Dropout
 
 
-@intrinsic
-def _high_word(context: Any, a: Any, b: Any) -> Any:
-    """Return the high word of the product of two words."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = ir.IntType(128)
-        product = builder.mul(*(builder.zext(x, wide) for x in args))
-        return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
-
-    return types.uint64(types.uint64, types.uint64), generate
-
-
 @cached
 def dropout(
     x: Any, y: Any, seed: int, step: int, site: int, first_row: int, threshold: int, factor: float
 ) -> None:
     """Set y [N, n] to x [N, n] times `factor`, 0 where 16 random bits are below the threshold."""
     n, scale = x.shape[1], np.float32(factor)
-    words = np.empty(4, np.uint64)
+    source, target = x.reshape(-1), y.reshape(-1)
     for r in range(len(x)):
-        for begin in range(0, n, 16):
-            w0, w1 = np.uint64(begin // 16 + 1), np.uint64(step)
-            w2, w3 = np.uint64(site), np.uint64(first_row + r)
-            k0, k1 = np.uint64(seed), np.uint64(0)
-            for _ in range(ROUNDS):
-                high0, low0 = _high_word(MULTIPLIER_0, w0), MULTIPLIER_0 * w0
-                high1, low1 = _high_word(MULTIPLIER_1, w2), MULTIPLIER_1 * w2
-                w0, w1, w2, w3 = high1 ^ w1 ^ k0, low1, high0 ^ w3 ^ k1, low0
-                k0, k1 = k0 + INCREMENT_0, k1 + INCREMENT_1
-            words[0], words[1], words[2], words[3] = w0, w1, w2, w3
-            for j in range(min(16, n - begin)):
-                bits = (words[j // 4] >> np.uint64(16 * (j % 4))) & np.uint64(0xFFFF)
-                kept = np.int64(bits) >= threshold
-                y[r, begin + j] = x[r, begin + j] * scale if kept else np.float32(0)
+        for begin in range(0, n, LANES):
+            factors = random_factors(
+                seed, step, site, first_row + r, begin // LANES, threshold, scale
+            )
+            i = r * n + begin
+            if begin + LANES <= n:
+                store(target, i, load(source, i) * factors)
+            else:
+                for j in range(n - begin):
+                    target[i + j] = source[i + j] * extract_lane(factors, j)
