@@ -117,6 +117,12 @@ def _option(*names: str, default: Any = "", **more: Any) -> Callable[[Any], Any]
     help="Start from the weights of a model: gpt2, shakespeare, a Hub id, a file or a folder.",
 )
 @_option(
+    "--optimizer-state",
+    metavar="FILE",
+    type=click.Path(),
+    help="Continue with llm.c's optimizer state, which belongs to the model of --init.",
+)
+@_option(
     "--resume",
     metavar="FOLDER",
     type=click.Path(),

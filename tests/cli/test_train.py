@@ -55,10 +55,14 @@ def test_only_what_is_given_is_passed_on(calls: list[dict[str, Any]]) -> None:
 
 
 def test_options_and_their_types(calls: list[dict[str, Any]]) -> None:
-    args = "--init gpt2 --steps 200 -r 1e-4 --trainable h.11.* --trainable ln_f.* -s 0 --dropout 0"
+    args = (
+        "--init gpt2 --optimizer-state s.bin --steps 200 -r 1e-4 --trainable h.11.* "
+        "--trainable ln_f.* -s 0 --dropout 0"
+    )
     assert options_of(calls, "data", *args.split()) == {
         "data": ["data"],
         "init": "gpt2",
+        "optimizer_state": "s.bin",
         "steps": 200,
         "learning_rate": 1e-4,
         "trainable": ("h.11.*", "ln_f.*"),
