@@ -64,6 +64,15 @@ ROOMS = [
     "gptx.generation.found_model gptx.generation.text_model",
     "gptx.generation.api",
     "gptx.generation",
+    "gptx.training.data",
+    "gptx.training.schedule gptx.training.loss_scale gptx.training.optimizers "
+    "gptx.training.initialization gptx.training.callbacks gptx.training.deferral",
+    "gptx.training.settings",
+    "gptx.training.state gptx.training.parameters",
+    "gptx.training.checkpoint gptx.training.llm_c_state",
+    "gptx.training.trainer",
+    "gptx.training.reports",
+    "gptx.training.api",
     "gptx.training",
     "gptx.bench",
     "gptx",  # the lazy public names
@@ -74,8 +83,8 @@ RANK = {room: i for i, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 # Rooms that may import from these rooms only, whatever their rank is.
 ONLY = {
-    "gptx.hub": "gptx.tokenization gptx.model_files gptx.embedded gptx.files gptx.file_lock gptx.errors "
-    "gptx._version",
+    "gptx.hub": "gptx.tokenization gptx.model_files gptx.embedded gptx.files gptx.file_lock "
+    "gptx.errors gptx._version",
     "gptx.conversions.containers": "gptx.files gptx.safetensors_file gptx.errors",
     "gptx.backends.base": "gptx.backends.positions gptx.quantization gptx.errors",
 }

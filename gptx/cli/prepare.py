@@ -99,7 +99,7 @@ def prepare(texts: tuple[str, ...], dataset: str | None, output: str, **options:
     """
     if not texts and dataset is None:
         raise click.UsageError("missing TEXT: give a text file, or --dataset NAME")
-    from gptx.training.prepare import prepare as prepare_data
+    from gptx.training.data.prepare import prepare as prepare_data
 
     with _progress_bar() as progress:
         done = prepare_data(texts, output, dataset=dataset, progress=progress, **options)

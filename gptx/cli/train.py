@@ -19,7 +19,7 @@ from gptx.config import SIZES
 from gptx.errors import ParameterError, argument
 from gptx.training.callbacks import Callback
 from gptx.training.optimizers import OptimizerName
-from gptx.training.progress import Progress, duration
+from gptx.training.reports.progress import Progress, duration
 from gptx.training.schedule import Schedule
 from gptx.training.settings import TrainingSettings
 
@@ -372,7 +372,7 @@ def train(
     """
     # Imported here: `gptx train --help` starts faster without.
     from gptx.training.api import train as train_model
-    from gptx.training.samples import Samples
+    from gptx.training.reports.samples import Samples
 
     if text_corpus is not None:
         data = (*data, text_corpus)

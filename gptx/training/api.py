@@ -20,16 +20,16 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training import checkpoint
 from gptx.training.callbacks import Callback
-from gptx.training.data import TrainingData, check_count
-from gptx.training.log_file import LogFile
-from gptx.training.opening import is_text, open_data
-from gptx.training.plan import TRAIN
-from gptx.training.plot import LossPlot
-from gptx.training.prepare import JSON_LINES, STANDARD_INPUT, prepare
+from gptx.training.data.opening import is_text, open_data
+from gptx.training.data.plan import TRAIN
+from gptx.training.data.prepare import JSON_LINES, STANDARD_INPUT, prepare
+from gptx.training.data.texts import Paths, as_list
+from gptx.training.data.vocabularies import CHARACTERS, VOWELS, TokenizerSource, read_tokenizer
+from gptx.training.data.windows import TrainingData, check_count
+from gptx.training.reports.log_file import LogFile
+from gptx.training.reports.plot import LossPlot
 from gptx.training.settings import TrainingSettings
-from gptx.training.texts import Paths, as_list
 from gptx.training.trainer import Trainer, TrainingResult
-from gptx.training.vocabularies import CHARACTERS, VOWELS, TokenizerSource, read_tokenizer
 
 SETTINGS = tuple(f.name for f in fields(TrainingSettings))
 # Settings whose default differs from that of `TrainingSettings`.
@@ -88,7 +88,7 @@ def train(
         1,024 with `size`, up to 256 with `init`.
     tokenizer
         "characters" or "vowels", which make a vocabulary of the text; or a tokenizer, see
-        `gptx.training.prepare.prepare`. None: that of `init` or of the data, or else characters.
+        `gptx.training.data.prepare`. None: that of `init` or of the data, or else characters.
     validation
         Fraction of a text or of examples for validation, at its end (0.1 by default); or files.
     max_bytes

@@ -58,7 +58,7 @@ class StoredRun:
     settings, state
         Settings of the run, and its state.
     data
-        Facts of the data, see `gptx.training.data.TrainingData.describe`.
+        Facts of the data, see `gptx.training.data.windows.TrainingData.describe`.
     dtype
         Type of the activations.
     source

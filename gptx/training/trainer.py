@@ -31,7 +31,7 @@ from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training import checkpoint, llm_c_state, optimizers
 from gptx.training.callbacks import Callback, EvaluationRecord, Skipped, StepRecord
-from gptx.training.data import TrainingData
+from gptx.training.data.windows import TrainingData
 from gptx.training.deferral import deferred_signals
 from gptx.training.initialization import initial_weights
 from gptx.training.loss_scale import LossScale
@@ -87,7 +87,7 @@ class Trainer:
         takes, or the result of `gptx.generation.found_model.find_model`. A resumed run has the
         model of its checkpoint.
     data
-        See `gptx.training.data.TrainingData`.
+        See `gptx.training.data.windows.TrainingData`.
     settings
         See `TrainingSettings`.
     output

@@ -8,8 +8,8 @@ import click
 import pytest
 
 from gptx.cli import prepare as command
-from gptx.training.datasets import DATASETS
-from gptx.training.plan import FORMATS, PLACES
+from gptx.training.data.datasets import DATASETS
+from gptx.training.data.plan import FORMATS, PLACES
 from tests.support.cli import run
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.training import plot
-from gptx.training.data import TokenData
-from gptx.training.log_file import read_log
+from gptx.training.data.windows import TokenData
+from gptx.training.reports import plot
+from gptx.training.reports.log_file import read_log
 from tests.support.cli import Done, run
 
 TEXT = "To be, or not to be: that is the question.\n" * 40

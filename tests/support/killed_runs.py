@@ -19,7 +19,7 @@ from typing import Any
 
 from gptx.backends import get_backend
 from gptx.training.callbacks import Callback, StepRecord
-from gptx.training.log_file import LogFile
+from gptx.training.reports.log_file import LogFile
 from gptx.training.trainer import Trainer
 from tests.support.conversions import in_a_child
 from tests.support.training import CONFIG, TinyData, tiny_settings

@@ -12,7 +12,7 @@ import pytest
 
 import gptx
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError
-from gptx.training.log_file import read_log
+from gptx.training.reports.log_file import read_log
 from gptx.training.trainer import TrainingResult
 from tests.support.training import Records
 

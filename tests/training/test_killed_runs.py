@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.training.log_file import read_log
+from gptx.training.reports.log_file import read_log
 from tests.support.conversions import contents
 
 ROOT = Path(__file__).resolve().parents[2]

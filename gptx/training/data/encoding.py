@@ -11,7 +11,7 @@ from gptx.errors import DataError, ParameterError, PromptError, argument
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training.chunks import (
+from gptx.training.data.chunks import (
     FindSplit,
     end_of,
     is_exact,
@@ -19,7 +19,7 @@ from gptx.training.chunks import (
     split_into_chunks,
     words_of,
 )
-from gptx.training.texts import Begin, code_points
+from gptx.training.data.texts import Begin, code_points
 
 Array = np.ndarray
 

@@ -20,9 +20,9 @@ from gptx.errors import (
 )
 from gptx.hub.errors import NoSuchFileError
 from gptx.tokenization.byte_level import END_OF_TEXT
-from gptx.training import datasets
-from gptx.training.datasets import DATASETS, fetch
-from gptx.training.prepare import prepare
+from gptx.training.data import datasets
+from gptx.training.data.datasets import DATASETS, fetch
+from gptx.training.data.prepare import prepare
 from tests.support.cli import raises_error
 from tests.support.embedded_tokenizer import FILES, FOLDER, load_tokenizer
 from tests.support.hub import CONFIG, hub_settings

@@ -1,6 +1,6 @@
 """Open the data of a training: token files of any of the three forms, or examples.
 
-A corpus of text becomes token files first, see `gptx.training.prepare`.
+A corpus of text becomes token files first, see `gptx.training.data.prepare`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from gptx.errors import DataError, NotFoundError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training.data import TokenData, TrainingData
-from gptx.training.examples import Examples, check_fraction, read_examples, split_examples
-from gptx.training.nanogpt_meta import META, read_meta
-from gptx.training.plan import TRAIN, VALIDATION_FRACTION
-from gptx.training.prepare import JSON_LINES
-from gptx.training.texts import Paths, as_list
-from gptx.training.token_files import TokenFiles, find_files
+from gptx.training.data.examples import Examples, check_fraction, read_examples, split_examples
+from gptx.training.data.nanogpt_meta import META, read_meta
+from gptx.training.data.plan import TRAIN, VALIDATION_FRACTION
+from gptx.training.data.prepare import JSON_LINES
+from gptx.training.data.texts import Paths, as_list
+from gptx.training.data.token_files import TokenFiles, find_files
+from gptx.training.data.windows import TokenData, TrainingData
 
 TOKENS = ".bin"
 VALIDATION_NAMES = ("val", "valid", "validation")
@@ -29,7 +29,7 @@ _SHARD_NUMBER = re.compile(r"_?\d+$")
 
 
 def is_text(source: Paths) -> bool:
-    """Test for text files, which `gptx.training.prepare` converts first.
+    """Test for text files, which `gptx.training.data.prepare` converts first.
 
     A folder, a name that ends in .bin or .jsonl, and a pattern of such names are no text.
     """

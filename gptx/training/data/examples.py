@@ -31,7 +31,7 @@ from gptx.errors import (
 )
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training.data import (
+from gptx.training.data.windows import (
     EpochOrder,
     check_context,
     check_count,
@@ -88,7 +88,7 @@ class ExampleSet:
 
 
 class Examples:
-    """Batches of examples; see `gptx.training.data.TrainingData`.
+    """Batches of examples; see `gptx.training.data.windows.TrainingData`.
 
     Each example is used once an epoch, in an order that the seed decides. They are not sorted by
     length.

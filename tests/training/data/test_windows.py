@@ -13,8 +13,8 @@ import pytest
 from gptx.backends.backward import Batch
 from gptx.errors import DataError, ParameterError
 from gptx.tokenization.characters import character_tokenizer
-from gptx.training.data import EpochOrder, TokenData, spread
-from gptx.training.token_files import TokenFiles
+from gptx.training.data.token_files import TokenFiles
+from gptx.training.data.windows import EpochOrder, TokenData, spread
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import raises_error
 from tests.support.random_models import CASES
@@ -201,8 +201,8 @@ def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
     code = f"""
 import numpy as np
 from pathlib import Path
-from gptx.training.data import TokenData
-from gptx.training.token_files import TokenFiles
+from gptx.training.data.windows import TokenData
+from gptx.training.data.token_files import TokenFiles
 path = Path({str(tmp_path / "train.bin")!r})
 with open(path, "wb") as file:
     file.truncate(2**26)

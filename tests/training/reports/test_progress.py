@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptx.training import progress
 from gptx.training.callbacks import EvaluationRecord, StepRecord
-from gptx.training.progress import CLEAR_LINE, WHOLES, Progress, Status, duration
+from gptx.training.reports import progress
+from gptx.training.reports.progress import CLEAR_LINE, WHOLES, Progress, Status, duration
 
 STATUS = Status(1250, 2000, 1.8432, 0.8412, 6.1e-4, 21_345.0, 65.2, 1.912)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptx.errors import DataError, argument
-from gptx.training.encoding import Encoder
-from gptx.training.plan import LLM_C, NONE, SECTIONS, TRAIN, VALIDATION, Plan
-from gptx.training.texts import (
+from gptx.training.data.encoding import Encoder
+from gptx.training.data.plan import LLM_C, NONE, SECTIONS, TRAIN, VALIDATION, Plan
+from gptx.training.data.texts import (
     Begin,
     Progress,
     TextFile,
@@ -16,7 +16,7 @@ from gptx.training.texts import (
     split_sections,
     without_marks,
 )
-from gptx.training.token_files import TokenWriter
+from gptx.training.data.token_files import TokenWriter
 
 
 def write_splits(

@@ -17,15 +17,20 @@ from gptx.errors import ModelWarning, ParameterError, StorageError, TokenizerErr
 from gptx.files import atomic_path
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training.data import check_count
-from gptx.training.datasets import fetch, find_dataset
-from gptx.training.encoding import Encoder, characters_of, special_of
-from gptx.training.nanogpt_meta import META, write_meta
-from gptx.training.plan import NANOGPT, NONE, Plan, check_output, make_plan
-from gptx.training.splits import write_splits
-from gptx.training.texts import CHUNK_BYTES, Paths, Progress, TextFile, as_list, scan
-from gptx.training.token_files import MAX_VOCABULARY
-from gptx.training.vocabularies import CHARACTERS, TokenizerSource, check_source, make_tokenizer
+from gptx.training.data.datasets import fetch, find_dataset
+from gptx.training.data.encoding import Encoder, characters_of, special_of
+from gptx.training.data.nanogpt_meta import META, write_meta
+from gptx.training.data.plan import NANOGPT, NONE, Plan, check_output, make_plan
+from gptx.training.data.splits import write_splits
+from gptx.training.data.texts import CHUNK_BYTES, Paths, Progress, TextFile, as_list, scan
+from gptx.training.data.token_files import MAX_VOCABULARY
+from gptx.training.data.vocabularies import (
+    CHARACTERS,
+    TokenizerSource,
+    check_source,
+    make_tokenizer,
+)
+from gptx.training.data.windows import check_count
 
 STANDARD_INPUT = "-"
 JSON_LINES = ".jsonl"
@@ -90,7 +95,7 @@ def prepare(
     output
         Folder to write: token files, the tokenizer, and for characters nanoGPT's meta.pkl.
     dataset
-        A name in `gptx.training.datasets.DATASETS`, whose text the Hub has, in place of `texts`.
+        A name in `gptx.training.data.datasets`, whose text the Hub has, in place of `texts`.
     tokenizer
         "characters" or "vowels", which make a vocabulary of the text; a folder with a tokenizer; a
         model that has one, such as "gpt2"; or an object with `encode`, `decode` and `vocab_size`.

@@ -11,9 +11,9 @@ import pytest
 
 from gptx.errors import DataError, NotFoundError, ParameterError
 from gptx.tokenization.characters import character_tokenizer
-from gptx.training.data import TokenData
-from gptx.training.examples import Examples
-from gptx.training.opening import find_split, is_text, open_data
+from gptx.training.data.examples import Examples
+from gptx.training.data.opening import find_split, is_text, open_data
+from gptx.training.data.windows import TokenData
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import raises_error
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptx.errors import DataError, NotFoundError, ParameterError, StorageError, TokenizerError
-from gptx.training import token_files
-from gptx.training.token_files import TokenFiles, TokenWriter, find_files, open_token_file
+from gptx.training.data import token_files
+from gptx.training.data.token_files import TokenFiles, TokenWriter, find_files, open_token_file
 from tests.support.cli import raises_error
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gptx.errors import GptxError, NonFiniteError, PromptError
 from gptx.training.callbacks import StepRecord
-from gptx.training.samples import Samples
+from gptx.training.reports.samples import Samples
 
 
 def run(model: Any, steps: int, **options: Any) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gptx.errors import DataError, StorageError
-from gptx.training.nanogpt_meta import read_meta, write_meta
+from gptx.training.data.nanogpt_meta import read_meta, write_meta
 from tests.support.cli import raises_error
 
 

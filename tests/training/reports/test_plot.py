@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gptx.errors import StorageError
-from gptx.training import plot
 from gptx.training.callbacks import EvaluationRecord
-from gptx.training.plot import LossPlot, draw
+from gptx.training.reports import plot
+from gptx.training.reports.plot import LossPlot, draw
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes

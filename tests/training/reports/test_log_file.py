@@ -11,7 +11,7 @@ import pytest
 
 from gptx.errors import DataError, StorageError
 from gptx.training.callbacks import EvaluationRecord, StepRecord
-from gptx.training.log_file import LogFile, read_log
+from gptx.training.reports.log_file import LogFile, read_log
 from tests.support.cli import raises_error
 
 

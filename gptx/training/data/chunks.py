@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from gptx.tokenization.vowels import PATTERN as VOWEL_PATTERN
-from gptx.training.texts import Begin
+from gptx.training.data.texts import Begin
 
 MAX_HELD_CHARACTERS = 2**24  # without white space; then a chunk ends anywhere
 

@@ -11,7 +11,7 @@ import pytest
 
 from gptx.errors import DataError, ModelWarning, NotFoundError, ParameterError
 from gptx.tokenization.pipeline import PipelineTokenizer
-from gptx.training.examples import Examples, ExampleSet, read_examples, split_examples
+from gptx.training.data.examples import Examples, ExampleSet, read_examples, split_examples
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import raises_error
 from tests.support.random_models import CASES

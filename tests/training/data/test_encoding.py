@@ -9,9 +9,9 @@ from gptx.errors import DataError, ParameterError
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
-from gptx.training import encoding
-from gptx.training.encoding import Encoder, characters_of
-from gptx.training.texts import BEGIN
+from gptx.training.data import encoding
+from gptx.training.data.encoding import Encoder, characters_of
+from gptx.training.data.texts import BEGIN
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import raises_error
 from tests.support.embedded_tokenizer import load_tokenizer

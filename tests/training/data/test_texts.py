@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptx.errors import DataError, NotFoundError, StorageError
-from gptx.training import texts
-from gptx.training.texts import BEGIN, Begin, TextFile, read_range, scan, split_sections
+from gptx.training.data import texts
+from gptx.training.data.texts import BEGIN, Begin, TextFile, read_range, scan, split_sections
 from tests.support.cli import raises_error
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import gptx.training.token_files
+import gptx.training.data.token_files
 from gptx.errors import (
     DataError,
     ModelWarning,
@@ -27,10 +27,10 @@ from gptx.errors import (
 )
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
-from gptx.training import texts
-from gptx.training.opening import open_data
-from gptx.training.prepare import Prepared, prepare
-from gptx.training.token_files import TokenFiles
+from gptx.training.data import texts
+from gptx.training.data.opening import open_data
+from gptx.training.data.prepare import Prepared, prepare
+from gptx.training.data.token_files import TokenFiles
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import posix, raises_error
 from tests.support.embedded_tokenizer import FOLDER, load_tokenizer
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_text(options: str, tmp_path: Path) -> Non
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     code = (
-        "import re, sys; from gptx.training.prepare import prepare;"
+        "import re, sys; from gptx.training.data.prepare import prepare;"
         f"prepare(sys.argv[1], sys.argv[1] + '.out', {options});"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
@@ -276,14 +276,14 @@ def test_a_full_disk_leaves_the_old_files(
     prepare(text, tmp_path / "out")
     old = contents(tmp_path / "out")
     calls = iter(range(9))
-    write = gptx.training.token_files.TokenWriter.write
+    write = gptx.training.data.token_files.TokenWriter.write
 
     def fail(*args: Any) -> None:
         if next(calls) == at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(*args)
 
-    monkeypatch.setattr(gptx.training.token_files.TokenWriter, "write", fail)
+    monkeypatch.setattr(gptx.training.data.token_files.TokenWriter, "write", fail)
     with raises_error(StorageError, "out cannot be written (No space left on device)"):
         prepare(text, tmp_path / "out", overwrite=True, tokenizer=FOLDER)
     assert contents(tmp_path / "out") == old
@@ -298,7 +298,7 @@ def test_a_killed_process_leaves_the_old_files(at: int, text: Path, tmp_path: Pa
     old = contents(tmp_path / "out")
     code = f"""
 import os, sys
-from gptx.training import prepare, token_files
+from gptx.training.data import prepare, token_files
 left = [{at}]
 def killed(function):
     def call(*args):

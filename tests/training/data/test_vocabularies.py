@@ -8,9 +8,9 @@ import pytest
 
 from gptx.errors import NotFoundError
 from gptx.tokenization.vowels import count_vowel_pieces
-from gptx.training import vocabularies
-from gptx.training.texts import TextFile
-from gptx.training.vocabularies import count_pieces, make_tokenizer, read_tokenizer
+from gptx.training.data import vocabularies
+from gptx.training.data.texts import TextFile
+from gptx.training.data.vocabularies import count_pieces, make_tokenizer, read_tokenizer
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.cli import raises_error
 from tests.support.embedded_tokenizer import FOLDER, load_tokenizer

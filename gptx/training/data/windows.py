@@ -18,7 +18,7 @@ from gptx.config import GPT2Config
 from gptx.errors import DataError, ParameterError, argument
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
-from gptx.training.token_files import TokenFiles
+from gptx.training.data.token_files import TokenFiles
 
 Array = np.ndarray
 

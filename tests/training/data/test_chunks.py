@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
-from gptx.training import chunks
-from gptx.training.chunks import is_exact, last_space, split_into_chunks, words_of
-from gptx.training.encoding import Encoder
-from gptx.training.texts import BEGIN
+from gptx.training.data import chunks
+from gptx.training.data.chunks import is_exact, last_space, split_into_chunks, words_of
+from gptx.training.data.encoding import Encoder
+from gptx.training.data.texts import BEGIN
 from tests.support.byte_tokenizers import byte_tokenizer, small_tokenizer
 from tests.support.embedded_tokenizer import load_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gptx.files import atomic_file
-from gptx.training import log_file
 from gptx.training.callbacks import Callback, EvaluationRecord
+from gptx.training.reports import log_file
 
 NAME = "loss.png"
 PNG_DPI = 160
@@ -74,7 +74,7 @@ def draw(records: Iterable[Mapping[str, Any]], path: str | Path, *, title: str =
     Parameters
     ----------
     records
-        Records of `gptx.training.log_file.read_log`. The `loss` of a step and the
+        Records of `gptx.training.reports.log_file.read_log`. The `loss` of a step and the
         `validation_loss` of an evaluation are drawn; null is left out.
     path
         The file to write.

@@ -13,8 +13,8 @@ from gptx.tokenization.characters import character_tokenizer
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.tokenization.vowels import count_vowel_pieces, vowel_tokenizer
-from gptx.training.chunks import last_space, split_into_chunks
-from gptx.training.texts import Progress, TextFile, read_range, without_marks
+from gptx.training.data.chunks import last_space, split_into_chunks
+from gptx.training.data.texts import Progress, TextFile, read_range, without_marks
 
 CHARACTERS, VOWELS = "characters", "vowels"
 VOWEL_TOKENS = 1024  # of a vocabulary of vowel pieces
@@ -59,7 +59,7 @@ def make_tokenizer(
     Parameters
     ----------
     source, vocab_size, train_bpe, offline
-        See `gptx.training.prepare.prepare`.
+        See `gptx.training.data.prepare.prepare`.
     files, characters
         The text, and its characters.
     end_of_text

@@ -15,8 +15,8 @@ from pathlib import Path
 from gptx.errors import IntegrityError, ParameterError, StorageError, argument
 from gptx.files import atomic_file
 from gptx.hub.resolve import importing_hub
-from gptx.training.token_files import CHUNK_TOKENS, TokenFiles
-from gptx.training.vocabularies import read_tokenizer
+from gptx.training.data.token_files import CHUNK_TOKENS, TokenFiles
+from gptx.training.data.vocabularies import read_tokenizer
 
 
 @dataclass(frozen=True)

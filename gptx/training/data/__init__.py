@@ -1,0 +1,1 @@
+"""Data for training: texts to token files, and batches of them."""

@@ -1,0 +1,1 @@
+"""Reports of a run: log, progress, samples and plot, as callbacks."""
