@@ -110,6 +110,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     StorageError
         The folder cannot be made or written.
     """
+    _restore_last(folder)
     state = folder / LAST / STATE
     if resume:
         if not state.is_file():
@@ -139,6 +140,18 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise StorageError(f"{folder} cannot be made ({error.strerror or error})") from error
     if not os.access(folder, os.W_OK):
         raise StorageError(f"{folder} cannot be written (it is read-only)")
+
+
+def _restore_last(folder: Path) -> None:
+    """Rename the last checkpoint back, after a crash within an exchange by three renames.
+
+    `gptx.files.exchange` needs them where the system cannot exchange two folders.
+    """
+    if not (folder / LAST).exists():
+        for path in folder.glob(f".{LAST}.*.old"):
+            with suppress(OSError):
+                path.rename(folder / LAST)
+                return
 
 
 def _is_temporary(path: Path) -> bool:

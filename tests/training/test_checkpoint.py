@@ -186,6 +186,23 @@ def test_more_steps_are_possible_if_the_learning_rates_stay(tmp_path: Path) -> N
 # Damage
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_crash_between_the_renames_of_an_exchange_loses_nothing(
+    tmp_path: Path, resume: bool
+) -> None:
+    """Where the system cannot exchange folders, `gptx.files.exchange` renames the old one first."""
+    make_trainer(tmp_path, settings={"steps": 2}).run()
+    before = contents(tmp_path / "last")
+    (tmp_path / "last").rename(tmp_path / ".last.0123456789ab.old")
+    (tmp_path / ".last.0123456789ab").mkdir()  # the new one, complete or not
+    if resume:
+        assert make_trainer(tmp_path, settings={"steps": 2}, resume=True).state.step == 2
+    else:
+        with pytest.raises(ParameterError, match="has a run already"):
+            make_trainer(tmp_path)
+    assert contents(tmp_path / "last") == before
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"version": 99}', b"\xff"])
 def test_a_damaged_state_is_one_line(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "last").mkdir()
