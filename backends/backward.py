@@ -40,7 +40,7 @@ class Batch:
     ids
         Token ids [B, T], int64.
     targets
-        Token ids after those of `ids` [B, T], int64.
+        Token ids after those of `ids` [B, T], int64; any number where it is masked, such as -100.
     weights
         Weight of each target in the loss [B, T], float32: 1, or 0 where it is masked. Padding is
         masked, and stands at the end of a sequence, where no other token attends to it.
@@ -74,7 +74,12 @@ class Dropout:
     resid
         Of the results of attention and MLP, before the residual sum.
     seed
-        Key of the random numbers.
+        Key of the random numbers, from 0 to 2**64 - 1.
+
+    Raises
+    ------
+    ParameterError
+        A probability or the seed is out of range.
     """
 
     embd: float = 0.0
@@ -89,6 +94,10 @@ class Dropout:
                 raise ParameterError(
                     f"{argument('dropout')} is {p!r} for {name}, expected at least 0, less than 1"
                 )
+        if not 0 <= self.seed < 2**64:
+            raise ParameterError(
+                f"{argument('seed')} is {self.seed}, expected at least 0, less than 2**64"
+            )
 
 
 class Weight(NamedTuple):
@@ -220,7 +229,8 @@ class LossFunction:
         ops = self.ops
         dtype = "float64" if ops.dtype == "float64" else "float32"
         weights = ops.asarray(batch.weights.reshape(-1) * np.float64(scale), dtype)
-        return ops.asarray(batch.ids), ops.asarray(batch.targets.reshape(-1)), weights
+        targets = np.where(batch.weights == 0, 0, batch.targets)  # backends read the logits there
+        return ops.asarray(batch.ids), ops.asarray(targets.reshape(-1)), weights
 
     # On arrays of the device only, so that a backend can compile these two
 
@@ -282,7 +292,8 @@ class _Plan:
                 block_inputs |= set(node.inputs)
         kept = {x for operands in self.read.values() for x in operands if isinstance(x, Node)}
         if recompute == "cheap":
-            kept = {node for node in kept if node.op not in CHEAP}
+            # What such an op reads is kept for its gradient, if that is computed.
+            kept = {node for node in kept if node.op not in CHEAP or node not in self.wanted}
         elif recompute == "block":
             kept = block_inputs
         self.kept = kept

@@ -11,7 +11,7 @@ import pytest
 
 import gptx
 from gptx import weights as stored
-from gptx.backends import Backend
+from gptx.backends import Backend, gradients
 from gptx.backends.backward import (
     Batch,
     Dropout,
@@ -162,16 +162,53 @@ def test_frozen_weights_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     function = loss_function(forward, model, trainable=["h.1.mlp.c_proj.bias"])
     assert isinstance(function, LossFunction)
     calls = []
-    vjp = gptx.backends.gradients.FUNCTIONS["linear_vjp"]
+    vjp = gradients.FUNCTIONS["linear_vjp"]
 
     def counted(ops: Any, g: Any, x: Any, *operands: Any, wanted: Any) -> Any:
         calls.append((x, wanted))
         return vjp(ops, g, x, *operands, wanted=wanted)
 
-    monkeypatch.setitem(gptx.backends.gradients.FUNCTIONS, "linear_vjp", counted)
+    monkeypatch.setitem(gradients.FUNCTIONS, "linear_vjp", counted)
     weights = dict(named_weights(model.weights))
     function.gradients(weights, batch_of(SMALL), scale=1.0)
     assert calls == [(None, (False, False, True))]
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_nothing_below_the_trainable_weights_is_computed_again(recompute: str) -> None:
+    """The operand of the first trainable layer is a result that `cheap` drops elsewhere."""
+    layers = []
+
+    class Counting(Backend):
+        def linear(self, x: Any, weight: Any, bias: Any) -> Any:
+            layers.append(weight.shape)
+            return super().linear(x, weight, bias)
+
+    model = transformer(SMALL, Counting(np, dtype="float64"))
+    options = {"trainable": ["h.1.attn.c_attn.weight"], "recompute": recompute}
+    _, found = gradients_of(model, batch_of(SMALL), **options)
+    n_again = {"none": 0, "cheap": 0, "block": 3}[recompute]  # of the last block
+    assert len(layers) == 4 * SMALL.n_layer + n_again
+    _, expected = gradients_of(transformer(SMALL), batch_of(SMALL))
+    for name, g in found.items():
+        np.testing.assert_array_equal(g, expected[name])
+
+
+def test_masked_targets_may_be_any_numbers() -> None:
+    """-100 as in PyTorch, for one; a compiled loss would read outside of the logits."""
+    targets = []
+
+    class Reading(Backend):
+        def cross_entropy(self, *operands: Any, **options: Any) -> Any:
+            targets.extend(operands[2].tolist())
+            return gradients.cross_entropy(self, *operands, **options)
+
+    batch = batch_of(SMALL)
+    expected = gradients_of(transformer(SMALL), batch)[0]
+    wrong = np.where(batch.weights == 0, [-100, 10**6] * 3, batch.targets)
+    model = transformer(SMALL, Reading(np, dtype="float64"))
+    assert gradients_of(model, replace(batch, targets=wrong))[0] == expected
+    assert targets == np.where(batch.weights == 0, 0, batch.targets).reshape(-1).tolist()
 
 
 def test_dropout_changes_with_step_and_seed() -> None:
@@ -209,11 +246,11 @@ def test_a_backend_may_replace_the_loss_function() -> None:
             calls.append((model, sorted(options)))
             return "own"
 
-    for generic, expected in [(False, "own"), (True, LossFunction)]:
-        ops = Own(np, dtype="float64", generic=generic)
-        found = loss_function(forward, transformer(SMALL, ops))
-        assert found == expected or isinstance(found, LossFunction)
-    assert [options for _, options in calls] == [["dropout", "recompute", "trainable"]]
+    model = transformer(SMALL, Own(np, dtype="float64"))
+    assert loss_function(forward, model) == "own"
+    assert calls == [(model, ["dropout", "recompute", "trainable"])]
+    generic = transformer(SMALL, Own(np, dtype="float64", generic=True))
+    assert isinstance(loss_function(forward, generic), LossFunction)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +269,13 @@ def test_an_invalid_option_is_refused(options: Any, message: str) -> None:
 def test_an_invalid_probability_is_refused(p: float) -> None:
     with pytest.raises(gptx.errors.ParameterError, match="for attn, expected at least 0"):
         Dropout(attn=p)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_an_invalid_seed_is_refused(seed: int) -> None:
+    with pytest.raises(gptx.errors.ParameterError, match=f"seed is {seed}, expected at least 0"):
+        Dropout(seed=seed)
+    Dropout(seed=2**64 - 1)
 
 
 def test_a_pass_without_a_head_is_not_supported() -> None:
