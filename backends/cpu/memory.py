@@ -16,7 +16,7 @@ Array = np.ndarray
 CACHE_LINE_BYTES = 64  # also the size of a vector of AVX-512
 POOL_CHUNK_BYTES = 2**26  # allocated by a pool at once
 MIN_RECYCLED_BYTES = 2**18  # smaller arrays come from the C library, which keeps their pages
-KEPT_PASSES = 3  # forward passes for which a recycler keeps free memory: two steps
+KEPT_PASSES = 3  # calls of `next_pass` that keep free memory; a step of training has two
 
 
 def allocate_aligned(
@@ -76,8 +76,8 @@ class Recycler:
     """Large arrays whose memory is used again when no reference to them is left.
 
     A step of training needs arrays of the same sizes as the step before. New memory from the system
-    costs more time than most ops: each page is cleared first. `next_pass` frees the memory that the
-    latest passes have not used.
+    costs more time than most ops: each page is cleared first. `next_pass` frees the memory that was
+    not used since the calls of it before.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Recycler:
     def next_pass(self) -> None:
         """Note that a forward pass begins."""
         self.passes += 1
-        for free in self._free.values():
+        for free in list(self._free.values()):  # other threads may allocate
             while free and free[0].last_pass < self.passes - KEPT_PASSES:
                 free.popleft()
 
