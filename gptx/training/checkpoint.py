@@ -59,8 +59,8 @@ class StoredRun:
         Settings of the run, and its state.
     data
         Facts of the data, see `gptx.training.data.windows.TrainingData.describe`.
-    dtype
-        Type of the activations.
+    backend, dtype
+        Name of the backend, and type of the activations.
     source
         Arguments with which the data were opened; empty if the caller made them.
     """
@@ -71,6 +71,7 @@ class StoredRun:
     settings: TrainingSettings
     state: TrainingState
     data: Mapping[str, Any]
+    backend: str
     dtype: str
     source: Mapping[str, Any]
 
@@ -104,12 +105,18 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     Raises
     ------
     ParameterError
-        The folder has other files, or it has a run, and neither `resume` nor `overwrite` is set.
+        The folder has other files; it has a run, and neither `resume` nor `overwrite` is set; or
+        both are.
     NotFoundError
         There is no run to resume.
     StorageError
         The folder cannot be made or written.
     """
+    if resume and overwrite:
+        raise ParameterError(
+            f"{argument('resume', True)} continues a run and {argument('overwrite', True)} "
+            "replaces it: give one of them"
+        )
     _restore_last(folder)
     state = folder / LAST / STATE
     if resume:
@@ -277,7 +284,8 @@ def read_last(folder: Path) -> StoredRun:
             raise ValueError
         settings = TrainingSettings.from_dict(record["settings"])
         state = TrainingState.from_dict(record["state"])
-        data, dtype, source = dict(record["data"]), str(record["dtype"]), dict(record["source"])
+        data, source = dict(record["data"]), dict(record["source"])
+        backend, dtype = str(record["backend"]), str(record["dtype"])
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist, expected the folder of a run") from None
     except OSError as error:
@@ -288,4 +296,4 @@ def read_last(folder: Path) -> StoredRun:
             f"start a new run from its weights, with {argument('init', str(last))}"
         ) from None
     config, tokenizer = GPT2Config.from_file(last / CONFIG), PipelineTokenizer.of_folder(last)
-    return StoredRun(last, config, tokenizer, settings, state, data, dtype, source)
+    return StoredRun(last, config, tokenizer, settings, state, data, backend, dtype, source)

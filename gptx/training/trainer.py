@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from gptx.backends import Backend, get_backend
 from gptx.backends.backward import Batch, loss_function
 from gptx.config import GPT2Config
 from gptx.errors import (
+    GptxError,
     Interrupted,
     NonFiniteError,
     ParameterError,
@@ -154,9 +156,13 @@ class Trainer:
         self.state = TrainingState(scale=LossScale.of(self.backend.dtype))
         self.reason = ""
         self._saved_state: TrainingState | None = None  # of the last checkpoint
+        if optimizer_state is not None and resume:
+            raise ParameterError(
+                f"{argument('resume')} has an optimizer state of its own: leave out "
+                f"{argument('optimizer_state')}"
+            )
         if self.output is not None:
             checkpoint.check_output(self.output, resume=resume, overwrite=overwrite)
-            checkpoint.remove_leftovers(self.output, overwrite=overwrite)
         elif resume:
             raise ParameterError(f"{argument('resume')} needs {argument('output')}, the folder")
         stored = checkpoint.read_last(self.output) if self.output and resume else None
@@ -172,7 +178,7 @@ class Trainer:
         self.parameters = Parameters(
             self.config, self.settings, self.backend, first, stored.moments() if stored else None
         )
-        if optimizer_state is not None and not stored:
+        if optimizer_state is not None:
             n_steps = llm_c_state.read(self.parameters, optimizer_state)
             if n_steps >= self.settings.steps:
                 raise ParameterError(
@@ -187,6 +193,8 @@ class Trainer:
             recompute=self.settings.recompute,
             dropout=self.settings.dropout_places,
         )
+        if self.output is not None:  # no error can come any more, and the weights have been read
+            checkpoint.remove_leftovers(self.output, overwrite=overwrite)
         if stored:
             self._publish_best()
 
@@ -200,11 +208,21 @@ class Trainer:
         Interrupted
             Ctrl-C; the state after the last whole step is saved.
         NonFiniteError
-            The gradients of ten steps in a row were not finite. The last checkpoint stays.
+            The gradients of ten steps in a row were not finite. The last good checkpoint stays.
         StorageError
             A checkpoint cannot be written. The older one stays.
         """
         self._call("on_start", self)
+        try:
+            result = self._run_steps()
+        except BaseException:
+            with suppress(GptxError):  # the first error is the one to report
+                self._call("on_end", self)
+            raise
+        self._call("on_end", self)
+        return result
+
+    def _run_steps(self) -> TrainingResult:
         try:
             while True:
                 self._evaluate_and_save()
@@ -217,8 +235,6 @@ class Trainer:
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted from None
             raise
-        finally:
-            self._call("on_end", self)
 
     def _is_finished(self) -> bool:
         patience = self.settings.patience
@@ -333,12 +349,17 @@ class Trainer:
     def _non_finite_error(self) -> NonFiniteError:
         advice = f"lower {argument('learning_rate')} or {argument('clip')}"
         kept = ""
-        if self.output and self._saved_state:
-            kept = f"; {self.output / checkpoint.LAST} has step {self._saved_state.step}"
+        if self.output and self.saved_step is not None:
+            kept = f"; {self.output / checkpoint.LAST} has step {self.saved_step}"
         return NonFiniteError(
             f"the loss or a gradient was NaN or infinite in {MAX_FAILURES} steps in a row, up to "
             f"step {self.state.step}{kept}: {advice}"
         )
+
+    @property
+    def saved_step(self) -> int | None:
+        """Step of the last checkpoint; None without one."""
+        return self._saved_state.step if self._saved_state else None
 
     # Evaluation
 
@@ -375,7 +396,8 @@ class Trainer:
         """Write the last checkpoint, and make it the best one if it is.
 
         Without a validation split the last checkpoint is the best one. Nothing is written if the
-        run has no output folder, or if the step is saved already.
+        run has no output folder, if the step is saved already, or while the loss is not finite:
+        the checkpoint stays that of the last good step.
 
         Raises
         ------
@@ -388,12 +410,24 @@ class Trainer:
         if state == self._saved_state:
             self._publish_best()  # Ctrl-C may have come between the two
             return
+        if not self._is_good():
+            return
         folder = checkpoint.write_last(
             self.output, self._checkpoint(), self.parameters.host_moments(), self._record()
         )
         self._saved_state = state
         self._publish_best()
         self._call("on_checkpoint", folder)
+
+    def _is_good(self) -> bool:
+        """Test that loss and weights are finite, as far as this step knows its loss."""
+        state, ops = self.state, self.backend
+        is_evaluated = state.evaluated_step == state.step and self.data.has_validation
+        if state.failures or (is_evaluated and state.validation_loss is None):
+            return False
+        with ops.scope():
+            weights = list(self.parameters.weights.values())
+            return math.isfinite(_float(ops, optimizers.function(ops, "squared_norm")(weights)))
 
     def _publish_best(self) -> None:
         """Make the last checkpoint the best one if it is; after a crash, too."""
@@ -441,6 +475,11 @@ class Trainer:
         """Take the state of a checkpoint; refuse settings or data that differ from it."""
         old, new = stored.settings.to_dict(), self.settings.to_dict()
         differing = [n for n in new if n not in CHANGEABLE and new[n] != old[n]]
+        if self.settings.steps < stored.state.step:
+            raise ParameterError(
+                f"{argument('steps')} is {self.settings.steps}, and the run in {self.output} has "
+                f"{stored.state.step} steps: give more"
+            )
         if differing == ["steps"] and self._has_same_rates(stored):
             differing = []
         if differing:

@@ -126,6 +126,23 @@ def test_a_run_is_replaced_only_on_request(tmp_path: Path) -> None:
     assert make_trainer(tmp_path, settings={"steps": 3, "seed": 1}, resume=True).state.step == 3
 
 
+def test_resume_and_overwrite_contradict_each_other(ten_steps: Path) -> None:
+    with pytest.raises(ParameterError, match="give one of them"):
+        make_trainer(ten_steps, settings={"steps": 10}, resume=True, overwrite=True)
+    assert (ten_steps / "model.safetensors").exists(), "the best weights would be lost"
+
+
+def test_a_replaced_run_may_be_the_model_to_start_from(tmp_path: Path) -> None:
+    make_trainer(tmp_path, settings={"steps": 2}).run()
+    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
+    options: dict[str, Any] = {"output": tmp_path, "overwrite": True}
+    with pytest.raises(ParameterError, match="no weight"):
+        Trainer(tmp_path, TinyData(), tiny_settings(trainable=["x"]), **options)
+    assert (tmp_path / "model.safetensors").exists(), "an error loses nothing"
+    tuned = Trainer(tmp_path, TinyData(), tiny_settings(), **options)
+    np.testing.assert_array_equal(tuned.parameters.weights["wpe.weight"], tensors["wpe.weight"])
+
+
 def test_the_data_and_the_log_of_a_run_may_be_first(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "log.jsonl").write_text("{}\n")
@@ -181,6 +198,8 @@ def test_more_steps_are_possible_if_the_learning_rates_stay(tmp_path: Path) -> N
     make_trainer(tmp_path / "constant").run()
     longer = make_trainer(tmp_path / "constant", settings={"steps": 22}, resume=True)
     assert longer.run().step == 22
+    with pytest.raises(ParameterError, match=r"steps is 20, and the run in .* has 22 steps"):
+        make_trainer(tmp_path / "constant", settings={"steps": 20}, resume=True)
 
 
 # Damage

@@ -16,7 +16,7 @@ import pytest
 import gptx
 from gptx.backends.backward import Batch, LossFunction
 from gptx.conversions import convert
-from gptx.errors import DataError, Interrupted, NonFiniteError, ParameterError
+from gptx.errors import DataError, Interrupted, NonFiniteError, ParameterError, StorageError
 from gptx.random_weights import random_weights
 from gptx.training import checkpoint, state
 from gptx.training.callbacks import Callback, StepRecord
@@ -185,7 +185,7 @@ def test_ten_steps_without_finite_gradients_end_the_run(
     change_gradients(monkeypatch, break_gradients)
     records = Records()
     trainer = make_trainer(output=tmp_path / "run", callbacks=[records])
-    with pytest.raises(NonFiniteError, match=r"10 steps in a row.*last has step 15") as caught:
+    with pytest.raises(NonFiniteError, match=r"10 steps in a row.*last has step 5") as caught:
         trainer.run()
     assert caught.value.exit_code == 70
     assert [r.skipped for r in records.steps] == [None] * 7 + ["non-finite"] * 10
@@ -193,6 +193,42 @@ def test_ten_steps_without_finite_gradients_end_the_run(
         weights = gptx.load(folder).gpt2.weights
         assert np.isfinite(weights.wpe.weight).all()
     assert trainer.state.updates == 7
+
+
+@pytest.mark.parametrize("validation", [0, 1])
+def test_weights_that_blow_up_replace_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validation: int
+) -> None:
+    """The update of step 10, just before a checkpoint, ruins the weights."""
+
+    def ruin(step: int, loss: Any, grads: dict[str, Any]) -> Any:
+        if step == 9:
+            trainer.parameters.weights["wpe.weight"][:] = math.nan
+        return loss
+
+    change_gradients(monkeypatch, ruin)
+    data = TinyData(validation=validation)
+    trainer = make_trainer(output=tmp_path / "run", data=data)
+    with pytest.raises(NonFiniteError, match="last has step 5"):
+        trainer.run()
+    for folder in (tmp_path / "run", tmp_path / "run" / "last"):
+        assert np.isfinite(gptx.load(folder).gpt2.weights.wpe.weight).all()
+    assert checkpoint.read_last(tmp_path / "run").state.step == trainer.saved_step == 5
+
+
+def test_an_evaluation_that_is_not_finite_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights can be too large for a finite loss."""
+    evaluate = LossFunction.loss
+
+    def loss(self: LossFunction, *arguments: Any, **options: Any) -> Any:
+        return evaluate(self, *arguments, **options) * (math.nan if trainer.state.step else 1.0)
+
+    monkeypatch.setattr(LossFunction, "loss", loss)
+    trainer = make_trainer(output=tmp_path / "run")
+    assert trainer.run().best_step == 0
+    assert trainer.saved_step == 0
 
 
 def test_single_steps_without_finite_gradients_are_skipped(
@@ -417,6 +453,20 @@ def test_ctrl_c_between_the_last_and_the_best_checkpoint(
     assert calls == [0, 5, 5]
     best = gptx.load(tmp_path / "run").gpt2.weights.wte.weight
     assert np.array_equal(best, trainer.parameters.weights["wte.weight"])
+
+
+def test_the_first_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback that fails at the end does not replace the reason of the end."""
+
+    class FullDisk(Callback):
+        def on_end(self, trainer: Any) -> None:
+            raise StorageError("loss.png cannot be written")
+
+    with pytest.raises(StorageError):
+        make_trainer(callbacks=[FullDisk()]).run()
+    change_gradients(monkeypatch, lambda step, loss, grads: loss * math.nan)
+    with pytest.raises(NonFiniteError):
+        make_trainer(callbacks=[FullDisk()]).run()
 
 
 def test_events_come_in_order(tmp_path: Path) -> None:
