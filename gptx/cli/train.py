@@ -276,7 +276,8 @@ def _option(*names: str, default: Any = "", **more: Any) -> Callable[[Any], Any]
     "--backend",
     metavar="NAME",
     type=click.Choice(tuple(TABLE)),
-    help=f"Array library: {', '.join(TABLE)} (see gptx backends).  [default: numpy]",
+    help=f"Array library: {', '.join(TABLE)} (see gptx backends).  [default: numpy, or that of "
+    "the run to resume]",
 )
 @_option(
     "--dtype",
@@ -388,9 +389,13 @@ def train(
             f"--n-steps {n_steps} is --steps {options['steps']}: a step of gpt-burn has "
             f"{UPDATES_OF_A_STEP} updates"
         )
-    for name, number in (("n_mega_bytes", n_mega_bytes), ("log_every", log_every)):
-        if number is not None and number < 1:
-            raise ParameterError(f"{argument(name)} is {number}, expected at least 1")
+    for name, number, least in (
+        ("n_mega_bytes", n_mega_bytes, 1),
+        ("log_every", log_every, 1),
+        ("sample_every", sample_every, 0),
+    ):
+        if number is not None and number < least:
+            raise ParameterError(f"{argument(name)} is {number}, expected at least {least}")
     if n_mega_bytes is not None:
         options["max_bytes"] = n_mega_bytes << 20
     given = {name: x for name, x in options.items() if x is not None and x != ()}
@@ -431,10 +436,11 @@ class _Run(Callback):
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            if self._trainer is not None and self._trainer.output is not None:
+            step = None if self._trainer is None else self._trainer.saved_step
+            if step is not None:
                 folder = self._trainer.output
                 _note(
-                    f"step {self._trainer.state.step:,} is in {folder / 'last'}: continue with "
+                    f"step {step:,} is in {folder / 'last'}: continue with "
                     f"gptx train --resume {shlex.quote(str(folder))}"
                 )
             raise

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gptx.backends import Backend, get_backend
+from gptx.backends import TABLE, Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.errors import ConfigError, ParameterError, argument
+from gptx.errors import ConfigError, NotFoundError, ParameterError, argument
 from gptx.generation.checks import is_real, shown
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.names import check_names
@@ -57,7 +57,7 @@ def train(
     optimizer_state: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    backend: str | Any = "numpy",
+    backend: str | Any = None,
     dtype: str | Any = None,
     threads: int | None = None,
     offline: bool = False,
@@ -100,7 +100,8 @@ def train(
     overwrite
         Replace a run in `output`.
     backend, dtype, threads
-        See `gptx.get_backend`. In "float16" and "bfloat16", weights and optimizer are float32.
+        See `gptx.get_backend`; None: those of the run with `resume`, or else "numpy" and "float32".
+        In "float16" and "bfloat16", weights and optimizer are float32.
     offline
         Make no connection.
     callbacks
@@ -134,9 +135,9 @@ def train(
     shape = _given(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     sizes = _given(size=size, **shape)
     source = _given(
-        data=_absolute(data),
+        data=_absolute("data", data),
         context=context,
-        validation=validation if is_real(validation) else _absolute(validation),
+        validation=validation if is_real(validation) else _absolute("validation", validation),
         max_bytes=max_bytes,
     )
     _check_source(source, shape)
@@ -144,6 +145,10 @@ def train(
         start = _resumed(folder, {**sizes, **_given(init=init)}, source, settings)
     elif data is None:
         raise ParameterError(f"{argument('data')} is None, expected a text to learn from")
+    elif optimizer_state is not None and init is None:
+        raise ParameterError(
+            f"{argument('optimizer_state')} needs {argument('init')}, llm.c's model of this step"
+        )
     elif init is not None:
         if sizes:
             raise ParameterError(
@@ -154,6 +159,8 @@ def train(
         start = _from_scratch(size, shape, source, settings)
     if folder is not None:
         checkpoint.check_output(folder, resume=resume, overwrite=overwrite)
+    if backend is None:
+        backend = start.backend
     if dtype is None and not isinstance(backend, Backend):
         dtype = start.dtype
     ops = get_backend(backend, dtype=dtype, threads=threads)
@@ -200,14 +207,15 @@ class _Start:
     source
         Arguments about the data, as JSON has them: data (a list of paths), context, validation and
         max_bytes.
-    dtype
-        Type of a resumed run; None otherwise.
+    backend, dtype
+        Backend and type of a resumed run; "numpy" and None otherwise.
     """
 
     model: GPT2Config | FoundModel
     tokenizer: PipelineTokenizer | None
     settings: TrainingSettings
     source: dict[str, Any]
+    backend: str = "numpy"
     dtype: str | None = None
 
 
@@ -266,8 +274,14 @@ def _resumed(
     source = {**stored.source, **source}
     if "data" not in source:
         raise ParameterError(f"the run in {folder} names no files: give its {argument('data')}")
+    if source["data"] == [checkpoint.DATA] and not (folder / checkpoint.DATA).is_dir():
+        raise NotFoundError(
+            f"{folder / checkpoint.DATA}, the prepared text of the run, does not exist: give its "
+            f"{argument('data')} again"
+        )
     settings = TrainingSettings.from_dict({**stored.settings.to_dict(), **given})
-    return _Start(stored.config, stored.tokenizer, settings, source, stored.dtype)
+    backend = stored.backend if stored.backend in TABLE else "numpy"  # or a caller's namespace
+    return _Start(stored.config, stored.tokenizer, settings, source, backend, stored.dtype)
 
 
 def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> TrainingSettings:
@@ -296,13 +310,19 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _absolute(paths: Any) -> list[str] | None:
+def _absolute(option: str, paths: Any) -> list[str] | None:
     """Return paths that another working directory does not change."""
     if paths is None:
         return None
+    try:
+        names = [os.fsdecode(name) for name in as_list(paths)]
+    except TypeError:
+        raise ParameterError(
+            f"{argument(option)} is {shown(paths)}, expected a path or a list of paths"
+        ) from None
     return [
         STANDARD_INPUT if name == STANDARD_INPUT else os.path.abspath(os.path.expanduser(name))
-        for name in as_list(paths)
+        for name in names
     ]
 
 
@@ -335,6 +355,11 @@ def _open(
         The data, and the arguments with which a resumed run opens them: those of a prepared text
         are relative to the folder of the run, which may be moved.
     """
+    if not isinstance(tokenizer, Tokenizer | str | os.PathLike | None):
+        raise ParameterError(
+            f"{argument('tokenizer')} is {shown(tokenizer)}, expected a folder, a model that has "
+            "one, or an object of the protocol gptx.Tokenizer"
+        )
     source = dict(start.source)
     names = [
         name if name == STANDARD_INPUT else os.path.join(folder or "", name)
@@ -365,11 +390,6 @@ def _open(
         tokenizer = start.tokenizer  # token files have their own, which is compared with it
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = read_tokenizer(tokenizer, offline=offline)
-    if not isinstance(tokenizer, Tokenizer | None):
-        raise ParameterError(
-            f"{argument('tokenizer')} is {shown(tokenizer)}, expected a folder, a model that has "
-            "one, or an object of the protocol gptx.Tokenizer"
-        )
     data = open_data(
         names[0] if len(names) == 1 else names,
         context=source["context"],

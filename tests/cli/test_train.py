@@ -160,6 +160,7 @@ def test_the_help_fits_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch)
         (("a", "-n", "1", "--steps", "9"), "--n-steps and --steps contradict each other"),
         (("a", "-m", "0"), "-m/--n-mega-bytes is 0, expected at least 1"),
         (("a", "--log-every", "0"), "--log-every is 0, expected at least 1"),
+        (("a", "--sample-every", "-1"), "--sample-every is -1, expected at least 0"),
         (("a", "--steps", "many"), "'many' is not a valid integer"),
         (("a", "-l"), "requires an argument"),
         (("a", "--schedule", "poly"), "'poly' is not one of 'cosine', 'linear', 'constant', 'wsd'"),

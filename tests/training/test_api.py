@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import gptx
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError
+from gptx.training import checkpoint
 from gptx.training.reports.log_file import read_log
 from gptx.training.trainer import TrainingResult
 from tests.support.training import Records
@@ -65,6 +67,35 @@ def test_a_moved_run_is_resumed_with_its_data_and_settings(run: Path, tmp_path: 
     assert [r["step"] for r in read_log(tmp_path / "moved" / "log.jsonl") if "loss" in r] == [
         1, 2, 3, 4, 5, 6,
     ]  # fmt: skip
+
+
+def test_the_backend_of_a_run_is_that_of_its_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in bfloat16 on MLX would be resumed on NumPy, which does not have this type."""
+    from gptx.training import api
+
+    def note_backend(name: str, **options: Any) -> Any:
+        taken.append((name, options["dtype"]))
+        return gptx.get_backend("numpy", generic=True)
+
+    taken: list[tuple[str, str]] = []
+    stored = checkpoint.read_last(run)
+    monkeypatch.setattr(api, "get_backend", note_backend)
+    monkeypatch.setattr(
+        checkpoint, "read_last", lambda folder: replace(stored, backend="mlx", dtype="float32")
+    )
+    gptx.train(output=run, resume=True)
+    gptx.train(output=run, resume=True, backend="numpy")
+    assert taken == [("mlx", "float32"), ("numpy", "float32")]
+
+
+def test_a_resumed_run_without_its_data(run: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "data")
+    with pytest.raises(NotFoundError, match="data, the prepared text of the run, does not exist"):
+        train(output=tmp_path / "run", resume=True, steps=5)
+    assert train(text, tmp_path / "run", resume=True, steps=5).step == 5
 
 
 def test_a_run_without_output_saves_nothing(
@@ -124,6 +155,9 @@ INVALID: dict[str, tuple[dict[str, Any], type[GptxError], str]] = {
     "init": ({"init": "shakespeare"}, ParameterError, "^init has a size of its own: leave out n_l"),
     "long": ({"context": 100_000}, DataError, "expected at least 100001"),
     "tokenizer": ({"tokenizer": "/none"}, NotFoundError, "none"),
+    "no tokenizer": ({"tokenizer": 5}, ParameterError, "^tokenizer is 5, expected a folder"),
+    "no path": ({"validation": True}, ParameterError, "^validation is True, expected a path"),
+    "state": ({"optimizer_state": "x"}, ParameterError, "^optimizer_state needs init"),
 }
 
 
@@ -157,6 +191,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "size": ({"n_layer": 2}, "continues the model of the run in output: leave out n_layer"),
     "init": ({"init": "gpt2"}, "leave out init"),
     "setting": ({"learning_rate": 0.5}, r"learning_rate \(0\.001, not 0\.5\)"),
+    "overwrite": ({"overwrite": True}, "resume=True continues a run and overwrite=True replaces"),
+    "state": ({"optimizer_state": "x"}, "leave out optimizer_state"),
 }
 
 
