@@ -98,14 +98,16 @@ class Recycler:
 
     def give_back(self, memory: Array) -> None:
         """Keep memory for the next array of its size."""
-        self._free[memory.size].append(_Memory(memory, self.passes))
+        self._free.setdefault(memory.size, deque()).append(_Memory(memory, self.passes))
 
     def next_pass(self) -> None:
         """Note that a forward pass begins."""
         self.passes += 1
-        for free in list(self._free.values()):  # other threads may allocate
+        for n_bytes, free in list(self._free.items()):  # other threads may allocate
             while free and free[0].last_pass < self.passes - KEPT_PASSES:
                 free.popleft()
+            if not free:  # texts of many lengths need many sizes
+                self._free.pop(n_bytes, None)
 
 
 class _Memory(NamedTuple):

@@ -122,8 +122,13 @@ def test_memory_that_the_latest_passes_have_not_used_is_freed() -> None:
     for _ in range(KEPT_PASSES):
         recycler.next_pass()
         assert memory() is not None
+    array = recycler.allocate((2, *LARGE), np.float32)
     recycler.next_pass()
     assert memory() is None
+    assert not recycler._free  # no empty rows of sizes that do not come again
+    address = array.ctypes.data
+    del array
+    assert recycler.allocate((2, *LARGE), np.float32).ctypes.data == address
 
 
 def test_arrays_outlive_their_recycler() -> None:
