@@ -19,6 +19,7 @@ from benchmarks.training_peers.base import (
     TrainingEngine,
 )
 from gptx.conversions import convert
+from gptx.errors import NotFoundError
 
 VARIABLE = "LLM_C"
 SOURCE = Path(__file__).with_name("llm_c_steps.c")
@@ -30,7 +31,7 @@ class LlmCTraining(TrainingEngine):
     def __init__(self, folder: Path, threads: int, tokens: np.ndarray) -> None:
         clone = os.environ.get(VARIABLE)
         if clone is None:
-            raise ImportError(f"{VARIABLE} is not set to the folder of a clone of karpathy/llm.c")
+            raise NotFoundError(f"{VARIABLE} is not set to the folder of a clone of karpathy/llm.c")
         with tempfile.TemporaryDirectory() as scratch:
             program, model = Path(scratch) / "llm_c_steps", Path(scratch) / "model.bin"
             build(Path(clone), SOURCE, program)
