@@ -76,6 +76,7 @@ def cases(name: str) -> list[Arguments]:
         return [partial(make, *size) for size in sizes]
 
     functions: dict[str, list[Case]] = {
+        "add": [lambda: ((x(2, 3, 5), x(2, 3, 5)), {}), lambda: ((x(3, 40, 7), x(3, 40, 7)), {})],
         "embed_vjp": [
             lambda: embed(True),
             lambda: embed(True, total=x(11, 5)),
