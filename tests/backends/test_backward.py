@@ -220,12 +220,22 @@ def test_dropout_changes_with_step_and_seed() -> None:
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("place", ["embd", "attn", "resid"])
-def test_each_place_has_its_own_dropout(place: str) -> None:
-    model, batch = transformer(SMALL), batch_of(SMALL)
-    plain, _ = gradients_of(model, batch)
+@pytest.mark.parametrize(("place", "calls"), [("embd", 2), ("attn", 6), ("resid", 8)])
+def test_each_place_has_its_own_dropout(place: str, calls: int) -> None:
+    """And the others cost nothing: forward, backward, and again for the pattern of attention."""
+    drawn = []
+
+    class Counting(Backend):
+        def dropout(self, x: Any, p: float, **counters: int) -> Any:
+            drawn.append(p)
+            return gradients.dropout(self, x, p, **counters)
+
+    batch = batch_of(SMALL)
+    plain, _ = gradients_of(transformer(SMALL), batch)
+    model = transformer(SMALL, Counting(np, dtype="float64"))
     dropped, _ = gradients_of(model, batch, dropout=Dropout(**{place: 0.5}))
     assert dropped != pytest.approx(plain, rel=1e-3)
+    assert drawn == [0.5] * calls
 
 
 def test_dropout_has_the_places_of_gpt2() -> None:
