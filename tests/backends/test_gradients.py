@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from gptx.backends import Positions, gradients
-from gptx.backends.philox import random_bits
 from tests.support.models import EXACT
 
 Random = np.random.Generator
@@ -120,18 +119,6 @@ def test_dropout_of_attention_equals_finite_differences(random: Random) -> None:
 
         error = abs(derivative(at) - np.sum(found[i] * direction)) / np.linalg.norm(found[i])
         assert error < 1e-8, (i, error)
-
-
-def test_bits_are_those_of_numpys_philox() -> None:
-    for key, counter, first_row, n in [
-        ((5, 0), (3, 7), 11, 21),
-        ((2**64 - 1, 9), (2**63, 1), 0, 4),
-    ]:
-        found = random_bits(EXACT, key, counter, first_row, 3, n)
-        for row in range(3):
-            full = np.array([0, *counter, first_row + row], np.uint64)
-            words = np.random.Philox(key=np.array(key, np.uint64), counter=full).random_raw(6)
-            np.testing.assert_array_equal(found[row], words.view("<u2")[:n])
 
 
 def test_dropout_of_a_row_does_not_depend_on_the_other_rows(random: Random) -> None:
