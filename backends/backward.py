@@ -68,13 +68,13 @@ class Dropout:
     Attributes
     ----------
     embd
-        Of the sum of token and position embeddings.
+        Probability at the sum of token and position embeddings.
     attn
-        Of the attention pattern.
+        Probability at the attention pattern.
     resid
-        Of the results of attention and MLP, before the residual sum.
+        Probability at the results of attention and MLP, before the residual sum.
     seed
-        Key of the random numbers, from 0 to 2**64 - 1.
+        Key of the random numbers, an integer from 0 to 2**64 - 1.
 
     Raises
     ------
@@ -144,6 +144,8 @@ def loss_function(
     ------
     ParameterError
         A name or an option is unknown.
+    UnsupportedOp
+        The pass has an op without a gradient, or its result is not that of `unembed`.
     """
     compiled = model.backend.override("loss_function")
     options: dict[str, Any] = {
