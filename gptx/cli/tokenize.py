@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from gptx.cli.formatting import print_json
 from gptx.cli.options import complete_model, json_option, offline_option
 from gptx.cli.prompts import read_prompt
+from gptx.errors import ParameterError, argument
 
 WIDTH = 80  # columns of a line
 SOURCES = "give TEXT, --file FILE, or - for standard input"
@@ -65,7 +67,13 @@ def tokenize(
     if given is None:
         raise click.UsageError(f"missing text: {SOURCES}")
     from gptx.conversions.reading import read_tokenizer
+    from gptx.training.data.vocabularies import CHARACTERS, VOWELS
 
+    if tokenizer in (CHARACTERS, VOWELS) and not Path(tokenizer).exists():
+        raise ParameterError(
+            f"{argument('tokenizer', tokenizer)} makes a vocabulary of a text: give the folder of "
+            "gptx prepare or gptx train that has it"
+        )
     used = read_tokenizer(tokenizer, offline=offline)
     ids = used.encode(given, allow_special=allow_special)
     if count and not as_json:

@@ -310,7 +310,12 @@ def _option(*names: str, default: Any = "", **more: Any) -> Callable[[Any], Any]
 )
 @click.option("--text-corpus", type=click.Path(), metavar="FILE", help="Another way to give DATA.")
 @click.option(
-    "-m", "--n-mega-bytes", type=int, metavar="N", help="Read the first N MiB of the text only."
+    "-m",
+    "--n-mega-bytes",
+    "max_bytes",
+    type=int,
+    metavar="N",
+    help="Read the first N MiB of the text only.",
 )
 @click.option(
     "-o",
@@ -344,7 +349,7 @@ def train(
     output: str | None,
     no_save: bool,
     n_steps: int | None,
-    n_mega_bytes: int | None,
+    max_bytes: int | None,
     sample_every: int | None,
     prompt: str | None,
     log_every: int | None,
@@ -390,14 +395,14 @@ def train(
             f"{UPDATES_OF_A_STEP} updates"
         )
     for name, number, least in (
-        ("n_mega_bytes", n_mega_bytes, 1),
+        ("max_bytes", max_bytes, 1),
         ("log_every", log_every, 1),
         ("sample_every", sample_every, 0),
     ):
         if number is not None and number < least:
             raise ParameterError(f"{argument(name)} is {number}, expected at least {least}")
-    if n_mega_bytes is not None:
-        options["max_bytes"] = n_mega_bytes << 20
+    if max_bytes is not None:
+        options["max_bytes"] = max_bytes << 20
     given = {name: x for name, x in options.items() if x is not None and x != ()}
     if given.get("clip") == 0:
         given["clip"] = None

@@ -331,6 +331,11 @@ def _check_source(source: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
     counts = {n: source[n] for n in ("context", "max_bytes") if n in source}
     for name, value in {**counts, **shape}.items():
         check_count(name, value)
+    if "max_bytes" in counts and source.get("data") and not is_text(source["data"]):
+        raise ParameterError(
+            f"{argument('max_bytes')} is for a text, and {source['data'][0]} has tokens or "
+            "examples: leave it out"
+        )
     share: Any = source.get("validation")
     if is_real(share) and not 0 <= share < 1:
         raise ParameterError(

@@ -96,8 +96,9 @@ def test_sources_of_the_tokenizer(tmp_path: Path) -> None:
         (("--file", "absent"), 66, "absent does not exist"),
         (("a", "--tokenizer", "./absent"), 66, "./absent"),
         (("a", "--tokenizer", ""), 2, "--tokenizer is ''"),
+        (("a", "--tokenizer", "vowels"), 2, "--tokenizer vowels makes a vocabulary of a text"),
     ],
-    ids=["no text", "two texts", "no file", "no tokenizer", "no name"],
+    ids=["no text", "two texts", "no file", "no tokenizer", "no name", "a rule"],
 )
 def test_errors(args: tuple[str, ...], code: int, message: str) -> None:
     done = run("tokenize", *SHAKESPEARE, *args)

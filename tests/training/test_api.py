@@ -126,7 +126,7 @@ def test_a_text_with_another_vocabulary_is_refused(run: Path, tmp_path: Path) ->
     """nanoGPT #483, RWKV-PEFT #52."""
     (tmp_path / "other.txt").write_text("other letters! " * 50)
     options = {**SMALL, "n_layer": None, "n_head": None, "n_embd": None}
-    with pytest.raises(DataError, match="prepare the text with the tokenizer of the model"):
+    with pytest.raises(DataError, match="prepare the text with that tokenizer"):
         train(tmp_path / "other.txt", **{**options, "init": run, "tokenizer": "characters"})
 
 
@@ -158,6 +158,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[GptxError], str]] = {
     "no tokenizer": ({"tokenizer": 5}, ParameterError, "^tokenizer is 5, expected a folder"),
     "no path": ({"validation": True}, ParameterError, "^validation is True, expected a path"),
     "state": ({"optimizer_state": "x"}, ParameterError, "^optimizer_state needs init"),
+    "no text": ({"data": "x.bin", "max_bytes": 9}, ParameterError, "^max_bytes is for a text"),
 }
 
 
@@ -167,7 +168,7 @@ def test_an_invalid_option_is_one_line_and_writes_no_model(
 ) -> None:
     options, error, message = INVALID[name]
     with pytest.raises(error, match=message) as caught:
-        train(text, tmp_path / "run", **options)
+        train(**{"data": text, "output": tmp_path / "run", **options})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "last").exists()
 

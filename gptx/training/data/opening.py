@@ -21,7 +21,7 @@ from gptx.training.data.plan import TRAIN, VALIDATION_FRACTION
 from gptx.training.data.prepare import JSON_LINES
 from gptx.training.data.texts import Paths, as_list
 from gptx.training.data.token_files import TokenFiles, find_files
-from gptx.training.data.windows import TokenData, TrainingData
+from gptx.training.data.windows import TokenData, TrainingData, check_tokenizers
 
 TOKENS = ".bin"
 VALIDATION_NAMES = ("val", "valid", "validation")
@@ -75,7 +75,8 @@ def open_data(
     ParameterError
         A folder has several corpora, or a number is out of range.
     DataError
-        A file is damaged, is another one, or is shorter than a window.
+        A file is damaged, is another one, is shorter than a window, or has ids of another
+        tokenizer.
     """
     names = as_list(source)
     folder = Path(os.path.expanduser(names[0])) if len(names) == 1 else None
@@ -97,7 +98,10 @@ def open_data(
         held_out = []
     elif validation is not None:
         held_out = [path for name in as_list(validation) for path in find_files(os.fspath(name))]
-    tokenizer = tokenizer or find_tokenizer(train[0].parent)
+    own = find_tokenizer(train[0].parent)
+    if kind == TOKENS:
+        check_tokenizers(own, tokenizer)
+    tokenizer = tokenizer or own
     sizes: dict[str, Any] = {"context": context, "batch_size": batch_size, "seed": seed}
     fraction = validation if isinstance(validation, float | int) else None
     if fraction is None and not held_out and (folder is None or kind == JSON_LINES):

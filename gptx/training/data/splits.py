@@ -73,9 +73,10 @@ def write_splits(
             validation.write(ids)
     if train.n_tokens == 0 or (has_validation and validation.n_tokens == 0):
         n_tokens = train.n_tokens + validation.n_tokens
+        share = "validation_tokens" if plan.validation_tokens else "validation_fraction"
         raise DataError(
             f"the text has {n_tokens} tokens, too few for training and validation: give a longer "
-            f"text, or another {argument('validation_fraction')}"
+            f"text, or another {argument(share)}"
         )
     return train.n_tokens, validation.n_tokens
 

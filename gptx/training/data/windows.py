@@ -307,8 +307,8 @@ def check_tokenizers(data: Tokenizer | None, model: Tokenizer | None) -> None:
     if different:
         token = different[0]
         raise DataError(
-            f"the data have the id {ids[token]} for {token!r}, and the model has "
-            f"{expected.get(token, 'none')}: prepare the text with the tokenizer of the model"
+            f"the data have the id {ids[token]} for {token!r}, and the tokenizer of the model has "
+            f"{expected.get(token, 'none')}: prepare the text with that tokenizer"
         )
 
 

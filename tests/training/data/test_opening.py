@@ -106,8 +106,10 @@ def test_the_tokenizer_of_the_folder(tmp_path: Path) -> None:
     found = open_data(tmp_path, **SIZES).tokenizer
     assert found is not None
     assert found.encode("zx") == [2, 0]
-    given = byte_tokenizer()
-    assert open_data(tmp_path, **SIZES, tokenizer=given).tokenizer is given
+    with raises_error(DataError, "the data have the id 0 for 'x'"):
+        open_data(tmp_path, **SIZES, tokenizer=byte_tokenizer())
+    same = character_tokenizer("xyz")
+    assert open_data(tmp_path, **SIZES, tokenizer=same).tokenizer is same
 
 
 def examples(path: Path, n: int) -> Path:

@@ -352,8 +352,10 @@ def test_bad_texts(text: Path, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").touch()
     folder = tmp_path / "out"
     characters = prepare(text, tmp_path / "characters").tokenizer
-    with raises_error(DataError, "the text has 1 tokens, too few for training and validation"):
+    with raises_error(DataError, "the text has 1 tokens, too few", "another validation_fraction"):
         prepare(tmp_path / "short", folder)
+    with raises_error(DataError, "or another validation_tokens"):
+        prepare(tmp_path / "short", folder, format="llmc")
     with raises_error(DataError, "the text has 'ö', which is not among the 24 tokens"):
         prepare(tmp_path / "other", folder, tokenizer=characters)
     with raises_error(ParameterError, "x.jsonl has examples, expected a text"):
