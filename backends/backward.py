@@ -26,6 +26,7 @@ Array = Any
 RECOMPUTE = ("none", "cheap", "block")
 INPUTS = ("ids", "index")  # nodes of the graph's inputs
 HEADS = ("query", "key", "value")  # nodes of the results of `split_heads`
+KNOWN = (*INPUTS, *HEADS, "keys", "values", "add", "unembed")  # nodes without a `_vjp`
 # Ops whose gradient reads results of other nodes; that of "linear" does for the weight.
 READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention")
 CHEAP = ("layer_norm", "gelu_new", "gelu", "relu")  # ops that `recompute="cheap"` computes again
@@ -186,6 +187,9 @@ class LossFunction:
         graph = trace(forward, replace(model, weights=weights), last_only=False)
         if not isinstance(graph.output, Node) or graph.output.op != "unembed":
             raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
+        for node in graph.nodes:
+            if node.op not in KNOWN and f"{node.op}_vjp" not in gradients.FUNCTIONS:
+                raise UnsupportedOp(f"the gradient of {node.op}")
         self._graph = graph
         self._plan = _Plan(graph, self.trainable, recompute)
 

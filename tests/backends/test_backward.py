@@ -296,6 +296,15 @@ def test_a_pass_without_a_head_is_not_supported() -> None:
         loss_function(headless, transformer(SMALL))
 
 
+def test_an_op_without_a_gradient_is_not_supported() -> None:
+    def with_softmax(model: Any, ids: Any, positions: Any, cache: Any, *, last_only: bool) -> Any:
+        ops, table = model.backend, model.weights.wte.weight
+        return ops.unembed(ops.softmax(ops.embed(ids, table)), table)
+
+    with pytest.raises(UnsupportedOp, match="the gradient of softmax"):
+        loss_function(with_softmax, transformer(SMALL))
+
+
 def test_weights_are_named_as_in_files() -> None:
     names = [name for name, _ in named_weights(transformer(SMALL).weights)]
     assert sorted(names) == sorted(SMALL.tensor_shapes())
