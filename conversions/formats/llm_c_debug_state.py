@@ -1,7 +1,7 @@
 """The debug states of llm.c, `gpt2_124M_debug_state.bin`: a batch, and what a model computes of it.
 
-A header of 256 integers (magic number, version 2, B, T) is followed by token ids and targets
-[B, T], logits [B, T, V], the loss, and the gradients of all weights in the order of a model file.
+A header has 256 integers: magic number, version 2, B, T. Token ids and targets [B, T], logits
+[B, T, V], the loss, and the gradients of all weights in the order of a model file follow.
 llm.c's test programs compare their own numbers with these (https://github.com/karpathy/llm.c,
 train_gpt2.py: `write_state`).
 """

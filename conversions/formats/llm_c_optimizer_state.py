@@ -1,7 +1,7 @@
 """The optimizer states of llm.c, `state_00000100_00000.bin`: the moments of AdamW.
 
-A header of 256 integers is followed by m, v and, optionally, the weights in float32, each in the
-order of a model file (https://github.com/karpathy/llm.c, train_gpt2.cu: `save_state`).
+A header of 256 integers comes first. Then come m, v and, optionally, the weights in float32, each
+in the order of a model file (https://github.com/karpathy/llm.c, train_gpt2.cu: `save_state`).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ DATASETS = ("tinyshakespeare", "tinystories")
     "--validation-tokens",
     type=int,
     metavar="N",
-    help="Tokens, at the begin of the text, for validation.  [default: 32768 for the others]",
+    help="Tokens, at the start of the text, for validation.  [default: 32768 for the others]",
 )
 @click.option(
     "--end-of-text",

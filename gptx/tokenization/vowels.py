@@ -1,7 +1,7 @@
 """gpt-burn's simple vowel rule: pieces of a text that resemble syllables.
 
-A piece ends before white space, before ASCII punctuation, after either, and before a vowel if it
-has more than 3 bytes in UTF-8 (https://github.com/felix-andreas/gpt-burn, src/tokenizer.rs). Here a
+A piece ends before and after white space and ASCII punctuation, and before a vowel if it has more
+than 3 bytes in UTF-8 (https://github.com/felix-andreas/gpt-burn, src/tokenizer.rs). Here a
 piece without a token falls apart into its characters, and no character of a text is lost.
 """
 
@@ -41,7 +41,7 @@ _PIECE = re.compile(PATTERN)
 def count_vowel_pieces(text: str) -> Counter[str]:
     """Count the pieces of a text.
 
-    The counts of the parts of a text add up to those of the text, if each part but the first
+    The counts of the parts of a text add up to those of the text. For that, each part but the first
     begins with white space or punctuation.
     """
     return Counter(_PIECE.findall(text))

@@ -125,8 +125,8 @@ class Trainer:
     Raises
     ------
     ParameterError
-        The settings differ from those of the run to resume, the output folder is that of another
-        run or has other files, or the model is quantized.
+        The settings differ from those of the run to resume; the output folder is that of another
+        run or has other files; or the model is quantized.
     StorageError
         The output folder cannot be written.
     NotFoundError, DataError
@@ -420,7 +420,7 @@ class Trainer:
         self._call("on_checkpoint", folder)
 
     def _is_good(self) -> bool:
-        """Test that loss and weights are finite, as far as this step knows its loss."""
+        """Test for finite weights, and for finite losses since the last update."""
         state, ops = self.state, self.backend
         is_evaluated = state.evaluated_step == state.step and self.data.has_validation
         if state.failures or (is_evaluated and state.validation_loss is None):
@@ -488,7 +488,7 @@ class Trainer:
             )
             raise ParameterError(
                 f"the run in {self.output} has other settings: {changes}; give its settings to "
-                "resume it"
+                f"resume it, or start from its weights with {argument('init', str(stored.folder))}"
             )
         data, given = stored.data, self.data.describe()
         if wrong := sorted(n for n in data.keys() | given.keys() if data.get(n) != given.get(n)):

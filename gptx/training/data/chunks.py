@@ -34,7 +34,7 @@ def last_space(text: str) -> int:
     at = len(text)
     while at > 0:
         space = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at))
-        at = len(text[: space + 1].rstrip())  # the begin of this white space
+        at = len(text[: space + 1].rstrip())  # the start of this white space
         if text[at : at + 1] in (" ", "\n"):  # one that Python and Rust take for white space
             return at
     return 0

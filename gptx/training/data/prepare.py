@@ -111,7 +111,7 @@ def prepare(
         Fraction of the characters, at the end of the text, for validation: 0.1 by default in
         nanoGPT's format. 0: no validation.
     validation_tokens
-        Number of tokens, at the begin of the text, for validation: 32,768 by default in the formats
+        Number of tokens, at the start of the text, for validation: 32,768 by default in the formats
         of llm.c and staticgrad.
     end_of_text
         Places of `<|endoftext|>`: "none"; "files": before each file; "sections": also after each
@@ -121,7 +121,7 @@ def prepare(
     shard_tokens
         Write files of this number of tokens: train_000000.bin and so on.
     max_bytes
-        Read this number of bytes at the begin of the joined texts only; None for all.
+        Read this number of bytes at the start of the joined texts only; None for all.
     overwrite
         Replace the folder, if it has only files that `prepare` writes.
     offline

@@ -163,7 +163,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 class Begin:
-    """The mark of the begin of a document, in a sequence of texts."""
+    """The mark of the start of a document, in a sequence of texts."""
 
 
 BEGIN = Begin()

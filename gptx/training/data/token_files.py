@@ -121,7 +121,7 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        return error.start >= len(start) - 3  # a character at the end that goes on
+        return error.start >= len(start) - 3  # an incomplete character at the end
     return True
 
 

@@ -130,7 +130,7 @@ class TokenData:
 
     An epoch has (n - T) // T windows of n tokens, at least one. Its first window begins at an
     offset below T or so, another one in each epoch. So each token is a target once an epoch, except
-    for fewer than 2 T tokens at the two ends, which are others in the next epoch.
+    for fewer than 2 T tokens at the two ends. These are others in the next epoch.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ class TokenData:
     def validation_batches(self, n: int | None = None) -> Iterator[Batch]:
         """Yield all batches for validation, or `n` that are spread evenly over the split.
 
-        The windows cover the split from its begin, without overlap; the last one is padded. Each
+        The windows cover the split from its start, without overlap; the last one is padded. Each
         token but the first is a target once. The last batch can have fewer sequences.
         """
         if self.validation is None:
