@@ -122,7 +122,11 @@ class MlxTraining(Backend):
                 dxs.append(mx.matmul(g, table))
             if wanted[1]:
                 part = mx.matmul(mx.matrix_transpose(g), rows)
+                if step < n_rows:  # 16 bits would lose the sum of many parts
+                    part = mx.astype(part, mx.float32)
                 dtable = part if dtable is None else dtable + part
+        if dtable is not None:
+            dtable = mx.astype(dtable, table.dtype)
         return loss, mx.concatenate(dxs) if wanted[0] else None, dtable
 
     def adamw_update(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.backends import Backend
+from gptx.backends import Backend, gradients
 from gptx.backends.backward import Batch, Dropout, loss_function, named_weights
 from gptx.config import GPT2Config
 from gptx.model import Transformer, forward
@@ -73,6 +73,21 @@ def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> 
         cross_entropy: Any = ops.override("cross_entropy")
         peak = peak_of(lambda: cross_entropy(x, table, targets, weights, wanted=(True, True)))
     assert peak < 0.5 * 4 * N * V
+
+
+@pytest.mark.parametrize("generic", [False, True], ids=["", "generic"])
+def test_16_bits_keep_the_sum_of_many_parts(generic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of logits at a time: in bfloat16, 128 + 0.5 is 128."""
+    monkeypatch.setattr("gptx.backends.mlx_training.MAX_BLOCK_LOGITS", 1)
+    monkeypatch.setattr(gradients, "LOSS_ROWS", 1)
+    ops = make_backend("mlx", dtype="bfloat16", generic=generic)
+    N = 600
+    with ops.scope():
+        x, table = mx.ones((N, 3), mx.bfloat16), mx.zeros((2, 3), mx.bfloat16)
+        operands = x, table, mx.zeros((N,), mx.int32), mx.ones((N,))
+        _, _, dtable = gradients.function(ops, "cross_entropy")(*operands, wanted=(False, True))
+        assert dtable.dtype == mx.bfloat16
+        assert dtable.tolist() == [[-300.0] * 3, [300.0] * 3]
 
 
 def test_memory_does_not_grow_with_the_steps() -> None:
