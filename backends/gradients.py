@@ -321,7 +321,9 @@ def cross_entropy(
             dxs.append(xp.matmul(g, table))
         if wanted[1]:
             part = xp.matmul(xp.matrix_transpose(g), x[rows, :])
+            part = xp.astype(part, ops.accumulation_dtype)  # 16 bits lose the sum of many parts
             dtable = part if dtable is None else dtable + part
+    dtable = xp.astype(dtable, ops.float_dtype) if wanted[1] else None
     return loss, xp.concat(dxs, axis=0) if wanted[0] else None, dtable
 
 
