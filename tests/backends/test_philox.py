@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from gptx.backends import Backend
 from gptx.backends.philox import random_bits
+from tests.support.models import EXACT
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,11 @@ def test_bits_are_those_of_numpys_philox(
         full = np.array([0, *counter, first_row + row], np.uint64)
         words = np.random.Philox(key=np.array(key, np.uint64), counter=full).random_raw(8)
         np.testing.assert_array_equal(found[row], words.view("<u2")[:n])
+
+
+def test_no_more_blocks_than_needed() -> None:
+    tracemalloc.start()
+    bits = random_bits(EXACT, (1, 0), (0, 0), 0, 64, 256)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * bits.nbytes
