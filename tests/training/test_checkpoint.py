@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,14 @@ def test_a_replaced_run_may_be_the_model_to_start_from(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists(), "an error loses nothing"
     tuned = Trainer(tmp_path, TinyData(), tiny_settings(), **options)
     np.testing.assert_array_equal(tuned.parameters.weights["wpe.weight"], tensors["wpe.weight"])
+
+
+def test_the_replaced_run_may_have_another_size(tmp_path: Path) -> None:
+    """No file of the old model stays beside the new weights."""
+    make_trainer(tmp_path, settings={"steps": 1}).run()
+    config = replace(CONFIG, n_layer=1)
+    Trainer(config, TinyData(), tiny_settings(steps=1), output=tmp_path, overwrite=True).run()
+    assert gptx.load(tmp_path).config.n_layer == 1
 
 
 def test_the_data_and_the_log_of_a_run_may_be_first(tmp_path: Path) -> None:
