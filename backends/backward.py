@@ -341,6 +341,7 @@ class _Run:
         self.g: Array = None  # the newest gradient of the backward pass
         # A lazy library would compute results again at once, and keep them, without an order.
         self.compute_after = self.ops.override("compute_after")
+        self.sum = gradients.function(self.ops, "add")
 
     # Forward
 
@@ -402,7 +403,7 @@ class _Run:
     def _add(self, node: Node, a: Array, b: Array) -> Array:
         if _is_embedding(node):
             return self._drop(node, a + b, self.dropout.embd)
-        return a + self._drop(node, b, self.dropout.resid)
+        return self.sum(a, self._drop(node, b, self.dropout.resid))
 
     def _drop(self, node: Node, x: Array, p: float) -> Array:
         """Apply the dropout of a place; to a gradient, too."""
@@ -500,7 +501,7 @@ class _Run:
                     self.by_name[operand.name] = g if before is None else before + g
             elif operand in self.plan.wanted:
                 before = self.by_node.get(operand)
-                self.by_node[operand] = g if before is None else before + g
+                self.by_node[operand] = g if before is None else self.sum(before, g)
 
 
 def _block_name(node: Node) -> str:

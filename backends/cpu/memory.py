@@ -76,12 +76,14 @@ class Recycler:
     """Large arrays whose memory is used again when no reference to them is left.
 
     A step of training needs arrays of the same sizes as the step before. New memory from the system
-    costs more time than most ops: each page is cleared first. `next_pass` frees the memory that was
-    not used since the calls of it before.
+    costs more time than most ops: each page is cleared first. It comes from a `Pool`, so that small
+    pages cost no time. `next_pass` frees the memory that was not used since the calls of it before;
+    the system gets it back a chunk at a time.
     """
 
     def __init__(self) -> None:
         self.passes = 0
+        self._pool = Pool()
         self._free: dict[int, deque[_Memory]] = {}  # number of bytes -> memory, oldest first
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -93,7 +95,7 @@ class Recycler:
         try:
             memory = free.pop().array
         except IndexError:
-            memory = allocate_aligned((n_bytes,), np.uint8)
+            memory = self._pool.allocate((n_bytes,), np.uint8)
         return np.asarray(_Lease(self, memory, shape, np.dtype(dtype)))
 
     def give_back(self, memory: Array) -> None:

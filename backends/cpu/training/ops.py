@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ Heads = tuple[slice, slice]  # some sequences, and some of their heads
 MIN_ROWS = 32  # with fewer rows, calls cost more than the threads gain
 MIN_PART_ELEMENTS = 2**15  # of a row function: a thread takes tens of microseconds to begin
 MIN_PART_WORK = 2**20  # multiplications of a product
+MIN_PART_ROWS = 256  # of a product: each part packs the whole right factor
 COLUMN_MULTIPLE = 16  # of a thread's part of a product
 LOSS_BYTES = 2**26  # of the logits that exist at a time
 ADDED_ROWS = 512  # of a product that is added to a matrix
@@ -155,6 +156,17 @@ class TrainingOps(Backend):
             row_functions.causal_softmax(_heads(p), first, last, scale)
         return p
 
+    def add(self, a: Array, b: Array) -> Array:
+        """Return `gradients.add`."""
+        y = self._allocate(a.shape)
+        flat_a, flat_b, flat_y = (x.reshape(-1) for x in (a, b, y))
+
+        def add(first: int, last: int) -> None:
+            np.add(flat_a[first:last], flat_b[first:last], out=flat_y[first:last])
+
+        self._run_rows(add, y.size, 1)
+        return y
+
     # Gradients
 
     def linear_vjp(
@@ -167,20 +179,20 @@ class TrainingOps(Backend):
         dw = self._allocate((n_in, n_out)) if wanted[1] else None
         db = np.empty(n_out, self.float_dtype) if wanted[2] else None
         threads = self._product_threads(len(rows) * n_in * n_out)
-        ends = _split(n_out, threads)
-        products = [] if dx is None else self._split_product(rows, weight.T, _rows(dx), threads)
-
-        def differentiate(part: int) -> None:
-            if part < len(products):
-                products[part]()
-            own = slice(ends[part], ends[part + 1]) if part + 1 < len(ends) else slice(0)
-            if dw is not None:
-                np.matmul(_rows(x).T, rows[:, own], out=dw[:, own])
-            if db is not None:
-                np.add.reduce(rows[:, own], axis=0, out=db[own])
-
-        with self._serial_blas():
-            self._run(differentiate, max(len(products), len(ends) - 1))
+        parts: list[list[Callable[[], None]]] = []
+        if dx is not None:
+            parts.append(self._split_product(rows, weight.T, _rows(dx), threads))
+        if dw is not None:
+            parts.append(self._split_product(_rows(x).T, rows, dw, threads))
+        if db is not None:
+            sums = partial(np.add.reduce, axis=0)
+            parts.append(
+                [
+                    partial(sums, rows[:, first:last], out=db[first:last])
+                    for first, last in pairwise(_split(n_out, threads))
+                ]
+            )
+        self._run_parts(parts)
         return dx, dw, db
 
     def layer_norm_vjp(
@@ -339,13 +351,14 @@ class TrainingOps(Backend):
         """Return `gradients.embed_vjp`; it adds to `total` in place."""
         if not wanted[1]:
             return None, None
-        flat = ids.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        rows, starts = np.unique(flat[order], return_index=True)
+        g = _rows(self._writable(g))
         if total is None:
             total = self._allocate(table.shape)
             total[...] = 0
-        total[rows] += np.add.reduceat(_rows(g)[order], starts, axis=0)
+        add_rows, numbers = self._row_functions.add_rows, ids.reshape(-1)
+        self._run_rows(
+            lambda first, last: add_rows(total, numbers, g, first, last), g.shape[1], len(g)
+        )
         return None, total
 
     def cross_entropy(
@@ -475,9 +488,18 @@ class TrainingOps(Backend):
     ) -> None:
         """Set `out` to a @ b + bias, or add it to `out`; a and b may be transposed."""
         threads = self._product_threads(out.size * a.shape[1])
-        parts = self._split_product(a, b, out, threads, bias, add=add)
+        self._run_parts([self._split_product(a, b, out, threads, bias, add=add)])
+
+    def _run_parts(self, ops: list[list[Callable[[], None]]]) -> None:
+        """Call all functions; the first one of each op on the same thread, and so on."""
+        rounds = list(zip_longest(*ops))
+
+        def run(i: int) -> None:
+            for function in filter(None, rounds[i]):
+                function()
+
         with self._serial_blas():
-            self._run(lambda part: parts[part](), len(parts))
+            self._run(run, len(rounds))
 
     def _product_threads(self, multiplications: int) -> int:
         """Return the number of threads for a product."""
@@ -490,7 +512,7 @@ class TrainingOps(Backend):
         a: Array, b: Array, out: Array, parts: int, bias: Array | None = None, *, add: bool = False
     ) -> list[Callable[[], None]]:
         """Return functions for a part each of `_multiply`."""
-        by_column = out.shape[1] >= out.shape[0]
+        by_column = out.shape[0] < parts * MIN_PART_ROWS
         ends = _split(out.shape[1] if by_column else out.shape[0], parts)
 
         def multiply(own: slice) -> None:

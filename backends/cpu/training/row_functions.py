@@ -127,6 +127,13 @@ def _normalized(x: Array, eps: float) -> tuple[Array, Array]:
     return h, factor
 
 
+def add_rows(total: Array, numbers: Array, x: Array, first: int, last: int) -> None:
+    """Add the rows of x [N, C] to rows `numbers` [N] of `total`, in columns [first, last)."""
+    order = np.argsort(numbers, kind="stable")
+    rows, starts = np.unique(numbers[order], return_index=True)
+    total[rows, first:last] += np.add.reduceat(x[order, first:last], starts, axis=0)
+
+
 def causal_softmax(scores: Array, first: int, last: int, scale: float) -> None:
     """Replace rows [first, last) of scores [heads, T, W] by the softmax of their causal part.
 

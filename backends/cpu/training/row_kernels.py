@@ -128,6 +128,18 @@ def layer_norm_vjp(g: Any, x: Any, weight: Any, eps: float, dx: Any, dw: Any, db
             db[k] += g[r, k]
 
 
+# Embeddings
+
+
+@cached
+def add_rows(total: Any, numbers: Any, x: Any, first: int, last: int) -> None:
+    """Add the rows of x [N, C] to rows `numbers` [N] of `total`, in columns [first, last)."""
+    for r in range(len(x)):
+        row = numbers[r]
+        for k in range(first, last):
+            total[row, k] += x[r, k]
+
+
 # Loss
 
 

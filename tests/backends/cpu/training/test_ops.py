@@ -32,6 +32,7 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Back
     """A backend that splits even the small arrays of the tests."""
     monkeypatch.setattr(ops_module, "MIN_PART_ELEMENTS", 1)
     monkeypatch.setattr(ops_module, "MIN_PART_WORK", 1)
+    monkeypatch.setattr(ops_module, "MIN_PART_ROWS", 12)  # products by rows and by columns
     return get_backend("numpy", **WAYS[request.param])
 
 
@@ -97,6 +98,12 @@ def test_activations(ops: Backend, draw: Any, name: str) -> None:
     check(ops, name, x)
     check(ops, f"{name}_vjp", g, x, wanted=ALL)
     check(ops, f"{name}_vjp", g[::-1, :, ::-1], x[:, ::-1], wanted=ALL)  # not contiguous
+
+
+def test_add(ops: Backend, draw: Any) -> None:
+    a, b = draw(3, 13, 7), draw(3, 13, 7)
+    check(ops, "add", a, b)
+    check(ops, "add", a[::-1, :, ::-1], b[:, ::-1])
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(24, 40), (70, 17)])
