@@ -75,6 +75,24 @@ def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> 
     assert peak < 0.5 * 4 * N * V
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_blocks_of_rows_change_nothing(
+    wanted: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = make_backend("mlx")
+    results = []
+    with ops.scope():
+        x, table = mx.random.normal((37, 4), key=mx.random.key(1)), mx.eye(9, 4)
+        operands = x, table, mx.arange(37) % 9, mx.arange(37) / 37
+        for rows in (37, 5):
+            monkeypatch.setattr("gptx.backends.mlx_training.MAX_BLOCK_LOGITS", 9 * rows)
+            found = gradients.function(ops, "cross_entropy")(*operands, wanted=wanted)
+            assert [g is not None for g in found[1:]] == list(wanted)
+            results.append([ops.to_numpy(g) for g in found if g is not None])
+    for one, several in zip(*results, strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("generic", [False, True], ids=["", "generic"])
 def test_16_bits_keep_the_sum_of_many_parts(generic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of logits at a time: in bfloat16, 128 + 0.5 is 128."""
