@@ -218,7 +218,7 @@ def test_more_steps_are_possible_if_the_learning_rates_stay(tmp_path: Path) -> N
 def test_a_crash_between_the_renames_of_an_exchange_loses_nothing(
     tmp_path: Path, resume: bool
 ) -> None:
-    """Where the system cannot exchange folders, `gptx.files.exchange` renames the old one first."""
+    """`gptx.files.exchange` renames the old folder first, on a system without an exchange."""
     make_trainer(tmp_path, settings={"steps": 2}).run()
     before = contents(tmp_path / "last")
     (tmp_path / "last").rename(tmp_path / ".last.0123456789ab.old")
