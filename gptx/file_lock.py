@@ -1,4 +1,4 @@
-"""Locks between processes, on a file."""
+"""Locks between processes, on a file or a folder."""
 
 from __future__ import annotations
 
@@ -24,6 +24,30 @@ def lock(path: Path) -> Iterator[bool]:
                 return
         finally:
             os.close(descriptor)  # releases the lock
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[bool]:
+    """Lock a folder without a file in it and without a wait; yield False if it is locked already.
+
+    Where folders cannot be locked (Windows, some file systems), yield True.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        is_free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        yield is_free
+    finally:
+        os.close(descriptor)  # releases the lock
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

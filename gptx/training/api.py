@@ -13,6 +13,7 @@ from typing import Any
 from gptx.backends import TABLE, Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ConfigError, NotFoundError, ParameterError, argument
+from gptx.file_lock import lock_folder
 from gptx.generation.checks import is_real, shown
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.names import check_names
@@ -165,6 +166,11 @@ def train(
         dtype = start.dtype
     ops = get_backend(backend, dtype=dtype, threads=threads)
     with ExitStack() as stack:
+        if folder is not None and not stack.enter_context(lock_folder(folder)):
+            raise ParameterError(
+                f"another run writes to {folder}: wait for its end, or give another "
+                f"{argument('output')}"
+            )
         if folder is None or resume:  # the data of a resumed run stay until they are compared
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:

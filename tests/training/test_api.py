@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import gptx
 from gptx.errors import DataError, GptxError, NotFoundError, ParameterError
+from gptx.file_lock import lock_folder
 from gptx.training import checkpoint
 from gptx.training.reports.log_file import read_log
 from gptx.training.trainer import TrainingResult
@@ -56,6 +58,16 @@ def test_a_text_becomes_a_model_that_generates(run: Path) -> None:
     records = read_log(run / "log.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 2, 4]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX only")
+def test_two_runs_do_not_write_to_one_folder(text: Path, tmp_path: Path) -> None:
+    with lock_folder(tmp_path) as is_free:
+        assert is_free
+        with pytest.raises(ParameterError, match="another run writes to .*: wait for its end"):
+            train(text, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    train(text, tmp_path)
 
 
 def test_a_moved_run_is_resumed_with_its_data_and_settings(run: Path, tmp_path: Path) -> None:
