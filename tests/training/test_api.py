@@ -64,7 +64,7 @@ def test_a_text_becomes_a_model_that_generates(run: Path) -> None:
 def test_two_runs_do_not_write_to_one_folder(text: Path, tmp_path: Path) -> None:
     with lock_folder(tmp_path) as is_free:
         assert is_free
-        with pytest.raises(ParameterError, match="another run writes to .*: wait for its end"):
+        with pytest.raises(ParameterError, match=r"another run writes to .*: wait for its end"):
             train(text, tmp_path)
         assert list(tmp_path.iterdir()) == []
     train(text, tmp_path)
