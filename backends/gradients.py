@@ -28,7 +28,7 @@ LOSS_ROWS = 64  # rows of logits that exist at a time
 
 
 def add(ops: Backend, a: Array, b: Array) -> Array:
-    """Return a + b, the sum of two arrays of the same shape: in the forward pass, too."""
+    """Return a + b, of the same shape, in a new array: residual sums, and sums of gradients."""
     return a + b
 
 
