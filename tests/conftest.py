@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -24,6 +26,10 @@ from tests.emulator import compiled_by, cupy_stand_in
 from tests.support.backends import BACKENDS, STAND_IN, make_backend
 from tests.support.models import make_model
 from tests.support.random_models import CASES, write_model
+
+# A shell's background job ignores Ctrl-C, which tests send; so would the programs that they start.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
