@@ -32,6 +32,26 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Tests that the second of two workers begins with: most of them need none of the kernels that the
+# first one compiles for more than a minute.
+WITHOUT_KERNELS = (
+    "backends/cuda", "backends/test_backward.py", "backends/test_g", "conversions/containers",
+    "conversions/vocabularies", "emulator", "hub", "test_package.py", "tokenization", "training",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests without kernels where the second half of all tests begins."""
+    folder = Path(__file__).parent
+
+    def needs_kernels(item: pytest.Item) -> bool:
+        return not item.path.relative_to(folder).as_posix().startswith(WITHOUT_KERNELS)
+
+    others = [item for item in items if needs_kernels(item)]
+    half = len(items) // 2
+    items[:] = others[:half] + [x for x in items if not needs_kernels(x)] + others[half:]
+
+
 @pytest.fixture(autouse=True)
 def no_stand_in_is_left() -> Iterator[None]:
     """Uninstall the stand-in for CuPy after each test."""

@@ -84,7 +84,10 @@ def _option(*names: str, default: Any = "", **more: Any) -> Callable[[Any], Any]
 
 @click.command(
     cls=_Command,
-    context_settings={"token_normalize_func": lambda name: SYNONYMS.get(name, name)},
+    context_settings={
+        "token_normalize_func": lambda name: SYNONYMS.get(name, name),
+        "help_option_names": ["-h", "--help"],  # click keeps those of its first context
+    },
     sections={
         "Data": "tokenizer",
         "Model": "init",

@@ -53,7 +53,16 @@ def gradients_of(
     return float(loss), found
 
 
-@pytest.mark.parametrize("case", [*CASES, "dropout"])
+SIZES = ("355M", "774M", "1558M", "epsilon")  # other numbers, the same ops: soak tests
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.soak if case in SIZES else ())
+        for case in [*CASES, "dropout"]
+    ],
+)
 def test_gradients_equal_finite_differences(case: str, random: Random) -> None:
     """Every weight of every switch of the config, along random directions."""
     case, dropout = ("untied", DROPOUT) if case == "dropout" else (case, None)

@@ -58,7 +58,9 @@ def test_gradients_are_those_of_transformers(case: str, backend: Backend) -> Non
     check_case(case, backend, FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["numpy", "numpy-generic", "strict"])
+@pytest.mark.parametrize(
+    "name", ["numpy", "numpy-generic", pytest.param("strict", marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_in_float64_are_exact(case: str, name: str) -> None:
     tolerance = FLOAT64_GELU if case == "gelu" else FLOAT64

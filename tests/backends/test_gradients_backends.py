@@ -215,6 +215,7 @@ def test_overrides_agree_with_the_generic_functions(name: str) -> None:
             assert_close(call(backend, name, arguments), generic, 1e-5)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", gradients.FUNCTIONS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("library_name", ["mlx", "cupy", "cupy-cpu"])

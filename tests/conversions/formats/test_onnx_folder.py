@@ -113,7 +113,13 @@ LOGITS = [(name, onnxruntime_run) for name in CASES if name not in ("774M", "155
 LOGITS += [(name, tract_run) for name in ("tiny", "untied", "layer-scaled", "gelu-erf", "relu")]
 
 
-@pytest.mark.parametrize(("name", "runtime"), LOGITS)
+FAST = ("tiny", "untied", "gelu-erf")  # the others are soak tests
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [pytest.param(*x, marks=() if x[0] in FAST else pytest.mark.soak) for x in LOGITS],
+)
 def test_logits_are_those_of_gptx(name: str, runtime: Callable[[Path], Run], case: Case) -> None:
     folder, config = case(name)
     run = runtime(folder)
