@@ -99,6 +99,7 @@ def session(state: Path, *args: str) -> Iterator[User]:
         os.close(terminal)
 
 
+@pytest.mark.soak  # 6 seconds; the tests of signals below have a short session
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_session_at_a_terminal(tmp_path: Path) -> None:
     with session(tmp_path, "-n", "12") as user:

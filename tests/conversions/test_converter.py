@@ -126,7 +126,14 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("big") / "model", BIG, random_weights(BIG))
 
 
-@pytest.mark.parametrize("format", [name for name in WRITTEN if name != "json"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param(name, marks=pytest.mark.soak if name == "onnx" else ())
+        for name in WRITTEN
+        if name != "json"
+    ],
+)
 def test_a_conversion_needs_the_memory_of_one_tensor(
     format: str, big: Path, tmp_path: Path, source_model: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,10 @@ def exact() -> list[float]:
     return losses_of(make_backend("numpy", dtype="float64", generic=True))
 
 
-@pytest.mark.parametrize("name", ["numpy", "mlx", "strict"])
+@pytest.mark.parametrize(
+    "name",
+    ["numpy", "mlx", pytest.param("strict", marks=pytest.mark.soak)],  # 5 seconds
+)
 def test_fifty_steps_have_the_same_losses(name: str, exact: list[float]) -> None:
     """Each within half of 1e-4 of float64, so within 1e-4 of each other."""
     losses = losses_of(make_backend(name))

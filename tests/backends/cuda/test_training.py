@@ -15,7 +15,9 @@ from tests.support.cuda_types import GENERIC
 
 ERRORS = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1e-2}  # relative to the largest number
 CHAINED_ERRORS = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}  # of several products
-every_dtype = pytest.mark.parametrize("dtype", ERRORS)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(x, marks=pytest.mark.soak if x == "float16" else ()) for x in ERRORS]
+)
 
 Random = np.random.Generator
 WANTED = (True, True, True)

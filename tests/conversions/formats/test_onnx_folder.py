@@ -240,7 +240,11 @@ def test_the_folder_has_config_and_tokenizer(embedded: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "runtime"),
-    [("124M", onnxruntime_run), ("untied", onnxruntime_run), ("untied", tract_run)],
+    [
+        pytest.param("124M", onnxruntime_run, marks=pytest.mark.soak),
+        ("untied", onnxruntime_run),
+        ("untied", tract_run),
+    ],
 )
 def test_int8_is_near_the_floats(name: str, runtime: Callable[[Path], Run], case: Case) -> None:
     folder, config = case(name, quantize="int8")

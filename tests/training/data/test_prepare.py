@@ -59,6 +59,7 @@ def shakespeare(folder: Path, **options: Any) -> tuple[int, int]:
     return counts(prepare(path, folder, tokenizer=shared("tokenizer/gpt2"), **options))
 
 
+@pytest.mark.soak
 def test_the_tokens_of_nanogpt(tmp_path: Path) -> None:
     assert shakespeare(tmp_path / "out") == (301_966, 36_059)
 
