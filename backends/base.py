@@ -499,7 +499,7 @@ class Backend:
     def _scope(self) -> Iterator[None]:
         try:
             # No warnings of a NaN or an infinity: the sampler reports them.
-            with np.errstate(all="ignore"), self._blas_threads():
+            with np.errstate(all="ignore"), self.blas_threads(self.threads):
                 yield
         except MemoryError as error:
             if isinstance(error, DeviceOutOfMemory):
@@ -510,22 +510,27 @@ class Backend:
             ) from error
 
     @contextmanager
-    def _blas_threads(self) -> Iterator[None]:
-        if self.threads is None:
+    def blas_threads(self, threads: int | None) -> Iterator[None]:
+        """Set the number of threads of BLAS within the context; None leaves it unchanged."""
+        if threads is None:
             yield
             return
-        import threadpoolctl
-
         with _blas_lock:
-            if self._blas is None:  # the search for loaded libraries takes milliseconds
-                found = threadpoolctl.ThreadpoolController().select(user_api="blas")
-                self._blas = found.lib_controllers
-            before = [library.get_num_threads() for library in self._blas]
+            before = [library.get_num_threads() for library in self.blas_libraries()]
             try:
-                self._set_blas([self.threads] * len(before), before)
+                self._set_blas([threads] * len(before), before)
                 yield
             finally:
-                self._set_blas(before, [self.threads] * len(before))
+                self._set_blas(before, [threads] * len(before))
+
+    def blas_libraries(self) -> list[Any]:
+        """Return the loaded BLAS libraries whose number of threads can be set."""
+        if self._blas is None:  # the search for them takes milliseconds
+            import threadpoolctl
+
+            found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            self._blas = found.lib_controllers
+        return self._blas
 
     def _set_blas(self, wanted: list[int], now: list[int]) -> None:
         # threadpoolctl's `limit()` takes 20 µs, too long for a decode step.

@@ -16,6 +16,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from gptx.backends import gradients
 from gptx.backends.base import Array, Backend
 from gptx.backends.cuda import optimizer
 from gptx.backends.cuda.compiler import ROW_BLOCK, KernelVariant, kernel
@@ -155,11 +156,7 @@ class TrainingOps(Backend):
             dqkv = launch.backward(cupy.ascontiguousarray(g), merge_heads(q, k, v))
             dq, dk, dv = self.split_heads(dqkv.reshape(B, T, 3 * H * D), H)
             return dq, dk, dv, None, None
-        p = self.pattern(self.scores(q, k, positions, scale))
-        dp, dv = self.z_vjp(g, p, v, wanted=(True, True))
-        (ds,) = self.pattern_vjp(dp, p)
-        dq, dk, *_ = self.scores_vjp(ds, q, k, positions, scale, wanted=(True, True))
-        return dq, dk, dv, None, None
+        return gradients.attention_vjp(self, g, q, k, v, positions, scale, wanted=wanted)
 
     def scores(self, q: Array, k: Array, positions: Positions, scale: float) -> Array:
         q, k = self._wide(q, k)

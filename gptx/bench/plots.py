@@ -11,6 +11,7 @@ from gptx.bench.tables import count
 from gptx.bench.worker import Event
 from gptx.errors import ParameterError, argument
 from gptx.files import atomic_file
+from gptx.plot_style import STYLE as COMMON_STYLE
 
 # Okabe and Ito's colors are distinct for readers with color blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -18,15 +19,8 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")  # the next one for each further round of colors
 IDEAL = "ideal"
 STYLE: dict[Any, Any] = {
-    "font.size": 10,
+    **COMMON_STYLE,
     "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
     "svg.fonttype": "none",  # text stays text

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gptx.cli.formatting import progress_bar
 from gptx.cli.options import (
     complete_model,
     complete_names,
@@ -125,7 +123,7 @@ def convert(
         hub_upload.check_repository(upload)  # before the conversion, which takes long
     from gptx.conversions import convert as convert_model
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         checkpoint = convert_model(source, destination, progress=progress, **options)
     _print_notes(checkpoint.notes)
     click.echo(f"{destination}: {_summary(checkpoint.config)}", err=True)
@@ -157,19 +155,3 @@ def _format_table() -> str:
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
         for row in rows
     )
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield a function that updates a bar on standard error; None if that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with click.progressbar(length=1, file=sys.stderr, item_show_func=lambda name: name) as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos, name)
-
-        yield show
-        bar.update((bar.length or 0) - bar.pos)

@@ -1,11 +1,13 @@
-"""Output of more than one command: JSON, sizes in bytes."""
+"""Output of more than one command: JSON, sizes in bytes, a bar."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -46,3 +48,19 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield a function that updates a bar on standard error; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=1, file=sys.stderr, item_show_func=lambda name: name) as bar:
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.length = max(total, 1)
+            bar.update(done - bar.pos, name)
+
+        yield show
+        bar.update((bar.length or 0) - bar.pos)

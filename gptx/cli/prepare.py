@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gptx.cli.formatting import progress_bar
 from gptx.cli.options import complete_model, complete_names, offline_option
 
 FORMATS = ("nanogpt", "llmc", "staticgrad")
@@ -101,25 +99,10 @@ def prepare(texts: tuple[str, ...], dataset: str | None, output: str, **options:
         raise click.UsageError("missing TEXT: give a text file, or --dataset NAME")
     from gptx.training.data.prepare import prepare as prepare_data
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         done = prepare_data(texts, output, dataset=dataset, progress=progress, **options)
     click.echo(
         f"{Path(output)}: {done.train_tokens:,} tokens for training, {done.validation_tokens:,} "
         f"for validation, vocabulary {done.tokenizer.vocab_size:,}",
         err=True,
     )
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield a function that updates a bar on standard error; None if that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with click.progressbar(length=1, file=sys.stderr, item_show_func=lambda name: name) as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.length = max(total, 1)
-            bar.update(done - bar.pos, name)
-
-        yield show

@@ -28,6 +28,15 @@ def check_bool(name: str, value: Any) -> None:
         raise ParameterError(f"{argument(name)} is {shown(value)}, expected True or False")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return the whole number of an option; raise ParameterError for another value."""
+    if not is_int(value) or not least <= value < 2**63:
+        raise ParameterError(
+            f"{argument(name)} is {shown(value)}, expected a whole number of at least {least}"
+        )
+    return int(value)
+
+
 def shown(value: Any) -> str:
     """Return the start of the `repr` of a value, in one line."""
     try:

@@ -14,7 +14,7 @@ from gptx.backends import TABLE, Backend, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import ConfigError, NotFoundError, ParameterError, argument
 from gptx.file_lock import lock_folder
-from gptx.generation.checks import is_real, shown
+from gptx.generation.checks import check_count, is_real, shown
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.names import check_names
 from gptx.tokenization.pipeline import PipelineTokenizer
@@ -26,7 +26,7 @@ from gptx.training.data.plan import TRAIN
 from gptx.training.data.prepare import JSON_LINES, STANDARD_INPUT, prepare
 from gptx.training.data.texts import Paths, as_list
 from gptx.training.data.vocabularies import CHARACTERS, VOWELS, TokenizerSource, read_tokenizer
-from gptx.training.data.windows import TrainingData, check_count
+from gptx.training.data.windows import TrainingData
 from gptx.training.reports.log_file import LogFile
 from gptx.training.reports.plot import LossPlot
 from gptx.training.settings import TrainingSettings

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from gptx.backends.backward import RECOMPUTE, Dropout
 from gptx.errors import ParameterError, argument
-from gptx.generation.checks import is_int, is_real, shown
+from gptx.generation.checks import check_count, is_real, shown
 from gptx.generation.names import check_names
 from gptx.training.optimizers import OptimizerName
 from gptx.training.schedule import Schedule
@@ -126,12 +126,7 @@ class TrainingSettings:
         self._check_patterns()
 
     def _check_count(self, name: str, least: int = 1) -> None:
-        value = getattr(self, name)
-        if not is_int(value) or not least <= value < 2**63:
-            raise ParameterError(
-                f"{argument(name)} is {shown(value)}, expected a whole number of at least {least}"
-            )
-        object.__setattr__(self, name, int(value))
+        object.__setattr__(self, name, check_count(name, getattr(self, name), least))
 
     def _check_number(self, name: str, limits: str, is_valid: Callable[[float], bool]) -> None:
         value = getattr(self, name)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from gptx.tokenization.vowels import PATTERN as VOWEL_PATTERN
-from gptx.training.data.texts import Begin
+from gptx.training.data.texts import Begin, split_pieces
 
 MAX_HELD_CHARACTERS = 2**24  # without white space; then a chunk ends anywhere
 
@@ -87,18 +87,9 @@ def split_into_chunks(items: Iterator[str | Begin], find_split: FindSplit) -> It
     find_split
         Function that returns the last position where a text can be split.
     """
-    held = ""
-    for item in items:
-        if isinstance(item, Begin):
-            if held:
-                yield held
-            held = ""
-            yield item
-            continue
-        held += item
-        at = find_split(held) or (len(held) if len(held) > MAX_HELD_CHARACTERS else 0)
-        if at:
-            yield held[:at]
-            held = held[at:]
-    if held:
-        yield held
+
+    def split(text: str) -> tuple[list[str | Begin], str]:
+        at = find_split(text) or (len(text) if len(text) > MAX_HELD_CHARACTERS else 0)
+        return [text[:at]] * bool(at), text[at:]
+
+    return split_pieces(items, split)

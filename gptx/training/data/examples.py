@@ -29,12 +29,12 @@ from gptx.errors import (
     StorageError,
     argument,
 )
+from gptx.generation.checks import check_count
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data.windows import (
     EpochOrder,
     check_context,
-    check_count,
     check_tokenizers,
     spread,
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from gptx.errors import ParameterError, StorageError, argument
 from gptx.files import check_replaceable
+from gptx.generation.checks import check_count
 from gptx.tokenization.files import FILES
 from gptx.training.data.nanogpt_meta import META
-from gptx.training.data.windows import check_count
 
 FORMATS = NANOGPT, LLM_C, STATICGRAD = ("nanogpt", "llmc", "staticgrad")
 NONE, SECTIONS = "none", "sections"

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from gptx.errors import ModelWarning, ParameterError, StorageError, TokenizerError, argument
 from gptx.files import atomic_path
+from gptx.generation.checks import check_count
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data.datasets import fetch, find_dataset
@@ -30,7 +31,6 @@ from gptx.training.data.vocabularies import (
     check_source,
     make_tokenizer,
 )
-from gptx.training.data.windows import check_count
 
 STANDARD_INPUT = "-"
 JSON_LINES = ".jsonl"

@@ -196,6 +196,28 @@ def split_sections(items: Iterator[str | Begin]) -> Iterator[str | Begin]:
     Sections are those of `text.split("\n\n")`: three line ends are the end of a section, and an
     empty line in the next one.
     """
+
+    def split(text: str) -> tuple[list[str | Begin], str]:
+        *sections, text = text.split("\n\n")
+        parts: list[str | Begin] = [part for x in sections for part in (x + "\n\n", BEGIN)]
+        text, held = (text[:-1], "\n") if text.endswith("\n") else (text, "")
+        return parts + [text] * bool(text), held
+
+    return split_pieces(items, split)
+
+
+def split_pieces(
+    items: Iterator[str | Begin], split: Callable[[str], tuple[list[str | Begin], str]]
+) -> Iterator[str | Begin]:
+    """Split texts that come in pieces; marks stay where they are.
+
+    Parameters
+    ----------
+    items
+        Texts and marks; a text can end at any character.
+    split
+        Function that returns the parts of a text, and its end, which waits for the next piece.
+    """
     held = ""
     for item in items:
         if isinstance(item, Begin):
@@ -203,14 +225,9 @@ def split_sections(items: Iterator[str | Begin]) -> Iterator[str | Begin]:
                 yield held
             held = ""
             yield item
-            continue
-        *sections, held = (held + item).split("\n\n")
-        for section in sections:
-            yield section + "\n\n"
-            yield BEGIN
-        text, held = (held[:-1], "\n") if held.endswith("\n") else (held, "")
-        if text:
-            yield text
+        else:
+            parts, held = split(held + item)
+            yield from parts
     if held:
         yield held
 

@@ -16,6 +16,7 @@ import numpy as np
 from gptx.backends.backward import Batch
 from gptx.config import GPT2Config
 from gptx.errors import DataError, ParameterError, argument
+from gptx.generation.checks import check_count
 from gptx.tokenization.pipeline import PipelineTokenizer
 from gptx.tokenization.protocol import Tokenizer
 from gptx.training.data.token_files import TokenFiles
@@ -256,19 +257,6 @@ def _in_rows(values: Array, shape: tuple[int, int]) -> Array:
     rows = np.zeros(shape, values.dtype)
     rows.reshape(-1)[: len(values)] = values
     return rows
-
-
-def check_count(name: str, value: int) -> int:
-    """Return a number of at least 1; raise ParameterError for any other value."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ParameterError(
-            f"{argument(name)} is {value!r}, expected a whole number of at least 1"
-        )
-    return number
 
 
 def check_seed(value: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptx.files import atomic_file
+from gptx.plot_style import STYLE
 from gptx.training.callbacks import Callback, EvaluationRecord
 from gptx.training.reports import log_file
 
@@ -18,16 +19,6 @@ SECONDS_BETWEEN_DRAWINGS = 30.0
 MAX_POINTS, MAX_MEANS = 2000, 100  # of the line of all losses, and of the line of their means
 # Okabe and Ito's blue and vermilion differ for readers with color blindness; markers in gray.
 TRAINING, VALIDATION, EACH_STEP, TEXT = "#0072b2", "#d55e00", "#c9d3dd", "#444444"
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-}
 
 Point = tuple[float, float]
 

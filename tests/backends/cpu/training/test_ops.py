@@ -10,6 +10,7 @@ import pytest
 
 from gptx.backends import Backend, Positions, get_backend, gradients
 from gptx.backends.cpu.training import ops as ops_module
+from gptx.backends.cpu.training import parallel
 from gptx.training import optimizers
 from tests.support.models import EXACT
 
@@ -30,9 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=WAYS)
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend that splits even the small arrays of the tests."""
-    monkeypatch.setattr(ops_module, "MIN_PART_ELEMENTS", 1)
-    monkeypatch.setattr(ops_module, "MIN_PART_WORK", 1)
-    monkeypatch.setattr(ops_module, "MIN_PART_ROWS", 12)  # products by rows and by columns
+    monkeypatch.setattr(parallel, "MIN_PART_ELEMENTS", 1)
+    monkeypatch.setattr(parallel, "MIN_PART_WORK", 1)
+    monkeypatch.setattr(parallel, "MIN_PART_ROWS", 12)  # products by rows and by columns
     return get_backend("numpy", **WAYS[request.param])
 
 
