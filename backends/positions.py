@@ -40,3 +40,7 @@ class Positions:
     def index(self) -> Array:
         """`host` on the device, in its default integers."""
         return self.asarray(self.host)
+
+    def has_only_new(self, k: Array) -> bool:
+        """Test for keys k [B, H, S, D] of the new tokens only, the same number in each sequence."""
+        return self.aligned and bool(self.stop == self.host.shape[1] == k.shape[2])

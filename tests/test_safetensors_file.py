@@ -24,7 +24,7 @@ from gptx.safetensors_file import (
     widen_bfloat16,
     write_safetensors,
 )
-from tests.support.safetensors_bytes import DATA, entry, safetensors, weights_path
+from tests.support.files.safetensors_bytes import DATA, entry, safetensors, weights_path
 
 
 @pytest.fixture

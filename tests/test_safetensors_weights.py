@@ -15,8 +15,8 @@ from gptx.random_weights import random_weights
 from gptx.safetensors_file import read_safetensors, widen_bfloat16
 from gptx.safetensors_weights import open_weights
 from gptx.stored_weights import is_linear_weight
+from tests.support.files.safetensors_bytes import MICRO, weights_path
 from tests.support.random_models import CASES, to_bfloat16, write_model
-from tests.support.safetensors_bytes import MICRO, weights_path
 
 # Types, with and without a copy
 

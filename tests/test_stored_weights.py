@@ -10,7 +10,7 @@ import pytest
 from gptx.errors import WeightsError
 from gptx.random_weights import random_weights
 from gptx.stored_weights import check_weights, have_same_numbers
-from tests.support.safetensors_bytes import MICRO
+from tests.support.files.safetensors_bytes import MICRO
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1, 2**18 + 1), (2**18 + 1, 1), (600, 1000)])

@@ -6,7 +6,7 @@ import pytest
 
 from gptx.errors import WeightsError
 from gptx.tensor_names import are_out_in, is_gpt2_tensor, model_names
-from tests.support.safetensors_bytes import MICRO
+from tests.support.files.safetensors_bytes import MICRO
 
 NAMES = [*MICRO.tensor_shapes(), "lm_head.weight"]
 

@@ -20,8 +20,8 @@ from gptx.safetensors_weights import open_weights
 from gptx.weights import NO_NUMBA_NOTE, to_backend
 from tests.support.backends import make_backend
 from tests.support.cli import raises_error
+from tests.support.files.safetensors_bytes import MICRO, weights_path
 from tests.support.random_models import CASES
-from tests.support.safetensors_bytes import MICRO, weights_path
 
 INT8 = Quantization(32, 8)
 

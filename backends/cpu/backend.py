@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends.base import Backend
 from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
-from gptx.backends.cpu.memory import Pool, allocate_aligned
-from gptx.backends.cpu.training.ops import MIN_ROWS, TrainingOps, is_whole
+from gptx.backends.cpu.memory import Pool, Recycler, allocate_aligned
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError
@@ -26,7 +26,10 @@ from gptx.quantization import QuantizedTensor
 Array = np.ndarray
 
 
-class NumpyBackend(TrainingOps):
+MIN_ROWS = 32  # that are computed on threads: with fewer, calls cost more than threads gain
+
+
+class NumpyBackend(Backend):
     """NumPy arrays. Memory-mapped float32 weights are used without a copy."""
 
     name = "numpy"
@@ -41,6 +44,23 @@ class NumpyBackend(TrainingOps):
         super().__init__(np, **options)
         self._has_quantized_weights = False
         self._weights = Pool()
+        self.recycler = Recycler()
+
+    @property
+    def on_rows(self) -> Any:
+        """The ops on many rows, imported when they are first used."""
+        from gptx.backends.cpu.training.ops import TrainingOps
+
+        return TrainingOps(self)
+
+    def override(self, name: str) -> Callable[..., Any] | None:
+        if self.is_generic:
+            return None
+        return super().override(name) or getattr(self.on_rows, name, None)
+
+    def has_many_rows(self, x: Array) -> bool:
+        """Test for enough rows to split."""
+        return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
         # Quantized weights have imported Numba, which is most of the cost of compiling.
@@ -82,7 +102,7 @@ class NumpyBackend(TrainingOps):
         if not isinstance(weight, Array):
             return weight.multiply(x, bias, self.threads)
         if self.has_many_rows(x):
-            return self.linear_rows(x, weight, bias)
+            return self.on_rows.linear_rows(x, weight, bias)
         if len(x) > 1:  # one GEMM over all rows; NumPy would loop over B
             y = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
         else:
@@ -92,7 +112,7 @@ class NumpyBackend(TrainingOps):
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         if self.has_many_rows(x):
-            return self.layer_norm_rows(x, weight, bias, eps)
+            return self.on_rows.layer_norm_rows(x, weight, bias, eps)
         n = x.shape[-1]
         y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
         y /= np.sqrt(np.vecdot(y, y)[..., None] / n + eps)
@@ -102,7 +122,7 @@ class NumpyBackend(TrainingOps):
 
     def gelu_new(self, x: Array) -> Array:
         if self.has_many_rows(x):
-            return self.activate_rows(GELU_NEW, x)
+            return self.on_rows.activate_rows(GELU_NEW, x)
         y = x * x
         y *= 0.044715 * math.sqrt(2 / math.pi)
         y += math.sqrt(2 / math.pi)
@@ -114,11 +134,11 @@ class NumpyBackend(TrainingOps):
         return y
 
     def gelu(self, x: Array) -> Array:
-        return self.activate_rows(GELU, x) if self.has_many_rows(x) else super().gelu(x)
+        return self.on_rows.activate_rows(GELU, x) if self.has_many_rows(x) else super().gelu(x)
 
     def relu(self, x: Array) -> Array:
         if self.has_many_rows(x):
-            return self.activate_rows(RELU, x)
+            return self.on_rows.activate_rows(RELU, x)
         return np.maximum(x, 0.0)
 
     def softmax(self, x: Array) -> Array:
@@ -134,8 +154,8 @@ class NumpyBackend(TrainingOps):
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
         B, H, T, D = q.shape
-        if B * T >= MIN_ROWS and is_whole(k, positions, T):
-            return self.attention_rows(q, k, v, scale)
+        if B * T >= MIN_ROWS and positions.has_only_new(k):
+            return self.on_rows.attention_rows(q, k, v, scale)
         scores = (q * scale) @ k.swapaxes(-1, -2)
         if T > 1 or not positions.aligned:  # a single aligned token attends to all positions
             hidden = np.arange(k.shape[2]) > positions.index[:, None, :, None]

@@ -130,8 +130,7 @@ class TrainingOps(Backend):
     # Attention
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
-        whole = positions.aligned and q.shape[2] == k.shape[2] == positions.stop
-        if whole and self.has_kernels and has_kernels(q.shape[3]):
+        if positions.has_only_new(k) and self.has_kernels and has_kernels(q.shape[3]):
             qkv = packed_rows(q, k, v)
             if qkv is not None:  # else the keys are those of a cache
                 return TrainingAttention(q.shape, scale, self.kernel_variant).forward(qkv)

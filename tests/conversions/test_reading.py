@@ -14,8 +14,8 @@ from gptx.errors import NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from tests.support.conversions import WRITTEN, source_of, to_format
 from tests.support.embedded_tokenizer import copy_tokenizer
+from tests.support.files.torch_files import nanogpt, zip_bytes
 from tests.support.random_models import CASES, write_model
-from tests.support.torch_files import nanogpt, zip_bytes
 
 
 def test_a_missing_source_is_not_found(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from gptx.random_weights import random_weights
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.cli import raises_error, run
 from tests.support.embedded_tokenizer import CONFIG, copy_tokenizer
+from tests.support.files.tensor_bundle_bytes import write_openai
+from tests.support.files.torch_files import state_dict, zip_bytes
 from tests.support.hub import hub_settings
 from tests.support.hub_server import Files, HubServer, commit_of
 from tests.support.random_models import write_model
-from tests.support.tensor_bundle_bytes import write_openai
-from tests.support.torch_files import state_dict, zip_bytes
 
 WEIGHTS = random_weights(CONFIG)
 

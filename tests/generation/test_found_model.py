@@ -33,14 +33,14 @@ from gptx.generation.found_model import find_model
 from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from gptx.tokenization.pipeline import PipelineTokenizer
-from tests.support.burn_bytes import write_burn
 from tests.support.cli import raises_error, run
 from tests.support.conversions import BOTH_WAYS, to_format
 from tests.support.embedded_tokenizer import CONFIG, copy_tokenizer
+from tests.support.files.burn_bytes import write_burn
+from tests.support.files.tensor_bundle_bytes import write_openai
+from tests.support.files.torch_files import nanogpt, state_dict, write_folder, zip_bytes
 from tests.support.permissions import folder_of_another_user, unprivileged
 from tests.support.random_models import write_model
-from tests.support.tensor_bundle_bytes import write_openai
-from tests.support.torch_files import nanogpt, state_dict, write_folder, zip_bytes
 
 WEIGHTS = random_weights(CONFIG)
 TEXT = "ROMEO: what"

@@ -36,7 +36,7 @@ from gptx.conversions.containers.gguf import GgufFile  # noqa: E402
 from gptx.conversions.formats.gguf import write  # noqa: E402
 from gptx.random_weights import random_weights  # noqa: E402
 from tests.support.byte_tokenizers import small_tokenizer  # noqa: E402
-from tests.support.gguf import checkpoint  # noqa: E402
+from tests.support.files.gguf import checkpoint  # noqa: E402
 
 # One matrix of each layer has rows of 256: the blocks of most types have as many numbers.
 CONFIG = GPT2Config(

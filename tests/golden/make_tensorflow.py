@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from gptx.random_weights import random_weights  # noqa: E402
+from tests.support.files.tensor_bundle_bytes import variables  # noqa: E402
 from tests.support.random_models import CASES  # noqa: E402
-from tests.support.tensor_bundle_bytes import variables  # noqa: E402
 
 CONFIG = CASES["tiny"]
 FOLDER = HERE / "tf-tiny"

@@ -21,7 +21,7 @@ from typing import Any
 
 from gptx.conversions.formats import nanogpt, pytorch_folder
 from gptx.errors import WeightsError
-from tests.support.hostile_pickles import EXTENSION, plain
+from tests.support.files.hostile_pickles import EXTENSION, plain
 
 
 def load(folder: str, count: int, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""Ops on many rows, their gradients and the optimizer, as methods of the NumPy backend.
+"""Ops on many rows, their gradients and the optimizer, for the NumPy backend.
 
 Products go through BLAS on one thread each, with the columns or rows of the result split among
 threads. Blocks of rows that fit the caches go through row functions: compiled ones for float32 if
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
 from gptx.backends.cpu.training import row_functions
 from gptx.backends.cpu.training.parallel import (
     Heads,
-    ParallelOps,
+    Parallel,
     as_rows,
     split_blocks,
     split_range,
@@ -31,7 +31,7 @@ from gptx.backends.positions import Positions
 Array = np.ndarray
 Wanted = tuple[bool, ...]
 
-MIN_ROWS = 32  # with fewer rows, calls cost more than the threads gain
+MIN_LOSS_ROWS = 32  # of logits that exist at a time
 LOSS_BYTES = 2**26  # of the logits that exist at a time
 QUERY_ROWS = 64  # queries of a block, which needs no keys after its last one
 ADAMW_ELEMENTS = 2**19
@@ -39,13 +39,13 @@ NORM_ELEMENTS = 2**15  # summed in the backend's dtype; these sums are added in 
 NORM_SUMS = 2**5  # of a part
 
 
-class TrainingOps(ParallelOps):
-    """Methods of `NumpyBackend`; attributes are those of `Backend`."""
+class TrainingOps(Parallel):
+    """Ops on many rows of a `NumpyBackend`, under the names of the functions that they override."""
 
-    @cached_property
+    @property
     def _row_functions(self) -> Any:
         """The row functions, compiled if possible."""
-        if self.dtype == "float32" and self.compiles:
+        if self.backend.dtype == "float32" and self.backend.compiles:
             try:
                 return importlib.import_module("gptx.backends.cpu.training.row_kernels")
             except ImportError:  # no Numba
@@ -53,10 +53,6 @@ class TrainingOps(ParallelOps):
         return row_functions
 
     # Forward
-
-    def has_many_rows(self, x: Array) -> bool:
-        """Test for enough rows to split."""
-        return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
 
     def linear_rows(self, x: Array, weight: Array, bias: Array) -> Array:
         """Return `Backend.linear`."""
@@ -159,7 +155,7 @@ class TrainingOps(ParallelOps):
         rows = as_rows(g)
         dx = self.allocate((*g.shape[:-1], n_in)) if wanted[0] else None
         dw = self.allocate((n_in, n_out)) if wanted[1] else None
-        db = np.empty(n_out, self.float_dtype) if wanted[2] else None
+        db = np.empty(n_out, self.backend.float_dtype) if wanted[2] else None
         threads = self.product_threads(len(rows) * n_in * n_out)
         parts: list[list[Callable[[], None]]] = []
         if dx is not None:
@@ -189,7 +185,7 @@ class TrainingOps(ParallelOps):
         function = self._row_functions.layer_norm_vjp
 
         def differentiate(first: int, last: int) -> None:
-            dw, db = np.empty((2, n), self.float_dtype)
+            dw, db = np.empty((2, n), self.backend.float_dtype)
             block = slice(first, last)
             function(gradient[block], source[block], weight, eps, target[block], dw, db)
             sums[first] = dw, db
@@ -235,8 +231,10 @@ class TrainingOps(ParallelOps):
         wanted: Wanted,
     ) -> tuple[Array, Array, Array, None, None]:
         """Return `gradients.attention_vjp`; the three gradients are views of one array."""
-        if not is_whole(k, positions, q.shape[2]):
-            return gradients.attention_vjp(self, g, q, k, v, positions, scale, wanted=wanted)
+        if not positions.has_only_new(k):
+            return gradients.attention_vjp(
+                self.backend, g, q, k, v, positions, scale, wanted=wanted
+            )
         return self._attention_rows_vjp(g, q, k, v, scale)
 
     def dropped_attention(
@@ -251,8 +249,10 @@ class TrainingOps(ParallelOps):
     ) -> Array:
         """Return `gradients.dropped_attention`."""
         kernels = self._attention_kernels(q, k, v)
-        if kernels is None or not is_whole(k, positions, q.shape[2]):
-            return gradients.dropped_attention(self, q, k, v, positions, scale, p, **counters)
+        if kernels is None or not positions.has_only_new(k):
+            return gradients.dropped_attention(
+                self.backend, q, k, v, positions, scale, p, **counters
+            )
         return self.attention_rows(q, k, v, scale, kernels.Drop.of(p, **counters))
 
     def dropped_attention_vjp(
@@ -270,9 +270,9 @@ class TrainingOps(ParallelOps):
     ) -> tuple[Array, Array, Array, None, None]:
         """Return `gradients.dropped_attention_vjp`; the gradients are views of one array."""
         kernels = self._attention_kernels(q, k, v)
-        if kernels is None or not is_whole(k, positions, q.shape[2]):
+        if kernels is None or not positions.has_only_new(k):
             return gradients.dropped_attention_vjp(
-                self, g, q, k, v, positions, scale, p, wanted=wanted, **counters
+                self.backend, g, q, k, v, positions, scale, p, wanted=wanted, **counters
             )
         return self._attention_rows_vjp(g, q, k, v, scale, kernels.Drop.of(p, **counters))
 
@@ -281,7 +281,7 @@ class TrainingOps(ParallelOps):
     ) -> tuple[Array, Array, Array, None, None]:
         """Return the gradients of `attention_rows`."""
         B, H, T, D = q.shape
-        dq, dk, dv = self.split_heads(self.allocate((B, T, 3 * H * D)), H)
+        dq, dk, dv = self.backend.split_heads(self.allocate((B, T, 3 * H * D)), H)
         g = self.writable(g)
         if kernels := self._attention_kernels(q, k, v):
             operands, gradients_of = kernels.Heads.of(q, k, v), kernels.Heads.of(dq, dk, dv)
@@ -322,10 +322,10 @@ class TrainingOps(ParallelOps):
         B, H, T, D = dq.shape
         whole = dq.base
         if isinstance(whole, np.ndarray) and whole.shape == (B, T, 3 * H * D):
-            views = self.split_heads(whole, H)
+            views = self.backend.split_heads(whole, H)
             if all(_is_same(x, view) for x, view in zip((dq, dk, dv), views, strict=True)):
                 return whole
-        return gradients.split_heads_vjp(self, dq, dk, dv)
+        return gradients.split_heads_vjp(self.backend, dq, dk, dv)
 
     def embed_vjp(
         self, g: Array, ids: Array, table: Array, *, wanted: Wanted, total: Array | None = None
@@ -353,9 +353,9 @@ class TrainingOps(ParallelOps):
         losses = np.empty(N, np.float64)
         width = -(-V // 16) * 16
         size = max(1, LOSS_BYTES // (width * x.itemsize))
-        size = min(N, max(MIN_ROWS, size // 64 * 64))
+        size = min(N, max(MIN_LOSS_ROWS, size // 64 * 64))
         # Not recycled: the gradients, which come next, may have this memory.
-        memory = np.empty((size, width), self.float_dtype)
+        memory = np.empty((size, width), self.backend.float_dtype)
         for first in range(0, N, size):
             block = slice(first, min(first + size, N))
             rows = x[block]
@@ -368,7 +368,7 @@ class TrainingOps(ParallelOps):
                 self.multiply(logits, table, dx[block])
             if dtable is not None:
                 self.multiply(logits.T, rows, dtable, add=first > 0)
-        return np.asarray(losses.sum(), self.accumulation_dtype), dx, dtable
+        return np.asarray(losses.sum(), self.backend.accumulation_dtype), dx, dtable
 
     def _differentiate_loss(
         self, logits: Array, V: int, targets: Array, weights: Array, losses: Array
@@ -387,7 +387,7 @@ class TrainingOps(ParallelOps):
         """Return `gradients.dropout`."""
         if self._row_functions is row_functions:
             return gradients.dropout(
-                self, x, p, seed=seed, step=step, site=site, first_row=first_row
+                self.backend, x, p, seed=seed, step=step, site=site, first_row=first_row
             )
         x = self.writable(x)
         y = self.allocate(x.shape)
@@ -419,9 +419,9 @@ class TrainingOps(ParallelOps):
         def square(i: int) -> None:
             squares[i] = np.vecdot(blocks[i], blocks[i]).sum(dtype=np.float64)
 
-        with self.blas_threads(1):
+        with self.backend.blas_threads(1):
             self.run(square, len(blocks))
-        return np.asarray(squares.sum(), self.accumulation_dtype)
+        return np.asarray(squares.sum(), self.backend.accumulation_dtype)
 
     def adamw_update(
         self,
@@ -468,11 +468,6 @@ def _split_heads(x: Array, n_head: int) -> Array:
 def _heads(p: Array) -> Array:
     """Return patterns [b, h, T, W] as [heads, T, W]."""
     return p.reshape(-1, *p.shape[2:])
-
-
-def is_whole(k: Array, positions: Positions, T: int) -> bool:
-    """Test for keys k [B, H, S, D] of the new tokens only, the same number in each sequence."""
-    return positions.aligned and positions.stop == T == k.shape[2]
 
 
 def _is_same(x: Array, y: Array) -> bool:

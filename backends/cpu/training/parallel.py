@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.base import Backend
-from gptx.backends.cpu.memory import Recycler
 from gptx.backends.cpu.training.workers import WORKERS
 
 Array = np.ndarray
@@ -26,35 +24,36 @@ ADDED_ROWS = 512  # of a product that is added to a matrix
 PATTERN_BYTES = 2**22  # of the patterns that a thread computes at a time
 
 
-class ParallelOps(Backend):
-    """Methods that split the work of an op.
+class Parallel:
+    """The threads and the memory of a backend.
+
+    It keeps no state: a backend makes one whenever it needs one.
 
     Attributes
     ----------
-    recycler
-        Memory of results, which is used again.
+    backend
+        The NumPy backend.
     """
 
-    def __init__(self, xp: Any, **options: Any) -> None:
-        super().__init__(xp, **options)
-        self.recycler = Recycler()
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
 
     @property
     def n_threads(self) -> int:
         """Number of threads."""
-        if self.threads:
-            return self.threads
+        if self.backend.threads:
+            return self.backend.threads
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count() or 1
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """Return an array of the backend's dtype in recycled memory, with any contents."""
-        return self.recycler.allocate(shape, self.float_dtype)
+        return self.backend.recycler.allocate(shape, self.backend.float_dtype)
 
     def writable(self, x: Array) -> Array:
         """Return x, or a copy if it is read-only, not contiguous or of another type."""
-        return np.require(x, self.float_dtype, ["C", "W"])
+        return np.require(x, self.backend.float_dtype, ["C", "W"])
 
     def multiply(
         self, a: Array, b: Array, out: Array, bias: Array | None = None, *, add: bool = False
@@ -71,12 +70,12 @@ class ParallelOps(Backend):
             for function in filter(None, rounds[i]):
                 function()
 
-        with self.blas_threads(1):  # BLAS's own threads would spin between our parts
+        with self.backend.blas_threads(1):  # BLAS's own threads would spin between our parts
             self.run(run, len(rounds))
 
     def product_threads(self, multiplications: int) -> int:
         """Return the number of threads for a product."""
-        if not self.blas_libraries():  # Accelerate has its own threads
+        if not self.backend.blas_libraries():  # Accelerate has its own threads
             return 1
         return max(1, min(self.n_threads, multiplications // MIN_PART_WORK))
 
@@ -117,11 +116,11 @@ class ParallelOps(Backend):
 
     def run_heads(self, function: Callable[[Heads], None], B: int, H: int, T: int) -> None:
         """Call `function` on slices of the sequences and of the heads."""
-        count = PATTERN_BYTES // (T * T * self.float_dtype(0).itemsize)
+        count = PATTERN_BYTES // (T * T * self.backend.float_dtype(0).itemsize)
         count = max(1, min(count, -(-B * H // self.n_threads)))
         b, h = max(1, count // H), min(count, H)
         parts = [(slice(i, i + b), slice(j, j + h)) for i in range(0, B, b) for j in range(0, H, h)]
-        with self.blas_threads(1):
+        with self.backend.blas_threads(1):
             self.run(lambda part: function(parts[part]), len(parts))
 
 

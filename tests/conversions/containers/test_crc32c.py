@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptx.conversions.containers.crc32c import CHUNK, P, Q, crc32c
 from gptx.safetensors_file import BFLOAT16
-from tests.support.tensor_bundle_bytes import slow_crc32c
+from tests.support.files.tensor_bundle_bytes import slow_crc32c
 
 
 def test_known_checksums() -> None:

@@ -19,7 +19,7 @@ from gptx.conversions.containers.gguf_types import (
     TensorType,
 )
 from gptx.errors import WeightsError
-from tests.support.gguf import IDS, decoded
+from tests.support.files.gguf import IDS, decoded
 
 gguf = pytest.importorskip("gguf")
 

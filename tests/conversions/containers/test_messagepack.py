@@ -15,7 +15,7 @@ from gptx.conversions.containers import messagepack
 from gptx.conversions.containers.binary import BinaryFile
 from gptx.conversions.containers.messagepack import Kind, Record, Schema
 from gptx.errors import WeightsError
-from tests.support.burn_bytes import pack
+from tests.support.files.burn_bytes import pack
 
 
 @settings(max_examples=40)

@@ -28,8 +28,8 @@ from gptx.conversions.containers.torch_globals import (
     storage_of_id,
 )
 from gptx.errors import WeightsError
-from tests.support import hostile_pickles
-from tests.support.torch_files import Pickle, view, zip_of
+from tests.support.files import hostile_pickles
+from tests.support.files.torch_files import Pickle, view, zip_of
 
 FILES = 100
 SEED = 20

@@ -13,7 +13,7 @@ from gptx.conversions.containers import tensor_bundle
 from gptx.conversions.containers.tensor_bundle import TensorBundle, is_bundle
 from gptx.errors import NotFoundError, StorageError, WeightsError
 from gptx.safetensors_file import BFLOAT16
-from tests.support.tensor_bundle_bytes import MAGIC, message, table, write_bundle
+from tests.support.files.tensor_bundle_bytes import MAGIC, message, table, write_bundle
 
 TENSORS = {
     f"scope/{kind}{i}": np.arange(i * 7 + 1, dtype=dtype).reshape(1, -1)

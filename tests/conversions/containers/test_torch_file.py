@@ -14,7 +14,7 @@ import pytest
 from gptx.conversions.containers import torch_file
 from gptx.conversions.containers.torch_file import TorchFile, is_torch
 from gptx.errors import StorageError, WeightsError
-from tests.support.torch_files import (
+from tests.support.files.torch_files import (
     CONTAINERS,
     MACHINE,
     MAGIC,

@@ -23,8 +23,8 @@ from gptx.errors import ConfigError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.pipeline import PipelineTokenizer
+from tests.support.files.gguf import checkpoint
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
-from tests.support.gguf import checkpoint
 from tests.support.random_models import CASES
 
 MODULES: dict[str, Any] = {"fastgpt": fastgpt, "fastgpt-dat": fastgpt_dat}

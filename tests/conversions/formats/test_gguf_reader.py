@@ -23,8 +23,8 @@ from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16, widen_bfloat16
 from tests.support.byte_tokenizers import LETTERS, byte_tokenizer, small_tokenizer
 from tests.support.embedded_tokenizer import load_tokenizer
+from tests.support.files.gguf import TYPES, checkpoint, written
 from tests.support.fuzz import damaged_copies, fuzz, refuse_every_prefix
-from tests.support.gguf import TYPES, checkpoint, written
 from tests.support.random_models import CASES
 
 CONFIG = CASES["124M"]

@@ -25,7 +25,7 @@ from gptx.safetensors_file import BFLOAT16
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.byte_tokenizers import byte_tokenizer
 from tests.support.embedded_tokenizer import load_tokenizer
-from tests.support.gguf import IDS, TYPES, File, checkpoint, written
+from tests.support.files.gguf import IDS, TYPES, File, checkpoint, written
 from tests.support.random_models import CASES, random_ids, to_bfloat16, write_model
 
 CONFIG = CASES["124M"]  # 96 wide, three blocks a row

@@ -23,8 +23,16 @@ from gptx.conversions.checkpoint import Checkpoint, float_array
 from gptx.conversions.containers import messagepack
 from gptx.conversions.formats import gpt_burn
 from gptx.errors import ConfigError, NotFoundError, WeightsError
-from tests.support.burn_bytes import Raw, burn_weights, narrow, numbers, pack, record, write_burn
 from tests.support.cli import run
+from tests.support.files.burn_bytes import (
+    Raw,
+    burn_weights,
+    narrow,
+    numbers,
+    pack,
+    record,
+    write_burn,
+)
 from tests.support.fuzz import accepted, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.models import make_model
 from tests.support.random_models import CASES

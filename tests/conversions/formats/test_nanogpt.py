@@ -19,9 +19,9 @@ from gptx.errors import ConfigError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import widen_bfloat16
 from gptx.stored_weights import OWN_HEAD_NOTE
+from tests.support.files.torch_files import CONTAINERS, Pickle, nanogpt, view, write_folder, zip_of
 from tests.support.fuzz import MUTATIONS, damaged_copies, fuzz, refuse_every_prefix
 from tests.support.random_models import CASES
-from tests.support.torch_files import CONTAINERS, Pickle, nanogpt, view, write_folder, zip_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "torch"
 # nanoGPT's activation; its files have no token ids.

@@ -23,10 +23,10 @@ from gptx.errors import (
 )
 from gptx.hub import download
 from gptx.random_weights import random_weights
+from tests.support.files.tensor_bundle_bytes import write_openai
 from tests.support.hub import Client, check, hub_settings, inherited
 from tests.support.hub_server import HubServer
 from tests.support.random_models import CASES
-from tests.support.tensor_bundle_bytes import write_openai
 
 DATA = "model.ckpt.data-00000-of-00001"
 CONFIG = CASES["124M"]

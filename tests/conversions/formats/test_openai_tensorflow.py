@@ -24,6 +24,12 @@ from gptx.errors import ConfigError, NotFoundError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
 from gptx.safetensors_file import BFLOAT16
 from tests.support.byte_tokenizers import byte_tokenizer
+from tests.support.files.tensor_bundle_bytes import (
+    slow_crc32c,
+    variables,
+    write_bundle,
+    write_openai,
+)
 from tests.support.fuzz import (
     EXTREMES,
     MUTATIONS,
@@ -34,7 +40,6 @@ from tests.support.fuzz import (
 )
 from tests.support.random_models import CASES, to_bfloat16
 from tests.support.shared_files import shared
-from tests.support.tensor_bundle_bytes import slow_crc32c, variables, write_bundle, write_openai
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "tf-tiny"
 TINY = CASES["tiny"]

@@ -24,10 +24,7 @@ from gptx.model_files import MAX_INDEX_BYTES
 from gptx.random_weights import random_weights
 from gptx.stored_weights import OWN_HEAD_NOTE, is_linear_weight
 from tests.support import embedded_tokenizer
-from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
-from tests.support.models import EXACT, make_model
-from tests.support.random_models import CASES, random_ids, to_bfloat16
-from tests.support.torch_files import (
+from tests.support.files.torch_files import (
     CONTAINERS,
     Pickle,
     Raw,
@@ -39,6 +36,9 @@ from tests.support.torch_files import (
     zip_bytes,
     zip_of,
 )
+from tests.support.fuzz import MUTATIONS, accepted, damaged_copies, fuzz, refuse_every_prefix
+from tests.support.models import EXACT, make_model
+from tests.support.random_models import CASES, random_ids, to_bfloat16
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "torch"
 GOLDEN_CONFIG = GPT2Config(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("numba")
-fcntl: Any = pytest.importorskip("fcntl")
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
+fcntl: Any = pytest.importorskip("fcntl", reason="the locks of Windows are others")
 interpreter: Any = pytest.importorskip("gptx.backends.cpu.kernels.interpreter")
 
 

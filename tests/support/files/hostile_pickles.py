@@ -10,7 +10,7 @@ import random
 import struct
 from collections.abc import Callable
 
-from tests.support.torch_files import MACHINE, MAGIC, VERSION, Pickle, Raw, zip_of
+from tests.support.files.torch_files import MACHINE, MAGIC, VERSION, Pickle, Raw, zip_of
 
 EXTENSION = 201  # the code of os.mkdir in copyreg
 

@@ -1,0 +1,1 @@
+"""Writers of files of many formats, for tests."""
