@@ -61,11 +61,18 @@ class User:
             self._read()
         self.wait_for(text)
 
-    def ended(self) -> int:
-        """Wait for the end of the process; return its exit code."""
-        deadline = time.monotonic() + TIMEOUT
+    def ended(self, signal_number: int | None = None) -> int:
+        """Wait for the end of the process, or end it by a signal; return its exit code.
+
+        The signal is sent again while the process runs, for the reason in `interrupt`.
+        """
+        begin, sent = time.monotonic(), 0
         while True:
-            assert time.monotonic() < deadline, f"no end after {self.screen[self._seen :]!r}"
+            seconds = time.monotonic() - begin
+            assert seconds < TIMEOUT, f"no end after {self.screen[self._seen :]!r}"
+            if signal_number is not None and seconds >= 5 * sent:
+                os.kill(self.pid, signal_number)
+                sent += 1
             try:
                 self._read()
             except EOFError:
@@ -88,6 +95,7 @@ def session(state: Path, *args: str) -> Iterator[User]:
     env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         command = [sys.executable, "-c", PROGRAM, *GENERATE, *args]
         os.execve(sys.executable, command, env)
     user = User(pid, terminal)
@@ -149,8 +157,7 @@ def test_a_signal_ends_a_session_and_keeps_its_history(tmp_path: Path) -> None:
         user.wait_for("> ")
         user.type("/reset\n")
         user.wait_for("> ")
-        os.kill(user.pid, signal.SIGHUP)
-        assert user.ended() == 129
+        assert user.ended(signal.SIGHUP) == 129
     assert "Traceback" not in user.screen
     lines = (tmp_path / "gptx" / "history").read_text(encoding="utf-8").splitlines()
     assert lines[-2:] == ["earlier", "/reset"]
