@@ -9,6 +9,8 @@ from numba import carray, float32, int64, njit, types, uint16, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.kernels import cpu_features  # noqa: F401 (it sets what Numba compiles for)
+
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 # Sums may be reordered and fused. NaN must propagate: the sampler checks for it.

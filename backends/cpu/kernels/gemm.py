@@ -1,21 +1,38 @@
 """GEMM kernels on vectors (AVX2, AVX-512, NEON): several rows times a matrix, in registers.
 
-A product with several rows is bound by arithmetic. `expand_...` expands weights to panels of floats
-[inputs, 64 outputs], which fit the first-level cache. The kernels keep 4 rows by 64 outputs of the
-result in registers. Arrays are flat.
+A product with several rows is bound by arithmetic. `expand_panel` turns weights of any format into
+a panel of floats for 64 outputs, which fits the second-level cache. `multiply_panel` multiplies it
+by blocks of rows, a tile of the result at a time, which stays in registers. Arrays are flat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Matrix, QuantizedMatrix
-from gptx.backends.cpu.kernels.compilation import compiled
+from gptx.backends.cpu.kernels.arguments import (
+    BLOCK_ROWS,
+    PANEL_OUTPUTS,
+    Matrix,
+    QuantizedMatrix,
+    quantized_matrix,
+)
+from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
+from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512
 from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
+from gptx.backends.cpu.kernels.instructions import (
+    FLOAT32,
+    FLOAT32_TRANSPOSED,
+    FORMAT,
+    INT8,
+    N_IN,
+    N_OUT,
+    WEIGHT,
+)
 from gptx.backends.cpu.kernels.simd import (
     LANES,
     PREFETCH_BYTES,
@@ -32,21 +49,31 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
     sum_lanes_of_16,
+    transpose_vectors,
 )
 
 PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
 
+# A tile of the result: rows by vectors of 16 outputs. It fits the registers: 32 vectors on AVX-512,
+# 16 half vectors on AVX2, beside two for weights and one for a number.
+TALL_ROWS, STRIP_VECTORS = (4, 4) if HAS_AVX512 else (6, 1)
+STRIP_OUTPUTS = STRIP_VECTORS * LANES  # a panel is packed as strips, one after the other
+LINES = PANEL_OUTPUTS // LANES  # cache lines of a panel's floats for one input
 
-def _make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
+
+@lru_cache
+def make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
+    """Return a kernel for a tile of `rows` rows and `vectors` vectors of outputs."""
     size = rows * vectors
 
     @compiled
-    def outer_product(x: Any, xi: int, w: Matrix, depth: int, y: Matrix, overwrite: bool) -> None:
+    def outer_product(x: Matrix, w: Matrix, depth: int, y: Matrix, overwrite: bool) -> None:
         """Compute y += x·w (y = x·w to overwrite), as a sum of outer products over the inputs.
 
-        x is packed [depth, rows] from xi on, w is [depth, 16·vectors], y is [rows, 16·vectors].
+        x is [rows, depth]; w is [depth, 16·vectors] and y is [rows, 16·vectors], with contiguous
+        rows.
         """
-        weights, result = w.array, y.array
+        numbers, weights, result = x.array, w.array, y.array
         sums = stack_vectors(size)
         for r in range(rows):
             for c in range(vectors):
@@ -63,14 +90,67 @@ def _make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
                 column = load(weights, w.start + k * w.row_stride + 16 * c)
                 for r in range(rows):
                     n = r * vectors + c
-                    product = column * broadcast(x, xi + k * rows + r)
-                    put_vector(sums, n, get_vector(sums, n) + product)
+                    number = broadcast(numbers, x.start + r * x.row_stride + k * x.column_stride)
+                    put_vector(sums, n, get_vector(sums, n) + column * number)
         for r in range(rows):
             for c in range(vectors):
                 yi = y.start + r * y.row_stride + 16 * c
                 store(result, yi, get_vector(sums, r * vectors + c))
 
     return outer_product
+
+
+_multiply_tall = make_outer_product(TALL_ROWS, STRIP_VECTORS)
+_multiply_short = make_outer_product(BLOCK_ROWS, STRIP_VECTORS)
+
+
+@inlined
+def count_blocks(rows: int) -> tuple[int, int]:
+    """Return the numbers of tall and of short blocks of rows, in this order.
+
+    A few short blocks in the place of tall ones leave at most one row empty, of six rows or more.
+    """
+    short = 0 if TALL_ROWS == BLOCK_ROWS else (3 - (rows + 1) // 2 % 3) % 3
+    tall = max(0, rows + TALL_ROWS - 1 - short * BLOCK_ROWS) // TALL_ROWS
+    return tall, max(0, rows - tall * TALL_ROWS + BLOCK_ROWS - 1) // BLOCK_ROWS
+
+
+@inlined
+def first_row(block: int, tall: int) -> int:
+    """Return the first row of a block; `tall` is the number of tall ones."""
+    return min(block, tall) * TALL_ROWS + max(0, block - tall) * BLOCK_ROWS
+
+
+@compiled
+def multiply_panel(
+    x: Any, n_in: int, k: int, rows: int, first: int, last: int, panel: Any, depth: int, y: Matrix,
+    overwrite: bool, ahead: Matrix, lines: int,
+) -> None:  # fmt: skip
+    """Compute y += x·w (y = x·w to overwrite) for blocks [first, last) of the rows.
+
+    x are the packed rows, [n_in, rows] for each block, of which the inputs from k on are used. The
+    panel is [strips, depth, STRIP_OUTPUTS]. y begins at row 0, [rows, 64]. Meanwhile the first
+    `lines` cache lines of `ahead` [..., 64], the next panel's weights, are prefetched.
+    """
+    tall = count_blocks(rows)[0]
+    strips, line = PANEL_OUTPUTS // STRIP_OUTPUTS, 0
+    share = (lines + strips * (last - first) - 1) // (strips * (last - first))
+    for strip in range(strips):
+        w = Matrix(panel, strip * depth * STRIP_OUTPUTS, STRIP_OUTPUTS, 1)
+        j = y.start + strip * STRIP_OUTPUTS
+        for block in range(first, last):
+            for n in range(line, min(line + share, lines)):
+                i = ahead.start + n // LINES * ahead.row_stride + n % LINES * LANES
+                prefetch_l2(ahead.array, i)
+            line += share
+            row = first_row(block, tall)
+            target = Matrix(y.array, j + row * y.row_stride, y.row_stride, 1)
+            if block < tall:
+                source = Matrix(x, row * n_in + k * TALL_ROWS, 1, TALL_ROWS)
+                _multiply_tall(source, w, depth, target, overwrite)
+            else:
+                source = Matrix(x, row * n_in + k * BLOCK_ROWS, 1, BLOCK_ROWS)
+                _multiply_short(source, w, depth, target, overwrite)
 
 
 def _make_dot_product(rows: int, columns: int) -> Callable[..., None]:
@@ -111,30 +191,62 @@ def _make_dot_product(rows: int, columns: int) -> Callable[..., None]:
     return dot_product
 
 
-# Named by rows and vectors of 16 columns.
-outer_product_4x4, outer_product_4x1 = _make_outer_product(4, 4), _make_outer_product(4, 1)
-outer_product_1x4, outer_product_1x1 = _make_outer_product(1, 4), _make_outer_product(1, 1)
-
 # Named by rows and columns.
-dot_product_4x4, dot_product_4x1 = _make_dot_product(4, 4), _make_dot_product(4, 1)
+dot_product_4x1 = _make_dot_product(4, 1)
 dot_product_1x4, dot_product_1x1 = _make_dot_product(1, 4), _make_dot_product(1, 1)
+
+DOT_COLUMNS = 4 if HAS_AVX512 else 1  # of a product with 4 rows in registers
+multiply_columns = _make_dot_product(BLOCK_ROWS, 4) if HAS_AVX512 else dot_product_4x1
+
+
+# Panels
+
+
+@inlined
+def _panel_index(j: int, depth: int) -> int:
+    """Return where output j of the first input is in a panel."""
+    return j // STRIP_OUTPUTS * depth * STRIP_OUTPUTS + j % STRIP_OUTPUTS
 
 
 @compiled
 def expand_float32(w: Any, n_out: int, number: int, first: int, depth: int, panel: Any) -> None:
-    """Copy inputs [first, first + depth) of panel `number` of w [I, O] to panel [depth, 64].
+    """Pack inputs [first, first + depth) of panel `number` of w [I, O].
 
     Outputs past the last one are zero.
     """
     left = n_out - number * PANEL_OUTPUTS
     for k in range(depth):
-        i, p = (first + k) * n_out + number * PANEL_OUTPUTS, k * PANEL_OUTPUTS
+        i, p = (first + k) * n_out + number * PANEL_OUTPUTS, k * STRIP_OUTPUTS
         if left >= PANEL_OUTPUTS:
-            for c in range(4):
-                store(panel, p + 16 * c, load(w, i + 16 * c))
+            for j in range(0, PANEL_OUTPUTS, LANES):
+                store(panel, p + _panel_index(j, depth), load(w, i + j))
         else:
             for j in range(PANEL_OUTPUTS):
-                panel[p + j] = w[i + j] if j < left else np.float32(0)
+                panel[p + _panel_index(j, depth)] = w[i + j] if j < left else np.float32(0)
+
+
+@compiled
+def _expand_transposed(w: Any, op: Any, number: int, first: int, depth: int, panel: Any) -> None:
+    """Pack inputs [first, first + depth) of panel `number` of w [O, I].
+
+    Outputs past the last one repeat it.
+    """
+    n_in, last = op[N_IN], op[N_OUT] - 1
+    vector_end = depth // LANES * LANES
+    for j in range(0, PANEL_OUTPUTS, LANES):
+        p = _panel_index(j, depth)
+        for k in range(0, vector_end, LANES):
+            square = stack_vectors(LANES)
+            for n in range(LANES):
+                row = min(number * PANEL_OUTPUTS + j + n, last)
+                put_vector(square, n, load(w, row * n_in + first + k))
+            transpose_vectors(square)
+            for n in range(LANES):
+                store(panel, p + (k + n) * STRIP_OUTPUTS, get_vector(square, n))
+        for k in range(vector_end, depth):
+            for n in range(LANES):
+                row = min(number * PANEL_OUTPUTS + j + n, last)
+                panel[p + k * STRIP_OUTPUTS + n] = w[row * n_in + first + k]
 
 
 def _make_expand_quantized(bits: int) -> Callable[..., None]:
@@ -143,23 +255,44 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
 
     @compiled
     def expand(matrix: QuantizedMatrix, number: int, first: int, depth: int, panel: Any) -> None:
-        """Dequantize inputs [first, first + depth) of panel `number` to panel [depth, 64]."""
+        """Dequantize inputs [first, first + depth) of panel `number`."""
         words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
         n_in, group_size = matrix.n_in, matrix.group_size
-        for c in range(4):
-            strip = 4 * number + c
+        for c in range(PANEL_OUTPUTS // LANES):
+            strip, p = PANEL_OUTPUTS // LANES * number + c, _panel_index(c * LANES, depth)
+            scales, offset = stack_vectors(per_word), splat(0.0)
             for k in range(first, first + depth, per_word):
+                if k == first or k % group_size == 0:
+                    entry = strip * (n_in // group_size) + k // group_size
+                    scale, offset = scale_and_offset(groups, entry, offset_bits)
+                    for n in range(per_word):
+                        put_vector(scales, n, scale * broadcast(factors, n))
                 i = (strip * n_in + k) // per_word * LANES
                 prefetch_l1(words, i + PREFETCH_BYTES // 4)
                 packed = load(words, i)
-                entry = strip * (n_in // group_size) + k // group_size
-                scale, offset = scale_and_offset(groups, entry, offset_bits)
                 for n in range(per_word):
-                    weights = bit_field_as_floats(packed, n, bits) * broadcast(factors, n)
-                    at = (k + n - first) * PANEL_OUTPUTS + LANES * c
-                    store(panel, at, weights * scale + offset)
+                    weights = bit_field_as_floats(packed, n, bits) * get_vector(scales, n)
+                    store(panel, p + (k + n - first) * STRIP_OUTPUTS, weights + offset)
 
     return expand
 
 
-expand_int8, expand_int4 = _make_expand_quantized(8), _make_expand_quantized(4)
+_expand_int8, _expand_int4 = _make_expand_quantized(8), _make_expand_quantized(4)
+
+
+@compiled
+def expand_panel(op: Any, number: int, first: int, depth: int, panel: Any) -> None:
+    """Pack inputs [first, first + depth) of panel `number` of an instruction's matrix as floats.
+
+    The panel is [strips, depth, STRIP_OUTPUTS].
+    """
+    if op[FORMAT] == FLOAT32 or op[FORMAT] == FLOAT32_TRANSPOSED:
+        w = float_array(op[WEIGHT], op[N_IN] * (op[N_OUT] + PANEL_OUTPUTS))
+        if op[FORMAT] == FLOAT32:
+            expand_float32(w, op[N_OUT], number, first, depth, panel)
+        else:
+            _expand_transposed(w, op, number, first, depth, panel)
+    elif op[FORMAT] == INT8:
+        _expand_int8(quantized_matrix(op), number, first, depth, panel)
+    else:
+        _expand_int4(quantized_matrix(op), number, first, depth, panel)

@@ -22,13 +22,17 @@ from gptx.backends.cpu.kernels.amx.attention import prompt_attention as amx_prom
 from gptx.backends.cpu.kernels.amx.linear import prepare_amx, run_amx, uses_amx
 from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROWS
 from gptx.backends.cpu.kernels.arguments import (
-    BLOCK_ROWS,
     PANEL_OUTPUTS,
     AttentionTask,
     LinearTask,
     Run,
 )
-from gptx.backends.cpu.kernels.attention import decode_attention, prompt_attention
+from gptx.backends.cpu.kernels.attention import (
+    QUERIES,
+    convert_head,
+    decode_attention,
+    prompt_attention,
+)
 from gptx.backends.cpu.kernels.barrier import split_range, wait_at_barrier
 from gptx.backends.cpu.kernels.compilation import (
     FAST_MATH,
@@ -111,7 +115,7 @@ def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: in
     """Compute attention for a share of the heads and, in each, of the blocks of rows."""
     T, H, D = task.T, task.H, task.D
     on_amx = amx and T >= TILE_ROWS and D % PANEL_OUTPUTS == 0
-    block_rows = TILE_ROWS if on_amx else 1 if T == 1 else BLOCK_ROWS
+    block_rows = TILE_ROWS if on_amx else 1 if T == 1 else QUERIES
     blocks = (T + block_rows - 1) // block_rows
     first, last = split_range(B * H * blocks, thread, threads)
     length = 0
@@ -119,15 +123,19 @@ def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: in
         head, row = item // blocks, item % blocks * block_rows
         n, count = head // H * T + row, min(block_rows, T - row)
         cache_start = head * task.capacity * D
-        if on_amx:
-            if row == 0 or item == first:
-                n_keys = task.positions[n - row : n - row + T].max() + 1
+        if T == 1:
+            decode_attention(task, head % H, cache_start, n)
+            continue
+        if row == 0 or item == first:
+            n_keys = task.positions[n - row : n - row + T].max() + 1
+            if on_amx:
                 length = pack_head(task, cache_start, n_keys)
+            else:
+                convert_head(task, cache_start, n_keys)
+        if on_amx:
             amx_prompt_attention(task, head % H, length, n, count)
-        elif T == 1:
-            decode_attention(task, head % H, cache_start, n, count)
         else:
-            prompt_attention(task, head % H, cache_start, n, count)
+            prompt_attention(task, head % H, n, count)
 
 
 @inlined

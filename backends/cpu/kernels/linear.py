@@ -19,17 +19,20 @@ from gptx.backends.cpu.kernels.arguments import (
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
-from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
+from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512, HAS_VNNI
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
+    DOT_COLUMNS,
+    LINES,
+    count_blocks,
     dot_product_1x1,
     dot_product_1x4,
     dot_product_4x1,
-    dot_product_4x4,
     expand_float32,
-    expand_int4,
-    expand_int8,
-    outer_product_4x4,
+    expand_panel,
+    first_row,
+    multiply_columns,
+    multiply_panel,
 )
 from gptx.backends.cpu.kernels.instructions import (
     FLOAT32,
@@ -44,11 +47,12 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET_WIDTH,
     WEIGHT,
 )
-from gptx.backends.cpu.kernels.simd import LANES, load, prefetch_l2, splat, store
+from gptx.backends.cpu.kernels.simd import LANES, load, splat, store
 
-PANEL_INPUTS = 128  # 128 x 64 floats are 32 KB
-CHUNK_BLOCKS = 32  # blocks of rows that are multiplied by a panel while it is in the cache
-SPLIT_PANEL_INPUTS = 16  # inputs of a panel of `run_split_gemm`: streams that the CPU prefetches
+# Inputs of a panel of 64 outputs, of a panel of `run_split_gemm` (whose rows are streams that the
+# processor prefetches), and blocks of rows that are multiplied by a panel while it is in the cache.
+PANEL_INPUTS, SPLIT_PANEL_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
+MIN_PANEL_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
 
 quantized_gemv = gemv_vnni if HAS_VNNI else gemv
@@ -66,7 +70,7 @@ def splits_inputs(op: Any, rows: int, threads: int) -> bool:
 
 def workspace_size(rows: int, width: int) -> int:
     """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
-    partial_rows = (min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    partial_rows = min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1
     return partial_rows * width + PANEL_INPUTS * PANEL_OUTPUTS
 
 
@@ -115,111 +119,90 @@ def run_gemv(task: LinearTask) -> None:
 
 
 @inlined
-def prepare_gemm(task: LinearTask) -> None:
-    """Normalize a share of the rows, and pack each block of rows as [I, 4] for outer products.
+def uses_dot_products(op: Any, rows: int) -> bool:
+    """Return True if a matrix [O, I] is multiplied as it is, not as panels."""
+    return op[FORMAT] == FLOAT32_TRANSPOSED and rows < MIN_PANEL_ROWS
 
-    The last row fills up the last block. The rows of FLOAT32_TRANSPOSED stay [rows, I].
+
+@inlined
+def prepare_gemm(task: LinearTask) -> None:
+    """Normalize a share of the rows, and pack each block of rows as [I, rows] for outer products.
+
+    The last row fills up the last block. For dot products the rows stay [rows, I].
     """
     op, prepared, rows = task.op, task.prepared, task.rows
-    n_in = op[N_IN]
-    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    first, last = split_range(blocks, task.thread, task.threads)
-    for row in range(first * BLOCK_ROWS, last * BLOCK_ROWS):
-        i = ((min(row, rows - 1) + 1) * task.stride - 1) * op[SOURCE_WIDTH]
-        if op[FORMAT] == FLOAT32_TRANSPOSED:
-            normalize_row(op, task.x, i, prepared, row * n_in, 1)
-        else:
-            block, r = row // BLOCK_ROWS, row % BLOCK_ROWS
-            normalize_row(op, task.x, i, prepared, block * BLOCK_ROWS * n_in + r, BLOCK_ROWS)
+    n_in, dots = op[N_IN], uses_dot_products(op, rows)
+    tall, short = count_blocks(rows)
+    if dots:
+        tall, short = 0, (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    first, last = split_range(tall + short, task.thread, task.threads)
+    for block in range(first, last):
+        start, end = first_row(block, tall), first_row(block + 1, tall)
+        for row in range(start, end):
+            i = ((min(row, rows - 1) + 1) * task.stride - 1) * op[SOURCE_WIDTH]
+            if dots:
+                normalize_row(op, task.x, i, prepared, row * n_in, 1)
+            else:
+                normalize_row(op, task.x, i, prepared, start * n_in + row - start, end - start)
 
 
 @inlined
 def run_gemm(task: LinearTask) -> None:
-    """Compute a share of the product: of its panels of outputs, in each chunk of rows."""
-    op = task.op
-    if op[FORMAT] == FLOAT32_TRANSPOSED:
-        _run_transposed_gemm(task)
-    elif op[FORMAT] == FLOAT32:
-        _run_float_gemm(task)
+    """Compute a share of the product: of its outputs, or of its panels in each chunk of rows."""
+    if uses_dot_products(task.op, task.rows):
+        _run_dot_products(task)
     else:
-        _run_quantized_gemm(task)
+        _run_panels(task)
 
 
 @inlined
-def _run_transposed_gemm(task: LinearTask) -> None:
+def _run_dot_products(task: LinearTask) -> None:
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * n_out)
-    first, last = split_range(n_out // 4, task.thread, task.threads)
-    for o in range(first * 4, last * 4, 4):
+    first, last = split_range(n_out // DOT_COLUMNS, task.thread, task.threads)
+    for o in range(first * DOT_COLUMNS, last * DOT_COLUMNS, DOT_COLUMNS):
         for row in range(0, rows, BLOCK_ROWS):
             target = Matrix(y, row * width + o, width, 1)
-            dot_product_4x4(x, row * n_in, w, o * n_in, n_in, target, row == 0)
-    for o in range(n_out if task.thread < task.threads - 1 else n_out // 4 * 4, n_out):
+            multiply_columns(x, row * n_in, w, o * n_in, n_in, target, row == 0)
+    end = n_out // DOT_COLUMNS * DOT_COLUMNS
+    for o in range(n_out if task.thread < task.threads - 1 else end, n_out):
         for row in range(0, rows, BLOCK_ROWS):
             target = Matrix(y, row * width + o, width, 1)
             dot_product_4x1(x, row * n_in, w, o * n_in, n_in, target, row == 0)
 
 
 @inlined
-def _run_float_gemm(task: LinearTask) -> None:
-    """Compute all outputs of the share from `PANEL_INPUTS` inputs at a time.
+def _run_panels(task: LinearTask) -> None:
+    """Compute all outputs of the share from `PANEL_INPUTS` inputs at a time, in each chunk of rows.
 
-    Thus the thread reads that many rows of the matrix at a time, almost in memory order.
+    Thus the thread reads that many rows of a float matrix at a time, almost in memory order.
     """
     op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
-    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    chunks = (blocks + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    lines = PANEL_INPUTS * LINES if op[FORMAT] == FLOAT32 else 0
+    tall, short = count_blocks(rows)
+    chunks = (tall + short + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
     first, last = split_range(panels * chunks, task.thread, task.threads)
     for chunk in range(chunks):
         first_panel = max(first - chunk * panels, 0)
         last_panel = min(last - chunk * panels, panels)
-        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, blocks)
+        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, tall + short)
         for k in range(0, n_in, PANEL_INPUTS):
             depth = min(PANEL_INPUTS, n_in - k)
             for number in range(first_panel, last_panel):
-                expand_float32(w, n_out, number, k, depth, panel)
-                for block in range(begin, end):
-                    xi = block * BLOCK_ROWS * n_in + k * BLOCK_ROWS
-                    yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
-                    source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
-                    outer_product_4x4(x, xi, source, depth, Matrix(y, yi, width, 1), k == 0)
-        for row in range(begin * BLOCK_ROWS, min(end * BLOCK_ROWS, rows)):
+                expand_panel(op, number, k, depth, panel)
+                target = Matrix(y, number * PANEL_OUTPUTS, width, 1)
+                ahead = Matrix(w, k * n_out + (number + 1) * PANEL_OUTPUTS, n_out, 1)
+                multiply_panel(
+                    x, n_in, k, rows, begin, end, panel, depth, target, k == 0, ahead, lines
+                )
+        for row in range(first_row(begin, tall), min(first_row(end, tall), rows)):
             for number in range(first_panel, last_panel):
                 j = number * PANEL_OUTPUTS
                 apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
-
-
-@inlined
-def _run_quantized_gemm(task: LinearTask) -> None:
-    """Compute the panels of outputs one after the other."""
-    op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    matrix = quantized_matrix(op)
-    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    chunks = (blocks + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
-    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
-    first, last = split_range(panels * chunks, task.thread, task.threads)
-    for item in range(first, last):
-        chunk, number = item // panels, item % panels
-        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, blocks)
-        for k in range(0, n_in, PANEL_INPUTS):
-            depth = min(PANEL_INPUTS, n_in - k)
-            if op[FORMAT] == INT8:
-                expand_int8(matrix, number, k, depth, panel)
-            else:
-                expand_int4(matrix, number, k, depth, panel)
-            for block in range(begin, end):
-                xi = block * BLOCK_ROWS * n_in + k * BLOCK_ROWS
-                yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
-                source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
-                outer_product_4x4(x, xi, source, depth, Matrix(y, yi, width, 1), k == 0)
-        for row in range(begin * BLOCK_ROWS, min(end * BLOCK_ROWS, rows)):
-            j = number * PANEL_OUTPUTS
-            apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
 
 
 # Split-K
@@ -235,25 +218,21 @@ def run_split_gemm(task: LinearTask) -> None:
     op, x, partial = task.op, task.prepared, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
-    blocks = (task.rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    tall, short = count_blocks(task.rows)
+    blocks = tall + short
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
-    panel = partial[blocks * BLOCK_ROWS * width :]
+    panel = partial[first_row(blocks, tall) * width :]
     first, last = split_range(n_in, task.thread, task.threads)
     for k in range(first, last, SPLIT_PANEL_INPUTS):
         depth = min(SPLIT_PANEL_INPUTS, last - k)
         for number in range(panels):
             expand_float32(w, n_out, number, k, depth, panel)
-            for block in range(blocks):
-                prefetch_first, prefetch_last = split_range(SPLIT_PANEL_INPUTS, block, blocks)
-                for i in range(prefetch_first, prefetch_last):
-                    j = (k + SPLIT_PANEL_INPUTS + i) * n_out + number * PANEL_OUTPUTS
-                    for c in range(4):
-                        prefetch_l2(w, j + LANES * c)
-                xi = (block * n_in + k) * BLOCK_ROWS
-                yi = block * BLOCK_ROWS * width + number * PANEL_OUTPUTS
-                source = Matrix(panel, 0, PANEL_OUTPUTS, 1)
-                target = Matrix(partial, yi, width, 1)
-                outer_product_4x4(x, xi, source, depth, target, k == first)
+            target = Matrix(partial, number * PANEL_OUTPUTS, width, 1)
+            ahead = Matrix(w, (k + depth) * n_out + number * PANEL_OUTPUTS, n_out, 1)
+            multiply_panel(
+                x, n_in, k, task.rows, 0, blocks, panel, depth, target, k == first, ahead,
+                depth * LINES,
+            )  # fmt: skip
 
 
 @inlined

@@ -207,6 +207,28 @@ def put_vector(context: Any, vectors: Any, i: Any, value: Any) -> Any:
     return types.void(vectors, i, value), generate
 
 
+@intrinsic
+def transpose_vectors(context: Any, vectors: Any) -> Any:
+    """Swap lane i of vector j with lane j of vector i, in `stack_vectors(16)`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointers = [builder.gep(args[0], [I32(n)]) for n in range(LANES)]
+        rows = [builder.load(pointer) for pointer in pointers]
+        for size in (1, 2, 4, 8):  # of the blocks swapped across the diagonal of twice their size
+            upper = [i if not i & size else LANES + i - size for i in range(LANES)]
+            lower = [i + size if not i & size else LANES + i for i in range(LANES)]
+            old = rows.copy()
+            for n in range(LANES):
+                pair = old[n & ~size], old[n | size]
+                lanes = ir.Constant(INTS, lower if n & size else upper)
+                rows[n] = builder.shuffle_vector(*pair, lanes)
+        for pointer, row in zip(pointers, rows, strict=True):
+            builder.store(row, pointer)
+        return context.get_dummy_value()
+
+    return types.void(vectors), generate
+
+
 # Arithmetic
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.amx.bf16x3 import (
     PANEL_WORDS,
@@ -31,9 +28,8 @@ from gptx.backends.cpu.kernels.amx.tile_unit import (
     release_tiles,
 )
 from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, AttentionTask, Matrix
-from gptx.backends.cpu.kernels.compilation import I32, compiled
+from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.simd import (
-    INTS,
     LANES,
     exp,
     get_vector,
@@ -45,32 +41,11 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
     sum_lanes,
+    transpose_vectors,
 )
 
 SQUARE_SIZE = PANEL_OUTPUTS * PANEL_OUTPUTS  # also holds 16 rows of the result, and then
 SOFTMAX_SUMS_START = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here
-
-
-@intrinsic
-def _transpose_vectors(context: Any, vectors: Any) -> Any:
-    """Swap lane i of vector j with lane j of vector i, in `stack_vectors(16)`."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointers = [builder.gep(args[0], [I32(n)]) for n in range(LANES)]
-        rows = [builder.load(pointer) for pointer in pointers]
-        for size in (1, 2, 4, 8):  # of the blocks swapped across the diagonal of twice their size
-            upper = [i if not i & size else LANES + i - size for i in range(LANES)]
-            lower = [i + size if not i & size else LANES + i for i in range(LANES)]
-            old = rows.copy()
-            for n in range(LANES):
-                pair = old[n & ~size], old[n | size]
-                lanes = ir.Constant(INTS, lower if n & size else upper)
-                rows[n] = builder.shuffle_vector(*pair, lanes)
-        for pointer, row in zip(pointers, rows, strict=True):
-            builder.store(row, pointer)
-        return context.get_dummy_value()
-
-    return types.void(vectors), generate
 
 
 def workspace_size(D: int, capacity: int) -> int:
@@ -107,8 +82,8 @@ def transpose_square(square: Any) -> None:
             for r in range(LANES):
                 put_vector(lower, r, load(square, (i + r) * PANEL_OUTPUTS + j))
                 put_vector(upper, r, load(square, (j + r) * PANEL_OUTPUTS + i))
-            _transpose_vectors(lower)
-            _transpose_vectors(upper)
+            transpose_vectors(lower)
+            transpose_vectors(upper)
             for r in range(LANES):
                 store(square, (j + r) * PANEL_OUTPUTS + i, get_vector(lower, r))
                 store(square, (i + r) * PANEL_OUTPUTS + j, get_vector(upper, r))

@@ -33,7 +33,7 @@ from gptx.backends.cpu.kernels.arguments import (
 )
 from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
 from gptx.backends.cpu.kernels.fixed_point import N_DIGITS, measure_row, store_digits
-from gptx.backends.cpu.kernels.gemm import outer_product_4x1
+from gptx.backends.cpu.kernels.gemm import make_outer_product
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     FLOATS,
@@ -64,6 +64,8 @@ UNPACKED_START = INT_SUMS_SIZE
 SUMS_START = UNPACKED_START + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
 WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
 WORKSPACE_GROUPS = WORKSPACE_SIZE // LANES
+
+_multiply_sums = make_outer_product(BLOCK_ROWS, 1)
 
 
 @compiled
@@ -260,6 +262,7 @@ def multiply(
             source = Matrix(workspace, 0, LANES, 1)
             for row in range(first, last, BLOCK_ROWS):
                 xi = padded_rows + row * n_groups + begin * BLOCK_ROWS
+                sums = Matrix(factors, xi, 1, BLOCK_ROWS)
                 yi = y.start + row * y.row_stride + c * LANES
                 target = Matrix(y.array, yi, y.row_stride, 1)
-                outer_product_4x1(factors, xi, source, count, target, False)
+                _multiply_sums(sums, source, count, target, False)
