@@ -1,8 +1,8 @@
 """GEMM kernels on vectors (AVX2, AVX-512, NEON): several rows times a matrix, in registers.
 
-A product with several rows is bound by arithmetic. `expand_panel` turns weights of any format into
-a panel of floats for 64 outputs, which fits the second-level cache. `multiply_panel` multiplies it
-by blocks of rows, a tile of the result at a time, which stays in registers. Arrays are flat.
+A product with several rows is bound by arithmetic. `expand_weights` turns weights of any format
+into strips of floats, which fit the caches. `multiply_strips` multiplies them by blocks of rows, a
+tile of the result at a time, which stays in registers. Arrays are flat.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
 # A tile of the result: rows by vectors of 16 outputs. It fits the registers: 32 vectors on AVX-512,
 # 16 half vectors on AVX2, beside two for weights and one for a number.
 TALL_ROWS, STRIP_VECTORS = (4, 4) if HAS_AVX512 else (6, 1)
-STRIP_OUTPUTS = STRIP_VECTORS * LANES  # a panel is packed as strips, one after the other
-LINES = PANEL_OUTPUTS // LANES  # cache lines of a panel's floats for one input
+STRIP_OUTPUTS = STRIP_VECTORS * LANES
 
 
 @lru_cache
@@ -122,29 +121,29 @@ def first_row(block: int, tall: int) -> int:
 
 
 @compiled
-def multiply_panel(
-    x: Any, n_in: int, k: int, rows: int, first: int, last: int, panel: Any, depth: int, y: Matrix,
-    overwrite: bool, ahead: Matrix, lines: int,
+def multiply_strips(
+    x: Any, n_in: int, k: int, rows: int, first: int, last: int, strips: Any, outputs: int,
+    depth: int, y: Matrix, overwrite: bool, ahead: Matrix,
 ) -> None:  # fmt: skip
-    """Compute y += x·w (y = x·w to overwrite) for blocks [first, last) of the rows.
+    """Compute `outputs` columns of y += x·w (y = x·w to overwrite), blocks [first, last) of rows.
 
     x are the packed rows, [n_in, rows] for each block, of which the inputs from k on are used. The
-    panel is [strips, depth, STRIP_OUTPUTS]. y begins at row 0, [rows, 64]. Meanwhile the first
-    `lines` cache lines of `ahead` [..., 64], the next panel's weights, are prefetched.
+    strips are w, [outputs / STRIP_OUTPUTS, depth, STRIP_OUTPUTS]. y begins at row 0. Meanwhile
+    `ahead` [depth, outputs], weights that are needed later, is prefetched, unless it is empty.
     """
-    tall = count_blocks(rows)[0]
-    strips, line = PANEL_OUTPUTS // STRIP_OUTPUTS, 0
-    share = (lines + strips * (last - first) - 1) // (strips * (last - first))
-    for strip in range(strips):
-        w = Matrix(panel, strip * depth * STRIP_OUTPUTS, STRIP_OUTPUTS, 1)
-        j = y.start + strip * STRIP_OUTPUTS
+    tall, line, steps = count_blocks(rows)[0], 0, outputs // STRIP_OUTPUTS * (last - first)
+    lines_of_input = outputs // LANES
+    lines = 0 if ahead.row_stride == 0 else depth * lines_of_input
+    share = (lines + steps - 1) // steps
+    for strip in range(0, outputs, STRIP_OUTPUTS):
+        w = Matrix(strips, strip * depth, STRIP_OUTPUTS, 1)
         for block in range(first, last):
             for n in range(line, min(line + share, lines)):
-                i = ahead.start + n // LINES * ahead.row_stride + n % LINES * LANES
-                prefetch_l2(ahead.array, i)
+                i = ahead.start + n // lines_of_input * ahead.row_stride
+                prefetch_l2(ahead.array, i + n % lines_of_input * LANES)
             line += share
             row = first_row(block, tall)
-            target = Matrix(y.array, j + row * y.row_stride, y.row_stride, 1)
+            target = Matrix(y.array, y.start + strip + row * y.row_stride, y.row_stride, 1)
             if block < tall:
                 source = Matrix(x, row * n_in + k * TALL_ROWS, 1, TALL_ROWS)
                 _multiply_tall(source, w, depth, target, overwrite)
@@ -199,54 +198,45 @@ DOT_COLUMNS = 4 if HAS_AVX512 else 1  # of a product with 4 rows in registers
 multiply_columns = _make_dot_product(BLOCK_ROWS, 4) if HAS_AVX512 else dot_product_4x1
 
 
-# Panels
-
-
-@inlined
-def _panel_index(j: int, depth: int) -> int:
-    """Return where output j of the first input is in a panel."""
-    return j // STRIP_OUTPUTS * depth * STRIP_OUTPUTS + j % STRIP_OUTPUTS
+# Strips
 
 
 @compiled
-def expand_float32(w: Any, n_out: int, number: int, first: int, depth: int, panel: Any) -> None:
-    """Pack inputs [first, first + depth) of panel `number` of w [I, O].
+def expand_float32(w: Any, n_out: int, j: int, first: int, depth: int, strips: Any) -> None:
+    """Copy inputs [first, first + depth) of 64 outputs from j on of w [I, O].
 
     Outputs past the last one are zero.
     """
-    left = n_out - number * PANEL_OUTPUTS
     for k in range(depth):
-        i, p = (first + k) * n_out + number * PANEL_OUTPUTS, k * STRIP_OUTPUTS
-        if left >= PANEL_OUTPUTS:
-            for j in range(0, PANEL_OUTPUTS, LANES):
-                store(panel, p + _panel_index(j, depth), load(w, i + j))
-        else:
-            for j in range(PANEL_OUTPUTS):
-                panel[p + _panel_index(j, depth)] = w[i + j] if j < left else np.float32(0)
+        i = (first + k) * n_out + j
+        for c in range(0, PANEL_OUTPUTS, LANES):
+            p = c // STRIP_OUTPUTS * depth * STRIP_OUTPUTS + k * STRIP_OUTPUTS + c % STRIP_OUTPUTS
+            if n_out - j >= PANEL_OUTPUTS:
+                store(strips, p, load(w, i + c))
+            else:
+                for n in range(LANES):
+                    strips[p + n] = w[i + c + n] if j + c + n < n_out else np.float32(0)
 
 
 @compiled
-def _expand_transposed(w: Any, op: Any, number: int, first: int, depth: int, panel: Any) -> None:
-    """Pack inputs [first, first + depth) of panel `number` of w [O, I].
+def _expand_transposed(w: Any, op: Any, j: int, first: int, depth: int, strip: Any) -> None:
+    """Copy inputs [first, first + depth) of the outputs from j on of w [O, I].
 
     Outputs past the last one repeat it.
     """
     n_in, last = op[N_IN], op[N_OUT] - 1
     vector_end = depth // LANES * LANES
-    for j in range(0, PANEL_OUTPUTS, LANES):
-        p = _panel_index(j, depth)
+    for c in range(0, STRIP_OUTPUTS, LANES):
         for k in range(0, vector_end, LANES):
             square = stack_vectors(LANES)
             for n in range(LANES):
-                row = min(number * PANEL_OUTPUTS + j + n, last)
-                put_vector(square, n, load(w, row * n_in + first + k))
+                put_vector(square, n, load(w, min(j + c + n, last) * n_in + first + k))
             transpose_vectors(square)
             for n in range(LANES):
-                store(panel, p + (k + n) * STRIP_OUTPUTS, get_vector(square, n))
+                store(strip, (k + n) * STRIP_OUTPUTS + c, get_vector(square, n))
         for k in range(vector_end, depth):
             for n in range(LANES):
-                row = min(number * PANEL_OUTPUTS + j + n, last)
-                panel[p + k * STRIP_OUTPUTS + n] = w[row * n_in + first + k]
+                strip[k * STRIP_OUTPUTS + c + n] = w[min(j + c + n, last) * n_in + first + k]
 
 
 def _make_expand_quantized(bits: int) -> Callable[..., None]:
@@ -254,25 +244,25 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
     factors = FIELD_FACTORS[bits]
 
     @compiled
-    def expand(matrix: QuantizedMatrix, number: int, first: int, depth: int, panel: Any) -> None:
-        """Dequantize inputs [first, first + depth) of panel `number`."""
+    def expand(matrix: QuantizedMatrix, j: int, first: int, depth: int, strip: Any) -> None:
+        """Dequantize inputs [first, first + depth) of the outputs from j on."""
         words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
         n_in, group_size = matrix.n_in, matrix.group_size
-        for c in range(PANEL_OUTPUTS // LANES):
-            strip, p = PANEL_OUTPUTS // LANES * number + c, _panel_index(c * LANES, depth)
+        for c in range(0, STRIP_OUTPUTS, LANES):
+            number = (j + c) // LANES
             scales, offset = stack_vectors(per_word), splat(0.0)
             for k in range(first, first + depth, per_word):
                 if k == first or k % group_size == 0:
-                    entry = strip * (n_in // group_size) + k // group_size
+                    entry = number * (n_in // group_size) + k // group_size
                     scale, offset = scale_and_offset(groups, entry, offset_bits)
                     for n in range(per_word):
                         put_vector(scales, n, scale * broadcast(factors, n))
-                i = (strip * n_in + k) // per_word * LANES
+                i = (number * n_in + k) // per_word * LANES
                 prefetch_l1(words, i + PREFETCH_BYTES // 4)
                 packed = load(words, i)
                 for n in range(per_word):
                     weights = bit_field_as_floats(packed, n, bits) * get_vector(scales, n)
-                    store(panel, p + (k + n - first) * STRIP_OUTPUTS, weights + offset)
+                    store(strip, (k + n - first) * STRIP_OUTPUTS + c, weights + offset)
 
     return expand
 
@@ -280,19 +270,28 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
 _expand_int8, _expand_int4 = _make_expand_quantized(8), _make_expand_quantized(4)
 
 
-@compiled
-def expand_panel(op: Any, number: int, first: int, depth: int, panel: Any) -> None:
-    """Pack inputs [first, first + depth) of panel `number` of an instruction's matrix as floats.
+@inlined
+def outputs_at_a_time(op: Any) -> int:
+    """Return the number of outputs that `expand_weights` expands.
 
-    The panel is [strips, depth, STRIP_OUTPUTS].
+    Floats are read in longer pieces of their rows, quantized weights are stored in strips.
+    """
+    return PANEL_OUTPUTS if op[FORMAT] == FLOAT32 else STRIP_OUTPUTS
+
+
+@compiled
+def expand_weights(op: Any, j: int, first: int, depth: int, strips: Any) -> None:
+    """Expand weights of an instruction's matrix to floats, strips [depth, STRIP_OUTPUTS].
+
+    They are those of the inputs [first, first + depth) and of the outputs from j on.
     """
     if op[FORMAT] == FLOAT32 or op[FORMAT] == FLOAT32_TRANSPOSED:
         w = float_array(op[WEIGHT], op[N_IN] * (op[N_OUT] + PANEL_OUTPUTS))
         if op[FORMAT] == FLOAT32:
-            expand_float32(w, op[N_OUT], number, first, depth, panel)
+            expand_float32(w, op[N_OUT], j, first, depth, strips)
         else:
-            _expand_transposed(w, op, number, first, depth, panel)
+            _expand_transposed(w, op, j, first, depth, strips)
     elif op[FORMAT] == INT8:
-        _expand_int8(quantized_matrix(op), number, first, depth, panel)
+        _expand_int8(quantized_matrix(op), j, first, depth, strips)
     else:
-        _expand_int4(quantized_matrix(op), number, first, depth, panel)
+        _expand_int4(quantized_matrix(op), j, first, depth, strips)

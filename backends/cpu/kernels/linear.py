@@ -23,16 +23,16 @@ from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512, HAS_VNNI
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
     DOT_COLUMNS,
-    LINES,
     count_blocks,
     dot_product_1x1,
     dot_product_1x4,
     dot_product_4x1,
     expand_float32,
-    expand_panel,
+    expand_weights,
     first_row,
     multiply_columns,
-    multiply_panel,
+    multiply_strips,
+    outputs_at_a_time,
 )
 from gptx.backends.cpu.kernels.instructions import (
     FLOAT32,
@@ -49,10 +49,10 @@ from gptx.backends.cpu.kernels.instructions import (
 )
 from gptx.backends.cpu.kernels.simd import LANES, load, splat, store
 
-# Inputs of a panel of 64 outputs, of a panel of `run_split_gemm` (whose rows are streams that the
-# processor prefetches), and blocks of rows that are multiplied by a panel while it is in the cache.
-PANEL_INPUTS, SPLIT_PANEL_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
-MIN_PANEL_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
+# Inputs of a strip, of a strip of `run_split_gemm` (whose rows are streams that the processor
+# prefetches), and blocks of rows that are multiplied by a strip while they are in the cache.
+STRIP_INPUTS, SPLIT_STRIP_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
+MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
 
 quantized_gemv = gemv_vnni if HAS_VNNI else gemv
@@ -71,7 +71,7 @@ def splits_inputs(op: Any, rows: int, threads: int) -> bool:
 def workspace_size(rows: int, width: int) -> int:
     """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
     partial_rows = min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1
-    return partial_rows * width + PANEL_INPUTS * PANEL_OUTPUTS
+    return partial_rows * width + STRIP_INPUTS * PANEL_OUTPUTS
 
 
 # GEMV
@@ -120,8 +120,8 @@ def run_gemv(task: LinearTask) -> None:
 
 @inlined
 def uses_dot_products(op: Any, rows: int) -> bool:
-    """Return True if a matrix [O, I] is multiplied as it is, not as panels."""
-    return op[FORMAT] == FLOAT32_TRANSPOSED and rows < MIN_PANEL_ROWS
+    """Return True if a matrix [O, I] is multiplied as it is, not as strips."""
+    return op[FORMAT] == FLOAT32_TRANSPOSED and rows < MIN_STRIP_ROWS
 
 
 @inlined
@@ -148,11 +148,11 @@ def prepare_gemm(task: LinearTask) -> None:
 
 @inlined
 def run_gemm(task: LinearTask) -> None:
-    """Compute a share of the product: of its outputs, or of its panels in each chunk of rows."""
+    """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
     if uses_dot_products(task.op, task.rows):
         _run_dot_products(task)
     else:
-        _run_panels(task)
+        _run_strips(task)
 
 
 @inlined
@@ -173,35 +173,35 @@ def _run_dot_products(task: LinearTask) -> None:
 
 
 @inlined
-def _run_panels(task: LinearTask) -> None:
-    """Compute all outputs of the share from `PANEL_INPUTS` inputs at a time, in each chunk of rows.
+def _run_strips(task: LinearTask) -> None:
+    """Compute all outputs of the share from `STRIP_INPUTS` inputs at a time, in each chunk of rows.
 
     Thus the thread reads that many rows of a float matrix at a time, almost in memory order.
     """
-    op, x, y, rows, panel = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
+    op, x, y, rows, strips = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
-    lines = PANEL_INPUTS * LINES if op[FORMAT] == FLOAT32 else 0
+    outputs = outputs_at_a_time(op)
+    row_stride = n_out if op[FORMAT] == FLOAT32 else 0
     tall, short = count_blocks(rows)
     chunks = (tall + short + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
     first, last = split_range(panels * chunks, task.thread, task.threads)
     for chunk in range(chunks):
-        first_panel = max(first - chunk * panels, 0)
-        last_panel = min(last - chunk * panels, panels)
+        first_output = max(first - chunk * panels, 0) * PANEL_OUTPUTS
+        last_output = min(last - chunk * panels, panels) * PANEL_OUTPUTS
         begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, tall + short)
-        for k in range(0, n_in, PANEL_INPUTS):
-            depth = min(PANEL_INPUTS, n_in - k)
-            for number in range(first_panel, last_panel):
-                expand_panel(op, number, k, depth, panel)
-                target = Matrix(y, number * PANEL_OUTPUTS, width, 1)
-                ahead = Matrix(w, k * n_out + (number + 1) * PANEL_OUTPUTS, n_out, 1)
-                multiply_panel(
-                    x, n_in, k, rows, begin, end, panel, depth, target, k == 0, ahead, lines
+        for k in range(0, n_in, STRIP_INPUTS):
+            depth = min(STRIP_INPUTS, n_in - k)
+            for j in range(first_output, last_output, outputs):
+                expand_weights(op, j, k, depth, strips)
+                target = Matrix(y, j, width, 1)
+                ahead = Matrix(w, k * n_out + j + outputs, row_stride, 1)
+                multiply_strips(
+                    x, n_in, k, rows, begin, end, strips, outputs, depth, target, k == 0, ahead
                 )
         for row in range(first_row(begin, tall), min(first_row(end, tall), rows)):
-            for number in range(first_panel, last_panel):
-                j = number * PANEL_OUTPUTS
+            for j in range(first_output, last_output, PANEL_OUTPUTS):
                 apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
 
 
@@ -212,26 +212,26 @@ def _run_panels(task: LinearTask) -> None:
 def run_split_gemm(task: LinearTask) -> None:
     """Compute partial results of all rows from a share of the inputs of a FLOAT32 matrix.
 
-    Thus a thread reads whole rows of the matrix, in memory order. While one panel is multiplied by
-    one block of rows after the other, the panel below it is prefetched.
+    Thus a thread reads whole rows of the matrix, in memory order. While some weights are multiplied
+    by one block of rows after the other, those below them are prefetched.
     """
     op, x, partial = task.op, task.prepared, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
     tall, short = count_blocks(task.rows)
     blocks = tall + short
-    panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
-    panel = partial[first_row(blocks, tall) * width :]
+    padded = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS
+    strips = partial[first_row(blocks, tall) * width :]
     first, last = split_range(n_in, task.thread, task.threads)
-    for k in range(first, last, SPLIT_PANEL_INPUTS):
-        depth = min(SPLIT_PANEL_INPUTS, last - k)
-        for number in range(panels):
-            expand_float32(w, n_out, number, k, depth, panel)
-            target = Matrix(partial, number * PANEL_OUTPUTS, width, 1)
-            ahead = Matrix(w, (k + depth) * n_out + number * PANEL_OUTPUTS, n_out, 1)
-            multiply_panel(
-                x, n_in, k, task.rows, 0, blocks, panel, depth, target, k == first, ahead,
-                depth * LINES,
+    for k in range(first, last, SPLIT_STRIP_INPUTS):
+        depth = min(SPLIT_STRIP_INPUTS, last - k)
+        for j in range(0, padded, PANEL_OUTPUTS):
+            expand_float32(w, n_out, j, k, depth, strips)
+            target = Matrix(partial, j, width, 1)
+            ahead = Matrix(w, (k + depth) * n_out + j, n_out, 1)
+            multiply_strips(
+                x, n_in, k, task.rows, 0, blocks, strips, PANEL_OUTPUTS, depth, target, k == first,
+                ahead,
             )  # fmt: skip
 
 

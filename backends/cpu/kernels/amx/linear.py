@@ -106,7 +106,7 @@ def _run_float_gemm(task: LinearTask) -> None:
                 if j + PANEL_OUTPUTS <= n_out:
                     bf16x3.pack_panel(w, k * n_out + j, n_out, depth, panel, 0)
                 else:
-                    expand_float32(w, n_out, number, k, depth, incomplete)
+                    expand_float32(w, n_out, j, k, depth, incomplete)
                     bf16x3.pack_panel(incomplete, 0, PANEL_OUTPUTS, depth, panel, 0)
                 for row in range(begin, end, TILE_ROWS):
                     xi = (row // TILE_ROWS * n_in + k) * bf16x3.ROWS_WORDS
