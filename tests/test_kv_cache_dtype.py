@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -53,14 +54,16 @@ def test_the_error_of_logits_is_that_of_float16(config: GPT2Config, float16_mode
 
 
 def test_the_compiled_pass_supports_float16() -> None:
-    compiled = pytest.importorskip("gptx.backends.cpu.compiled", reason="the kernels need Numba")
+    pytest.importorskip("numba", reason="the kernels need Numba")
+    compiled = importlib.import_module("gptx.backends.cpu.compiled")
     model = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16"))
     is_compiled = isinstance(model.gpt2.forward, compiled.CompiledForward)
     assert is_compiled == compiled.HAS_FLOAT16
 
 
 def test_a_processor_without_float16_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = pytest.importorskip("gptx.backends.cpu.compiled", reason="the kernels need Numba")
+    pytest.importorskip("numba", reason="the kernels need Numba")
+    compiled = importlib.import_module("gptx.backends.cpu.compiled")
     expected = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16")).logits([1, 2])
     monkeypatch.setattr(compiled, "HAS_FLOAT16", False)
     model = make_model(CASES["124M"], get_backend("numpy", cache_dtype="float16"))

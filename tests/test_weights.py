@@ -56,7 +56,7 @@ def test_load_goes_from_files_to_the_backend(tmp_path: Path) -> None:
 def test_quantized_weights_without_numba_have_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], has_note: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gptx.backends.cpu.quantized", None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     backend = get_backend("numpy", threads=1, **options)
     path = weights_path(tmp_path, config=CASES["relu"])
     for quantization in (None, Quantization(32, 4)):

@@ -7,7 +7,7 @@ Therefore these ops work in place and in few calls. With Numba the whole forward
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -63,7 +63,7 @@ class NumpyBackend(Backend):
         return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
 
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
-        # Quantized weights have imported Numba, which is most of the cost of compiling.
+        # Quantized weights have loaded the kernels already.
         worthwhile = self.compiles or self._has_quantized_weights
         if self.dtype == "float32" and worthwhile and (compiled := _import_if_numba("compiled")):
             try:
@@ -165,11 +165,10 @@ class NumpyBackend(Backend):
 
 
 def _import_if_numba(module: str) -> ModuleType | None:
-    """Import a module of this package that needs Numba; None if Numba is not installed."""
-    try:
-        return importlib.import_module(f"gptx.backends.cpu.{module}")
-    except ImportError:
+    """Import a module of this package that runs the kernels; None if Numba is not installed."""
+    if importlib.util.find_spec("numba") is None:
         return None
+    return importlib.import_module(f"gptx.backends.cpu.{module}")
 
 
 def _softmax(x: Array) -> Array:

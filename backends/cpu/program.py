@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numba
 import numpy as np
 
-from gptx.backends.cpu.kernels import attention, linear, mailbox
+from gptx.backends.cpu import machine_code
 from gptx.backends.cpu.kernels import instructions as columns
-from gptx.backends.cpu.kernels.amx import attention as amx_attention
-from gptx.backends.cpu.kernels.amx import linear as amx_linear
-from gptx.backends.cpu.kernels.amx import tile_unit
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS
-from gptx.backends.cpu.kernels.interpreter import is_serial
-from gptx.backends.cpu.kernels.simd import LANES
+from gptx.backends.cpu.kernels import run_words, sizes
+from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
+from gptx.backends.cpu.kernels.run_words import MAX_THREADS, is_serial
+from gptx.backends.cpu.kernels.sizes import LANES, PANEL_OUTPUTS
+from gptx.backends.cpu.kernels.variant import variant_name
 from gptx.backends.cpu.memory import allocate_aligned
-from gptx.backends.cpu.thread_pool import MAX_THREADS, POOL
+from gptx.backends.cpu.thread_pool import POOL
 from gptx.backends.fusion import ACTIVATIONS, FusedOp
+from gptx.errors import BackendError
 
 Array = np.ndarray
 
@@ -122,8 +122,9 @@ class Program:
         cache
             The KV cache, for ATTENTION.
         """
-        most = min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS)
+        most = min(default_threads(), MAX_THREADS)
         threads = min(threads or most, most)
+        code = self._load_code(cache)
         with POOL.lock:
             memory = self._allocate(shape, threads, buffers)
             words = memory.words
@@ -132,13 +133,22 @@ class Program:
             tokens, positions = (
                 np.ascontiguousarray(x, np.int64).reshape(-1) for x in (ids, positions)
             )
-            words[mailbox.TOKENS], words[mailbox.POSITIONS] = _address(tokens), _address(positions)
+            words[run_words.TOKENS], words[run_words.POSITIONS] = (
+                _address(tokens),
+                _address(positions),
+            )
             if cache is not None:
                 keys, values = _addresses(cache.keys), _addresses(cache.values)
-                words[mailbox.KEYS], words[mailbox.VALUES] = _address(keys), _address(values)
-                words[mailbox.N_LAYERS] = len(keys)
-                words[mailbox.FLOAT16] = cache.keys[0].dtype == np.float16
-            POOL.run(words)
+                words[run_words.KEYS], words[run_words.VALUES] = _address(keys), _address(values)
+                words[run_words.N_LAYERS] = len(keys)
+            POOL.run(words, code)
+
+    def _load_code(self, cache: Any) -> machine_code.Code:
+        """Return the machine code for the formats of the matrices and the cache."""
+        linear = self.table[:, columns.INSTRUCTION] != columns.ATTENTION
+        formats = np.unique(self.table[linear, columns.FORMAT])
+        float16 = cache is not None and cache.keys[0].dtype == np.float16
+        return machine_code.load(variant_name(map(int, formats), float16))
 
     def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> _Memory:
         """Return the memory of a run; small memory is kept for the next run of the same shape."""
@@ -156,22 +166,22 @@ class Program:
             allocate_aligned((threads, round_up(workspace_size, LANES)), np.float32),
         ]
         addresses = _addresses(buffers)
-        words = np.zeros(mailbox.N_WORDS, np.int64)
-        words[mailbox.PROGRAM] = _address(self.table)
-        words[mailbox.N_INSTRUCTIONS] = len(self.table)
-        words[mailbox.BUFFERS] = _address(addresses)
-        words[mailbox.N_BUFFERS] = len(addresses)
-        words[mailbox.PREPARED] = _address(prepared)
-        words[mailbox.PREPARED_SIZE] = prepared.size
-        words[mailbox.WORKSPACE] = _address(workspace)
-        words[mailbox.WORKSPACE_WIDTH] = workspace.shape[1]
-        words[[mailbox.B, mailbox.T, mailbox.H, mailbox.D, mailbox.CAPACITY]] = shape
-        words[mailbox.AMX] = tile_unit.is_allowed()
-        words[mailbox.THREADS] = threads
+        words = np.zeros(run_words.N_WORDS, np.int64)
+        words[run_words.PROGRAM] = _address(self.table)
+        words[run_words.N_INSTRUCTIONS] = len(self.table)
+        words[run_words.BUFFERS] = _address(addresses)
+        words[run_words.N_BUFFERS] = len(addresses)
+        words[run_words.PREPARED] = _address(prepared)
+        words[run_words.PREPARED_SIZE] = prepared.size
+        words[run_words.WORKSPACE] = _address(workspace)
+        words[run_words.WORKSPACE_WIDTH] = workspace.shape[1]
+        words[[run_words.B, run_words.T, run_words.H, run_words.D, run_words.CAPACITY]] = shape
+        words[run_words.AMX] = amx_is_allowed()
+        words[run_words.THREADS] = threads
         work = n_rows * self.table[:, columns.WORK]
         serial = is_serial(int(work.max()), threads)
-        words[mailbox.WORK] = work.sum()
-        words[mailbox.WORKERS] = 0 if serial else threads - 1
+        words[run_words.WORK] = work.sum()
+        words[run_words.WORKERS] = 0 if serial else threads - 1
         memory = _Memory((shape, threads), words, addresses, arrays)
         if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
             self._kept = memory
@@ -187,12 +197,13 @@ class Program:
         matrices = self.table[:, columns.FORMAT] == columns.FLOAT32
         width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
         workspace_size = max(
-            linear.workspace_size(rows, width), attention.workspace_size(shape.D, shape.capacity)
+            sizes.linear_workspace_size(rows, width),
+            sizes.attention_workspace_size(shape.D, shape.capacity),
         )
-        if rows > 1 and tile_unit.is_allowed():
-            prepared_size = max(prepared_size, amx_linear.prepared_size(rows, n_in))
-            head_size = amx_attention.workspace_size(shape.D, shape.capacity)
-            workspace_size = max(workspace_size, amx_linear.WORKSPACE_SIZE, head_size)
+        if rows > 1 and amx_is_allowed():
+            prepared_size = max(prepared_size, sizes.amx_prepared_size(rows, n_in))
+            amx_size = sizes.amx_workspace_size(shape.D, shape.capacity)
+            workspace_size = max(workspace_size, amx_size)
         return prepared_size, workspace_size
 
     def _encode(self, row: Array, op: FusedOp) -> None:
@@ -252,12 +263,29 @@ class Program:
 
 def padded_rows(rows: int) -> int:
     """Return the rows of a buffer for `rows` rows: whole tiles of AMX, hence whole blocks."""
-    return round_up(rows, tile_unit.TILE_ROWS)
+    return round_up(rows, sizes.TILE_ROWS)
 
 
 def round_up(n: int, multiple: int) -> int:
     """Return the smallest multiple that is at least n."""
     return -(-n // multiple) * multiple
+
+
+def default_threads() -> int:
+    """Return the number of threads that serve all models: one for each core of the process.
+
+    Raises
+    ------
+    BackendError
+        `NUMBA_NUM_THREADS`, which sets another number, is not one.
+    """
+    if value := os.environ.get("NUMBA_NUM_THREADS"):
+        if not value.isdecimal() or int(value) < 1:
+            raise BackendError(f"NUMBA_NUM_THREADS is {value!r}, expected a positive integer")
+        return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _addresses(arrays: Sequence[Array]) -> Array:

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from gptx.backends.cpu import kernels
-from gptx.backends.cpu.kernels.group_scales import decode_lanes, encode_words
+from gptx.backends.cpu.kernels.group_words import decode_lanes, encode_words
 from gptx.quantization import QuantizedTensor
 
 _FOLDER = Path(kernels.__file__).parent

@@ -1,4 +1,4 @@
-"""Tuples of arguments that several kernels take, and the sizes of blocks and panels.
+"""Tuples of arguments that several kernels take.
 
 Numba passes the fields of a tuple as separate arguments. Read an array field before a loop, not in
 it: each read updates a reference count, which costs a GEMV a tenth of its speed.
@@ -19,9 +19,7 @@ from gptx.backends.cpu.kernels.instructions import (
     OFFSET_BITS,
     WEIGHT,
 )
-
-BLOCK_ROWS = 4  # rows of a block, which a GEMM or an attention kernel computes together
-PANEL_OUTPUTS = 64  # outputs of a panel, and of four packed strips of a quantized matrix
+from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS
 
 
 class Run(NamedTuple):
@@ -45,8 +43,6 @@ class Run(NamedTuple):
         Sequences, new tokens, heads, head width, positions of the cache.
     amx
         True if the process may use AMX (see `amx/tile_unit.py`).
-    float16
-        True if the cache is float16.
     threads
         Number of shares of each stage.
     """
@@ -65,7 +61,6 @@ class Run(NamedTuple):
     D: int
     capacity: int
     amx: bool
-    float16: bool
     threads: int
 
 

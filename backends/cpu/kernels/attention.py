@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.arguments import BLOCK_ROWS, AttentionTask, Matrix
+from gptx.backends.cpu.kernels.arguments import AttentionTask, Matrix
 from gptx.backends.cpu.kernels.compilation import compiled
-from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512
 from gptx.backends.cpu.kernels.gemm import (
     PREFETCH_INPUTS,
     dot_product_1x1,
@@ -19,7 +18,6 @@ from gptx.backends.cpu.kernels.gemm import (
     make_outer_product,
 )
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     exp,
     load,
     load_scalar,
@@ -31,20 +29,19 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
+from gptx.backends.cpu.kernels.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    QUERIES,
+    TALL_KEYS,
+)
 
-QUERIES = LANES  # of a block of a prompt, one to a lane
-TALL_ROWS = 8 if HAS_AVX512 else 6  # keys, or numbers of a value, of a product with a block
 FAR = 1e30  # score of a key after the query, negative
 
-_multiply_tall = make_outer_product(TALL_ROWS, 1)
+_multiply_tall = make_outer_product(TALL_KEYS, 1)
 _multiply_short = make_outer_product(BLOCK_ROWS, 1)
 _multiply_row = make_outer_product(1, 1)
 _multiply_row_x4 = make_outer_product(1, 4)
-
-
-def workspace_size(D: int, capacity: int) -> int:
-    """Return the floats of a thread's workspace: keys, values, queries, result and scores."""
-    return 2 * capacity * D + 2 * QUERIES * D + QUERIES * (capacity + 1)
 
 
 # One token
@@ -135,9 +132,9 @@ def _multiply_rows(x: Matrix, rows: int, w: Matrix, depth: int, y: Any, yi: int)
     while row < rows:
         source = Matrix(x.array, x.start + row * x.row_stride, x.row_stride, x.column_stride)
         target = Matrix(y, yi + row * QUERIES, QUERIES, 1)
-        if rows - row >= TALL_ROWS:
+        if rows - row >= TALL_KEYS:
             _multiply_tall(source, w, depth, target, True)
-            row += TALL_ROWS
+            row += TALL_KEYS
         elif rows - row >= BLOCK_ROWS:
             _multiply_short(source, w, depth, target, True)
             row += BLOCK_ROWS

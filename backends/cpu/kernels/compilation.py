@@ -6,16 +6,22 @@ from typing import Any
 
 from llvmlite import ir
 from numba import carray, float32, int64, njit, types, uint16, uint32
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from gptx.backends.cpu.kernels import cpu_features  # noqa: F401 (it sets what Numba compiles for)
+from gptx.backends.cpu.kernels import cpu_features
+
+if cpu_features.IS_RESTRICTED:
+    config.CPU_NAME, config.CPU_FEATURES = cpu_features.NAME, cpu_features.FEATURES
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 # Sums may be reordered and fused. NaN must propagate: the sampler checks for it.
 FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
-compiled = njit(fastmath=FAST_MATH, error_model="numpy")
+OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
+# Only other kernels call these functions: without entries for Python and C they compile in less
+# time. A call from Python would end the process; tests compile them separately.
+compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 # Inlined by Numba. A compiled function would make LLVM optimize all its callees again.
 inlined = njit(inline="always")
@@ -69,3 +75,15 @@ def word_array(address: int, size: int) -> Any:
 def int_array(address: int, size: int) -> Any:
     """Return the int64 array [size] at an address."""
     return carray(_void_pointer(address), (size,), int64)
+
+
+@njit
+def int_matrix(address: int, rows: int, columns: int) -> Any:
+    """Return the int64 array [rows, columns] at an address."""
+    return carray(_void_pointer(address), (rows, columns), int64)
+
+
+@njit
+def float_matrix(address: int, rows: int, columns: int) -> Any:
+    """Return the float32 array [rows, columns] at an address."""
+    return carray(_void_pointer(address), (rows, columns), float32)

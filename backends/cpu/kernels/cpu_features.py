@@ -1,11 +1,14 @@
-"""Features of the processor that Numba compiles for, and `GPTX_ISA`, which leaves some out."""
+"""Features of the processor that the kernels are compiled for; `GPTX_ISA` leaves some out."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
+from functools import cache
 
-from numba.core import codegen, config
+import llvmlite.binding as llvm
 
 from gptx.errors import BackendError
 
@@ -28,43 +31,59 @@ INSTRUCTION_SETS = {
 }
 
 
-def restrict(isa: str) -> None:
-    """Make Numba compile for one of `INSTRUCTION_SETS`, or "none": what each x86-64 has.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
+
+
+def restricted(isa: str, features: str) -> tuple[str, str]:
+    """Return LLVM's name and features of a processor that stops at one of `INSTRUCTION_SETS`.
+
+    "none" is what every processor of this architecture has. `features` are those of this one.
 
     Raises
     ------
     BackendError
-        The set is unknown, or the processor does not have it.
+        The set is unknown, or this processor does not have it.
     """
     expected = f"expected {', '.join(INSTRUCTION_SETS)} or none"
     if isa == "none":
-        config.CPU_NAME, config.CPU_FEATURES = "x86-64" if X86 else "generic", ""
-        return
+        return ("x86-64" if X86 else "generic"), ""
     if isa not in INSTRUCTION_SETS:
         raise BackendError(f"{VARIABLE} is {isa!r}, {expected}")
     name, required, beyond = INSTRUCTION_SETS[isa]
-    if not has_feature(required):
+    names = features.split(",")
+    if f"+{required}" not in names:
         raise BackendError(f"{VARIABLE} is {isa!r}, which this processor does not have, {expected}")
-    features = codegen.get_host_cpu_features().split(",")
-    config.CPU_NAME = name
-    config.CPU_FEATURES = ",".join(f"-{x[1:]}" if x[1:].startswith(beyond) else x for x in features)
+    return name, ",".join(f"-{x[1:]}" if x[1:].startswith(beyond) else x for x in names)
+
+
+NAME = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+FEATURES = os.environ.get("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten())
+IS_RESTRICTED = bool(os.environ.get(VARIABLE))
+if IS_RESTRICTED:
+    NAME, FEATURES = restricted(os.environ[VARIABLE], FEATURES)
 
 
 def has_feature(name: str) -> bool:
-    """Return True if Numba compiles for a processor with this feature (LLVM's name).
+    """Return True if the kernels are compiled for a processor with this feature (LLVM's name)."""
+    return f"+{name}" in FEATURES.split(",")
 
-    The processor is that of this machine unless `GPTX_ISA` or Numba's settings name another one.
-    """
-    features = config.CPU_FEATURES
-    features = codegen.get_host_cpu_features() if features is None else features
-    return f"+{name}" in features.split(",")
-
-
-if os.environ.get(VARIABLE):
-    restrict(os.environ[VARIABLE])
 
 # Conversion of float16 in registers. Without, LLVM calls a function that Numba does not link.
 HAS_FLOAT16 = ARM or has_feature("f16c")
 HAS_AVX512 = has_feature("avx512f")
 HAS_VNNI = has_feature("avx512vnni")
 HAS_AMX = has_feature("amx-int8") and has_feature("amx-bf16")
+
+
+@cache
+def amx_is_allowed() -> bool:
+    """Request the tile registers of AMX from Linux, which saves them for each thread.
+
+    Returns
+    -------
+    bool
+        False if the processor has no AMX, or Linux refuses.
+    """
+    if not HAS_AMX or sys.platform != "linux" or not X86:
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0

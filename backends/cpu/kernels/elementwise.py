@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS
 from gptx.backends.cpu.kernels.compilation import compiled, float_array, word_array
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.instructions import (
@@ -33,7 +32,6 @@ from gptx.backends.cpu.kernels.instructions import (
     WEIGHT,
 )
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     exp,
     extract_lane,
     is_negative,
@@ -42,6 +40,7 @@ from gptx.backends.cpu.kernels.simd import (
     splat,
     store,
 )
+from gptx.backends.cpu.kernels.sizes import LANES, PANEL_OUTPUTS
 
 
 @compiled

@@ -16,15 +16,14 @@ from numba.extending import intrinsic
 from gptx.backends.cpu.kernels.compilation import I8, compiled, element_pointer, to_int64
 from gptx.backends.cpu.kernels.simd import (
     INTS,
-    LANES,
     load,
     max_lanes,
     maximum,
     splat,
     sum_lanes,
 )
+from gptx.backends.cpu.kernels.sizes import LANES, N_DIGITS
 
-N_DIGITS = 3  # bytes to an integer
 MAX_INTEGER = np.float32(127 * 2**16)  # fits three digits of -128 to 127, also if rounded up
 
 

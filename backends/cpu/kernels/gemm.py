@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.cpu.kernels.arguments import (
-    BLOCK_ROWS,
-    PANEL_OUTPUTS,
     Matrix,
     QuantizedMatrix,
     quantized_matrix,
@@ -28,13 +26,13 @@ from gptx.backends.cpu.kernels.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
     FORMAT,
+    INT4,
     INT8,
     N_IN,
     N_OUT,
     WEIGHT,
 )
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     PREFETCH_BYTES,
     bit_field_as_floats,
     broadcast,
@@ -51,13 +49,17 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes_of_16,
     transpose_vectors,
 )
+from gptx.backends.cpu.kernels.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    PANEL_OUTPUTS,
+    STRIP_OUTPUTS,
+    STRIP_VECTORS,
+    TALL_ROWS,
+)
+from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_INT4, HAS_INT8
 
 PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
-
-# A tile of the result: rows by vectors of 16 outputs. It fits the registers: 32 vectors on AVX-512,
-# 16 half vectors on AVX2, beside two for weights and one for a number.
-TALL_ROWS, STRIP_VECTORS = (4, 4) if HAS_AVX512 else (6, 1)
-STRIP_OUTPUTS = STRIP_VECTORS * LANES
 
 
 @lru_cache
@@ -285,13 +287,13 @@ def expand_weights(op: Any, j: int, first: int, depth: int, strips: Any) -> None
 
     They are those of the inputs [first, first + depth) and of the outputs from j on.
     """
-    if op[FORMAT] == FLOAT32 or op[FORMAT] == FLOAT32_TRANSPOSED:
+    if HAS_FLOATS:
         w = float_array(op[WEIGHT], op[N_IN] * (op[N_OUT] + PANEL_OUTPUTS))
         if op[FORMAT] == FLOAT32:
             expand_float32(w, op[N_OUT], j, first, depth, strips)
-        else:
+        elif op[FORMAT] == FLOAT32_TRANSPOSED:
             _expand_transposed(w, op, j, first, depth, strips)
-    elif op[FORMAT] == INT8:
+    if HAS_INT8 and op[FORMAT] == INT8:
         _expand_int8(quantized_matrix(op), j, first, depth, strips)
-    else:
+    if HAS_INT4 and op[FORMAT] == INT4:
         _expand_int4(quantized_matrix(op), j, first, depth, strips)

@@ -14,7 +14,6 @@ from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     PREFETCH_BYTES,
     bit_field_as_floats,
     broadcast,
@@ -26,6 +25,7 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
+from gptx.backends.cpu.kernels.sizes import LANES
 
 # Factors that cancel the powers of two in `bit_field_as_floats`, by bits and field.
 FIELD_FACTORS = {

@@ -17,11 +17,10 @@ from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import call, compiled, to_int64
-from gptx.backends.cpu.kernels.fixed_point import N_DIGITS, measure_row, store_digits
+from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     INTS,
-    LANES,
     PREFETCH_BYTES,
     broadcast,
     get_vector,
@@ -36,6 +35,7 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
+from gptx.backends.cpu.kernels.sizes import LANES, N_DIGITS
 
 
 @intrinsic

@@ -2,46 +2,45 @@
 
 `run_program` executes a program (see `instructions.py`) on N = B·T rows, the new tokens. LINEAR and
 ATTENTION have stages, with a barrier between them. `_run_stage` computes one thread's share of a
-stage. Each thread of a run calls `_run_threads` for a whole program.
+stage. Each thread of a run is in `join_runs`, which calls the code of `run_program` by its address:
+threads serve all variants of the code. `../machine_code.py` compiles both.
 """
 
 from __future__ import annotations
 
-import sys
-import zlib
-from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
-from numba.core import event as events
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.amx.attention import pack_head
 from gptx.backends.cpu.kernels.amx.attention import prompt_attention as amx_prompt_attention
 from gptx.backends.cpu.kernels.amx.linear import prepare_amx, run_amx, uses_amx
-from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROWS
 from gptx.backends.cpu.kernels.arguments import (
-    PANEL_OUTPUTS,
     AttentionTask,
     LinearTask,
     Run,
 )
 from gptx.backends.cpu.kernels.attention import (
-    QUERIES,
     convert_head,
     decode_attention,
     prompt_attention,
 )
 from gptx.backends.cpu.kernels.barrier import split_range, wait_at_barrier
 from gptx.backends.cpu.kernels.compilation import (
-    FAST_MATH,
+    I8,
+    I32,
+    I64,
     compiled,
     float16_array,
     float_array,
     inlined,
+    int_array,
+    to_int64,
 )
-from gptx.backends.cpu.kernels.cpu_features import HAS_FLOAT16
+from gptx.backends.cpu.kernels.cpu_features import HAS_AMX
 from gptx.backends.cpu.kernels.elementwise import embed_tokens
 from gptx.backends.cpu.kernels.instructions import (
     ATTENTION,
@@ -65,29 +64,22 @@ from gptx.backends.cpu.kernels.linear import (
     splits_inputs,
     sum_partial_results,
 )
-from gptx.backends.cpu.kernels.mailbox import (
+from gptx.backends.cpu.kernels.mailbox import post_run, read_run, wait_for_run
+from gptx.backends.cpu.kernels.run_words import (
     COUNTER_START,
+    MAILBOX_WORDS,
+    MIN_WORK_PER_THREAD,
+    N_INSTRUCTIONS,
+    PROGRAM_CODE,
     RUN_WORDS,
+    THREADS,
     WORKERS,
-    post_run,
-    read_run,
-    wait_for_run,
 )
 from gptx.backends.cpu.kernels.simd import load, store, store_scalar
-from gptx.file_lock import lock
+from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS, QUERIES, TILE_ROWS
+from gptx.backends.cpu.kernels.variant import HAS_FLOAT16_CACHE, HAS_FLOATS
 
-MIN_WORK_PER_THREAD = 2**14  # multiplications that take about as long as a barrier
-
-# A processor that does not convert float16 never has such a cache; LLVM could not link it.
-cache_array = float16_array if HAS_FLOAT16 else float_array
-
-
-def is_serial(work: int, threads: int) -> bool:
-    """Return True if one thread does `work` multiplications faster than `threads` threads."""
-    return work < MIN_WORK_PER_THREAD * threads
-
-
-_is_serial = inlined(is_serial)
+cache_array = float16_array if HAS_FLOAT16_CACHE else float_array
 
 
 # ATTENTION
@@ -114,7 +106,7 @@ def _write_cache(task: AttentionTask, B: int, thread: int, threads: int) -> None
 def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: int) -> None:
     """Compute attention for a share of the heads and, in each, of the blocks of rows."""
     T, H, D = task.T, task.H, task.D
-    on_amx = amx and T >= TILE_ROWS and D % PANEL_OUTPUTS == 0
+    on_amx = HAS_AMX and amx and T >= TILE_ROWS and D % PANEL_OUTPUTS == 0
     block_rows = TILE_ROWS if on_amx else 1 if T == 1 else QUERIES
     blocks = (T + block_rows - 1) // block_rows
     first, last = split_range(B * H * blocks, thread, threads)
@@ -127,15 +119,17 @@ def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: in
             decode_attention(task, head % H, cache_start, n)
             continue
         if row == 0 or item == first:
-            n_keys = task.positions[n - row : n - row + T].max() + 1
-            if on_amx:
-                length = pack_head(task, cache_start, n_keys)
-            else:
+            n_keys = 0
+            for m in range(n - row, n - row + T):
+                n_keys = max(n_keys, task.positions[m] + 1)
+            if not on_amx:
                 convert_head(task, cache_start, n_keys)
-        if on_amx:
-            amx_prompt_attention(task, head % H, length, n, count)
-        else:
+            elif HAS_AMX:
+                length = pack_head(task, cache_start, n_keys)
+        if not on_amx:
             prompt_attention(task, head % H, n, count)
+        elif HAS_AMX:
+            amx_prompt_attention(task, head % H, length, n, count)
 
 
 @inlined
@@ -174,35 +168,30 @@ def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None
     elif op[INSTRUCTION] == ATTENTION:
         k, v = run.keys[op[LAYER]], run.values[op[LAYER]]
         size, scale = B * H * run.capacity * D, np.float32(op.view(np.float64)[SCALE])
-        if run.float16:
-            k16, v16 = cache_array(k, size), cache_array(v, size)
-            task16 = AttentionTask(
-                x, x_width, y, y_width, run.positions, k16, v16, T, H, D, run.capacity, scale,
-                run.workspace[thread],
-            )  # fmt: skip
-            _run_attention(task16, stage, B, run.amx, thread, threads)
-        else:
-            k32, v32 = float_array(k, size), float_array(v, size)
-            task32 = AttentionTask(
-                x, x_width, y, y_width, run.positions, k32, v32, T, H, D, run.capacity, scale,
-                run.workspace[thread],
-            )  # fmt: skip
-            _run_attention(task32, stage, B, run.amx, thread, threads)
+        keys, values = cache_array(k, size), cache_array(v, size)
+        task = AttentionTask(
+            x, x_width, y, y_width, run.positions, keys, values, T, H, D, run.capacity, scale,
+            run.workspace[thread],
+        )  # fmt: skip
+        _run_attention(task, stage, B, run.amx, thread, threads)
     elif rows == 1 and stage == 0:
         run_gemv(linear)
     elif stage == (1 if rows == 1 else 2):
-        sum_partial_results(linear)
-    elif run.amx and uses_amx(op, rows):
-        if stage == 0:
-            prepare_amx(linear)
-        else:
-            run_amx(linear)
-    elif stage == 0:
-        prepare_gemm(linear)
-    elif splits_inputs(op, rows, threads):
-        run_split_gemm(linear)
+        if HAS_FLOATS:
+            sum_partial_results(linear)
     else:
-        run_gemm(linear)
+        if HAS_AMX and run.amx and uses_amx(op, rows):
+            if stage == 0:
+                prepare_amx(linear)
+            else:
+                run_amx(linear)
+            return
+        if stage == 0:
+            prepare_gemm(linear)
+        elif not splits_inputs(op, rows, threads):
+            run_gemm(linear)
+        elif HAS_FLOATS:
+            run_split_gemm(linear)
 
 
 @compiled
@@ -213,21 +202,25 @@ def _count_stages(op: Any, run: Run, threads: int) -> int:
         return 1
     if op[INSTRUCTION] == ATTENTION:
         return 2
-    if run.amx and rows > 1 and uses_amx(op, rows):
+    if HAS_AMX and run.amx and rows > 1 and uses_amx(op, rows):
         return 2
     return (1 if rows == 1 else 2) + splits_inputs(op, rows, threads)
 
 
-@inlined
-def _run_threads(run: Run, mailbox: Any, first: int, last: int) -> None:
-    """Compute the shares of threads [first, last) in the whole program.
+@compiled
+def run_program(address: int, first: int, last: int) -> None:
+    """Compute the shares of threads [first, last) in the program of the mailbox at an address.
 
     One thread that computes all shares needs no barrier, and its results are the same bits.
     """
+    mailbox = int_array(address, MAILBOX_WORDS)
+    run = read_run(mailbox)
     target = mailbox[RUN_WORDS + COUNTER_START]
     for i in range(len(run.program)):
         op = run.program[i]
-        threads = 1 if _is_serial(run.B * run.T * op[WORK], run.threads) else run.threads
+        threads = run.threads
+        if run.B * run.T * op[WORK] < MIN_WORK_PER_THREAD * threads:
+            threads = 1
         for stage in range(_count_stages(op, run, threads)):
             for thread in range(first, min(last, threads)):
                 _run_stage(op, stage, run, thread, threads)
@@ -236,63 +229,37 @@ def _run_threads(run: Run, mailbox: Any, first: int, last: int) -> None:
                 wait_at_barrier(mailbox, target)
 
 
-def _make_run_program(sources_checksum: int) -> Any:
-    """Make `run_program`, compiled once and cached on disk.
+@intrinsic
+def _call_program(context: Any, code: Any, address: Any, first: Any, last: Any) -> Any:
+    """Call the machine code of `run_program`, in Numba's calling convention."""
 
-    To detect stale code, Numba compares the file of the function and the values that it closes
-    over. With the checksum, these depend on all files of the kernels.
-    """
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = I8.as_pointer()
+        kind = ir.FunctionType(I32, [pointer.as_pointer(), pointer.as_pointer(), I64, I64, I64])
+        with builder.goto_entry_block():
+            result, error = builder.alloca(pointer), builder.alloca(pointer)
+        numbers = (
+            to_int64(context, builder, value, kind)
+            for value, kind in zip(args[1:], sig.args[1:], strict=True)
+        )
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [result, error, *numbers])
+        return context.get_dummy_value()
 
-    def run_program(mailbox: Any, thread: int) -> None:
-        """Execute the run in the mailbox as thread 0, or each run that is posted, as a worker."""
-        if sources_checksum < 0:  # never true; makes the function close over it
+    return types.void(code, address, first, last), generate
+
+
+@compiled
+def join_runs(address: int, thread: int) -> None:
+    """Execute the run in the mailbox as thread 0, or each run that is posted, as a worker."""
+    mailbox = int_array(address, MAILBOX_WORDS)
+    while True:
+        if thread > 0:
+            wait_for_run(mailbox, thread)
+        else:
+            post_run(mailbox)
+        words = mailbox[RUN_WORDS:]
+        last = thread + 1 if words[WORKERS] > 0 else words[THREADS]
+        if words[N_INSTRUCTIONS] > 0:
+            _call_program(words[PROGRAM_CODE], address, thread, last)
+        if thread == 0:
             return
-        while True:
-            if thread > 0:
-                wait_for_run(mailbox, thread)
-            else:
-                post_run(mailbox)
-            run = read_run(mailbox)
-            last = thread + 1 if mailbox[RUN_WORDS + WORKERS] > 0 else run.threads
-            _run_threads(run, mailbox, thread, last)
-            if thread == 0:
-                return
-
-    options = {"fastmath": FAST_MATH, "error_model": "numpy", "nogil": True}
-    try:
-        return njit(cache=True, **options)(run_program)
-    except RuntimeError:  # no cache folder is writable
-        return njit(**options)(run_program)
-
-
-def _compile_in_one_process(function: Any) -> None:
-    """Let one process compile a function at a time; the others wait, then load its result."""
-    compile = function.compile
-
-    def compile_alone(signature: Any) -> Any:
-        with ExitStack() as stack:
-            with suppress(OSError):  # a folder that is read-only, for one
-                stack.enter_context(lock(Path(function.stats.cache_path, "kernels.lock")))
-            return compile(signature)
-
-    function.compile = compile_alone
-
-
-_files = sorted(Path(__file__).parent.rglob("*.py"))
-run_program = _make_run_program(zlib.crc32(b"".join(path.read_bytes() for path in _files)))
-if run_program.stats.cache_path:
-    _compile_in_one_process(run_program)
-
-
-class _CompilationNotice(events.Listener):
-    """Prints a line to standard error when Numba compiles `run_program`."""
-
-    def on_start(self, event: Any) -> None:
-        if (event.data or {}).get("dispatcher") is run_program:
-            print("gptx: compiling the kernels for this processor, once ...", file=sys.stderr)
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-events.register("numba:compile", _CompilationNotice())

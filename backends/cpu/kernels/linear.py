@@ -11,15 +11,13 @@ from typing import Any
 
 from gptx.backends.cpu.kernels import gemv, gemv_vnni
 from gptx.backends.cpu.kernels.arguments import (
-    BLOCK_ROWS,
-    PANEL_OUTPUTS,
     LinearTask,
     Matrix,
     quantized_matrix,
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
-from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512, HAS_VNNI
+from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
     DOT_COLUMNS,
@@ -47,13 +45,19 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET_WIDTH,
     WEIGHT,
 )
-from gptx.backends.cpu.kernels.simd import LANES, load, splat, store
+from gptx.backends.cpu.kernels.simd import load, splat, store
+from gptx.backends.cpu.kernels.sizes import (
+    BLOCK_ROWS,
+    CHUNK_BLOCKS,
+    LANES,
+    MAX_SPLIT_ROWS,
+    PANEL_OUTPUTS,
+    SPLIT_STRIP_INPUTS,
+    STRIP_INPUTS,
+)
+from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
 
-# Inputs of a strip, of a strip of `run_split_gemm` (whose rows are streams that the processor
-# prefetches), and blocks of rows that are multiplied by a strip while they are in the cache.
-STRIP_INPUTS, SPLIT_STRIP_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
-MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
 
 quantized_gemv = gemv_vnni if HAS_VNNI else gemv
 
@@ -66,12 +70,6 @@ def splits_inputs(op: Any, rows: int, threads: int) -> bool:
     """
     small = rows <= MAX_SPLIT_ROWS and rows * threads * 8 <= op[N_IN]
     return op[FORMAT] == FLOAT32 and (rows == 1 or small)
-
-
-def workspace_size(rows: int, width: int) -> int:
-    """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
-    partial_rows = min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1
-    return partial_rows * width + STRIP_INPUTS * PANEL_OUTPUTS
 
 
 # GEMV
@@ -89,29 +87,26 @@ def run_gemv(task: LinearTask) -> None:
     size = n_in * (n_out + PANEL_OUTPUTS)
     row = task.prepared[thread * (len(task.prepared) // threads) :]
     normalize_row(op, x, (task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
-    if op[FORMAT] == FLOAT32_TRANSPOSED:
+    if HAS_FLOATS:
         w = float_array(op[WEIGHT], size)
-        first, last = split_range(n_out // 4, thread, threads)
-        for o in range(first * 4, last * 4, 4):
-            dot_product_1x4(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
-        for o in range(n_out if thread < threads - 1 else n_out // 4 * 4, n_out):
-            dot_product_1x1(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
-    elif op[FORMAT] == FLOAT32:
-        first, last = split_range(n_in, thread, threads)
-        w, partial = float_array(op[WEIGHT], size), task.workspace[thread]
-        gemv.multiply_float32(w, row, first, last, n_out, partial)
-    else:
-        matrix = quantized_matrix(op)
-        if op[FORMAT] == INT8:
-            quantized_gemv.prepare_row(row, n_in, group_size, 8)
-        elif op[FORMAT] == INT4:
-            quantized_gemv.prepare_row(row, n_in, group_size, 4)
+        if op[FORMAT] == FLOAT32_TRANSPOSED:
+            first, last = split_range(n_out // 4, thread, threads)
+            for o in range(first * 4, last * 4, 4):
+                dot_product_1x4(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
+            for o in range(n_out if thread < threads - 1 else n_out // 4 * 4, n_out):
+                dot_product_1x1(row, 0, w, o * n_in, n_in, Matrix(y, o, 0, 1), False)
+        elif op[FORMAT] == FLOAT32:
+            first, last = split_range(n_in, thread, threads)
+            gemv.multiply_float32(w, row, first, last, n_out, task.workspace[thread])
+    if HAS_QUANTIZED and op[FORMAT] != FLOAT32 and op[FORMAT] != FLOAT32_TRANSPOSED:
         strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
         first, last = split_range(strips, thread, threads)
-        if op[FORMAT] == INT8:
-            quantized_gemv.multiply_int8(matrix, first, last, row, y)
-        else:
-            quantized_gemv.multiply_int4(matrix, first, last, row, y)
+        if HAS_INT8 and op[FORMAT] == INT8:
+            quantized_gemv.prepare_row(row, n_in, group_size, 8)
+            quantized_gemv.multiply_int8(quantized_matrix(op), first, last, row, y)
+        if HAS_INT4 and op[FORMAT] == INT4:
+            quantized_gemv.prepare_row(row, n_in, group_size, 4)
+            quantized_gemv.multiply_int4(quantized_matrix(op), first, last, row, y)
         apply_epilogue(op, y, 0, first * LANES, last * LANES, task.residual)
 
 
@@ -149,10 +144,10 @@ def prepare_gemm(task: LinearTask) -> None:
 @inlined
 def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
-    if uses_dot_products(task.op, task.rows):
-        _run_dot_products(task)
-    else:
+    if not uses_dot_products(task.op, task.rows):
         _run_strips(task)
+    elif HAS_FLOATS:
+        _run_dot_products(task)
 
 
 @inlined

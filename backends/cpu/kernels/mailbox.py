@@ -25,26 +25,50 @@ from gptx.backends.cpu.kernels.atomics import (
     release_lock,
     replace_if_equal,
 )
-from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined, int_array
+from gptx.backends.cpu.kernels.compilation import (
+    compiled,
+    float_array,
+    float_matrix,
+    inlined,
+    int_array,
+    int_matrix,
+)
 from gptx.backends.cpu.kernels.instructions import N_COLUMNS
-
-COUNTER = 0  # of `wait_at_barrier`; it increases from run to run
-RUN_WORDS = 8  # index of the first word of a run
-
-# The words of a run, as fields of `Run`. An array is its address; a size counts elements.
-N_WORDS = 24
-PROGRAM, N_INSTRUCTIONS, BUFFERS, N_BUFFERS, TOKENS, POSITIONS, KEYS, VALUES, N_LAYERS = range(9)
-PREPARED, PREPARED_SIZE, WORKSPACE, WORKSPACE_WIDTH = range(9, 13)
-B, T, H, D, CAPACITY, AMX, FLOAT16 = range(13, 20)
-THREADS = 20  # shares of each stage
-WORKERS = 21  # threads besides thread 0: THREADS - 1, or 0 if thread 0 computes all shares
-WORK = 22  # multiplications of the run, approximately
-COUNTER_START = 23  # the counter before the run, set by `post_run`
-
-FIRST_SLOT, SLOT_WORDS = 32, 8  # slot n is at FIRST_SLOT + n * SLOT_WORDS: a state and a lock
-# States of a slot. Thread 0 sets POSTED, then BEGUN, or EMPTY to withdraw the run. The worker sets
-# JOINED from POSTED, EMPTY from BEGUN, and PARKED from EMPTY.
-EMPTY, PARKED, POSTED, JOINED, BEGUN = range(5)
+from gptx.backends.cpu.kernels.run_words import (
+    AMX,
+    BEGUN,
+    BUFFERS,
+    CAPACITY,
+    COUNTER,
+    COUNTER_START,
+    EMPTY,
+    FIRST_SLOT,
+    JOINED,
+    KEYS,
+    N_BUFFERS,
+    N_INSTRUCTIONS,
+    N_LAYERS,
+    N_WORDS,
+    PARKED,
+    POSITIONS,
+    POSTED,
+    PREPARED,
+    PREPARED_SIZE,
+    PROGRAM,
+    RUN_WORDS,
+    SLOT_WORDS,
+    THREADS,
+    TOKENS,
+    VALUES,
+    WORK,
+    WORKERS,
+    WORKSPACE,
+    WORKSPACE_WIDTH,
+    B,
+    D,
+    H,
+    T,
+)
 
 READS_BEFORE_PARKING = 10_000  # of a slot, 200 to 500 µs on x86
 MIN_READS, MAX_READS = 1000, 2**16  # of the slots, before thread 0 withdraws a run
@@ -104,23 +128,20 @@ def read_run(mailbox: Any) -> Run:
     """Return the run in the mailbox."""
     words = mailbox[RUN_WORDS : RUN_WORDS + N_WORDS]
     rows, threads = words[B] * words[T], words[THREADS]
-    program = int_array(words[PROGRAM], words[N_INSTRUCTIONS] * N_COLUMNS)
-    workspace = float_array(words[WORKSPACE], threads * words[WORKSPACE_WIDTH])
     return Run(
-        program.reshape(words[N_INSTRUCTIONS], N_COLUMNS),
+        int_matrix(words[PROGRAM], words[N_INSTRUCTIONS], N_COLUMNS),
         int_array(words[BUFFERS], words[N_BUFFERS]),
         int_array(words[TOKENS], rows),
         int_array(words[POSITIONS], rows),
         int_array(words[KEYS], words[N_LAYERS]),
         int_array(words[VALUES], words[N_LAYERS]),
         float_array(words[PREPARED], words[PREPARED_SIZE]),
-        workspace.reshape(threads, words[WORKSPACE_WIDTH]),
+        float_matrix(words[WORKSPACE], threads, words[WORKSPACE_WIDTH]),
         words[B],
         words[T],
         words[H],
         words[D],
         words[CAPACITY],
         words[AMX] != 0,
-        words[FLOAT16] != 0,
         threads,
     )

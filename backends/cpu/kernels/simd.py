@@ -17,8 +17,8 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from gptx.backends.cpu.kernels.compilation import I8, I32, call, element_pointer, to_int64
+from gptx.backends.cpu.kernels.sizes import LANES
 
-LANES = 16
 PREFETCH_BYTES = 8192  # distance from a load of weights to the prefetch beside it
 
 F16, F32 = ir.HalfType(), ir.FloatType()

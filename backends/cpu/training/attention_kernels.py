@@ -12,7 +12,6 @@ import numpy as np
 
 from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     broadcast,
     exp,
     get_vector,
@@ -25,6 +24,7 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
+from gptx.backends.cpu.kernels.sizes import LANES
 from gptx.backends.cpu.training.compilation import cached
 from gptx.backends.cpu.training.random_factors import random_factors
 

@@ -9,9 +9,9 @@ import pytest
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on vectors, and on AMX if the process may use it."""
     pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
-    from gptx.backends.cpu.kernels.amx import tile_unit
+    from gptx.backends.cpu import program
 
-    if request.param == "AMX" and not tile_unit.is_allowed():
+    if request.param == "AMX" and not program.amx_is_allowed():
         pytest.skip("this processor has no AMX, or the system does not permit it")
-    monkeypatch.setattr(tile_unit, "is_allowed", lambda: request.param == "AMX")
+    monkeypatch.setattr(program, "amx_is_allowed", lambda: request.param == "AMX")
     return request.param

@@ -9,7 +9,7 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
-from gptx.backends.cpu.kernels.amx import tile_unit
+from gptx.backends.cpu import program
 from gptx.backends.cpu.quantized import QuantizedWeight
 
 # Inputs and outputs: whole panels, and sizes that fill no panel, strip or chunk.
@@ -62,13 +62,13 @@ def test_vectors_and_amx_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The two split and sum in different ways, so their results are close but not equal."""
-    if not tile_unit.is_allowed():
+    if not program.amx_is_allowed():
         pytest.skip("this processor has no AMX, or the system does not permit it")
     q = quantize(random.standard_normal((200, 384)).astype(np.float32), bits, group_size)
     x = random.standard_normal((rows, 384)).astype(np.float32)
     found = []
     for allowed in (False, True):
-        monkeypatch.setattr(tile_unit, "is_allowed", lambda answer=allowed: answer)
+        monkeypatch.setattr(program, "amx_is_allowed", lambda answer=allowed: answer)
         found.append(QuantizedWeight(q).multiply(x, None, 2))
     assert_close(found[0], found[1], np.abs(x) @ np.abs(dequantize(q)).T)
     assert (found[0] != found[1]).any()

@@ -17,11 +17,10 @@ import pytest
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
-import numba
-
 from gptx.backends.cpu import program as program_module
 from gptx.backends.cpu import thread_pool
-from gptx.backends.cpu.kernels.mailbox import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
+from gptx.backends.cpu.kernels.run_words import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
+from gptx.backends.cpu.machine_code import load
 from gptx.backends.cpu.program import Program, Shape
 from gptx.backends.cpu.quantized import QuantizedWeight
 from gptx.backends.cpu.thread_pool import ThreadPool
@@ -36,7 +35,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> ThreadPool:
     """A new pool, in the place of the pool of the process, on a machine of 9 cores."""
     made = ThreadPool()
     monkeypatch.setattr(program_module, "POOL", made)
-    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 9)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "9")
     return made
 
 
@@ -67,7 +66,9 @@ def state_of(pool: ThreadPool, worker: int) -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
     while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -174,7 +175,7 @@ def test_a_run_is_withdrawn_from_workers_that_do_not_join(
     for _ in range(3):
         np.testing.assert_array_equal(product.run(3), expected)
         assert state_of(pool, 2) == EMPTY
-    late = threading.Thread(target=pool._work, daemon=True)
+    late = threading.Thread(target=pool._work, args=[load("int8")], daemon=True)
     late.start()
     wait_until(lambda: state_of(pool, 2) == PARKED)
     for _ in range(100):

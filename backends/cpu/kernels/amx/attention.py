@@ -13,24 +13,18 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.cpu.kernels.amx.bf16x3 import (
-    PANEL_WORDS,
-    ROWS_WORDS,
-    TILE_INPUTS,
     multiply,
     pack_panel,
     pack_row,
     store_parts,
 )
 from gptx.backends.cpu.kernels.amx.tile_unit import (
-    TILE_ROWS,
-    TILE_WORDS,
     configure_tiles,
     release_tiles,
 )
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, AttentionTask, Matrix
+from gptx.backends.cpu.kernels.arguments import AttentionTask, Matrix
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.simd import (
-    LANES,
     exp,
     get_vector,
     load,
@@ -43,16 +37,18 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes,
     transpose_vectors,
 )
+from gptx.backends.cpu.kernels.sizes import (
+    LANES,
+    PANEL_OUTPUTS,
+    PANEL_WORDS,
+    ROWS_WORDS,
+    SQUARE_SIZE,
+    TILE_INPUTS,
+    TILE_ROWS,
+    TILE_WORDS,
+)
 
-SQUARE_SIZE = PANEL_OUTPUTS * PANEL_OUTPUTS  # also holds 16 rows of the result, and then
 SOFTMAX_SUMS_START = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here
-
-
-def workspace_size(D: int, capacity: int) -> int:
-    """Return the floats of a thread's workspace."""
-    length = -(-capacity // PANEL_OUTPUTS) * PANEL_OUTPUTS
-    packed = ROWS_WORDS * (D + length) + 2 * D * length // PANEL_OUTPUTS * PANEL_WORDS
-    return SQUARE_SIZE + packed + TILE_ROWS * length
 
 
 @compiled

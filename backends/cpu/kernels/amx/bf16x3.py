@@ -17,22 +17,24 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.amx.tile_unit import (
-    TILE_ROW_BYTES,
-    TILE_ROWS,
-    TILE_WORDS,
     byte_pointer,
     emit,
     zero_tiles,
 )
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, Matrix
+from gptx.backends.cpu.kernels.arguments import Matrix
 from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
-from gptx.backends.cpu.kernels.simd import FLOATS, INTS, LANES, floats, ints, load, store
-
-N_PARTS = 3  # bfloat16 parts of a float32
-TILE_INPUTS = 32  # inputs to a tile register
-PANEL_TILES = PANEL_OUTPUTS // LANES  # tile registers side by side
-ROWS_WORDS = N_PARTS * TILE_WORDS // TILE_INPUTS  # words to an input of 16 packed rows
-PANEL_WORDS = PANEL_TILES * ROWS_WORDS  # words to an input of a packed panel
+from gptx.backends.cpu.kernels.simd import FLOATS, INTS, floats, ints, load, store
+from gptx.backends.cpu.kernels.sizes import (
+    LANES,
+    N_PARTS,
+    PANEL_TILES,
+    PANEL_WORDS,
+    ROWS_WORDS,
+    TILE_INPUTS,
+    TILE_ROW_BYTES,
+    TILE_ROWS,
+    TILE_WORDS,
+)
 
 UPPER_HALF = ir.Constant(INTS, [0xFFFF0000] * LANES)
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.cpu.kernels.amx import bf16x3, quantized_gemm
-from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROWS, configure_tiles, release_tiles
+from gptx.backends.cpu.kernels.amx.tile_unit import configure_tiles, release_tiles
 from gptx.backends.cpu.kernels.arguments import (
-    PANEL_OUTPUTS,
     LinearTask,
     Matrix,
     quantized_matrix,
@@ -34,28 +33,26 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET_WIDTH,
     WEIGHT,
 )
+from gptx.backends.cpu.kernels.sizes import (
+    INCOMPLETE_PANEL_START,
+    PACKED_PANEL_INPUTS,
+    PANEL_OUTPUTS,
+    QUANTIZED_CHUNK_ROWS,
+    ROWS_WORDS,
+    TILE_INPUTS,
+    TILE_ROWS,
+)
+from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_QUANTIZED
 
 MIN_FLOAT_ROWS = 64  # for fewer rows of a float matrix, vectors read the matrix faster
-PACKED_PANEL_INPUTS = 64  # inputs of a packed panel of floats: 24 KB
 FLOAT_CHUNK_ROWS = 256  # rows that are multiplied by a panel of floats while it is in the cache
-
-# Workspace of a thread for floats: a packed panel, and the floats of an incomplete panel.
-INCOMPLETE_PANEL_START = PACKED_PANEL_INPUTS * bf16x3.PANEL_WORDS
-WORKSPACE_SIZE = max(
-    INCOMPLETE_PANEL_START + PACKED_PANEL_INPUTS * PANEL_OUTPUTS, quantized_gemm.WORKSPACE_SIZE
-)
-
-
-def prepared_size(rows: int, n_in: int) -> int:
-    """Return the floats of workspace that packed rows occupy."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS * n_in * bf16x3.N_PARTS // 2
 
 
 @inlined
 def uses_amx(op: Any, rows: int) -> bool:
     """Return True if several rows of this instruction are multiplied on AMX."""
     if op[FORMAT] == FLOAT32:
-        return rows >= MIN_FLOAT_ROWS and op[N_IN] % bf16x3.TILE_INPUTS == 0
+        return rows >= MIN_FLOAT_ROWS and op[N_IN] % TILE_INPUTS == 0
     return op[FORMAT] != FLOAT32_TRANSPOSED
 
 
@@ -67,9 +64,9 @@ def prepare_amx(task: LinearTask) -> None:
     first, last = split_range(rows, task.thread, task.threads)
     for n in range(first, last):
         normalize_row(op, task.x, ((n + 1) * task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
-        if op[FORMAT] == FLOAT32:
+        if HAS_FLOATS and op[FORMAT] == FLOAT32:
             bf16x3.pack_row(row, n_in, prepared.view(np.uint32), n)
-        else:
+        if HAS_QUANTIZED and op[FORMAT] != FLOAT32:
             bits = 8 if op[FORMAT] == INT8 else 4
             quantized_gemm.pack_row(row, n_in, op[GROUP_SIZE], bits, prepared, n, padded_rows)
 
@@ -77,9 +74,9 @@ def prepare_amx(task: LinearTask) -> None:
 @inlined
 def run_amx(task: LinearTask) -> None:
     """Compute a share of the product: of its panels of outputs, in each chunk of rows."""
-    if task.op[FORMAT] == FLOAT32:
+    if HAS_FLOATS and task.op[FORMAT] == FLOAT32:
         _run_float_gemm(task)
-    else:
+    if HAS_QUANTIZED and task.op[FORMAT] != FLOAT32:
         _run_quantized_gemm(task)
 
 
@@ -109,7 +106,7 @@ def _run_float_gemm(task: LinearTask) -> None:
                     expand_float32(w, n_out, j, k, depth, incomplete)
                     bf16x3.pack_panel(incomplete, 0, PANEL_OUTPUTS, depth, panel, 0)
                 for row in range(begin, end, TILE_ROWS):
-                    xi = (row // TILE_ROWS * n_in + k) * bf16x3.ROWS_WORDS
+                    xi = (row // TILE_ROWS * n_in + k) * ROWS_WORDS
                     target = Matrix(y, row * width + j, width, 1)
                     bf16x3.multiply(x, xi, panel, 0, depth, target, k == 0)
         for row in range(begin, end):
@@ -123,7 +120,7 @@ def _run_float_gemm(task: LinearTask) -> None:
 def _run_quantized_gemm(task: LinearTask) -> None:
     """Compute the panels of outputs one after the other."""
     op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
-    n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], quantized_gemm.QUANTIZED_CHUNK_ROWS
+    n_out, width, chunk_rows = op[N_OUT], op[TARGET_WIDTH], QUANTIZED_CHUNK_ROWS
     matrix = quantized_matrix(op)
     chunks = (rows + chunk_rows - 1) // chunk_rows
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS

@@ -16,9 +16,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.amx.tile_unit import (
-    TILE_ROW_BYTES,
-    TILE_ROWS,
-    TILE_WORDS,
     byte_pointer,
     configure_tiles,
     emit,
@@ -26,19 +23,16 @@ from gptx.backends.cpu.kernels.amx.tile_unit import (
     zero_tiles,
 )
 from gptx.backends.cpu.kernels.arguments import (
-    BLOCK_ROWS,
-    PANEL_OUTPUTS,
     Matrix,
     QuantizedMatrix,
 )
 from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
-from gptx.backends.cpu.kernels.fixed_point import N_DIGITS, measure_row, store_digits
+from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
 from gptx.backends.cpu.kernels.gemm import make_outer_product
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     FLOATS,
     INTS,
-    LANES,
     PREFETCH_BYTES,
     broadcast,
     floats,
@@ -52,18 +46,21 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
+from gptx.backends.cpu.kernels.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    N_DIGITS,
+    PANEL_OUTPUTS,
+    PANEL_TILES,
+    QUANTIZED_WORKSPACE_SIZE,
+    SUMS_START,
+    TILE_ROW_BYTES,
+    TILE_ROWS,
+    TILE_WORDS,
+    UNPACKED_START,
+)
 
-PANEL_STRIPS = PANEL_OUTPUTS // LANES  # strips of outputs that are multiplied together
-MAX_GROUP_SIZE = 128
-QUANTIZED_CHUNK_ROWS = 128  # rows that `multiply` computes at most
-
-# A thread's workspace: integer sums of a group, unpacked weights of 4 bits, float sums. After the
-# last group it holds offsets instead, of at most WORKSPACE_GROUPS groups.
-INT_SUMS_SIZE = PANEL_STRIPS * N_DIGITS * TILE_WORDS
-UNPACKED_START = INT_SUMS_SIZE
-SUMS_START = UNPACKED_START + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
-WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
-WORKSPACE_GROUPS = WORKSPACE_SIZE // LANES
+WORKSPACE_GROUPS = QUANTIZED_WORKSPACE_SIZE // LANES  # whose offsets a workspace holds
 
 _multiply_sums = make_outer_product(BLOCK_ROWS, 1)
 
@@ -170,7 +167,7 @@ def _make_group_product(count: int) -> Callable[..., None]:
         int_sums: Any,
     ) -> None:  # fmt: skip
         """Compute int_sums [4, 16, 3, 16]; strip c of the weights begins at wi + c * stride."""
-        for c in range(PANEL_STRIPS):
+        for c in range(PANEL_TILES):
             zero_tiles(count)
             for k in range(0, group_size, depth):
                 if c == 0 or depth < group_size:
@@ -212,23 +209,23 @@ def multiply(
     padded_rows = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     digits, int_sums = x.view(np.int8), workspace.view(np.int32)
     unpacked = workspace.view(np.uint32)
-    factors, first_strip = x[N_DIGITS * padded_rows * n_in // 4 :], number * PANEL_STRIPS
-    scales = stack_vectors(PANEL_STRIPS)
+    factors, first_strip = x[N_DIGITS * padded_rows * n_in // 4 :], number * PANEL_TILES
+    scales = stack_vectors(PANEL_TILES)
     configure_tiles(workspace, depth)
     for g in range(n_groups):
         words, stride = packed, n_in // 4 * LANES
         wi = (first_strip * n_in + g * group_size) // 4 * LANES
         if matrix.bits == 8:
-            for c in range(PANEL_STRIPS):
+            for c in range(PANEL_TILES):
                 begin = wi + c * stride
                 for line in range(begin, begin + group_size // 4 * LANES, LANES):
                     prefetch_l1(packed, line + PREFETCH_BYTES // 4)
         else:
             words, wi, stride = unpacked, UNPACKED_START, group_size // 4 * LANES
-            for c in range(PANEL_STRIPS):
+            for c in range(PANEL_TILES):
                 begin = ((first_strip + c) * n_in + g * group_size) // 8 * LANES
                 _unpack(packed, begin, group_size, unpacked, UNPACKED_START + c * stride)
-        for c in range(PANEL_STRIPS):
+        for c in range(PANEL_TILES):
             entry = (first_strip + c) * n_groups + g
             put_vector(scales, c, scale_and_offset(groups, entry, offset_bits)[0])
         for row in range(first, last, TILE_ROWS):
@@ -241,7 +238,7 @@ def multiply(
             else:
                 _multiply_1(digits, i, words, wi, stride, group_size, depth, int_sums)
             j = SUMS_START + (row - first) * PANEL_OUTPUTS
-            for c in range(PANEL_STRIPS):
+            for c in range(PANEL_TILES):
                 scale, sums_of_strip = get_vector(scales, c), c * N_DIGITS * TILE_WORDS
                 _add_scaled(int_sums, sums_of_strip, count, scale, workspace, j + c * LANES, g == 0)
     release_tiles()
@@ -252,7 +249,7 @@ def multiply(
             store(y.array, j + c, load(workspace, i + c) * factor)
 
     # Add the offsets times the sums of the groups
-    for c in range(PANEL_STRIPS):
+    for c in range(PANEL_TILES):
         for begin in range(0, n_groups, WORKSPACE_GROUPS):
             count = min(WORKSPACE_GROUPS, n_groups - begin)
             for g in range(count):

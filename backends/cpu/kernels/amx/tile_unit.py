@@ -1,4 +1,4 @@
-"""Instructions of Intel's matrix unit, AMX, and the permission to use it.
+"""Instructions of Intel's matrix unit, AMX.
 
 The unit has eight tile registers, numbered 0 to 7, for each thread: 16 rows of 64 bytes. One
 instruction multiplies two of them, of bytes or of bfloat16, and adds the product to a third.
@@ -6,9 +6,6 @@ instruction multiplies two of them, of bytes or of bfloat16, and adds the produc
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,27 +14,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.cpu.kernels.compilation import I8, call, compiled, element_pointer
-from gptx.backends.cpu.kernels.cpu_features import HAS_AMX, X86
-
-TILE_ROWS = 16
-TILE_ROW_BYTES = 64
-TILE_WORDS = TILE_ROWS * TILE_ROW_BYTES // 4  # 32-bit words
-
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
-
-
-@cache
-def is_allowed() -> bool:
-    """Request the tile registers from Linux, which saves them for each thread.
-
-    Returns
-    -------
-    bool
-        False if the processor has no AMX, or Linux refuses.
-    """
-    if not HAS_AMX or sys.platform != "linux" or not X86:
-        return False
-    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
+from gptx.backends.cpu.kernels.cpu_features import HAS_AMX
+from gptx.backends.cpu.kernels.sizes import TILE_ROW_BYTES, TILE_ROWS
 
 
 def emit(builder: Any, name: str, *operands: Any) -> None:

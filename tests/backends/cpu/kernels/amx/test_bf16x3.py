@@ -8,20 +8,17 @@ import pytest
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels.amx import attention, bf16x3
-from gptx.backends.cpu.kernels.amx.tile_unit import (
-    TILE_ROWS,
-    configure_tiles,
-    is_allowed,
-    release_tiles,
-)
-from gptx.backends.cpu.kernels.arguments import PANEL_OUTPUTS, AttentionTask, Matrix
+from gptx.backends.cpu.kernels.amx.tile_unit import configure_tiles, release_tiles
+from gptx.backends.cpu.kernels.arguments import AttentionTask, Matrix
+from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
+from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS, TILE_ROWS, amx_workspace_size
 from tests.support.kernels import cached
 
 pack_row, pack_panel = cached(bf16x3.pack_row), cached(bf16x3.pack_panel)
 transpose_square = cached(attention.transpose_square)
 
 needs_amx = pytest.mark.skipif(
-    not is_allowed(), reason="this processor has no AMX, or the system does not permit it"
+    not amx_is_allowed(), reason="this processor has no AMX, or the system does not permit it"
 )
 
 
@@ -136,7 +133,7 @@ def test_attention(
     )
     keys[:n_keys], values[:n_keys] = random.standard_normal((2, n_keys, D))
     y = np.full((count, 2 * D), 7, np.float32)
-    workspace = np.full(attention.workspace_size(D, n_keys + 9), np.nan, np.float32)
+    workspace = np.full(amx_workspace_size(D, n_keys + 9), np.nan, np.float32)
     flat = [part.reshape(-1) for part in (keys, values)]
     if half:
         flat = [part.view(np.uint16) for part in flat]

@@ -12,18 +12,20 @@ from gptx.quantization import dequantize, quantize
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.kernels.amx import quantized_gemm
-from gptx.backends.cpu.kernels.amx.tile_unit import TILE_ROW_BYTES, TILE_ROWS, is_allowed
-from gptx.backends.cpu.kernels.arguments import (
+from gptx.backends.cpu.kernels.arguments import Matrix, QuantizedMatrix
+from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
+from gptx.backends.cpu.kernels.sizes import (
     BLOCK_ROWS,
+    N_DIGITS,
     PANEL_OUTPUTS,
-    Matrix,
-    QuantizedMatrix,
+    QUANTIZED_WORKSPACE_SIZE,
+    TILE_ROW_BYTES,
+    TILE_ROWS,
 )
-from gptx.backends.cpu.kernels.fixed_point import N_DIGITS
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import cached, with_encoded_scales
 
-pack_row = cached(quantized_gemm.pack_row)
+pack_row, multiply_panel = cached(quantized_gemm.pack_row), cached(quantized_gemm.multiply)
 
 # Greatest error, of a row's largest magnitude (about 2**23 units): half a unit by rounding to
 # integers, and half a unit each by the factor, by its inverse and by the product with that.
@@ -143,7 +145,7 @@ def test_a_non_finite_number_makes_the_factor_nan(column: int, bad: float) -> No
 # Products
 
 needs_amx = pytest.mark.skipif(
-    not is_allowed(), reason="this processor has no AMX, or the system does not permit it"
+    not amx_is_allowed(), reason="this processor has no AMX, or the system does not permit it"
 )
 
 
@@ -156,8 +158,8 @@ def multiply(
         rows.shape[1], weight.group_size, weight.bits,
     )  # fmt: skip
     target = Matrix(y.reshape(-1), panel * PANEL_OUTPUTS, y.shape[1], 1)
-    workspace = np.full(quantized_gemm.WORKSPACE_SIZE, np.nan, np.float32)
-    quantized_gemm.multiply(matrix, panel, packed.x, len(rows), first, last, target, workspace)
+    workspace = np.full(QUANTIZED_WORKSPACE_SIZE, np.nan, np.float32)
+    multiply_panel(matrix, panel, packed.x, len(rows), first, last, target, workspace)
 
 
 def exact(rows: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,215 @@
+"""The machine code of the kernels: compiled once for a processor, then loaded from disk.
+
+A process that runs the kernels needs LLVM's loader only, which takes hundredths of a second: Numba
+is imported by the process that compiles (`kernels/build.py`). A variant is the code for some
+formats of weights, "int8" or "float32,float16-cache" for example (see `kernels/variant.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import llvmlite.binding as llvm
+
+from gptx.backends.cpu.kernels import cpu_features, variant
+from gptx.errors import BackendError
+from gptx.file_lock import lock
+from gptx.files import atomic_write
+
+KERNELS = Path(variant.__file__).parent
+CHECKSUM_BYTES = 32
+# Of Numba's runtime, for arrays that own memory: the kernels have none, and never call it.
+NEVER_CALLED = "NRT_MemInfo_call_dtor"
+N_FUNCTIONS = 70  # that Numba compiles for a variant, approximately: for the progress in percent
+
+Report = Callable[[str], None]
+
+
+class Code(NamedTuple):
+    """Addresses of the functions of `kernels/interpreter.py`."""
+
+    run_program: int
+    join_runs: int
+
+
+_lock = threading.Lock()
+_loaded: dict[str, Code] = {}
+_engines: list[llvm.ExecutionEngine] = []  # own the code
+
+
+def load(name: str, report: Report | None = None) -> Code:
+    """Return the code of a variant: that of this process, of the disk, or compiled now.
+
+    Parameters
+    ----------
+    report
+        Called with a line of progress while the code is compiled; by default it is printed to the
+        standard error.
+
+    Raises
+    ------
+    BackendError
+        The kernels cannot be compiled.
+    """
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _load_objects(read_or_compile(name, report or _print_progress))
+        return _loaded[name]
+
+
+def is_compiled(name: str) -> bool:
+    """Return True if the code of a variant is on the disk."""
+    return any(_read(folder / _file_name(name)) for folder in _folders())
+
+
+def read_or_compile(name: str, report: Report) -> bytes:
+    """Return the object files of a variant, see `kernels/build.py`."""
+    folders = _folders()
+    for folder in folders:
+        if data := _read(folder / _file_name(name)):
+            return data
+    writable = next(folders_that_can_be_written(folders), None)
+    if writable is None:
+        return _compile(name, report)
+    path = writable / _file_name(name)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks: two processes may compile
+            stack.enter_context(lock(writable / "kernels.lock"))
+        data = _read(path)  # another process may have compiled it
+        if data is None:
+            data = _compile(name, report)
+            with suppress(OSError):  # the disk is full
+                atomic_write(path, hashlib.sha256(data).digest() + data)
+    return data
+
+
+def folders_that_can_be_written(folders: list[Path]) -> Iterator[Path]:
+    """Yield the folders in which files can be created, and create them."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                yield folder
+
+
+def _folders() -> list[Path]:
+    """Return where the code may be: as for Numba's own cache."""
+    if folder := os.environ.get("NUMBA_CACHE_DIR"):
+        return [Path(folder)]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptx"
+    return [KERNELS / "__pycache__", user]
+
+
+@cache
+def _key() -> str:
+    """Return a checksum of all that the machine code depends on, besides the variant."""
+    parts = [path.read_bytes() for path in sorted(KERNELS.rglob("*.py"))]
+    names = [cpu_features.NAME, cpu_features.FEATURES, platform.platform(), sys.version]
+    names += [str(metadata.version(package)) for package in ("numba", "llvmlite")]
+    return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in names)])).hexdigest()
+
+
+def _file_name(name: str) -> str:
+    return f"kernels-{name.replace(',', '+')}-{_key()[:16]}.o"
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the contents of a file of the cache; None if it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    checksum, data = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
+    return data if hashlib.sha256(data).digest() == checksum else None
+
+
+def _compile(name: str, report: Report) -> bytes:
+    """Compile a variant in a process of its own, which writes to a temporary file."""
+    if not sys.executable:
+        raise BackendError(
+            "the kernels cannot be compiled: there is no Python program, sys.executable"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels")
+        module = "gptx.backends.cpu.kernels.build"
+        env = os.environ | {
+            variant.VARIABLE: name,
+            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+            "PYTHONSAFEPATH": "1",  # not a gptx in the current folder
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=env,
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                _report_progress(process.stdout, name, report)
+                errors = process.stderr.read()
+            except BaseException:  # an interrupt
+                process.kill()
+                raise
+        if process.returncode:
+            lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise BackendError(f"the kernels cannot be compiled: {lines[-1]}")
+        return path.read_bytes()
+
+
+def _report_progress(lines: IO[str], name: str, report: Report) -> None:
+    """Report the number of compiled functions, of which each line has one more."""
+    message = f"gptx: compiling the kernels for {name.replace(',', ', ')} on this processor, once"
+    report(f"{message} ...")
+    for number, _ in enumerate(lines, 1):
+        report(f"{message}: {min(99, 100 * number // N_FUNCTIONS)} %")
+    report("")
+
+
+def _print_progress(line: str) -> None:
+    """Print a line to a terminal in the place of the last one, or the first line elsewhere."""
+    if sys.stderr is None:
+        return
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+    elif line.endswith("..."):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _load_objects(data: bytes) -> Code:
+    """Load the object files that `kernels/build.py` has written."""
+    line, _, code = data.partition(b"\n")
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    addresses = []
+    for name, size in json.loads(line):
+        # Each in an engine of its own: the second file of an engine gets null for outer symbols.
+        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(jit=True)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        if not llvm.address_of_symbol(NEVER_CALLED):
+            end = ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value
+            llvm.add_symbol(NEVER_CALLED, end)
+        engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code[:size]))
+        engine.finalize_object()
+        addresses.append(engine.get_function_address(name))
+        _engines.append(engine)
+        code = code[size:]
+    return Code(*addresses)

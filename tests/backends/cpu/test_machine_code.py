@@ -1,0 +1,182 @@
+"""Machine code of the kernels: one compilation, the cache on disk, and what is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptx.errors import BackendError
+
+pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
+
+from gptx.backends.cpu import machine_code
+from gptx.backends.cpu.kernels import cpu_features, variant
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, empty."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The variants that were compiled, by a stand-in for the compiler."""
+    names: list[str] = []
+
+    def compile(name: str, report: object) -> bytes:
+        names.append(name)
+        return name.encode() * 1000
+
+    monkeypatch.setattr(machine_code, "_compile", compile)
+    return names
+
+
+def ignore(line: str) -> None:
+    pass
+
+
+def test_a_variant_is_compiled_once(folder: Path, compiled: list[str]) -> None:
+    assert not machine_code.is_compiled("int8")
+    for _ in range(2):
+        assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert machine_code.is_compiled("int8")
+    assert not machine_code.is_compiled("int8,float16-cache")
+    assert machine_code.read_or_compile("int4", ignore) == b"int4" * 1000
+    assert compiled == ["int8", "int4"]
+
+
+@pytest.mark.parametrize("change", ["cut", "flip", "empty"])
+def test_a_damaged_file_is_compiled_again(folder: Path, compiled: list[str], change: str) -> None:
+    machine_code.read_or_compile("int8", ignore)
+    [path] = folder.glob("*.o")
+    data = path.read_bytes()
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    path.write_bytes({"cut": data[:-1], "flip": flipped, "empty": b""}[change])
+    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert compiled == ["int8", "int8"]
+    assert path.read_bytes() == data
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder of this kind is POSIX's")
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_the_folder_of_the_user_is_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    """As after an installation by the administrator."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(machine_code, "KERNELS", tmp_path / "file")
+    machine_code.read_or_compile("int8", ignore)
+    assert len(list((tmp_path / "gptx").glob("*.o"))) == 1
+    machine_code.read_or_compile("int8", ignore)
+    assert compiled == ["int8"]
+
+
+def test_one_process_compiles_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="the locks of Windows are others")
+    locked = []
+
+    def compile(name: str, report: object) -> bytes:
+        with open(folder / "kernels.lock", "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(name)
+        return b"code"
+
+    monkeypatch.setattr(machine_code, "_compile", compile)
+    machine_code.read_or_compile("int8", ignore)
+    assert locked == ["int8"]
+
+
+def test_the_compiler_reports_its_progress_and_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is another program here: two functions, then an error."""
+    program = "print(); print(); raise ImportError('no such thing')"
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> object:
+        return popen([sys.executable, "-c", program], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    lines: list[str] = []
+    with pytest.raises(BackendError, match="cannot be compiled: ImportError: no such thing"):
+        machine_code._compile("int8,float16-cache", lines.append)
+    start_of_lines = "gptx: compiling the kernels for int8, float16-cache on this processor, once"
+    assert lines == [f"{start_of_lines} ...", *(f"{start_of_lines}: {n} %" for n in (1, 2)), ""]
+
+
+def test_outside_of_a_terminal_one_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("compiling ...", "compiling: 1 %", "compiling: 2 %", ""):
+        machine_code._print_progress(line)
+    assert capsys.readouterr().err == "compiling ...\n"
+
+
+def test_a_process_that_loads_the_code_does_not_import_numba() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from gptx.backends.cpu.quantized import QuantizedWeight\n"
+        "from gptx.quantization import quantize\n"
+        "w = np.eye(64, dtype=np.float32)\n"
+        "y = QuantizedWeight(quantize(w, 8, 32)).multiply(w[:3], None, 2)\n"
+        "assert abs(y - w[:3]).max() < 0.01, y\n"
+        "assert 'numba' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_variants() -> None:
+    assert variant.variant_name([3, 0, 1], False) == "float32,int4"
+    assert variant.variant_name([2, 2], True) == "int8,float16-cache"
+
+
+FEATURES = "+sse2,+avx,+avx2,+fma,+avx512f,+avx512dq,+avx512vl,+avx512vnni,+amx-int8,-avxvnni"
+
+
+@pytest.mark.parametrize(
+    ("isa", "expected"),
+    [
+        ("none", ""),
+        (
+            "avx2",
+            "+sse2,+avx,+avx2,+fma,-avx512f,-avx512dq,-avx512vl,-avx512vnni,-amx-int8,-avxvnni",
+        ),
+        (
+            "avx512",
+            "+sse2,+avx,+avx2,+fma,+avx512f,+avx512dq,+avx512vl,-avx512vnni,-amx-int8,-avxvnni",
+        ),
+        (
+            "vnni",
+            "+sse2,+avx,+avx2,+fma,+avx512f,+avx512dq,+avx512vl,+avx512vnni,-amx-int8,-avxvnni",
+        ),
+    ],
+)
+def test_features_of_an_instruction_set(isa: str, expected: str) -> None:
+    assert cpu_features.restricted(isa, FEATURES)[1] == expected
+
+
+def test_an_instruction_set_that_the_processor_does_not_have() -> None:
+    with pytest.raises(
+        BackendError, match="GPTX_ISA is 'vnni', which this processor does not have"
+    ):
+        cpu_features.restricted("vnni", "+sse2,+avx2")
+    with pytest.raises(
+        BackendError, match="GPTX_ISA is 'sse', expected avx2, avx512, vnni or none"
+    ):
+        cpu_features.restricted("sse", FEATURES)
