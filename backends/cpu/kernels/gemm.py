@@ -133,17 +133,16 @@ def multiply_strips(
     strips are w, [outputs / STRIP_OUTPUTS, depth, STRIP_OUTPUTS]. y begins at row 0. Meanwhile
     `ahead` [depth, outputs], weights that are needed later, is prefetched, unless it is empty.
     """
-    tall, line, steps = count_blocks(rows)[0], 0, outputs // STRIP_OUTPUTS * (last - first)
-    lines_of_input = outputs // LANES
-    lines = 0 if ahead.row_stride == 0 else depth * lines_of_input
-    share = (lines + steps - 1) // steps
+    tall, steps = count_blocks(rows)[0], outputs // STRIP_OUTPUTS * (last - first)
+    fetched, share = 0, (depth + steps - 1) // steps
+    end = depth if ahead.row_stride > 0 else 0
     for strip in range(0, outputs, STRIP_OUTPUTS):
         w = Matrix(strips, strip * depth, STRIP_OUTPUTS, 1)
         for block in range(first, last):
-            for n in range(line, min(line + share, lines)):
-                i = ahead.start + n // lines_of_input * ahead.row_stride
-                prefetch_l2(ahead.array, i + n % lines_of_input * LANES)
-            line += share
+            for n in range(fetched, min(fetched + share, end)):
+                for c in range(0, outputs, LANES):
+                    prefetch_l2(ahead.array, ahead.start + n * ahead.row_stride + c)
+            fetched += share
             row = first_row(block, tall)
             target = Matrix(y.array, y.start + strip + row * y.row_stride, y.row_stride, 1)
             if block < tall:
