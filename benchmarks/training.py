@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.compare.engine_process import THREAD_VARIABLES, LeftOut
 from benchmarks.compare.run import pause
 from benchmarks.goals import Goal, goals_table
+from benchmarks.instruction_sets import ISAS, NAMES, instruction_set
 from benchmarks.training_peers import TABLE
 from gptx.bench.machine import cpu_name
 from gptx.bench.sources import random_ids, write_random_model
@@ -137,17 +138,6 @@ def list_goals(run: Run) -> list[Goal]:
     return goals
 
 
-def instruction_set() -> str:
-    """Return the widest vector instructions of the processor: "AMX", "AVX-512", "AVX2" or ""."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return ""
-    flags = set(text.partition("flags")[2].partition("\n")[0].split())
-    names = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
-    return next((name for flag, name in names.items() if flag in flags), "")
-
-
 class EngineProcess:
     """An engine with a model and a batch in a worker.
 
@@ -158,14 +148,14 @@ class EngineProcess:
     """
 
     def __init__(
-        self, name: str, folder: Path, tokens: list[list[int]], threads: int, log: Path
+        self, name: str, folder: Path, tokens: list[list[int]], args: argparse.Namespace, log: Path
     ) -> None:
         self.name, self._log = name, log
         with log.open("w") as file:
-            env = dict.fromkeys(THREAD_VARIABLES, str(threads))
+            env = dict.fromkeys(THREAD_VARIABLES, str(args.threads)) | ISAS.get(args.isa, {})
             self._worker = Worker(log=file, env=env)
         place = {"name": name, "folder": str(folder.resolve())}
-        self.about = self._ask("load_engine", **place, threads=threads, tokens=tokens)
+        self.about = self._ask("load_engine", **place, threads=args.threads, tokens=tokens)
 
     def run_steps(self, n: int) -> dict[str, Any]:
         """Return losses, seconds and peak memory of n updates."""
@@ -213,7 +203,7 @@ def measure(
         for name in names:
             log = folder.with_name(f"{name}.log")
             try:
-                engine = EngineProcess(name, folder, tokens, args.threads, log)
+                engine = EngineProcess(name, folder, tokens, args, log)
                 stack.callback(engine.close)
                 losses = engine.run_steps(CHECK_STEPS)["losses"]
                 first = next(iter(records.values()), {"losses": losses})
@@ -285,6 +275,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pause", type=float, default=0.3, help="seconds before each measurement (default: 0.3)"
     )
+    parser.add_argument("--isa", choices=tuple(ISAS), help="restrict engines to instructions")
     parser.add_argument("--work", type=Path, help="folder that keeps the random models")
     return parser.parse_args(arguments)
 
@@ -295,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {
         "threads": args.threads,
         "cpu": cpu_name(),
-        "instructions": instruction_set(),
+        "instructions": NAMES[args.isa] if args.isa else instruction_set(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

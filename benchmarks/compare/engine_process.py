@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.peers import TABLE, engine_class
+from benchmarks.instruction_sets import ISAS
 from gptx.bench.worker import Worker, time_process
 from gptx.errors import GptxError
 
@@ -35,6 +36,8 @@ class EngineProcess:
         The model.
     work
         Folder for logs and for the model in the engine's format, which is converted if missing.
+    isa
+        Name of an instruction set that the engine is restricted to, see `ISAS`.
 
     Attributes
     ----------
@@ -47,10 +50,12 @@ class EngineProcess:
         The engine is not installed, or does not load the model.
     """
 
-    def __init__(self, name: str, folder: Path, threads: int, work: Path) -> None:
+    def __init__(
+        self, name: str, folder: Path, threads: int, work: Path, isa: str | None = None
+    ) -> None:
         work = work.resolve()
         self.name = name
-        self._env = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        self._env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | ISAS.get(isa or "", {})
         self._log = work / f"{name}.log"
         files = work / TABLE[name].files
         self._place = {"name": name, "folder": str(folder.resolve()), "threads": threads}

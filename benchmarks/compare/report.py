@@ -11,9 +11,19 @@ import numpy as np
 from benchmarks.compare.peers import PRECISIONS, TABLE
 from benchmarks.compare.workloads import WORKLOADS
 from benchmarks.goals import Goal
+from benchmarks.instruction_sets import is_restricted
 from gptx.bench.tables import NOTHING, Column, markdown, ratio
 
 FASTGPT_SECONDS = 0.84  # fastGPT's whole process with 2 threads, on another machine
+# With AVX2, at most this part of the time of the fastest other engine that is restricted to it.
+AVX2_LIMITS = {
+    "decode": (0.95, 0.70, 0.65),
+    "deep": (0.80, 0.60, 0.60),
+    "prefill19": (0.90, 0.85, 0.85),
+    "prefill512": (0.90, 0.80, 0.80),
+    "batch": (0.85, 0.75, 0.75),
+    "process": (1.00, 1.10, 1.10),
+}
 PAIRS = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # precision of gptx -> of llama.cpp
 
 
@@ -51,6 +61,26 @@ class Run:
         """Return the time of an engine relative to the fastest whose name begins with `prefix`."""
         names = [name for name in self.seconds.get(workload, {}) if name.startswith(prefix)]
         peers = [median for name in names if (median := self.median(workload, name))]
+        median = self.median(workload, ours)
+        return median / min(peers) if median and peers else None
+
+    def unrestricted(self) -> list[str]:
+        """Return the engines that may use instructions beyond those of `--isa`."""
+        isa = self.about["isa"]
+        return [
+            name
+            for name, engine in self.engines.items()
+            if not is_restricted(isa, name, engine["version"])
+        ]
+
+    def compare_to_restricted(self, workload: str, ours: str) -> float | None:
+        """Return the time of gptx relative to the fastest other engine of the same precision."""
+        peers = [
+            median
+            for name in self.seconds.get(workload, {})
+            if _rank(name) == _rank(ours) and not name.startswith("gptx")
+            if name not in self.unrestricted() and (median := self.median(workload, name))
+        ]
         median = self.median(workload, ours)
         return median / min(peers) if median and peers else None
 
@@ -131,12 +161,15 @@ def _ms(seconds: float) -> str:
 def list_goals(run: Run) -> list[Goal]:
     """Return the goals of gptx for the size of this run.
 
-    llama.cpp's time is that of its faster variant. Its keys and values are float16. At a long
-    context and in the larger models, where they count, gptx is compared with a float16 cache too.
+    They depend on the processor. llama.cpp's time is that of its faster variant. Its keys and
+    values are float16. At a long context and in the larger models, where they count, gptx is
+    compared with a float16 cache too.
     """
     if run.about["size"] in ("355M", "774M", "1558M"):
         value = run.compare("decode", "gptx int4, f16 cache", "llama.cpp Q4_0")
         return [Goal("decode int4, f16 cache / llama.cpp Q4_0", "≤", 0.75, value)]
+    if run.about["instructions"] == "AVX2":
+        return list(_avx2_goals(run))
     goals: list[Goal] = []
     for key, title, limits in (
         ("decode", "decode", (1.00, 0.72, 0.65)),
@@ -159,3 +192,14 @@ def list_goals(run: Run) -> list[Goal]:
     whole = seconds / FASTGPT_SECONDS if seconds else None
     goals.append(Goal("whole process float32 / fastGPT's 0.84 s elsewhere", "≤", 0.75, whole))
     return goals
+
+
+def _avx2_goals(run: Run) -> Iterator[Goal]:
+    for key, limits in AVX2_LIMITS.items():
+        for precision, limit in zip(PAIRS, limits, strict=True):
+            name = f"gptx {precision}, f16 cache" if key == "deep" else f"gptx {precision}"
+            text = f"{WORKLOADS[key].title}, {name.removeprefix('gptx ')} / others"
+            yield Goal(text, "≤", limit, run.compare_to_restricted(key, name))
+            if key == "decode" and precision == "float32":
+                share = run.bandwidth_share(key, name)
+                yield Goal("or: of the read bandwidth", "≥", 0.95, share)

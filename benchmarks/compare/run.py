@@ -24,6 +24,7 @@ from benchmarks.compare.peers import PRECISIONS, REFERENCE, TABLE
 from benchmarks.compare.report import Run, list_goals, results_table
 from benchmarks.compare.workloads import WORKLOADS, letter_prompts
 from benchmarks.goals import goals_table
+from benchmarks.instruction_sets import ISAS, NAMES, instruction_set
 from gptx.bench.machine import cpu_name
 from gptx.bench.sources import RANDOM, find_source, write_source
 from gptx.bench.worker import run_task
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--apart", action="store_true", help="run one precision after the other: less memory"
     )
+    parser.add_argument("--isa", choices=tuple(ISAS), help="restrict engines to instructions")
     parser.add_argument("--work", type=Path, help="folder that keeps converted models")
     args = parser.parse_args()
     prefixes = tuple(prefix.lower() for prefix in args.engines or ("",))
@@ -96,6 +98,8 @@ def main() -> None:
             file=sys.stderr,
         )
     print(results_table(run, args.workloads))
+    if free := run.unrestricted():
+        print(f"\nnot restricted to {NAMES[args.isa]}: {', '.join(free)}")
     print()
     print(goals_table(list_goals(run)))
     print()
@@ -127,6 +131,8 @@ def compare(folder: Path, work: Path, names: Sequence[str], args: argparse.Names
             "size": size_of(config),
             "threads": args.threads,
             "cpu": cpu_name(),
+            "isa": args.isa,
+            "instructions": NAMES[args.isa] if args.isa else instruction_set(),
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),
             "pauses": 0,
@@ -135,13 +141,13 @@ def compare(folder: Path, work: Path, names: Sequence[str], args: argparse.Names
     )
     groups = [[n for n in names if TABLE[n].precision == p] for p in args.precisions]
     with ExitStack() as stack:
-        reference = sample(start(REFERENCE, folder, args.threads, work, stack), config)
+        reference = sample(start(REFERENCE, folder, args, work, stack), config)
     for group in groups if args.apart else [names]:
         with ExitStack() as stack:
             engines = {}
             for name in group:
                 try:
-                    engine = start(name, folder, args.threads, work, stack)
+                    engine = start(name, folder, args, work, stack)
                     check_model(run, name, sample(engine, config), reference)
                     run.engines[name] = engine.about
                     engines[name] = engine
@@ -157,9 +163,11 @@ def size_of(config: GPT2Config) -> str | None:
     return next((size for size, row in SIZES.items() if row == shape), None)
 
 
-def start(name: str, folder: Path, threads: int, work: Path, stack: ExitStack) -> EngineProcess:
+def start(
+    name: str, folder: Path, args: argparse.Namespace, work: Path, stack: ExitStack
+) -> EngineProcess:
     """Start an engine that ends with the stack."""
-    engine = EngineProcess(name, folder, threads, work)
+    engine = EngineProcess(name, folder, args.threads, work, args.isa)
     stack.callback(engine.close)
     return engine
 

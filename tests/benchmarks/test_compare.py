@@ -56,7 +56,7 @@ def test_engines_that_compute_another_model_are_left_out() -> None:
 
 def test_the_tables() -> None:
     run = Run(
-        {"size": "124M"},
+        {"size": "124M", "instructions": "AMX", "isa": None},
         {name: {"n_bytes": 500e6} for name in ("gptx float32", "llama.cpp F32", "llama.cpp Q4_0")},
         seconds={
             "decode": {
@@ -84,3 +84,27 @@ def test_the_tables() -> None:
         "value": 0.5,
     }
     assert set(run.seconds) <= set(WORKLOADS)
+
+
+def test_goals_on_avx2_leave_out_engines_that_use_more() -> None:
+    """onnxruntime chooses by the processor; llama.cpp is restricted if it was built so."""
+    engines = {
+        "gptx float32": "gptx 0.1.0",
+        "onnxruntime float32": "onnxruntime 1.32",
+        "transformers float32": "torch 2.13",
+        "llama.cpp F32": "llama-cpp-python 0.3 AVX2 FMA",
+        "llama.cpp F32, fa off": "llama-cpp-python 0.3 AVX2 AVX512",
+        "llama.cpp Q8_0": "llama-cpp-python 0.3 AVX2 FMA",
+    }
+    seconds = dict(zip(engines, (0.4, 0.1, 0.8, 0.5, 0.2, 0.3), strict=True))
+    run = Run(
+        {"size": "124M", "instructions": "AVX2", "isa": "avx2"},
+        {name: {"n_bytes": 500e6, "version": version} for name, version in engines.items()},
+        seconds={"prefill512": {name: [value] for name, value in seconds.items()}},
+    )
+    assert run.unrestricted() == ["onnxruntime float32", "llama.cpp F32, fa off"]
+    values = {goal.text: goal.value for goal in list_goals(run)}
+    assert values["prefill of 512, float32 / others"] == pytest.approx(0.8)
+    assert values["prefill of 512, int8 / others"] is None
+    run.about["isa"] = None  # a processor that has no more
+    assert run.unrestricted() == []

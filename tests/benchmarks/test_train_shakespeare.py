@@ -23,7 +23,7 @@ def test_options_are_those_of_the_command() -> None:
     expected = {"steps": 2600, "batch_size": 16, "context": 256, "n_layer": 6, "n_head": 6}
     expected |= {"n_embd": 192, "tokenizer": "shakespeare"}
     assert {name: context.params[name] for name in expected} == expected
-    floats = {"weight_decay": 0.1, "dropout": 0.15, "learning_rate": 1e-3, "final_fraction": 0.1}
+    floats = {"weight_decay": 0.1, "dropout": 0.15, "learning_rate": 2e-3, "final_fraction": 0.05}
     assert {name: context.params[name] for name in floats} == pytest.approx(floats)
 
 

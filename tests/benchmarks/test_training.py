@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -52,7 +53,8 @@ def test_a_missing_engine_is_left_out(
 ) -> None:
     monkeypatch.delenv("LLM_C", raising=False)
     with pytest.raises(LeftOut, match=r"llm\.c is left out: LLM_C is not .*llm\.c, see"):
-        EngineProcess("llm.c", folder(), TOKENS.tolist(), 1, tmp_path / "log")
+        options = argparse.Namespace(threads=1, isa=None)
+        EngineProcess("llm.c", folder(), TOKENS.tolist(), options, tmp_path / "log")
 
 
 def test_engines_that_compute_something_else_are_left_out() -> None:

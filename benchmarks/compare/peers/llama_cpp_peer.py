@@ -16,6 +16,12 @@ from gptx.conversions import convert
 FILE = "model.gguf"
 FLOATS = {"F32": "float32", "F16": "float16"}
 BLOCKS = {"Q8_0": "int8", "Q4_0": "int4"}
+# Those that it was built for, "AVX2" and "FMA" for example.
+FEATURES = [
+    part.split()[0]
+    for part in c.llama_print_system_info().decode().partition(":")[2].split("|")
+    if part.strip().endswith("= 1")
+]
 BATCH_CONTEXT = 128  # tokens of each sequence in a batch
 
 
@@ -27,7 +33,7 @@ def silence(level: int, text: bytes, data: Any) -> None:
 class LlamaEngine(Engine):
     """One call of llama_decode for each step, and NumPy's argmax over the logits in place."""
 
-    version = f"llama-cpp-python {c.__version__}"
+    version = f"llama-cpp-python {c.__version__} {' '.join(FEATURES)}"
 
     @classmethod
     def prepare(cls, folder: Path, work: Path, **options: Any) -> None:
