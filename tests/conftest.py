@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from tests.emulator import compiled_by, cupy_stand_in
 from tests.support.backends import BACKENDS, STAND_IN, make_backend
 from tests.support.models import make_model
 from tests.support.random_models import CASES, write_model
+
+# Compile the kernels for all formats together: tests need all of them.
+os.environ.setdefault("GPTX_KERNELS", "float32,int8,int4")
 
 # A shell's background job ignores Ctrl-C, which tests send; so would the programs that they start.
 if threading.current_thread() is threading.main_thread():

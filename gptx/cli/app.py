@@ -31,6 +31,7 @@ BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE en
 COMMANDS = {
     "backends": "Show which backends work on this machine, and how to install more.",
     "bench": "Measure the speed of reading (pp) and of generating text (tg).",
+    "compile": "Compile the kernels of the numpy backend for this processor, once.",
     "convert": "Convert a model from one file format to another.",
     "download": "Download models from the Hub, and verify downloaded ones.",
     "generate": "Continue a prompt and print the text token by token.",

@@ -52,8 +52,8 @@ def test_a_missing_engine_is_left_out(
     folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LLM_C", raising=False)
+    options = argparse.Namespace(threads=1, isa=None)
     with pytest.raises(LeftOut, match=r"llm\.c is left out: LLM_C is not .*llm\.c, see"):
-        options = argparse.Namespace(threads=1, isa=None)
         EngineProcess("llm.c", folder(), TOKENS.tolist(), options, tmp_path / "log")
 
 

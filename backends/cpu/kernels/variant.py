@@ -1,7 +1,8 @@
 """Formats that the kernels of this process are compiled for: `GPTX_KERNELS` leaves some out.
 
 A model needs a few of the formats. Without the others, the kernels compile in less time
-(see `../machine_code.py`).
+(see `../machine_code.py`). Whoever needs several variants, such as the tests, sets the variable to
+compile their formats together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ HAS_FLOAT16_CACHE = FLOAT16_CACHE in _names and HAS_FLOAT16  # else LLVM could n
 
 
 def variant_name(formats: Iterable[int], float16_cache: bool) -> str:
-    """Return the value of the variable for matrices of these formats."""
-    names = {FORMATS[number] for number in formats}
-    return ",".join([x for x in NAMES if x in names] + [FLOAT16_CACHE] * float16_cache)
+    """Return the name of the variant for matrices of these formats: a value of the variable.
+
+    It has the formats of the variable, too.
+    """
+    names = {FORMATS[number] for number in formats} | set(os.environ.get(VARIABLE, "").split(","))
+    return ",".join([x for x in NAMES[:-1] if x in names] + [FLOAT16_CACHE] * float16_cache)

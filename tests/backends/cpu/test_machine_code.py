@@ -141,9 +141,12 @@ def test_a_process_that_loads_the_code_does_not_import_numba() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_names_of_variants() -> None:
+def test_names_of_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variant.VARIABLE)
     assert variant.variant_name([3, 0, 1], False) == "float32,int4"
     assert variant.variant_name([2, 2], True) == "int8,float16-cache"
+    monkeypatch.setenv(variant.VARIABLE, "int4,float32")
+    assert variant.variant_name([2], True) == "float32,int8,int4,float16-cache"
 
 
 FEATURES = "+sse2,+avx,+avx2,+fma,+avx512f,+avx512dq,+avx512vl,+avx512vnni,+amx-int8,-avxvnni"
