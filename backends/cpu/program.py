@@ -96,6 +96,7 @@ class Program:
         self.widths += [0] * (1 + max(op.target for op in ops) - len(inputs))
         self.table = np.zeros((len(ops), columns.N_COLUMNS), np.int64)
         self._kept: _Memory | None = None
+        self._code: dict[bool, machine_code.Code] = {}  # for a float16 cache or not
         for row, op in zip(self.table, ops, strict=True):
             self._encode(row, op)
 
@@ -145,10 +146,12 @@ class Program:
 
     def _load_code(self, cache: Any) -> machine_code.Code:
         """Return the machine code for the formats of the matrices and the cache."""
-        linear = self.table[:, columns.INSTRUCTION] != columns.ATTENTION
-        formats = np.unique(self.table[linear, columns.FORMAT])
         float16 = cache is not None and cache.keys[0].dtype == np.float16
-        return machine_code.load(variant_name(map(int, formats), float16))
+        if float16 not in self._code:
+            has_matrix = self.table[:, columns.INSTRUCTION] != columns.ATTENTION
+            formats = map(int, np.unique(self.table[has_matrix, columns.FORMAT]))
+            self._code[float16] = machine_code.load(variant_name(formats, float16))
+        return self._code[float16]
 
     def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> _Memory:
         """Return the memory of a run; small memory is kept for the next run of the same shape."""
