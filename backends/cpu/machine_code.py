@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ KERNELS = Path(variant.__file__).parent
 CHECKSUM_BYTES = 32
 # Of Numba's runtime, for arrays that own memory: the kernels have none, and never call it.
 NEVER_CALLED = "NRT_MemInfo_call_dtor"
-N_FUNCTIONS = 70  # that Numba compiles for a variant, approximately: for the progress in percent
+N_FUNCTIONS = 65  # that Numba compiles for a variant, approximately: for the progress in percent
 
 Report = Callable[[str], None]
 
@@ -47,6 +46,17 @@ class Code(NamedTuple):
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Make a new lock in a forked child, where no thread would release the old one."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _loaded: dict[str, Code] = {}
 _engines: list[llvm.ExecutionEngine] = []  # own the code
 
@@ -110,15 +120,18 @@ def _folders() -> list[Path]:
     """Return where the code may be: as for Numba's own cache."""
     if folder := os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(folder)]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptx"
-    return [KERNELS / "__pycache__", user]
+    folders = [KERNELS / "__pycache__"]
+    with suppress(RuntimeError):  # no home folder
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folders.append(Path(user, "gptx"))
+    return folders
 
 
 @cache
 def _key() -> str:
     """Return a checksum of all that the machine code depends on, besides the variant."""
     parts = [path.read_bytes() for path in sorted(KERNELS.rglob("*.py"))]
-    names = [cpu_features.NAME, cpu_features.FEATURES, platform.platform(), sys.version]
+    names = [cpu_features.NAME, cpu_features.FEATURES, sys.platform, sys.version]
     names += [str(metadata.version(package)) for package in ("numba", "llvmlite")]
     return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in names)])).hexdigest()
 
@@ -143,35 +156,34 @@ def _compile(name: str, report: Report) -> bytes:
         raise BackendError(
             "the kernels cannot be compiled: there is no Python program, sys.executable"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    module = "gptx.backends.cpu.kernels.build"
+    env = os.environ | {
+        variant.VARIABLE: name,
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        "PYTHONSAFEPATH": "1",  # not a gptx in the current folder
+    }
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
         path = Path(folder, "kernels")
-        module = "gptx.backends.cpu.kernels.build"
-        env = os.environ | {
-            variant.VARIABLE: name,
-            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-            "PYTHONSAFEPATH": "1",  # not a gptx in the current folder
-        }
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             encoding="utf-8",
-            errors="replace",
             env=env,
         )
         with process:
             assert process.stdout is not None
-            assert process.stderr is not None
             try:
                 _report_progress(process.stdout, name, report)
-                errors = process.stderr.read()
             except BaseException:  # an interrupt
                 process.kill()
                 raise
         if process.returncode:
-            lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-            raise BackendError(f"the kernels cannot be compiled: {lines[-1]}")
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            raise BackendError(f"the kernels cannot be compiled: {reason}")
         return path.read_bytes()
 
 
@@ -179,9 +191,11 @@ def _report_progress(lines: IO[str], name: str, report: Report) -> None:
     """Report the number of compiled functions, of which each line has one more."""
     message = f"gptx: compiling the kernels for {name.replace(',', ', ')} on this processor, once"
     report(f"{message} ...")
-    for number, _ in enumerate(lines, 1):
-        report(f"{message}: {min(99, 100 * number // N_FUNCTIONS)} %")
-    report("")
+    try:
+        for number, _ in enumerate(lines, 1):
+            report(f"{message}: {min(99, 100 * number // N_FUNCTIONS)} %")
+    finally:
+        report("")
 
 
 def _print_progress(line: str) -> None:

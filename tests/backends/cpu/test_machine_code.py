@@ -87,6 +87,22 @@ def test_the_folder_of_the_user_is_second(
     assert compiled == ["int8"]
 
 
+def test_a_user_without_a_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    """As in a container whose user is a number only, and may not write to the installation."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(machine_code, "KERNELS", tmp_path / "file")
+    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+
+
 def test_one_process_compiles_at_a_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
 ) -> None:
@@ -115,11 +131,12 @@ def test_the_compiler_reports_its_progress_and_its_error(monkeypatch: pytest.Mon
         return popen([sys.executable, "-c", program], **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(machine_code, "N_FUNCTIONS", 4)
     lines: list[str] = []
     with pytest.raises(BackendError, match="cannot be compiled: ImportError: no such thing"):
         machine_code._compile("int8,float16-cache", lines.append)
     start_of_lines = "gptx: compiling the kernels for int8, float16-cache on this processor, once"
-    assert lines == [f"{start_of_lines} ...", *(f"{start_of_lines}: {n} %" for n in (1, 2)), ""]
+    assert lines == [f"{start_of_lines} ...", *(f"{start_of_lines}: {n} %" for n in (25, 50)), ""]
 
 
 def test_outside_of_a_terminal_one_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
