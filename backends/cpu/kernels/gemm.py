@@ -251,19 +251,22 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
         n_in, group_size = matrix.n_in, matrix.group_size
         for c in range(0, STRIP_OUTPUTS, LANES):
             number = (j + c) // LANES
-            scales, offset = stack_vectors(per_word), splat(0.0)
-            for k in range(first, first + depth, per_word):
-                if k == first or k % group_size == 0:
-                    entry = number * (n_in // group_size) + k // group_size
-                    scale, offset = scale_and_offset(groups, entry, offset_bits)
-                    for n in range(per_word):
-                        put_vector(scales, n, scale * broadcast(factors, n))
-                i = (number * n_in + k) // per_word * LANES
-                prefetch_l1(words, i + PREFETCH_BYTES // 4)
-                packed = load(words, i)
+            scales = stack_vectors(per_word)
+            begin, last = first, first + depth
+            while begin < last:
+                end = min(last, (begin // group_size + 1) * group_size)
+                entry = number * (n_in // group_size) + begin // group_size
+                scale, offset = scale_and_offset(groups, entry, offset_bits)
                 for n in range(per_word):
-                    weights = bit_field_as_floats(packed, n, bits) * get_vector(scales, n)
-                    store(strip, (k + n - first) * STRIP_OUTPUTS + c, weights + offset)
+                    put_vector(scales, n, scale * broadcast(factors, n))
+                for k in range(begin, end, per_word):
+                    i = (number * n_in + k) // per_word * LANES
+                    prefetch_l1(words, i + PREFETCH_BYTES // 4)
+                    packed = load(words, i)
+                    for n in range(per_word):
+                        weights = bit_field_as_floats(packed, n, bits) * get_vector(scales, n)
+                        store(strip, (k + n - first) * STRIP_OUTPUTS + c, weights + offset)
+                begin = end
 
     return expand
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -18,6 +17,7 @@ from gptx.backends.cpu.kernels.simd import (
     fill_lanes,
     floats,
     load,
+    load_bits_as_floats,
     prefetch_l2,
     splat,
 )
@@ -58,8 +58,8 @@ def _multiples(context: Any, words: Any, offset_bits: Any) -> Any:
 def scale_and_offset(groups: Any, n: int, offset_bits: int) -> tuple[Any, Any]:
     """Return scales and offsets of 16 outputs, as floats, from entry n of `groups` (uint32)."""
     if offset_bits == 0:
-        numbers, i = groups.view(np.float32), 2 * LANES * n
-        return load(numbers, i), load(numbers, i + LANES)
+        i = 2 * LANES * n
+        return load_bits_as_floats(groups, i), load_bits_as_floats(groups, i + LANES)
     words = load(groups, LANES * n)
     scales = _scales(words, offset_bits)
     return scales, splat(0.0) - scales * _multiples(words, offset_bits)

@@ -74,6 +74,20 @@ def load(context: Any, array: Any, i: Any) -> Any:
 
 
 @intrinsic
+def load_bits_as_floats(context: Any, array: Any, i: Any) -> Any:
+    """Return the floats whose bits are array[i : i + 16], uint32.
+
+    A view of the array as float32 would update a reference count.
+    """
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = element_pointer(context, builder, sig.args, args)
+        return builder.load(builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
+
+    return floats(array, i), generate
+
+
+@intrinsic
 def store(context: Any, array: Any, i: Any, value: Any) -> Any:
     """Set array[i : i + 16] to floats or ints, by the array's type; uint16 takes float16."""
 
