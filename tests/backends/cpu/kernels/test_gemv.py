@@ -79,7 +79,8 @@ def test_integer_sums_do_not_overflow(bits: int, product: Any) -> None:
     q = with_encoded_scales(quantize(w, bits, 128))
     for sign in (1, -1):
         row = np.full(128, sign * 3.7, np.float32)
-        assert error(product(row, QuantizedWeight(q)), dequantize(q), row) < 1e-7
+        # An overflow would be an error of about 1; without fused additions, floats round more.
+        assert error(product(row, QuantizedWeight(q)), dequantize(q), row) < 2e-6
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-20, 1e20])
