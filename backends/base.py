@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -23,12 +22,13 @@ import numpy as np
 
 from gptx.backends.positions import Positions
 from gptx.errors import BackendError, DeviceOutOfMemory, argument
+from gptx.process import ForkSafeLock
 from gptx.quantization import QuantizedTensor, dequantize
 
 Array = Any  # an array of the backend's namespace
 
 # Held while a backend uses its number of BLAS threads, which is one setting of the process.
-_blas_lock = threading.RLock()
+_blas_lock = ForkSafeLock()
 
 OPS = (
     "embed",
@@ -45,16 +45,6 @@ OPS = (
 )
 # Methods whose overrides `generic=True` turns off.
 OVERRIDABLE = (*OPS, "pack_weight", "pack_quantized", "compile", "sampler", "decode")
-
-
-def _renew_lock() -> None:
-    """Make a new lock in a forked child, where no thread would release the old one."""
-    global _blas_lock
-    _blas_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class NextTokens(NamedTuple):

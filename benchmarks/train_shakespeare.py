@@ -21,7 +21,7 @@ from pathlib import Path
 
 import gptx
 from benchmarks.goals import Goal, goals_table
-from gptx.bench.worker import environment
+from gptx.process import environment
 
 MAX_LOSS = 3.43  # of a token; the embedded model has 3.4168
 SETTINGS = (

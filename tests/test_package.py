@@ -30,8 +30,8 @@ SOURCES = {
 # row never import each other. The longest prefix of a module's name is its room.
 ROOMS = [
     "gptx._version gptx.errors gptx.embedded",
-    "gptx.file_lock gptx.files gptx.lfs_pointer gptx.plot_style gptx.safetensors_file "
-    "gptx.quantization",
+    "gptx.file_lock gptx.files gptx.lfs_pointer gptx.plot_style gptx.process "
+    "gptx.safetensors_file gptx.quantization",
     "gptx.config gptx.tokenization gptx.dequantization",
     "gptx.random_weights gptx.model_files gptx.tensor_names",
     "gptx.backends.positions",
@@ -88,7 +88,7 @@ ONLY = {
     "gptx.hub": "gptx.tokenization gptx.model_files gptx.embedded gptx.files gptx.file_lock "
     "gptx.errors gptx._version",
     "gptx.conversions.containers": "gptx.files gptx.safetensors_file gptx.errors",
-    "gptx.backends.base": "gptx.backends.positions gptx.quantization gptx.errors",
+    "gptx.backends.base": "gptx.backends.positions gptx.quantization gptx.errors gptx.process",
 }
 
 

@@ -14,10 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -28,6 +27,7 @@ from gptx.backends.cpu.kernels import cpu_features, variant
 from gptx.errors import BackendError
 from gptx.file_lock import lock
 from gptx.files import atomic_write
+from gptx.process import ForkSafeLock, environment
 
 KERNELS = Path(variant.__file__).parent
 CHECKSUM_BYTES = 32
@@ -35,40 +35,31 @@ CHECKSUM_BYTES = 32
 NEVER_CALLED = "NRT_MemInfo_call_dtor"
 N_FUNCTIONS = 65  # that Numba compiles for a variant, approximately: for the progress in percent
 
-Report = Callable[[str], None]
-
 
 class Code(NamedTuple):
-    """Addresses of the functions of `kernels/interpreter.py`."""
+    """The functions of `kernels/interpreter.py`: the address of one, and the other to call.
+
+    A call does not hold the global interpreter lock.
+    """
 
     run_program: int
-    join_runs: int
+    join_runs: Callable[[int, int], None]
 
 
-_lock = threading.Lock()
+# `join_runs` in Numba's calling convention: pointers for a result and an error, which it does not
+# set, then its arguments.
+_JOIN_RUNS = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+)
+_returned = (ctypes.c_void_p * 2)()
 
-
-def _renew_lock() -> None:
-    """Make a new lock in a forked child, where no thread would release the old one."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
+_lock = ForkSafeLock()
 _loaded: dict[str, Code] = {}
 _engines: list[llvm.ExecutionEngine] = []  # own the code
 
 
-def load(name: str, report: Report | None = None) -> Code:
+def load(name: str) -> Code:
     """Return the code of a variant: that of this process, of the disk, or compiled now.
-
-    Parameters
-    ----------
-    report
-        Called with a line of progress while the code is compiled; by default it is printed to the
-        standard error.
 
     Raises
     ------
@@ -77,7 +68,7 @@ def load(name: str, report: Report | None = None) -> Code:
     """
     with _lock:
         if name not in _loaded:
-            _loaded[name] = _load_objects(read_or_compile(name, report or _print_progress))
+            _loaded[name] = _load_objects(read_or_compile(name))
         return _loaded[name]
 
 
@@ -86,7 +77,7 @@ def is_compiled(name: str) -> bool:
     return any(_read(folder / _file_name(name)) for folder in _folders())
 
 
-def read_or_compile(name: str, report: Report) -> bytes:
+def read_or_compile(name: str) -> bytes:
     """Return the object files of a variant, see `kernels/build.py`."""
     folders = _folders()
     for folder in folders:
@@ -94,14 +85,14 @@ def read_or_compile(name: str, report: Report) -> bytes:
             return data
     writable = next(folders_that_can_be_written(folders), None)
     if writable is None:
-        return _compile(name, report)
+        return _compile(name)
     path = writable / _file_name(name)
     with ExitStack() as stack:
         with suppress(OSError):  # a file system without locks: two processes may compile
             stack.enter_context(lock(writable / "kernels.lock"))
         data = _read(path)  # another process may have compiled it
         if data is None:
-            data = _compile(name, report)
+            data = _compile(name)
             with suppress(OSError):  # the disk is full
                 atomic_write(path, hashlib.sha256(data).digest() + data)
     return data
@@ -150,18 +141,13 @@ def _read(path: Path) -> bytes | None:
     return data if hashlib.sha256(data).digest() == checksum else None
 
 
-def _compile(name: str, report: Report) -> bytes:
+def _compile(name: str) -> bytes:
     """Compile a variant in a process of its own, which writes to a temporary file."""
     if not sys.executable:
         raise BackendError(
             "the kernels cannot be compiled: there is no Python program, sys.executable"
         )
     module = "gptx.backends.cpu.kernels.build"
-    env = os.environ | {
-        variant.VARIABLE: name,
-        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        "PYTHONSAFEPATH": "1",  # not a gptx in the current folder
-    }
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
         path = Path(folder, "kernels")
         process = subprocess.Popen(
@@ -170,12 +156,12 @@ def _compile(name: str, report: Report) -> bytes:
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
-            env=env,
+            env=environment() | {variant.VARIABLE: name},
         )
         with process:
             assert process.stdout is not None
             try:
-                _report_progress(process.stdout, name, report)
+                _show_progress(process.stdout, name)
             except BaseException:  # an interrupt
                 process.kill()
                 raise
@@ -187,25 +173,21 @@ def _compile(name: str, report: Report) -> bytes:
         return path.read_bytes()
 
 
-def _report_progress(lines: IO[str], name: str, report: Report) -> None:
-    """Report the number of compiled functions, of which each line has one more."""
+def _show_progress(lines: IO[str], name: str) -> None:
+    """Show that a variant is compiled, on a terminal in percent: each line is a function more."""
     message = f"gptx: compiling the kernels for {name.replace(',', ', ')} on this processor, once"
-    report(f"{message} ...")
-    try:
-        for number, _ in enumerate(lines, 1):
-            report(f"{message}: {min(99, 100 * number // N_FUNCTIONS)} %")
-    finally:
-        report("")
-
-
-def _print_progress(line: str) -> None:
-    """Print a line to a terminal in the place of the last one, or the first line elsewhere."""
-    if sys.stderr is None:
+    if sys.stderr is None or not sys.stderr.isatty():
+        if sys.stderr is not None:
+            print(f"{message} ...", file=sys.stderr, flush=True)
+        lines.read()  # until the compiler ends
         return
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-    elif line.endswith("..."):
-        print(line, file=sys.stderr, flush=True)
+    try:
+        print(f"{message} ...", end="", file=sys.stderr, flush=True)
+        for number, _ in enumerate(lines, 1):
+            percent = min(99, 100 * number // N_FUNCTIONS)
+            print(f"\r{message}: {percent} %", end="", file=sys.stderr, flush=True)
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _load_objects(data: bytes) -> Code:
@@ -226,4 +208,6 @@ def _load_objects(data: bytes) -> Code:
         addresses.append(engine.get_function_address(name))
         _engines.append(engine)
         code = code[size:]
-    return Code(*addresses)
+    run_program, join_runs = addresses
+    pointers = ctypes.addressof(_returned), ctypes.addressof(_returned) + 8
+    return Code(run_program, partial(_JOIN_RUNS(join_runs), *pointers))

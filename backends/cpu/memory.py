@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from gptx.process import ForkSafeLock
 
 Array = np.ndarray
 
@@ -35,17 +35,7 @@ def allocate_aligned(
     return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
-_pool_lock = threading.Lock()  # of all pools
-
-
-def _renew_lock() -> None:
-    """Make a new lock in a forked child, where no thread would release the old one."""
-    global _pool_lock
-    _pool_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+_pool_lock = ForkSafeLock()  # of all pools
 
 
 class Pool:

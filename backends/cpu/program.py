@@ -19,6 +19,7 @@ from gptx.backends.cpu.memory import allocate_aligned
 from gptx.backends.cpu.thread_pool import POOL
 from gptx.backends.fusion import ACTIVATIONS, FusedOp
 from gptx.errors import BackendError
+from gptx.process import count_cores
 
 Array = np.ndarray
 
@@ -95,6 +96,7 @@ class Program:
         self.widths = [round_up(n, PANEL_OUTPUTS) for n in inputs]
         self.widths += [0] * (1 + max(op.target for op in ops) - len(inputs))
         self.table = np.zeros((len(ops), columns.N_COLUMNS), np.int64)
+        self._most_threads = min(default_threads(), MAX_THREADS)
         self._kept: _Memory | None = None
         self._code: dict[bool, machine_code.Code] = {}  # for a float16 cache or not
         for row, op in zip(self.table, ops, strict=True):
@@ -123,8 +125,7 @@ class Program:
         cache
             The KV cache, for ATTENTION.
         """
-        most = min(default_threads(), MAX_THREADS)
-        threads = min(threads or most, most)
+        threads = min(threads or self._most_threads, self._most_threads)
         code = self._load_code(cache)
         with POOL.lock:
             memory = self._allocate(shape, threads, buffers)
@@ -286,9 +287,7 @@ def default_threads() -> int:
         if not value.isdecimal() or int(value) < 1:
             raise BackendError(f"NUMBA_NUM_THREADS is {value!r}, expected a positive integer")
         return int(value)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return count_cores()
 
 
 def _addresses(arrays: Sequence[Array]) -> Array:

@@ -8,7 +8,6 @@ run reaches them.
 from __future__ import annotations
 
 import _thread
-import ctypes
 import os
 import queue
 import threading
@@ -28,12 +27,6 @@ from gptx.backends.cpu.memory import allocate_aligned
 
 START_SECONDS = 10.0  # for a new thread to begin
 
-# `join_runs` in Numba's calling convention: two pointers for a result and an error, which it does
-# not set. A call releases the global interpreter lock.
-_JOIN_RUNS = ctypes.CFUNCTYPE(
-    ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
-)
-
 
 class ThreadPool:
     """Workers, which start when a run first needs them, and their mailbox.
@@ -47,7 +40,6 @@ class ThreadPool:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._mailbox = allocate_aligned((MAILBOX_WORDS,), np.int64, np.zeros)
-        self._pointers = np.zeros(2, np.int64)
         self._numbers = iter(range(1, MAX_THREADS))
         self._started: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._workers = 0
@@ -65,12 +57,7 @@ class ThreadPool:
         mailbox[RUN_WORDS + PROGRAM_CODE] = code.run_program
         if workers > self._workers:
             mailbox[RUN_WORDS + WORKERS] = 0
-        self._join_runs(code, mailbox, 0)
-
-    def _join_runs(self, code: Code, mailbox: np.ndarray, thread: int) -> None:
-        """Execute the run in the mailbox as thread 0, or every run, as a worker."""
-        pointer = self._pointers.ctypes.data
-        _JOIN_RUNS(code.join_runs)(pointer, pointer + 8, mailbox.ctypes.data, thread)
+        code.join_runs(mailbox.ctypes.data, 0)
 
     def _start(self, workers: int, code: Code) -> None:
         """Start threads until there are `workers`, or one does not begin."""
@@ -87,7 +74,8 @@ class ThreadPool:
     def _work(self, code: Code) -> None:
         number = next(self._numbers)
         self._started.put(number)
-        self._join_runs(code, self._mailbox, number)
+        mailbox = self._mailbox  # which lives as long as this thread
+        code.join_runs(mailbox.ctypes.data, number)
 
 
 POOL = ThreadPool()

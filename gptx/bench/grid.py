@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gptx.bench import tables, worker
-from gptx.bench.machine import count_cores, describe
+from gptx.bench.machine import describe
 from gptx.bench.setups import (
     GREEDY,
     Settings,
@@ -43,6 +43,7 @@ from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
 from gptx.model import Transformer
+from gptx.process import count_cores
 from gptx.weights import array_bytes
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128  # the defaults of llama-bench

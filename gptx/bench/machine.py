@@ -6,7 +6,6 @@ Memory bandwidth limits a decode step, which uses each weight once.
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ import threadpoolctl
 from gptx._version import __version__
 from gptx.backends import TABLE, Backend, get_backend
 from gptx.bench.worker import Events
+from gptx.process import count_cores
 
 MATRIX_WIDTH = 1024
 READ_ROUNDS = 7
@@ -41,13 +41,6 @@ def describe(backend: Backend) -> dict[str, Any]:
         "library": library_version(backend),
         "blas": blas_version(),
     }
-
-
-def count_cores() -> int:
-    """Return the number of processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:

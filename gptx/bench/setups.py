@@ -11,7 +11,6 @@ import numpy as np
 
 from gptx.backends import get_backend
 from gptx.bench import worker
-from gptx.bench.machine import count_cores
 from gptx.bench.sources import Source, open_sources, write_source
 from gptx.bench.tables import count
 from gptx.bench.worker import Event, Events
@@ -19,6 +18,7 @@ from gptx.errors import ParameterError, argument
 from gptx.generation.api import load
 from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
+from gptx.process import count_cores
 from gptx.quantization import BITS, GROUP_SIZE, Quantization
 from gptx.weights import quantized_config
 

@@ -29,20 +29,13 @@ from typing import Any, TextIO
 
 from gptx import errors
 from gptx.errors import DeviceOutOfMemory, GptxError, ModelWarning
+from gptx.process import environment
 
 KILLED = -9  # the return code of a POSIX process that the system killed to free memory
 
 # A record of a measurement, or {"progress": text} for the terminal.
 Event = dict[str, Any]
 Events = Generator[Event, None, None]
-
-
-def environment() -> dict[str, str]:
-    """Return the environment in which a fresh process imports the gptx of this process."""
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        "PYTHONSAFEPATH": "1",  # not a gptx in the current folder
-    }
 
 
 class Worker:

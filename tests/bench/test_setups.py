@@ -13,13 +13,13 @@ import pytest
 import gptx
 from gptx import config
 from gptx.bench import sources
-from gptx.bench.machine import count_cores
 from gptx.bench.setups import Settings, Setup, plan_setups
 from gptx.bench.sources import Source, open_sources, random_ids, write_source
 from gptx.bench.worker import Worker
 from gptx.config import GPT2Config
 from gptx.conversions import convert
 from gptx.errors import BackendError, NotFoundError, ParameterError, StorageError
+from gptx.process import count_cores
 from gptx.quantization import Quantization
 from gptx.random_weights import random_weights
 from tests.support.cli import raises_error

@@ -11,8 +11,9 @@ import pytest
 
 import gptx
 from gptx.bench import worker
-from gptx.bench.worker import Worker, environment, run_task, time_process
+from gptx.bench.worker import Worker, run_task, time_process
 from gptx.errors import DeviceOutOfMemory, GptxError, WeightsError
+from gptx.process import environment
 from tests.support.cli import posix, raises_error
 
 TASKS = "tests.bench.worker_tasks"

@@ -35,6 +35,7 @@ from gptx.backends.cpu.kernels.sizes import (
     QUERIES,
     TALL_KEYS,
 )
+from gptx.backends.cpu.kernels.variant import HAS_FLOAT16_CACHE
 
 FAR = 1e30  # score of a key after the query, negative
 
@@ -114,7 +115,7 @@ def decode_attention(task: AttentionTask, head: int, cache_start: int, n: int) -
 
 @compiled
 def convert_head(task: AttentionTask, cache_start: int, n_keys: int) -> None:
-    """Copy the first keys and values [n_keys, D] of a head to the workspace, as float32."""
+    """Copy the first float16 keys and values [n_keys, D] of a head to the workspace, as float32."""
     size, workspace = n_keys * task.D, task.workspace
     values = task.capacity * task.D
     for i in range(0, size - 15, LANES):
@@ -144,11 +145,13 @@ def _multiply_rows(x: Matrix, rows: int, w: Matrix, depth: int, y: Any, yi: int)
 
 
 @compiled
-def prompt_attention(task: AttentionTask, head: int, first: int, count: int) -> None:
+def prompt_attention(
+    task: AttentionTask, head: int, cache_start: int, first: int, count: int
+) -> None:
     """Compute rows [first, first + count) of y for one head, at most 16.
 
-    The workspace begins with the keys and values of `convert_head`. A lane belongs to a row: scores
-    are [keys, 16], the result is [D, 16], and keys and values are read as they are in the cache.
+    A lane belongs to a row: scores are [keys, 16], the result is [D, 16], and keys and values are
+    read as they are in the cache, or in the workspace after `convert_head`.
     """
     x, y, D, positions, workspace = task.x, task.y, task.D, task.positions, task.workspace
     values = task.capacity * D
@@ -165,8 +168,13 @@ def prompt_attention(task: AttentionTask, head: int, first: int, count: int) -> 
             query = x[n * task.x_width + head * D + d] * task.scale
             workspace[queries + d * QUERIES + r] = query
 
+    if HAS_FLOAT16_CACHE:
+        k, v = Matrix(workspace, 0, D, 1), Matrix(workspace, values, 1, D)
+    else:
+        k, v = Matrix(task.keys, cache_start, D, 1), Matrix(task.values, cache_start, 1, D)
+
     # Scores; those of keys after the row's own are very low
-    k, w = Matrix(workspace, 0, D, 1), Matrix(workspace, queries, QUERIES, 1)
+    w = Matrix(workspace, queries, QUERIES, 1)
     _multiply_rows(k, n_keys, w, D, workspace, scores)
     for s in range(n_common, n_keys):
         after = minimum(load(workspace, last_keys) - splat(s), splat(0.0))
@@ -183,7 +191,7 @@ def prompt_attention(task: AttentionTask, head: int, first: int, count: int) -> 
         sums += e
 
     # Products with the values
-    v, w = Matrix(workspace, values, 1, D), Matrix(workspace, scores, QUERIES, 1)
+    w = Matrix(workspace, scores, QUERIES, 1)
     _multiply_rows(v, D, w, n_keys, workspace, result)
     factors = splat(1.0) / sums
     for i in range(result, result + D * QUERIES, QUERIES):

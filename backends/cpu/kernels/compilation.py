@@ -18,10 +18,11 @@ I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 # Sums may be reordered and fused. NaN must propagate: the sampler checks for it.
 FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
-OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 # Only other kernels call these functions: without entries for Python and C they compile in less
 # time. A call from Python would end the process; tests compile them separately.
-compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+compiled = njit(
+    fastmath=FAST_MATH, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 # Inlined by Numba. A compiled function would make LLVM optimize all its callees again.
 inlined = njit(inline="always")

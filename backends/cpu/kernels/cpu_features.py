@@ -30,7 +30,6 @@ INSTRUCTION_SETS = {
     "vnni": ("icelake-server", "avx512vnni", _BEYOND_VNNI),
 }
 
-
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
 
 

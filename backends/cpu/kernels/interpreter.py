@@ -68,18 +68,19 @@ from gptx.backends.cpu.kernels.mailbox import post_run, read_run, wait_for_run
 from gptx.backends.cpu.kernels.run_words import (
     COUNTER_START,
     MAILBOX_WORDS,
-    MIN_WORK_PER_THREAD,
     N_INSTRUCTIONS,
     PROGRAM_CODE,
     RUN_WORDS,
     THREADS,
     WORKERS,
+    is_serial,
 )
 from gptx.backends.cpu.kernels.simd import load, store, store_scalar
 from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS, QUERIES, TILE_ROWS
 from gptx.backends.cpu.kernels.variant import HAS_FLOAT16_CACHE, HAS_FLOATS
 
 cache_array = float16_array if HAS_FLOAT16_CACHE else float_array
+_is_serial = inlined(is_serial)
 
 
 # ATTENTION
@@ -122,12 +123,12 @@ def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: in
             n_keys = 0
             for m in range(n - row, n - row + T):
                 n_keys = max(n_keys, task.positions[m] + 1)
-            if not on_amx:
-                convert_head(task, cache_start, n_keys)
-            elif HAS_AMX:
+            if HAS_AMX and on_amx:
                 length = pack_head(task, cache_start, n_keys)
+            elif HAS_FLOAT16_CACHE:
+                convert_head(task, cache_start, n_keys)
         if not on_amx:
-            prompt_attention(task, head % H, n, count)
+            prompt_attention(task, head % H, cache_start, n, count)
         elif HAS_AMX:
             amx_prompt_attention(task, head % H, length, n, count)
 
@@ -218,9 +219,7 @@ def run_program(address: int, first: int, last: int) -> None:
     target = mailbox[RUN_WORDS + COUNTER_START]
     for i in range(len(run.program)):
         op = run.program[i]
-        threads = run.threads
-        if run.B * run.T * op[WORK] < MIN_WORK_PER_THREAD * threads:
-            threads = 1
+        threads = 1 if _is_serial(run.B * run.T * op[WORK], run.threads) else run.threads
         for stage in range(_count_stages(op, run, threads)):
             for thread in range(first, min(last, threads)):
                 _run_stage(op, stage, run, thread, threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, zip_longest
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.cpu.training.workers import WORKERS
+from gptx.process import count_cores
 
 Array = np.ndarray
 Heads = tuple[slice, slice]  # some sequences, and some of their heads
@@ -41,11 +41,7 @@ class Parallel:
     @property
     def n_threads(self) -> int:
         """Number of threads."""
-        if self.backend.threads:
-            return self.backend.threads
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return self.backend.threads or count_cores()
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """Return an array of the backend's dtype in recycled memory, with any contents."""

@@ -29,7 +29,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The variants that were compiled, by a stand-in for the compiler."""
     names: list[str] = []
 
-    def compile(name: str, report: object) -> bytes:
+    def compile(name: str) -> bytes:
         names.append(name)
         return name.encode() * 1000
 
@@ -37,28 +37,24 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def ignore(line: str) -> None:
-    pass
-
-
 def test_a_variant_is_compiled_once(folder: Path, compiled: list[str]) -> None:
     assert not machine_code.is_compiled("int8")
     for _ in range(2):
-        assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+        assert machine_code.read_or_compile("int8") == b"int8" * 1000
     assert machine_code.is_compiled("int8")
     assert not machine_code.is_compiled("int8,float16-cache")
-    assert machine_code.read_or_compile("int4", ignore) == b"int4" * 1000
+    assert machine_code.read_or_compile("int4") == b"int4" * 1000
     assert compiled == ["int8", "int4"]
 
 
 @pytest.mark.parametrize("change", ["cut", "flip", "empty"])
 def test_a_damaged_file_is_compiled_again(folder: Path, compiled: list[str], change: str) -> None:
-    machine_code.read_or_compile("int8", ignore)
+    machine_code.read_or_compile("int8")
     [path] = folder.glob("*.o")
     data = path.read_bytes()
     flipped = data[:-1] + bytes([data[-1] ^ 1])
     path.write_bytes({"cut": data[:-1], "flip": flipped, "empty": b""}[change])
-    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert machine_code.read_or_compile("int8") == b"int8" * 1000
     assert compiled == ["int8", "int8"]
     assert path.read_bytes() == data
 
@@ -69,7 +65,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert machine_code.read_or_compile("int8") == b"int8" * 1000
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -81,9 +77,9 @@ def test_the_folder_of_the_user_is_second(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "file").touch()
     monkeypatch.setattr(machine_code, "KERNELS", tmp_path / "file")
-    machine_code.read_or_compile("int8", ignore)
+    machine_code.read_or_compile("int8")
     assert len(list((tmp_path / "gptx").glob("*.o"))) == 1
-    machine_code.read_or_compile("int8", ignore)
+    machine_code.read_or_compile("int8")
     assert compiled == ["int8"]
 
 
@@ -100,7 +96,7 @@ def test_a_user_without_a_home_folder(
     monkeypatch.setattr(Path, "home", home)
     (tmp_path / "file").touch()
     monkeypatch.setattr(machine_code, "KERNELS", tmp_path / "file")
-    assert machine_code.read_or_compile("int8", ignore) == b"int8" * 1000
+    assert machine_code.read_or_compile("int8") == b"int8" * 1000
 
 
 def test_one_process_compiles_at_a_time(
@@ -109,7 +105,7 @@ def test_one_process_compiles_at_a_time(
     fcntl = pytest.importorskip("fcntl", reason="the locks of Windows are others")
     locked = []
 
-    def compile(name: str, report: object) -> bytes:
+    def compile(name: str) -> bytes:
         with open(folder / "kernels.lock", "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,12 +114,13 @@ def test_one_process_compiles_at_a_time(
         return b"code"
 
     monkeypatch.setattr(machine_code, "_compile", compile)
-    machine_code.read_or_compile("int8", ignore)
+    machine_code.read_or_compile("int8")
     assert locked == ["int8"]
 
 
-def test_the_compiler_reports_its_progress_and_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler is another program here: two functions, then an error."""
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program as the compiler: two functions, then an error."""
     program = "print(); print(); raise ImportError('no such thing')"
     popen = subprocess.Popen
 
@@ -132,17 +129,22 @@ def test_the_compiler_reports_its_progress_and_its_error(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(machine_code, "N_FUNCTIONS", 4)
-    lines: list[str] = []
+
+
+MESSAGE = "gptx: compiling the kernels for int8, float16-cache on this processor, once"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_compiler_shows_its_progress_and_its_error(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(BackendError, match="cannot be compiled: ImportError: no such thing"):
-        machine_code._compile("int8,float16-cache", lines.append)
-    start_of_lines = "gptx: compiling the kernels for int8, float16-cache on this processor, once"
-    assert lines == [f"{start_of_lines} ...", *(f"{start_of_lines}: {n} %" for n in (25, 50)), ""]
-
-
-def test_outside_of_a_terminal_one_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ("compiling ...", "compiling: 1 %", "compiling: 2 %", ""):
-        machine_code._print_progress(line)
-    assert capsys.readouterr().err == "compiling ...\n"
+        machine_code._compile("int8,float16-cache")
+    percents = "".join(f"\r{MESSAGE}: {n} %" for n in (25, 50))
+    shown = f"{percents}\r\x1b[K" if terminal else "\n"
+    assert capsys.readouterr().err == f"{MESSAGE} ...{shown}"
 
 
 def test_a_process_that_loads_the_code_does_not_import_numba() -> None:
