@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.base import Backend
-from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
+from gptx.backends.cpu.interface.instructions import GELU, GELU_NEW, RELU
 from gptx.backends.cpu.memory import Pool, Recycler, allocate_aligned
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.cpu_features import HAS_FLOAT16
-from gptx.backends.cpu.kernels.instructions import N_OUT
+from gptx.backends.cpu.interface.cpu_features import HAS_FLOAT16
+from gptx.backends.cpu.interface.instructions import N_OUT
 from gptx.backends.cpu.memory import allocate_aligned
 from gptx.backends.cpu.program import Program, Shape, padded_rows
 from gptx.backends.fusion import trace_fused

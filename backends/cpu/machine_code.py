@@ -2,7 +2,7 @@
 
 A process that runs the kernels needs LLVM's loader only, which takes hundredths of a second: Numba
 is imported by the process that compiles (`kernels/build.py`). A variant is the code for some
-formats of weights, "int8" or "float32,float16-cache" for example (see `kernels/variant.py`).
+formats of weights, "int8" or "float32,float16-cache" for example (see `interface/variant.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import IO, NamedTuple
 
 import llvmlite.binding as llvm
 
-from gptx.backends.cpu.kernels import cpu_features, variant
+from gptx.backends.cpu.interface import cpu_features, variant
 from gptx.errors import BackendError
 from gptx.file_lock import lock
 from gptx.files import atomic_write
 from gptx.process import ForkSafeLock, environment
 
-KERNELS = Path(variant.__file__).parent
+KERNELS, INTERFACE = (Path(__file__).parent / name for name in ("kernels", "interface"))
 CHECKSUM_BYTES = 32
 # Of Numba's runtime, for arrays that own memory: the kernels have none, and never call it.
 NEVER_CALLED = "NRT_MemInfo_call_dtor"
@@ -121,7 +121,8 @@ def _folders() -> list[Path]:
 @cache
 def _key() -> str:
     """Return a checksum of all that the machine code depends on, besides the variant."""
-    parts = [path.read_bytes() for path in sorted(KERNELS.rglob("*.py"))]
+    files = [*sorted(KERNELS.rglob("*.py")), *sorted(INTERFACE.glob("*.py"))]
+    parts = [path.read_bytes() for path in files]
     names = [cpu_features.NAME, cpu_features.FEATURES, sys.platform, sys.version]
     names += [str(metadata.version(package)) for package in ("numba", "llvmlite")]
     return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in names)])).hexdigest()

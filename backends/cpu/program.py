@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gptx.backends.cpu import machine_code
-from gptx.backends.cpu.kernels import instructions as columns
-from gptx.backends.cpu.kernels import run_words, sizes
-from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
-from gptx.backends.cpu.kernels.run_words import MAX_THREADS, is_serial
-from gptx.backends.cpu.kernels.sizes import LANES, PANEL_OUTPUTS
-from gptx.backends.cpu.kernels.variant import variant_name
+from gptx.backends.cpu.interface import instructions as columns
+from gptx.backends.cpu.interface import run_words, sizes
+from gptx.backends.cpu.interface.cpu_features import amx_is_allowed
+from gptx.backends.cpu.interface.run_words import MAX_THREADS, is_serial
+from gptx.backends.cpu.interface.sizes import LANES, PANEL_OUTPUTS
+from gptx.backends.cpu.interface.variant import variant_name
 from gptx.backends.cpu.memory import allocate_aligned
 from gptx.backends.cpu.thread_pool import POOL
 from gptx.backends.fusion import ACTIVATIONS, FusedOp
@@ -84,7 +84,7 @@ class Program:
     Attributes
     ----------
     table
-        The instructions, int64 [n, N_COLUMNS]; see `kernels/instructions.py`.
+        The instructions, int64 [n, N_COLUMNS]; see `interface/instructions.py`.
     widths
         Greatest number of floats to a row of each buffer.
     """

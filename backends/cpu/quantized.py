@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.group_words import decode_lanes, encode_words
-from gptx.backends.cpu.kernels.sizes import LANES, PANEL_OUTPUTS
+from gptx.backends.cpu.interface.group_words import decode_lanes, encode_words
+from gptx.backends.cpu.interface.sizes import LANES, PANEL_OUTPUTS
 from gptx.backends.cpu.memory import Pool, allocate_aligned
 from gptx.backends.cpu.program import Program, Shape, padded_rows, round_up
 from gptx.backends.fusion import FusedOp
@@ -30,7 +30,7 @@ class QuantizedWeight:
         inputs of one output.
     groups
         Scales and offsets, uint32 [O / 16, I / group_size, 16 or 32], see
-        `kernels/group_words.py`.
+        `interface/group_words.py`.
     offset_bits
         Bits of a word of `groups` for the offset; 0 if `groups` holds floats.
     """

@@ -14,7 +14,7 @@ import threading
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.run_words import (
+from gptx.backends.cpu.interface.run_words import (
     MAILBOX_WORDS,
     MAX_THREADS,
     N_WORDS,

@@ -30,7 +30,7 @@ def compile(formats: tuple[str, ...], cache_dtype: str) -> None:
     if importlib.util.find_spec("numba") is None:
         raise BackendError(f"the kernels need Numba, run {INSTALL} in a checkout of gptx")
     from gptx.backends.cpu import machine_code
-    from gptx.backends.cpu.kernels.variant import FLOAT16_CACHE
+    from gptx.backends.cpu.interface.variant import FLOAT16_CACHE
 
     for name in formats or FORMATS:
         variant = f"{name},{FLOAT16_CACHE}" if cache_dtype == "float16" else name

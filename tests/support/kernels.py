@@ -11,12 +11,13 @@ from unittest import mock
 import numba
 import numpy as np
 
-from gptx.backends.cpu import kernels
-from gptx.backends.cpu.kernels.group_words import decode_lanes, encode_words
+from gptx.backends.cpu import interface, kernels
+from gptx.backends.cpu.interface.group_words import decode_lanes, encode_words
 from gptx.quantization import QuantizedTensor
 
 _FOLDER = Path(kernels.__file__).parent
-_SOURCES = b"".join(path.read_bytes() for path in sorted(_FOLDER.rglob("*.py")))
+_FILES = [*_FOLDER.rglob("*.py"), *Path(interface.__file__).parent.glob("*.py")]
+_SOURCES = b"".join(path.read_bytes() for path in sorted(_FILES))
 # Numba detects a change of the function's own file only, hence a folder for each checksum.
 _CACHE = _FOLDER / "__pycache__" / f"tests-{zlib.crc32(_SOURCES):08x}"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gptx.backends.cpu.kernels.compilation import inlined, word_array
-from gptx.backends.cpu.kernels.instructions import (
+from gptx.backends.cpu.interface.instructions import (
     FORMAT,
     GROUP_SIZE,
     GROUPS,
@@ -19,7 +18,8 @@ from gptx.backends.cpu.kernels.instructions import (
     OFFSET_BITS,
     WEIGHT,
 )
-from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS
+from gptx.backends.cpu.interface.sizes import PANEL_OUTPUTS
+from gptx.backends.cpu.kernels.compilation import inlined, word_array
 
 
 class Run(NamedTuple):

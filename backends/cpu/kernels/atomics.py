@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.cpu_features import ARM, X86
 from gptx.backends.cpu.kernels.compilation import (
     I8,
     I32,
@@ -22,7 +23,6 @@ from gptx.backends.cpu.kernels.compilation import (
     element_pointer,
     to_int64,
 )
-from gptx.backends.cpu.kernels.cpu_features import ARM, X86
 
 SPINS_BEFORE_YIELD = 2000  # reads of a word, 40 to 100 µs on x86
 

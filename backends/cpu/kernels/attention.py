@@ -9,6 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends.cpu.interface.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    QUERIES,
+    TALL_KEYS,
+)
+from gptx.backends.cpu.interface.variant import HAS_FLOAT16_CACHE
 from gptx.backends.cpu.kernels.arguments import AttentionTask, Matrix
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.gemm import (
@@ -29,13 +36,6 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
-from gptx.backends.cpu.kernels.sizes import (
-    BLOCK_ROWS,
-    LANES,
-    QUERIES,
-    TALL_KEYS,
-)
-from gptx.backends.cpu.kernels.variant import HAS_FLOAT16_CACHE
 
 FAR = 1e30  # score of a key after the query, negative
 

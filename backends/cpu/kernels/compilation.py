@@ -9,7 +9,7 @@ from numba import carray, float32, int64, njit, types, uint16, uint32
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from gptx.backends.cpu.kernels import cpu_features
+from gptx.backends.cpu.interface import cpu_features
 
 if cpu_features.IS_RESTRICTED:
     config.CPU_NAME, config.CPU_FEATURES = cpu_features.NAME, cpu_features.FEATURES

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.compilation import compiled, float_array, word_array
-from gptx.backends.cpu.kernels.group_scales import scale_and_offset
-from gptx.backends.cpu.kernels.instructions import (
+from gptx.backends.cpu.interface.instructions import (
     ACTIVATION,
     BIAS,
     EPSILON,
@@ -31,6 +29,9 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET_WIDTH,
     WEIGHT,
 )
+from gptx.backends.cpu.interface.sizes import LANES, PANEL_OUTPUTS
+from gptx.backends.cpu.kernels.compilation import compiled, float_array, word_array
+from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     exp,
     extract_lane,
@@ -40,7 +41,6 @@ from gptx.backends.cpu.kernels.simd import (
     splat,
     store,
 )
-from gptx.backends.cpu.kernels.sizes import LANES, PANEL_OUTPUTS
 
 
 @compiled

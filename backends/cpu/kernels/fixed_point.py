@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.sizes import LANES, N_DIGITS
 from gptx.backends.cpu.kernels.compilation import I8, compiled, element_pointer, to_int64
 from gptx.backends.cpu.kernels.simd import (
     INTS,
@@ -22,7 +23,6 @@ from gptx.backends.cpu.kernels.simd import (
     splat,
     sum_lanes,
 )
-from gptx.backends.cpu.kernels.sizes import LANES, N_DIGITS
 
 MAX_INTEGER = np.float32(127 * 2**16)  # fits three digits of -128 to 127, also if rounded up
 

@@ -13,16 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.arguments import (
-    Matrix,
-    QuantizedMatrix,
-    quantized_matrix,
-)
-from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
-from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512
-from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
-from gptx.backends.cpu.kernels.group_scales import scale_and_offset
-from gptx.backends.cpu.kernels.instructions import (
+from gptx.backends.cpu.interface.cpu_features import HAS_AVX512
+from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
     FORMAT,
@@ -32,6 +24,23 @@ from gptx.backends.cpu.kernels.instructions import (
     N_OUT,
     WEIGHT,
 )
+from gptx.backends.cpu.interface.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    PANEL_OUTPUTS,
+    STRIP_OUTPUTS,
+    STRIP_VECTORS,
+    TALL_ROWS,
+)
+from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8
+from gptx.backends.cpu.kernels.arguments import (
+    Matrix,
+    QuantizedMatrix,
+    quantized_matrix,
+)
+from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
+from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
+from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     PREFETCH_BYTES,
     bit_field_as_floats,
@@ -49,15 +58,6 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes_of_16,
     transpose_vectors,
 )
-from gptx.backends.cpu.kernels.sizes import (
-    BLOCK_ROWS,
-    LANES,
-    PANEL_OUTPUTS,
-    STRIP_OUTPUTS,
-    STRIP_VECTORS,
-    TALL_ROWS,
-)
-from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_INT4, HAS_INT8
 
 PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
@@ -25,7 +26,6 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
-from gptx.backends.cpu.kernels.sizes import LANES
 
 # Factors that cancel the powers of two in `bit_field_as_floats`, by bits and field.
 FIELD_FACTORS = {

@@ -15,6 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.sizes import LANES, N_DIGITS
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import call, compiled, to_int64
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
@@ -35,7 +36,6 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
-from gptx.backends.cpu.kernels.sizes import LANES, N_DIGITS
 
 
 @intrinsic

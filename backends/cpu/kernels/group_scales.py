@@ -1,4 +1,4 @@
-"""Scales and offsets of 16 outputs in registers, from words (see `group_words.py`) or floats."""
+"""Scales and offsets of 16 outputs in registers, from words (see `../interface/group_words.py`) or floats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.group_words import EXPONENT_SHIFT, MIN_EXPONENT
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import I32, compiled
-from gptx.backends.cpu.kernels.group_words import EXPONENT_SHIFT, MIN_EXPONENT
 from gptx.backends.cpu.kernels.simd import (
     FLOATS,
     INTS,
@@ -21,7 +22,6 @@ from gptx.backends.cpu.kernels.simd import (
     prefetch_l2,
     splat,
 )
-from gptx.backends.cpu.kernels.sizes import LANES
 
 
 def _low_mask(builder: Any, context: Any, sig: Any, args: Any) -> Any:

@@ -1,9 +1,10 @@
 """The interpreter: a whole forward pass, or one product, in one compiled call.
 
-`run_program` executes a program (see `instructions.py`) on N = B·T rows, the new tokens. LINEAR and
-ATTENTION have stages, with a barrier between them. `_run_stage` computes one thread's share of a
-stage. Each thread of a run is in `join_runs`, which calls the code of `run_program` by its address:
-threads serve all variants of the code. `../machine_code.py` compiles both.
+`run_program` executes a program (see `../interface/instructions.py`) on N = B·T rows, the new
+tokens. LINEAR and ATTENTION have stages, with a barrier between them. `_run_stage` computes one
+thread's share of a stage. Each thread of a run is in `join_runs`, which calls the code of
+`run_program` by its address: threads serve all variants of the code. `../machine_code.py` compiles
+both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,33 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.cpu_features import HAS_AMX
+from gptx.backends.cpu.interface.instructions import (
+    ATTENTION,
+    EMBED,
+    INSTRUCTION,
+    LAST_ONLY,
+    LAYER,
+    RESIDUAL,
+    SCALE,
+    SOURCE,
+    SOURCE_WIDTH,
+    TARGET,
+    TARGET_WIDTH,
+    WORK,
+)
+from gptx.backends.cpu.interface.run_words import (
+    COUNTER_START,
+    MAILBOX_WORDS,
+    N_INSTRUCTIONS,
+    PROGRAM_CODE,
+    RUN_WORDS,
+    THREADS,
+    WORKERS,
+    is_serial,
+)
+from gptx.backends.cpu.interface.sizes import PANEL_OUTPUTS, QUERIES, TILE_ROWS
+from gptx.backends.cpu.interface.variant import HAS_FLOAT16_CACHE, HAS_FLOATS
 from gptx.backends.cpu.kernels.amx.attention import pack_head
 from gptx.backends.cpu.kernels.amx.attention import prompt_attention as amx_prompt_attention
 from gptx.backends.cpu.kernels.amx.linear import prepare_amx, run_amx, uses_amx
@@ -40,22 +68,7 @@ from gptx.backends.cpu.kernels.compilation import (
     int_array,
     to_int64,
 )
-from gptx.backends.cpu.kernels.cpu_features import HAS_AMX
 from gptx.backends.cpu.kernels.elementwise import embed_tokens
-from gptx.backends.cpu.kernels.instructions import (
-    ATTENTION,
-    EMBED,
-    INSTRUCTION,
-    LAST_ONLY,
-    LAYER,
-    RESIDUAL,
-    SCALE,
-    SOURCE,
-    SOURCE_WIDTH,
-    TARGET,
-    TARGET_WIDTH,
-    WORK,
-)
 from gptx.backends.cpu.kernels.linear import (
     prepare_gemm,
     run_gemm,
@@ -65,19 +78,7 @@ from gptx.backends.cpu.kernels.linear import (
     sum_partial_results,
 )
 from gptx.backends.cpu.kernels.mailbox import post_run, read_run, wait_for_run
-from gptx.backends.cpu.kernels.run_words import (
-    COUNTER_START,
-    MAILBOX_WORDS,
-    N_INSTRUCTIONS,
-    PROGRAM_CODE,
-    RUN_WORDS,
-    THREADS,
-    WORKERS,
-    is_serial,
-)
 from gptx.backends.cpu.kernels.simd import load, store, store_scalar
-from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS, QUERIES, TILE_ROWS
-from gptx.backends.cpu.kernels.variant import HAS_FLOAT16_CACHE, HAS_FLOATS
 
 cache_array = float16_array if HAS_FLOAT16_CACHE else float_array
 _is_serial = inlined(is_serial)

@@ -9,6 +9,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptx.backends.cpu.interface.cpu_features import HAS_VNNI
+from gptx.backends.cpu.interface.instructions import (
+    FLOAT32,
+    FLOAT32_TRANSPOSED,
+    FORMAT,
+    GROUP_SIZE,
+    INT4,
+    INT8,
+    N_IN,
+    N_OUT,
+    SOURCE_WIDTH,
+    TARGET_WIDTH,
+    WEIGHT,
+)
+from gptx.backends.cpu.interface.sizes import (
+    BLOCK_ROWS,
+    CHUNK_BLOCKS,
+    LANES,
+    MAX_SPLIT_ROWS,
+    PANEL_OUTPUTS,
+    SPLIT_STRIP_INPUTS,
+    STRIP_INPUTS,
+)
+from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
 from gptx.backends.cpu.kernels import gemv, gemv_vnni
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
@@ -17,7 +41,6 @@ from gptx.backends.cpu.kernels.arguments import (
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
-from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
     DOT_COLUMNS,
@@ -32,30 +55,7 @@ from gptx.backends.cpu.kernels.gemm import (
     multiply_strips,
     outputs_at_a_time,
 )
-from gptx.backends.cpu.kernels.instructions import (
-    FLOAT32,
-    FLOAT32_TRANSPOSED,
-    FORMAT,
-    GROUP_SIZE,
-    INT4,
-    INT8,
-    N_IN,
-    N_OUT,
-    SOURCE_WIDTH,
-    TARGET_WIDTH,
-    WEIGHT,
-)
 from gptx.backends.cpu.kernels.simd import load, splat, store
-from gptx.backends.cpu.kernels.sizes import (
-    BLOCK_ROWS,
-    CHUNK_BLOCKS,
-    LANES,
-    MAX_SPLIT_ROWS,
-    PANEL_OUTPUTS,
-    SPLIT_STRIP_INPUTS,
-    STRIP_INPUTS,
-)
-from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
 
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 

@@ -15,26 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptx.backends.cpu.kernels.arguments import Run
-from gptx.backends.cpu.kernels.atomics import (
-    acquire_lock,
-    allocate_lock,
-    exchange,
-    load_acquire,
-    pause_or_yield,
-    release_lock,
-    replace_if_equal,
-)
-from gptx.backends.cpu.kernels.compilation import (
-    compiled,
-    float_array,
-    float_matrix,
-    inlined,
-    int_array,
-    int_matrix,
-)
-from gptx.backends.cpu.kernels.instructions import N_COLUMNS
-from gptx.backends.cpu.kernels.run_words import (
+from gptx.backends.cpu.interface.instructions import N_COLUMNS
+from gptx.backends.cpu.interface.run_words import (
     AMX,
     BEGUN,
     BUFFERS,
@@ -68,6 +50,24 @@ from gptx.backends.cpu.kernels.run_words import (
     D,
     H,
     T,
+)
+from gptx.backends.cpu.kernels.arguments import Run
+from gptx.backends.cpu.kernels.atomics import (
+    acquire_lock,
+    allocate_lock,
+    exchange,
+    load_acquire,
+    pause_or_yield,
+    release_lock,
+    replace_if_equal,
+)
+from gptx.backends.cpu.kernels.compilation import (
+    compiled,
+    float_array,
+    float_matrix,
+    inlined,
+    int_array,
+    int_matrix,
 )
 
 READS_BEFORE_PARKING = 10_000  # of a slot, 200 to 500 µs on x86

@@ -16,8 +16,8 @@ from numba import njit, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import I8, I32, call, element_pointer, to_int64
-from gptx.backends.cpu.kernels.sizes import LANES
 
 PREFETCH_BYTES = 8192  # distance from a load of weights to the prefetch beside it
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
 from gptx.backends.cpu.kernels.simd import (
     broadcast,
@@ -24,7 +25,6 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
-from gptx.backends.cpu.kernels.sizes import LANES
 from gptx.backends.cpu.training.compilation import cached
 from gptx.backends.cpu.training.random_factors import random_factors
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from numba import njit
 
-from gptx.backends.cpu import kernels
+from gptx.backends.cpu import interface, kernels
 from gptx.backends.cpu.kernels.compilation import FAST_MATH
 
 _FOLDERS = Path(__file__).parent, Path(kernels.__file__).parent
 _SHARED = "compilation.py", "simd.py", "elementwise.py"  # of the kernels that generate texts
 _FILES = [*sorted(_FOLDERS[0].glob("*.py")), *(_FOLDERS[1] / name for name in _SHARED)]
+_FILES += sorted(Path(interface.__file__).parent.glob("*.py"))
 _CHECKSUM = zlib.crc32(b"".join(path.read_bytes() for path in _FILES))
 
 

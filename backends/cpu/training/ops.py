@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends import gradients
-from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW, RELU
+from gptx.backends.cpu.interface.instructions import GELU, GELU_NEW, RELU
 from gptx.backends.cpu.training import row_functions
 from gptx.backends.cpu.training.parallel import (
     Heads,

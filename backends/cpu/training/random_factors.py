@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import I32, compiled
 from gptx.backends.cpu.kernels.simd import FLOATS, INTS, fill_lanes, floats
-from gptx.backends.cpu.kernels.sizes import LANES
 
 ROUNDS = 10
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW
+from gptx.backends.cpu.interface.instructions import GELU, GELU_NEW
 
 Array = np.ndarray
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends.cpu.interface.instructions import GELU, GELU_NEW
+from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.elementwise import activate as activate_vector
-from gptx.backends.cpu.kernels.instructions import GELU, GELU_NEW
 from gptx.backends.cpu.kernels.simd import (
     exp,
     extract_lane,
@@ -25,7 +26,6 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
-from gptx.backends.cpu.kernels.sizes import LANES
 from gptx.backends.cpu.training.compilation import cached
 from gptx.backends.cpu.training.random_factors import random_factors
 

@@ -14,7 +14,7 @@ from gptx.errors import BackendError
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu import machine_code
-from gptx.backends.cpu.kernels import cpu_features, variant
+from gptx.backends.cpu.interface import cpu_features, variant
 
 
 @pytest.fixture

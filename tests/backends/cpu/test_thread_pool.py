@@ -19,7 +19,7 @@ pytest.importorskip("numba", reason="the compiled kernels need Numba (pip instal
 
 from gptx.backends.cpu import program as program_module
 from gptx.backends.cpu import thread_pool
-from gptx.backends.cpu.kernels.run_words import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
+from gptx.backends.cpu.interface.run_words import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
 from gptx.backends.cpu.machine_code import load
 from gptx.backends.cpu.program import Program, Shape
 from gptx.backends.cpu.quantized import QuantizedWeight

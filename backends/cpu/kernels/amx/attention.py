@@ -12,6 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from gptx.backends.cpu.interface.sizes import (
+    LANES,
+    PANEL_OUTPUTS,
+    PANEL_WORDS,
+    ROWS_WORDS,
+    SQUARE_SIZE,
+    TILE_INPUTS,
+    TILE_ROWS,
+    TILE_WORDS,
+)
 from gptx.backends.cpu.kernels.amx.bf16x3 import (
     multiply,
     pack_panel,
@@ -36,16 +46,6 @@ from gptx.backends.cpu.kernels.simd import (
     store,
     sum_lanes,
     transpose_vectors,
-)
-from gptx.backends.cpu.kernels.sizes import (
-    LANES,
-    PANEL_OUTPUTS,
-    PANEL_WORDS,
-    ROWS_WORDS,
-    SQUARE_SIZE,
-    TILE_INPUTS,
-    TILE_ROWS,
-    TILE_WORDS,
 )
 
 SOFTMAX_SUMS_START = TILE_ROWS * PANEL_OUTPUTS  # the sums of the softmax begin here

@@ -16,15 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gptx.backends.cpu.kernels.amx.tile_unit import (
-    byte_pointer,
-    emit,
-    zero_tiles,
-)
-from gptx.backends.cpu.kernels.arguments import Matrix
-from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
-from gptx.backends.cpu.kernels.simd import FLOATS, INTS, floats, ints, load, store
-from gptx.backends.cpu.kernels.sizes import (
+from gptx.backends.cpu.interface.sizes import (
     LANES,
     N_PARTS,
     PANEL_TILES,
@@ -35,6 +27,14 @@ from gptx.backends.cpu.kernels.sizes import (
     TILE_ROWS,
     TILE_WORDS,
 )
+from gptx.backends.cpu.kernels.amx.tile_unit import (
+    byte_pointer,
+    emit,
+    zero_tiles,
+)
+from gptx.backends.cpu.kernels.arguments import Matrix
+from gptx.backends.cpu.kernels.compilation import I64, compiled, to_int64
+from gptx.backends.cpu.kernels.simd import FLOATS, INTS, floats, ints, load, store
 
 UPPER_HALF = ir.Constant(INTS, [0xFFFF0000] * LANES)
 

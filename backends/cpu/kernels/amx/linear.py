@@ -10,18 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.amx import bf16x3, quantized_gemm
-from gptx.backends.cpu.kernels.amx.tile_unit import configure_tiles, release_tiles
-from gptx.backends.cpu.kernels.arguments import (
-    LinearTask,
-    Matrix,
-    quantized_matrix,
-)
-from gptx.backends.cpu.kernels.barrier import split_range
-from gptx.backends.cpu.kernels.compilation import float_array, inlined
-from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
-from gptx.backends.cpu.kernels.gemm import expand_float32
-from gptx.backends.cpu.kernels.instructions import (
+from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
     FORMAT,
@@ -33,7 +22,7 @@ from gptx.backends.cpu.kernels.instructions import (
     TARGET_WIDTH,
     WEIGHT,
 )
-from gptx.backends.cpu.kernels.sizes import (
+from gptx.backends.cpu.interface.sizes import (
     INCOMPLETE_PANEL_START,
     PACKED_PANEL_INPUTS,
     PANEL_OUTPUTS,
@@ -42,7 +31,18 @@ from gptx.backends.cpu.kernels.sizes import (
     TILE_INPUTS,
     TILE_ROWS,
 )
-from gptx.backends.cpu.kernels.variant import HAS_FLOATS, HAS_QUANTIZED
+from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_QUANTIZED
+from gptx.backends.cpu.kernels.amx import bf16x3, quantized_gemm
+from gptx.backends.cpu.kernels.amx.tile_unit import configure_tiles, release_tiles
+from gptx.backends.cpu.kernels.arguments import (
+    LinearTask,
+    Matrix,
+    quantized_matrix,
+)
+from gptx.backends.cpu.kernels.barrier import split_range
+from gptx.backends.cpu.kernels.compilation import float_array, inlined
+from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
+from gptx.backends.cpu.kernels.gemm import expand_float32
 
 MIN_FLOAT_ROWS = 64  # for fewer rows of a float matrix, vectors read the matrix faster
 FLOAT_CHUNK_ROWS = 256  # rows that are multiplied by a panel of floats while it is in the cache

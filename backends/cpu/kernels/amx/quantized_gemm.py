@@ -15,6 +15,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.sizes import (
+    BLOCK_ROWS,
+    LANES,
+    N_DIGITS,
+    PANEL_OUTPUTS,
+    PANEL_TILES,
+    QUANTIZED_WORKSPACE_SIZE,
+    SUMS_START,
+    TILE_ROW_BYTES,
+    TILE_ROWS,
+    TILE_WORDS,
+    UNPACKED_START,
+)
 from gptx.backends.cpu.kernels.amx.tile_unit import (
     byte_pointer,
     configure_tiles,
@@ -45,19 +58,6 @@ from gptx.backends.cpu.kernels.simd import (
     splat,
     stack_vectors,
     store,
-)
-from gptx.backends.cpu.kernels.sizes import (
-    BLOCK_ROWS,
-    LANES,
-    N_DIGITS,
-    PANEL_OUTPUTS,
-    PANEL_TILES,
-    QUANTIZED_WORKSPACE_SIZE,
-    SUMS_START,
-    TILE_ROW_BYTES,
-    TILE_ROWS,
-    TILE_WORDS,
-    UNPACKED_START,
 )
 
 WORKSPACE_GROUPS = QUANTIZED_WORKSPACE_SIZE // LANES  # whose offsets a workspace holds

@@ -13,9 +13,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gptx.backends.cpu.interface.cpu_features import HAS_AMX
+from gptx.backends.cpu.interface.sizes import TILE_ROW_BYTES, TILE_ROWS
 from gptx.backends.cpu.kernels.compilation import I8, call, compiled, element_pointer
-from gptx.backends.cpu.kernels.cpu_features import HAS_AMX
-from gptx.backends.cpu.kernels.sizes import TILE_ROW_BYTES, TILE_ROWS
 
 
 def emit(builder: Any, name: str, *operands: Any) -> None:

@@ -13,9 +13,9 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
+from gptx.backends.cpu.interface.cpu_features import HAS_VNNI
 from gptx.backends.cpu.kernels import gemv, gemv_vnni
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
-from gptx.backends.cpu.kernels.cpu_features import HAS_VNNI
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import cached, with_encoded_scales, with_float16_scales
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the kernels need Numba")
 
-from gptx.backends.cpu.kernels.group_words import decode_lanes, encode_words
+from gptx.backends.cpu.interface.group_words import decode_lanes, encode_words
 from gptx.backends.cpu.quantized import QuantizedWeight
 from gptx.quantization import QuantizedTensor, dequantize, quantize
 

@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
+from gptx.backends.cpu.interface.cpu_features import amx_is_allowed
+from gptx.backends.cpu.interface.sizes import PANEL_OUTPUTS, TILE_ROWS, amx_workspace_size
 from gptx.backends.cpu.kernels.amx import attention, bf16x3
 from gptx.backends.cpu.kernels.amx.tile_unit import configure_tiles, release_tiles
 from gptx.backends.cpu.kernels.arguments import AttentionTask, Matrix
-from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
-from gptx.backends.cpu.kernels.sizes import PANEL_OUTPUTS, TILE_ROWS, amx_workspace_size
 from tests.support.kernels import cached
 
 pack_row, pack_panel = cached(bf16x3.pack_row), cached(bf16x3.pack_panel)

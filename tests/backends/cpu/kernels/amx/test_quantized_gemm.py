@@ -11,10 +11,8 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
-from gptx.backends.cpu.kernels.amx import quantized_gemm
-from gptx.backends.cpu.kernels.arguments import Matrix, QuantizedMatrix
-from gptx.backends.cpu.kernels.cpu_features import amx_is_allowed
-from gptx.backends.cpu.kernels.sizes import (
+from gptx.backends.cpu.interface.cpu_features import amx_is_allowed
+from gptx.backends.cpu.interface.sizes import (
     BLOCK_ROWS,
     N_DIGITS,
     PANEL_OUTPUTS,
@@ -22,6 +20,8 @@ from gptx.backends.cpu.kernels.sizes import (
     TILE_ROW_BYTES,
     TILE_ROWS,
 )
+from gptx.backends.cpu.kernels.amx import quantized_gemm
+from gptx.backends.cpu.kernels.arguments import Matrix, QuantizedMatrix
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import cached, with_encoded_scales
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptx.backends.cpu.kernels.sizes import LANES
+from gptx.backends.cpu.interface.sizes import LANES
 
 Array = np.ndarray
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from gptx.backends.cpu.kernels.cpu_features import HAS_FLOAT16
-from gptx.backends.cpu.kernels.instructions import FLOAT32, FLOAT32_TRANSPOSED, INT4, INT8
+from gptx.backends.cpu.interface.cpu_features import HAS_FLOAT16
+from gptx.backends.cpu.interface.instructions import FLOAT32, FLOAT32_TRANSPOSED, INT4, INT8
 
 VARIABLE = "GPTX_KERNELS"
 FORMATS = {FLOAT32: "float32", FLOAT32_TRANSPOSED: "float32", INT8: "int8", INT4: "int4"}

@@ -6,7 +6,7 @@ leaves room in the 16 registers for a vector of weights and a number.
 
 from __future__ import annotations
 
-from gptx.backends.cpu.kernels.cpu_features import HAS_AVX512
+from gptx.backends.cpu.interface.cpu_features import HAS_AVX512
 
 LANES = 16  # numbers of a vector
 
