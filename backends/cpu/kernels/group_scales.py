@@ -1,4 +1,4 @@
-"""Scales and offsets of 16 outputs in registers, from words (see `../interface/group_words.py`) or floats."""
+"""Scales and offsets of 16 outputs in registers, from words (`group_words.py`) or floats."""
 
 from __future__ import annotations
 
