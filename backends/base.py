@@ -44,7 +44,9 @@ OPS = (
     "softmax",
 )
 # Methods whose overrides `generic=True` turns off.
-OVERRIDABLE = (*OPS, "pack_weight", "pack_quantized", "compile", "sampler", "decode")
+OVERRIDABLE = (
+    *OPS, "pack_weight", "pack_quantized", "is_compiled", "compile", "sampler", "decode"
+)  # fmt: skip
 
 
 class NextTokens(NamedTuple):
@@ -174,6 +176,10 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.dtype}>"
+
+    def is_compiled(self) -> bool:
+        """Test for kernels that `compile` finds on the disk, so that it takes no time."""
+        return False
 
     def override(self, name: str) -> Callable[..., Any] | None:
         """Return this backend's faster version of a function that is defined outside of the class.

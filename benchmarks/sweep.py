@@ -45,12 +45,12 @@ def measure_cases(
 
     models = [gptx.load(folder, threads=threads, compile=compile) for compile in (True, False)]
     for B, T, context in cases:
-        seconds = [[_time_pass(model, B, T, context) for model in models] for _ in range(rounds)]
+        seconds = [[time_pass(model, B, T, context) for model in models] for _ in range(rounds)]
         compiled, ops = np.array(seconds[1:]).T.tolist()  # the first round wakes threads
         yield {"case": [B, T, context], "threads": threads, "compiled": compiled, "ops": ops}
 
 
-def _time_pass(model: Any, B: int, T: int, context: int) -> float:
+def time_pass(model: Any, B: int, T: int, context: int) -> float:
     """Return the seconds of one pass for T new tokens of each of B sequences."""
     cache = KVCache(model.config, model.backend, B, context + T)
     for length in [context, T] if context else [T]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.base import Backend
-from gptx.backends.cpu.interface.instructions import GELU, GELU_NEW, RELU
+from gptx.backends.cpu.interface.instructions import FLOAT32, GELU, GELU_NEW, RELU
 from gptx.backends.cpu.memory import Pool, Recycler, allocate_aligned
 from gptx.backends.graph import UnsupportedOp
 from gptx.backends.positions import Positions
@@ -62,6 +62,13 @@ class NumpyBackend(Backend):
         """Test for enough rows to split."""
         return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
 
+    def is_compiled(self) -> bool:
+        if self.dtype != "float32" or not (machine_code := _import_if_numba("machine_code")):
+            return False
+        from gptx.backends.cpu.interface.variant import variant_name
+
+        return machine_code.is_compiled(variant_name([FLOAT32], self.cache_dtype == "float16"))
+
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
         # Quantized weights have loaded the kernels already.
         worthwhile = self.compiles or self._has_quantized_weights
@@ -75,7 +82,7 @@ class NumpyBackend(Backend):
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
         if self.dtype == "float32" and (quantized := _import_if_numba("quantized")):
             self._has_quantized_weights = True
-            return quantized.QuantizedWeight(q, self._weights)
+            return quantized.QuantizedWeight(q, self._weights, self.threads)
         return super().pack_quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import llvmlite
 import llvmlite.binding as llvm
 
-from gptx.backends.cpu.interface import cpu_features, variant
+from gptx.backends.cpu.interface import cpu_features
+from gptx.backends.cpu.interface.variant import VARIABLE
 from gptx.errors import BackendError
 from gptx.file_lock import lock
 from gptx.files import atomic_write
@@ -124,8 +125,22 @@ def _key() -> str:
     files = [*sorted(KERNELS.rglob("*.py")), *sorted(INTERFACE.glob("*.py"))]
     parts = [path.read_bytes() for path in files]
     names = [cpu_features.NAME, cpu_features.FEATURES, sys.platform, sys.version]
-    names += [str(metadata.version(package)) for package in ("numba", "llvmlite")]
+    names += [llvmlite.__version__, _numba_version()]
     return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in names)])).hexdigest()
+
+
+def _numba_version() -> str:
+    """Return what changes with Numba's version, without an import of Numba.
+
+    `importlib.metadata` takes longer to import than the rest of the loader.
+    """
+    spec = importlib.util.find_spec("numba")
+    with suppress(OSError):
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).with_name("_version.py").read_text(encoding="utf-8")
+    from importlib import metadata
+
+    return metadata.version("numba")
 
 
 def _file_name(name: str) -> str:
@@ -144,6 +159,8 @@ def _read(path: Path) -> bytes | None:
 
 def _compile(name: str) -> bytes:
     """Compile a variant in a process of its own, which writes to a temporary file."""
+    import subprocess  # a process that finds the code does not need it
+
     if not sys.executable:
         raise BackendError(
             "the kernels cannot be compiled: there is no Python program, sys.executable"
@@ -157,7 +174,7 @@ def _compile(name: str) -> bytes:
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
-            env=environment() | {variant.VARIABLE: name},
+            env=environment() | {VARIABLE: name},
         )
         with process:
             assert process.stdout is not None

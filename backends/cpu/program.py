@@ -150,7 +150,7 @@ class Program:
         float16 = cache is not None and cache.keys[0].dtype == np.float16
         if float16 not in self._code:
             has_matrix = self.table[:, columns.INSTRUCTION] != columns.ATTENTION
-            formats = map(int, np.unique(self.table[has_matrix, columns.FORMAT]))
+            formats = set(self.table[has_matrix, columns.FORMAT].tolist())
             self._code[float16] = machine_code.load(variant_name(formats, float16))
         return self._code[float16]
 

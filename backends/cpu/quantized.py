@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from gptx.backends.cpu.interface.group_words import decode_lanes, encode_words
 from gptx.backends.cpu.interface.sizes import LANES, PANEL_OUTPUTS
 from gptx.backends.cpu.memory import Pool, allocate_aligned
 from gptx.backends.cpu.program import Program, Shape, padded_rows, round_up
+from gptx.backends.cpu.workers import WORKERS
 from gptx.backends.fusion import FusedOp
+from gptx.process import count_cores
 from gptx.quantization import QuantizedTensor
 
 Array = np.ndarray
+
+BLOCK_OUTPUTS = 512  # that a thread packs at a time; whole strips
 
 
 class QuantizedWeight:
@@ -35,16 +41,20 @@ class QuantizedWeight:
         Bits of a word of `groups` for the offset; 0 if `groups` holds floats.
     """
 
-    def __init__(self, q: QuantizedTensor, pool: Pool | None = None) -> None:
+    def __init__(
+        self, q: QuantizedTensor, pool: Pool | None = None, threads: int | None = None
+    ) -> None:
+        """Pack a matrix on threads (None for one to each core), in memory of a pool."""
         pool = pool or Pool()
+        threads = threads or count_cores()
         self.shape = q.shape
         self.bits = q.bits
         self.group_size = q.group_size
-        self.words = _pack_strips(pool, q.weight)
-        encoded = encode_words(q.scales, q.offsets, q.bits)
+        self.words = _pack_strips(pool, threads, q.weight)
+        encoded = _encode_groups(threads, q)
         self.offset_bits = 0 if encoded is None else q.bits
         parts = (q.scales, q.offsets) if encoded is None else (encoded,)
-        self.groups = _pack_strips(pool, *(x.view(np.uint32) for x in parts))
+        self.groups = _pack_strips(pool, threads, *(x.view(np.uint32) for x in parts))
 
     def multiply(self, x: Array, bias: Array | None, threads: int | None) -> Array:
         """Return x·Wᵀ + bias, [..., O], for x [..., I] and a bias [O] or None."""
@@ -73,13 +83,42 @@ class QuantizedWeight:
         return rows.reshape(*ids.shape, -1)
 
 
-def _pack_strips(pool: Pool, *parts: Array) -> Array:
+def _pack_strips(pool: Pool, threads: int, *parts: Array) -> Array:
     """Pack parts [O, N] to [O / 16, N, 16 to a part], O padded with zeros to whole panels."""
     n_out, n = parts[0].shape
-    n_strips = round_up(n_out, PANEL_OUTPUTS) // LANES
+    n_strips, whole = round_up(n_out, PANEL_OUTPUTS) // LANES, n_out // LANES
     strips = pool.allocate((n_strips, n, len(parts) * LANES), parts[0].dtype)
-    for i, x in enumerate(parts):
-        if n_out % PANEL_OUTPUTS:
-            x = np.concatenate([x, np.zeros((-n_out % PANEL_OUTPUTS, n), x.dtype)])
-        strips[..., i * LANES : (i + 1) * LANES] = x.reshape(-1, LANES, n).swapaxes(1, 2)
+    strips[whole:] = 0
+
+    def pack(rows: slice) -> None:
+        for i, x in enumerate(parts):
+            target = strips[rows.start // LANES :, :, i * LANES : (i + 1) * LANES]
+            in_strips, rest = np.split(x[rows], [(rows.stop - rows.start) // LANES * LANES])
+            target[: len(in_strips) // LANES] = in_strips.reshape(-1, LANES, n).swapaxes(1, 2)
+            if len(rest):
+                target[len(in_strips) // LANES, :, : len(rest)] = rest.T
+
+    _run_blocks(pack, n_out, threads)
     return strips
+
+
+def _encode_groups(threads: int, q: QuantizedTensor) -> Array | None:
+    """Return scales and offsets as words [O, G]; None if a word cannot represent one of them."""
+    words: Array = np.empty(q.scales.shape, np.uint32)
+    failed: list[slice] = []
+
+    def encode(rows: slice) -> None:
+        encoded = None if failed else encode_words(q.scales[rows], q.offsets[rows], q.bits)
+        if encoded is None:
+            failed.append(rows)
+        else:
+            words[rows] = encoded
+
+    _run_blocks(encode, q.shape[0], threads)
+    return None if failed else words
+
+
+def _run_blocks(function: Callable[[slice], None], n_out: int, threads: int) -> None:
+    """Call a function for each block of outputs, on threads."""
+    blocks = [slice(i, min(i + BLOCK_OUTPUTS, n_out)) for i in range(0, n_out, BLOCK_OUTPUTS)]
+    WORKERS.run(lambda n: function(blocks[n]), len(blocks), threads)

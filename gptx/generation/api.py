@@ -35,8 +35,8 @@ from gptx.model import Transformer
 from gptx.quantization import GROUP_SIZE, Quantization
 from gptx.tokenization.protocol import Tokenizer
 
-# Tokens times parameters from which a single call gains more by compilation than the import of
-# Numba takes: 100 tokens of the 124M model.
+# Tokens times parameters from which a single call may compile the kernels, once for a machine: 100
+# tokens of the 124M model.
 MIN_WORK_TO_COMPILE = 100 * 124_000_000
 
 # Options of `find_model`.
@@ -147,7 +147,9 @@ def load_once(
     check: Check | None = None,
     **options: Unpack[LoadOptions],
 ) -> Model:
-    """Load a model for a single call; compile it only if that pays for at most `max_tokens`.
+    """Load a model for a single call; compile only what pays for at most `max_tokens`.
+
+    Kernels that are compiled already are used in any case.
 
     Parameters
     ----------
@@ -158,7 +160,8 @@ def load_once(
     loaded = _load(model, options, check)
     if "compile" not in options and not isinstance(options.get("backend"), Backend):
         expected = loaded.config.n_positions if max_tokens is None else max_tokens
-        loaded.backend.compiles = expected * loaded.config.n_parameters >= MIN_WORK_TO_COMPILE
+        work = expected * loaded.config.n_parameters
+        loaded.backend.compiles = work >= MIN_WORK_TO_COMPILE or loaded.backend.is_compiled()
     return loaded
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.training.workers import WORKERS
+from gptx.backends.cpu.workers import WORKERS
 from gptx.process import count_cores
 
 Array = np.ndarray

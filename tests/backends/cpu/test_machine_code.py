@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
 from gptx.errors import BackendError
+from gptx.generation.api import load_once
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu import machine_code
 from gptx.backends.cpu.interface import cpu_features, variant
+from gptx.backends.cpu.interface.instructions import FLOAT32
 
 
 @pytest.fixture
@@ -45,6 +49,33 @@ def test_a_variant_is_compiled_once(folder: Path, compiled: list[str]) -> None:
     assert not machine_code.is_compiled("int8,float16-cache")
     assert machine_code.read_or_compile("int4") == b"int4" * 1000
     assert compiled == ["int8", "int4"]
+
+
+def test_a_single_call_uses_kernels_that_are_compiled(folder: Path, compiled: list[str]) -> None:
+    """It compiles none: that takes longer than a few tokens."""
+    assert not load_once("shakespeare", 5).backend.compiles
+    machine_code.read_or_compile(variant.variant_name([FLOAT32], float16_cache=False))
+    assert load_once("shakespeare", 5).backend.compiles
+    assert not load_once("shakespeare", 5, dtype="float64").backend.compiles
+    assert not load_once("shakespeare", 5, cache_dtype="float16").backend.compiles
+    assert not load_once("shakespeare", 5, compile=False).backend.compiles
+
+
+def test_the_code_depends_on_the_version_of_numba(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    versions = {machine_code._numba_version()}
+    for version in ("0.61", "0.62"):
+        package = tmp_path / version / "numba"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "_version.py").write_text(f"version = {version!r}\n")
+        spec = PathFinder.find_spec("numba", [str(package.parent)])
+        monkeypatch.setattr(machine_code.importlib.util, "find_spec", lambda _, spec=spec: spec)
+        versions.add(machine_code._numba_version())
+    assert len(versions) == 3
+    (package / "_version.py").unlink()
+    assert machine_code._numba_version() == metadata.version("numba")
 
 
 @pytest.mark.parametrize("change", ["cut", "flip", "empty"])

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from gptx.backends.cpu.training import workers
-from gptx.backends.cpu.training.workers import Workers
+from gptx.backends.cpu import workers
+from gptx.backends.cpu.workers import Workers
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
