@@ -70,13 +70,21 @@ def _busy_core(busy: bool) -> Iterator[None]:
         process.wait()
 
 
+def add_ratios(records: list[dict[str, Any]]) -> None:
+    """Add the ratio of the median to that of the fewest threads, in the same case and company."""
+    fewest: dict[Any, float] = {}
+    for record in sorted(records, key=lambda r: r["threads"]):
+        median = float(np.median(record["seconds"]))
+        record["ratio"] = median / fewest.setdefault((*record["case"], record["busy"]), median)
+
+
 COLUMNS = (
     Column("sequences × tokens", lambda r: f"{r['case'][0]} × {r['case'][1]}"),
     Column("other process", lambda r: "busy" if r["busy"] else "none", right=False),
     Column("threads", lambda r: str(r["threads"])),
     Column("median", lambda r: f"{1e3 * np.median(r['seconds']):.1f} ms"),
     Column("quartiles", lambda r: "–".join(f"{1e3 * s:.1f}" for s in _quartiles(r))),
-    Column("ratio to one thread", lambda r: ratio(r["ratio"])),
+    Column("ratio to the fewest", lambda r: ratio(r["ratio"])),
 )
 
 
@@ -105,14 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options = {"quantize": args.quantize, "threads": args.threads, "rounds": args.rounds}
             task = f"{MODULE}:measure_threads"
             records = list(worker.run(task, folder=str(source.path), **options))
-    for record in records:
-        [one] = (
-            r["seconds"]
-            for r in records
-            if (r["case"], r["busy"]) == (record["case"], record["busy"])
-            and r["threads"] == min(args.threads)
-        )
-        record["ratio"] = float(np.median(record["seconds"]) / np.median(one))
+    add_ratios(records)
     about = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
