@@ -211,6 +211,22 @@ def layers_to_expand(names: Iterable[str]) -> set[int]:
     return {int(name.split(".")[1]) for name in names if name.endswith(_NEEDS_EXPANSION)}
 
 
+def logits_from(model: Transformer, name: str, x: Array) -> Array:
+    """Return the logits [B, T, V] of the forward pass from one result on.
+
+    Parameters
+    ----------
+    name
+        Name of a result of which all later ones are functions: the last `resid_post`, or `ln_f`.
+    x
+        Array in the place of that result.
+    """
+    graph = trace_names(forward, model, last_only=False)
+    replay = Replay(model.backend, graph, dict(named_weights(model.weights)), None, None)
+    replay.results[graph.names[name]] = x
+    return replay.result(graph.output)
+
+
 class HookedForward:
     """The forward pass with hooks, called as `gptx.model.forward` without the model."""
 
@@ -274,7 +290,8 @@ class _HookedReplay(Replay):
         super().add_result(node, x)
 
     def _call(self, hook: _BoundHook, node: Node, x: Array) -> Array:
-        to_view, from_view = _layouts(self.ops, hook, self.cache.config.n_head)
+        n_head = self.cache.config.n_head
+        to_view, from_view = layouts(self.ops.xp, hook.name, hook.own, n_head)
         view = to_view(x)
         layer = _LAYER.match(hook.name)
         host = self.positions.host[:, -1:] if node in self.traced.of_last else self.positions.host
@@ -307,18 +324,25 @@ class _HookedReplay(Replay):
         return not bool(xp.any(xp.isnan(x))) and bool(xp.all(xp.isfinite(xp.max(x, axis=-1))))
 
 
-def _layouts(
-    ops: Backend, hook: _BoundHook, n_head: int
+def layouts(
+    xp: Any, name: str, own: str, n_head: int
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Return functions from the layout of a result to that of its name, and back."""
-    xp = ops.xp
-    if hook.name != hook.own and hook.own.endswith((".q", ".k", ".v")):
+    """Return functions from the layout of a result to that of its name, and back.
+
+    Parameters
+    ----------
+    xp
+        Array-API namespace of the array.
+    name, own
+        Name of `find_names`, and the same name as it is here.
+    """
+    if name != own and own.endswith((".q", ".k", ".v")):
 
         def swap(x: Array) -> Array:  # [B, H, T, D] <-> [B, T, H, D]
             return xp.permute_dims(x, (0, 2, 1, 3))
 
         return swap, swap
-    if hook.name != hook.own and hook.own.endswith(".z"):
+    if name != own and own.endswith(".z"):
         return (
             lambda x: xp.reshape(x, (*x.shape[:2], n_head, x.shape[2] // n_head)),
             lambda x: xp.reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3])),

@@ -77,6 +77,12 @@ ROOMS = [
     "gptx.training.reports",
     "gptx.training.api",
     "gptx.training",
+    "gptx.research.inputs",
+    "gptx.research.activations",
+    "gptx.research.attribution gptx.research.interventions gptx.research.lens "
+    "gptx.research.patching",
+    "gptx.research.differentiation",
+    "gptx.research",
     "gptx.bench",
     "gptx",  # the lazy public names
     "gptx.cli",
