@@ -23,7 +23,15 @@ from gptx.logits import all_logits
 from gptx.model import forward
 from gptx.research.activations import record
 from gptx.research.attribution import head_rows
-from gptx.research.inputs import Names, Tokens, check_position, read_names, read_text, token_id
+from gptx.research.inputs import (
+    Names,
+    Tokens,
+    axes_of,
+    check_position,
+    read_names,
+    read_text,
+    token_id,
+)
 
 Array = Any
 
@@ -87,6 +95,8 @@ class IntegratedGradients:
         Name of the activation.
     values
         Parts, NumPy float64, of the shape of the activation; their sum is `logit - baseline`.
+    by_token
+        Sums of the parts of each token, [T]; in a pattern, of each attending token.
     logit, baseline
         Logit, or difference, of the text and of the baseline.
     n_points
@@ -100,14 +110,10 @@ class IntegratedGradients:
     position: int
     name: str
     values: np.ndarray
+    by_token: np.ndarray
     logit: float
     baseline: float
     n_points: int
-
-    @property
-    def by_token(self) -> np.ndarray:
-        """Sum of the parts of each token, [T], of an activation of a row for each token."""
-        return self.values.reshape(len(self.ids), -1).sum(axis=1)
 
     @property
     def gap(self) -> float:
@@ -299,10 +305,12 @@ def integrated_gradients(
             heapq.heappush(parts, integrate(worst.first, middle))
             heapq.heappush(parts, integrate(middle, worst.last))
     parts.sort(key=lambda part: part.first)
+    values = np.sum([part.values for part in parts], axis=0)
+    token_axis = axes_of(name, own_name).token - 1
+    by_token = np.moveaxis(values, token_axis, 0).reshape(len(tokens.ids), -1).sum(axis=1)
     return IntegratedGradients(
-        tokens.ids, tokens.texts, target.token, target.versus, target.position, name,
-        np.sum([part.values for part in parts], axis=0), float(parts[-1].end),
-        float(parts[0].start), POINTS * len(parts),
+        tokens.ids, tokens.texts, target.token, target.versus, target.position, name, values,
+        by_token, float(parts[-1].end), float(parts[0].start), POINTS * len(parts),
     )  # fmt: skip
 
 
