@@ -26,7 +26,7 @@ class Replay:
     weights
         Name -> array of every weight of the graph.
     ids, positions
-        Inputs of the pass, see `gptx.model.forward`; None if no node that is computed reads them.
+        Inputs of the pass, see `gptx.model.forward`.
     cache
         A `gptx.kv_cache.KVCache`; None if all keys and values are those of the new tokens.
 
@@ -42,7 +42,7 @@ class Replay:
         graph: Graph,
         weights: dict[str, Array],
         ids: Array,
-        positions: Positions | None,
+        positions: Positions,
         cache: Any = None,
     ) -> None:
         self.ops, self.graph, self.weights = ops, graph, weights

@@ -222,7 +222,8 @@ def logits_from(model: Transformer, name: str, x: Array) -> Array:
         Array in the place of that result.
     """
     graph = trace_names(forward, model, last_only=False)
-    replay = Replay(model.backend, graph, dict(named_weights(model.weights)), None, None)
+    weights, none = dict(named_weights(model.weights)), Positions(None, 0, True, lambda x: x)
+    replay = Replay(model.backend, graph, weights, None, none)  # no later node reads ids
     replay.results[graph.names[name]] = x
     return replay.result(graph.output)
 

@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 
 from gptx.errors import ParameterError, argument
-from gptx.generation.checks import is_int, shown
+from gptx.generation.checks import shown
 from gptx.generation.prompts import Prompt
 from gptx.generation.text_model import Model
 from gptx.hooks import Site
 from gptx.logits import all_logits
-from gptx.research.inputs import Names, check_choice, read_names, read_text, read_texts
+from gptx.research.inputs import (
+    Names,
+    check_choice,
+    check_numbers,
+    read_names,
+    read_text,
+    read_texts,
+)
 
 Array = Any
 
@@ -135,12 +142,7 @@ def attention_maps(
         The text is empty or longer than the context.
     """
     n_layer = model.config.n_layer
-    chosen = range(n_layer) if layers is None else layers
-    if not chosen or not all(is_int(layer) and 0 <= layer < n_layer for layer in chosen):
-        raise ParameterError(
-            f"{argument('layers')} is {shown(layers)}, expected a list of numbers from 0 to "
-            f"{n_layer - 1}"
-        )
+    chosen = check_numbers("layers", range(n_layer) if layers is None else layers, n_layer)
     found = activations(model, text, [f"h.{layer}.attn.pattern" for layer in chosen])
     patterns = np.stack([found[f"h.{layer}.attn.pattern"] for layer in chosen])
     return AttentionMaps(found.ids, found.tokens, tuple(chosen), patterns)

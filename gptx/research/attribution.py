@@ -13,7 +13,7 @@ import numpy as np
 
 from gptx.generation.prompts import Prompt
 from gptx.generation.text_model import Model
-from gptx.logits import all_logits
+from gptx.logits import all_logits, non_finite_error
 from gptx.research.activations import record
 from gptx.research.inputs import check_position, read_text, token_id
 
@@ -87,6 +87,8 @@ def attribute(
     ------
     ParameterError
         A token or the position does not exist.
+    NonFiniteError
+        The model computed a NaN or an infinity.
     """
     tokens = read_text(model, text)
     place = check_position(position, len(tokens.ids))
@@ -98,6 +100,8 @@ def attribute(
     names = [name for pattern in patterns for name in model_names(model, pattern)]
     with backend.scope():
         logits = backend.to_numpy(all_logits(model.gpt2, tokens.ids)[place, :]).astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise non_finite_error(model.gpt2)
         chosen = int(logits.argmax()) if chosen is None else chosen
         at = {
             name: backend.to_numpy(x)[0, place].astype(np.float64)

@@ -19,13 +19,14 @@ from gptx.generation.checks import check_count, is_real, shown
 from gptx.generation.prompts import Prompt
 from gptx.generation.text_model import Model
 from gptx.hooks import HookedTransformer, layers_to_expand, layouts
-from gptx.logits import all_logits
+from gptx.logits import all_logits, non_finite_error
 from gptx.model import forward
 from gptx.research.activations import record
 from gptx.research.attribution import head_rows
 from gptx.research.inputs import (
     Names,
     Tokens,
+    as_floats,
     axes_of,
     check_position,
     read_names,
@@ -154,11 +155,10 @@ class _Target:
             raise ParameterError(f"{output[0]} has the logits themselves: give another name")
         self.position = check_position(position, len(tokens.ids))
         self.versus = None if versus is None else token_id(model, versus, "versus")
-        if token is None:
-            logits = backend.to_numpy(all_logits(gpt2, tokens.ids)[self.position, :])
-            self.token = int(logits.argmax())
-        else:
-            self.token = token_id(model, token)
+        logits = backend.to_numpy(all_logits(gpt2, tokens.ids)[self.position, :])
+        if not np.isfinite(logits).all():
+            raise non_finite_error(gpt2)
+        self.token = int(logits.argmax()) if token is None else token_id(model, token)
         rows = head_rows(model, [self.token] if versus is None else [self.token, self.versus or 0])
         direction = np.zeros((1, len(tokens.ids), model.config.n_embd))
         direction[0, self.position] = rows[0] if versus is None else rows[0] - rows[1]
@@ -212,6 +212,8 @@ def gradients(
     ------
     ParameterError
         A name, a token or the position does not exist; the model is quantized, or has hooks.
+    NonFiniteError
+        The model computed a NaN or an infinity.
     """
     tokens, own = read_text(model, text), read_names(model, names)
     with model.backend.scope():
@@ -258,6 +260,8 @@ def integrated_gradients(
     ------
     ParameterError
         An argument is invalid, or the error exceeds the tolerance after `max_points`.
+    NonFiniteError
+        The baseline has a NaN or an infinity, or the model computed one.
     """
     tokens, own = read_text(model, text), read_names(model, name)
     if len(own) > 1:
@@ -274,7 +278,7 @@ def integrated_gradients(
         _, from_view = layouts(backend.xp, name, own_name, model.config.n_head)
         found = record(model, tokens.ids, [name])[name]
         end = backend.to_numpy(found).astype(np.float64)
-        start = np.zeros_like(end) if baseline is None else np.asarray(baseline, np.float64)[None]
+        start = np.zeros_like(end) if baseline is None else as_floats("baseline", baseline)[None]
         if start.shape != end.shape:
             raise ParameterError(
                 f"{argument('baseline')} has the shape {list(start.shape[1:])}, expected that of "

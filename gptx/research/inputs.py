@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gptx.errors import ParameterError, PromptError, argument
+from gptx.errors import NonFiniteError, ParameterError, PromptError, argument
 from gptx.generation.checks import is_int, shown
 from gptx.generation.prompts import Prompt, check_ids, check_not_empty, single_prompt, split_prompts
 from gptx.generation.text_model import Model
@@ -116,7 +116,12 @@ def check_choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
 
 def read_names(model: Model, names: Names) -> dict[str, str]:
     """Return the names that match one or several patterns, see `gptx.hooks.find_names`."""
-    found = find_names(model.gpt2, [names] if isinstance(names, str) else names)
+    given: Any = [names] if isinstance(names, str) else names
+    if not isinstance(given, Iterable):
+        raise ParameterError(
+            f"{argument('names')} is {shown(given)}, expected a name or a list of names"
+        )
+    found = find_names(model.gpt2, given)
     if not found:
         raise ParameterError(f"no {argument('names')} were given: give at least one")
     return found
@@ -193,21 +198,50 @@ def mask_of(
     return mask
 
 
-def check_heads(names: dict[str, str], heads: Sequence[int] | None, n_head: int) -> None:
-    """Check numbers of heads against a model, and that the activations have heads.
+def check_numbers(name: str, values: Any, stop: int) -> list[int]:
+    """Return the numbers of layers or heads as a list; each is below `stop`.
 
     Raises
     ------
     ParameterError
-        A head does not exist, or an activation has none.
+        They are no list of such numbers.
     """
-    if heads is None:
-        return
-    if isinstance(heads, str) or not all(is_int(h) and 0 <= h < n_head for h in heads):
+    if not isinstance(values, Iterable) or not all(is_int(x) and 0 <= x < stop for x in values):
         raise ParameterError(
-            f"{argument('heads')} is {shown(heads)}, expected a list of numbers from 0 to "
-            f"{n_head - 1}"
+            f"{argument(name)} is {shown(values)}, expected a list of numbers from 0 to {stop - 1}"
         )
+    return [int(x) for x in values]
+
+
+def as_floats(name: str, values: Any) -> np.ndarray:
+    """Return an array of finite numbers in float64.
+
+    Raises
+    ------
+    ParameterError
+        The values are no numbers.
+    NonFiniteError
+        A number is a NaN or an infinity.
+    """
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ParameterError(
+            f"{argument(name)} is {shown(values)}, expected an array of numbers"
+        ) from None
+    if not np.isfinite(array).all():
+        raise NonFiniteError(f"{argument(name)} has a NaN or an infinity, expected finite numbers")
+    return array
+
+
+def check_heads(names: dict[str, str]) -> None:
+    """Check that activations have heads.
+
+    Raises
+    ------
+    ParameterError
+        One has none.
+    """
     for name, own in names.items():
         axes = axes_of(name, own)
         if axes.head is None and not axes.merged:

@@ -22,9 +22,11 @@ from gptx.research.activations import POOLINGS, activations, pooled
 from gptx.research.inputs import (
     Axes,
     Names,
+    as_floats,
     axes_of,
     check_choice,
     check_heads,
+    check_numbers,
     mask_of,
     read_names,
     read_texts,
@@ -77,7 +79,9 @@ def ablate(
         )
     seed = check_count("seed", seed, 0)
     own = read_names(model, names)
-    check_heads(own, heads, model.config.n_head)
+    chosen = None if heads is None else check_numbers("heads", heads, model.config.n_head)
+    if chosen is not None:
+        check_heads(own)
     for name, own_name in own.items():
         _check_kind(name, own_name.rpartition(".")[2], how)
     pools = {} if texts is None else _pools(model, texts, own)
@@ -91,9 +95,9 @@ def ablate(
         elif how == "resample":
             host = _resample(pools[site.name], its_axes, site.positions, seed)
             values = values + backend.asarray(host)
-        if heads is None:
+        if chosen is None:
             return values
-        mask = mask_of(x.shape, its_axes, model.config.n_head, heads=heads)
+        mask = mask_of(x.shape, its_axes, model.config.n_head, heads=chosen)
         return xp.where(backend.asarray(mask) != 0, values, x)
 
     return model.hooks(dict.fromkeys(own, replace))
@@ -177,7 +181,9 @@ def steer(
     Raises
     ------
     ParameterError
-        A vector has another shape, or an option is no such number.
+        An option is no such number; in a forward pass: a vector has another shape.
+    NonFiniteError
+        A vector has a NaN or an infinity.
     """
     start = check_count("start", start, 0)
     if not is_real(scale) or not np.isfinite(scale):
@@ -187,7 +193,7 @@ def steer(
             f"{argument('vectors')} is {shown(vectors)}, expected a dict of names and vectors"
         )
     scaled = {
-        name: float(scale) * np.asarray(vector, np.float64)
+        name: float(scale) * as_floats("vectors", vector)
         for pattern, vector in vectors.items()
         for name in read_names(model, pattern)
     }

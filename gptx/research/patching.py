@@ -145,12 +145,12 @@ def patch(
         )
     backend, n_head, own = model.backend, model.config.n_head, read_names(model, names)
     if by == "head":
-        check_heads(own, [], n_head)
+        check_heads(own)
     n_columns = n_tokens if by == "position" else n_head
     values = np.empty((len(own), n_columns))
     with backend.scope():
         source = record(model, texts[0].ids, list(own))
-        cell: tuple[str, np.ndarray | None] = "", None  # the activation to patch, and its mask
+        cell = "", np.zeros(0)  # name of the activation to patch, and its mask
 
         def replace(x: Array, site: Site) -> Array | None:
             if site.name != cell[0]:

@@ -9,13 +9,13 @@ import pytest
 
 from gptx import research
 from gptx.backends import Backend, get_backend
-from gptx.errors import ParameterError
+from gptx.errors import NonFiniteError, ParameterError
 from gptx.generation.text_model import Model
 from gptx.logits import all_logits
 from gptx.quantization import Quantization
 from tests.support.backends import make_backend
 from tests.support.lens_cases import CASES as LENS_CASES
-from tests.support.models import EXACT, make_model
+from tests.support.models import EXACT, drawn_weights, make_model
 from tests.support.random_models import random_ids
 
 TINY = LENS_CASES["gelu_new"]
@@ -138,6 +138,18 @@ def test_invalid_input_is_refused(call: Any, message: str) -> None:
         call(make_model(TINY, get_backend("numpy")))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_damaged_model_and_a_damaged_baseline_are_errors_of_numbers() -> None:
+    weights = {name: x.copy() for name, x in drawn_weights(TINY).items()}
+    weights["h.0.mlp.c_fc.weight"][0, 0] = np.nan
+    damaged = make_model(TINY, get_backend("numpy"), weights)
+    for call in (research.attribute, research.integrated_gradients):
+        with pytest.raises(NonFiniteError, match="its weights are damaged"):
+            call(damaged, IDS)
+    model = make_model(TINY, get_backend("numpy"))
+    with pytest.raises(NonFiniteError, match="baseline has a NaN or an infinity"):
+        research.integrated_gradients(model, IDS, baseline=np.full((5, 12), np.inf))
 
 
 def test_gradients_of_a_hooked_or_quantized_model_are_refused() -> None:

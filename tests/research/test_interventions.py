@@ -122,6 +122,8 @@ def test_a_large_vector_decides_the_text() -> None:
         ({"how": "mean"}, "how is 'mean' without texts, expected texts for 'mean' and 'resample'"),
         ({"how": "zero", "texts": TEXTS}, "how is 'zero' with texts, expected texts"),
         ({"names": "ln_f", "heads": [1]}, "ln_f has no heads: omit heads"),
+        ({"heads": 1}, "heads is 1, expected a list of numbers from 0 to 2"),
+        ({"names": 5}, "names is 5, expected a name or a list of names"),
         ({"heads": [3]}, "heads is [3], expected a list of numbers from 0 to 2"),
         ({"names": "h.0.attn.scores"}, "cannot be ablated: ablate attn.pattern in its place"),
         ({"names": "h.0.attn.keys"}, "cannot be ablated: ablate attn.k in its place"),
@@ -149,6 +151,7 @@ def test_contradictory_ablations_are_refused(options: Any, message: str) -> None
         ({"h.0.attn.q": np.zeros(4)}, {}, "is an array [1, 3, 5, 4], expected one of a row"),
         ({"h.0.ln_1": np.zeros(12)}, {"scale": float("nan")}, "scale is nan, expected a finite"),
         ({"h.0.ln_1": np.zeros(12)}, {"start": -1}, "start is -1"),
+        ({"h.0.ln_1": "north"}, {}, "vectors is 'north', expected an array of numbers"),
         (np.zeros(12), {}, "expected a dict of names and vectors"),
         ({"h.0.ln": np.zeros(12)}, {}, "did you mean"),
     ],
@@ -164,6 +167,5 @@ def test_invalid_vectors_are_refused(vectors: Any, options: Any, message: str) -
 
 def test_a_vector_with_a_nan_is_an_error_of_numbers() -> None:
     model = make_model(TINY, get_backend("numpy"))
-    steered = research.steer(model, {"ln_f": np.full(12, np.nan)})
-    with pytest.raises(NonFiniteError, match="the hook of ln_f returned a NaN"), steered:
-        model.logits(IDS)
+    with pytest.raises(NonFiniteError, match="vectors has a NaN or an infinity"):
+        research.steer(model, {"ln_f": np.full(12, np.nan)})
