@@ -150,10 +150,11 @@ def with_hooks(model: Transformer, functions: Mapping[str, Hook]) -> Transformer
         raise ParameterError(
             f"hooks are {_shown(functions)}, expected a dict of names and functions"
         )
+    known = _known_names(model)
     bound = [
         _BoundHook(name, own, function, _count_arguments(pattern, function))
         for pattern, function in functions.items()
-        for name, own in find_names(model, [pattern]).items()
+        for name, own in _match(pattern, known, model.config).items()
     ]
     if not bound:
         return model
@@ -177,23 +178,33 @@ def find_names(model: Transformer, patterns: Iterable[str]) -> dict[str, str]:
     ParameterError
         A pattern matches no name.
     """
-    own = {name: name for name in all_names(model)}
-    lens = {
-        name.format(i): other.format(i)
-        for i in range(model.config.n_layer)
-        for name, other in LENS_NAMES.items()
+    known = _known_names(model)
+    return {
+        name: own
+        for pattern in patterns
+        for name, own in _match(pattern, known, model.config).items()
     }
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ParameterError(f"the name of an activation is {_shown(pattern)}, expected a text")
-        matches: dict[str, str] = {}
-        for names in (own, lens):
-            matches = matches or {n: o for n, o in names.items() if fnmatchcase(n, pattern)}
-        if not matches:
-            raise ParameterError(_unknown_name(pattern, [*own, *lens], model.config))
-        found |= matches
-    return found
+
+
+def _known_names(model: Transformer) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the names here, and those of TransformerLens -> the names here."""
+    lens = {
+        name.format(i): own.format(i)
+        for i in range(model.config.n_layer)
+        for name, own in LENS_NAMES.items()
+    }
+    return {name: name for name in all_names(model)}, lens
+
+
+def _match(
+    pattern: Any, known: tuple[dict[str, str], dict[str, str]], config: GPT2Config
+) -> dict[str, str]:
+    if not isinstance(pattern, str):
+        raise ParameterError(f"the name of an activation is {_shown(pattern)}, expected a text")
+    for names in known:
+        if matches := {name: own for name, own in names.items() if fnmatchcase(name, pattern)}:
+            return matches
+    raise ParameterError(_unknown_name(pattern, [*known[0], *known[1]], config))
 
 
 def _unknown_name(pattern: str, known: list[str], config: GPT2Config) -> str:

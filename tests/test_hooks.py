@@ -479,8 +479,14 @@ def test_an_array_of_another_library_is_refused() -> None:
         model.logits(IDS)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["h.0.resid_post", "h.1.attn.scores", "blocks.0.attn.hook_q"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("h.0.resid_post", float("nan")),
+        ("h.1.attn.scores", float("inf")),
+        ("blocks.0.attn.hook_q", -float("inf")),
+    ],
+)
 def test_a_result_that_is_not_finite_is_refused(name: str, number: float, library: Backend) -> None:
     model = make_model(TINY, library)
     logits = model.logits(IDS)

@@ -29,8 +29,8 @@ def read(model: Model, name: str) -> np.ndarray:
     "name",
     ["h.1.attn.z", "h.0.attn.k", "blocks.1.attn.hook_q", "h.1.attn.pattern", "h.0.resid_mid"],
 )
-def test_zero_ablation(name: str, backend: Backend) -> None:
-    model = make_model(TINY, backend)
+def test_zero_ablation(name: str, library: Backend) -> None:
+    model = make_model(TINY, library)
     with research.ablate(model, name):
         assert not read(model, name).any()
     if name == "h.0.resid_mid":
@@ -47,8 +47,8 @@ def test_zero_ablation(name: str, backend: Backend) -> None:
     np.testing.assert_array_equal(found[1], plain[1])
 
 
-def test_mean_ablation(backend: Backend) -> None:
-    model = make_model(TINY, backend)
+def test_mean_ablation(library: Backend) -> None:
+    model = make_model(TINY, library)
     names = ["h.1.mlp.act", "h.0.attn.v"]
     rows = [research.activations(model, ids, names) for ids in TEXTS]
     with research.ablate(model, names, "mean", texts=TEXTS):
@@ -59,8 +59,8 @@ def test_mean_ablation(backend: Backend) -> None:
     np.testing.assert_allclose(found["h.0.attn.v"], np.tile(heads, (1, 5, 1)), rtol=0, atol=1e-6)
 
 
-def test_resampling_takes_tokens_of_the_texts(backend: Backend) -> None:
-    model = make_model(TINY, backend)
+def test_resampling_takes_tokens_of_the_texts(library: Backend) -> None:
+    model = make_model(TINY, library)
     names = ["h.0.resid_post", "blocks.1.attn.hook_k"]
     pools = [research.activations(model, ids, names) for ids in TEXTS]
     drawn = []
@@ -77,17 +77,17 @@ def test_resampling_takes_tokens_of_the_texts(backend: Backend) -> None:
     assert len(set(drawn[0])) > 1
 
 
-def test_an_ablated_decode_step_is_that_of_the_whole_text(backend: Backend) -> None:
+def test_an_ablated_decode_step_is_that_of_the_whole_text(library: Backend) -> None:
     """Resampling depends on the position, not on the step."""
-    model = make_model(TINY, backend)
+    model = make_model(TINY, library)
     with research.ablate(model, "h.*.attn.z", "resample", texts=TEXTS, heads=[1]):
         tokens = model.generate(IDS[:3], max_tokens=4).tokens
         for n in range(4):
             assert model.logits([*IDS[:3], *tokens[:n]])[-1].argmax() == tokens[n]
 
 
-def test_a_steering_vector_is_a_difference_of_means(backend: Backend) -> None:
-    model = make_model(TINY, backend)
+def test_a_steering_vector_is_a_difference_of_means(library: Backend) -> None:
+    model = make_model(TINY, library)
     name = "h.0.resid_post"
     last = research.steering_vector(model, TEXTS[:2], TEXTS[2], name)
     states = [research.hidden_states(model, ids)[1] for ids in TEXTS]
@@ -98,8 +98,8 @@ def test_a_steering_vector_is_a_difference_of_means(backend: Backend) -> None:
     np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-6)
 
 
-def test_steering_adds_a_vector(backend: Backend) -> None:
-    model = make_model(TINY, backend)
+def test_steering_adds_a_vector(library: Backend) -> None:
+    model = make_model(TINY, library)
     plain, vector = read(model, "h.0.resid_post"), np.arange(12.0)
     with research.steer(model, {"h.0.resid_post": vector}, scale=-0.5, start=2):
         found = read(model, "h.0.resid_post")
