@@ -3,32 +3,40 @@
 `gptx/model.py` is traced once, with names in the place of its weights (see `gptx.backends.graph`).
 A step computes the nodes in order, the loss from the last one, and then the gradient of each node
 in reverse order, with one vector-Jacobian product an op (see `gptx.backends.gradients`).
+`ActivationGradients` walks from a sum of logits instead, to the results of chosen nodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gptx.backends import gradients
 from gptx.backends.base import Backend
-from gptx.backends.graph import Graph, Node, UnsupportedOp, trace
+from gptx.backends.graph import (
+    HEADS,
+    Graph,
+    Node,
+    UnsupportedOp,
+    Weight,
+    named_weights,
+    trace_names,
+)
 from gptx.backends.positions import Positions
+from gptx.backends.replay import Replay
 from gptx.errors import ParameterError, argument
 
 Array = Any
 
 RECOMPUTE = ("none", "cheap", "block")
 INPUTS = ("ids", "index")  # nodes of the graph's inputs
-HEADS = ("query", "key", "value")  # nodes of the results of `split_heads`
 KNOWN = (*INPUTS, *HEADS, "keys", "values", "add", "unembed")  # nodes without a `_vjp`
 # Ops whose gradient reads results of other nodes; that of "linear" does for the weight.
-READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention")
+READERS = ("layer_norm", "gelu_new", "gelu", "relu", "attention", "scores", "z")
 CHEAP = ("layer_norm", "gelu_new", "gelu", "relu")  # ops that `recompute="cheap"` computes again
 
 
@@ -101,22 +109,6 @@ class Dropout:
             )
 
 
-class Weight(NamedTuple):
-    """A name in the place of a weight in a traced graph."""
-
-    name: str
-
-
-def named_weights(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield name and array of each leaf of a tree of weights, `h.0.attn.c_attn.weight` for one."""
-    if isinstance(tree, SimpleNamespace | list):
-        items = vars(tree).items() if isinstance(tree, SimpleNamespace) else enumerate(tree)
-        for key, child in items:
-            yield from named_weights(child, f"{path}{key}.")
-    else:
-        yield path[:-1], tree
-
-
 def loss_function(
     forward: Callable[..., Any],
     model: Any,
@@ -183,15 +175,8 @@ class LossFunction:
             raise ParameterError(
                 f"{argument('trainable')} has {unknown[0]!r}, which is no weight of the model"
             )
-        weights = _map_leaves(model.weights, Weight)
-        graph = trace(forward, replace(model, weights=weights), last_only=False)
-        if not isinstance(graph.output, Node) or graph.output.op != "unembed":
-            raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
-        for node in graph.nodes:
-            if node.op not in KNOWN and f"{node.op}_vjp" not in gradients.FUNCTIONS:
-                raise UnsupportedOp(f"the gradient of {node.op}")
-        self._graph = graph
-        self._plan = _Plan(graph, self.trainable, recompute)
+        self._graph = _checked(trace_names(forward, model, last_only=False))
+        self._plan = _Plan(self._graph, self.trainable, recompute)
 
     def loss(self, weights: dict[str, Array], batch: Batch, *, scale: float) -> Array:
         """Return the loss as `gradients` does, without dropout: a scalar on the device."""
@@ -243,7 +228,7 @@ class LossFunction:
     def _loss(
         self, weights: dict[str, Array], ids: Array, targets: Array, row_weights: Array
     ) -> Array:
-        return _Run(self, weights, ids, None).loss(targets, row_weights, (False, False))[0]
+        return self._run(weights, ids, None).loss(targets, row_weights, (False, False))[0]
 
     def _gradients(
         self,
@@ -254,11 +239,112 @@ class LossFunction:
         step: Array | int,
         first_sequence: Array | int,
     ) -> tuple[Array, dict[str, Array]]:
-        return _Run(self, weights, ids, (step, first_sequence)).gradients(targets, row_weights)
+        run = self._run(weights, ids, (step, first_sequence))
+        return run.gradients(targets, row_weights)
+
+    def _run(
+        self,
+        weights: dict[str, Array],
+        ids: Array,
+        counters: tuple[Array | int, Array | int] | None,
+    ) -> _Run:
+        dropout = self.dropout if counters else Dropout()
+        return _Run(self.ops, self._graph, self._plan, weights, ids, dropout, counters or (0, 0))
+
+
+class ActivationGradients:
+    """The gradients of a sum of logits by the results of nodes.
+
+    Parameters
+    ----------
+    forward
+        `gptx.model.forward`.
+    model
+        A `gptx.model.Transformer` with float weights.
+    names
+        Names of nodes, see `gptx.backends.graph.Graph.names`; not "lm_head".
+    expanded
+        Layers whose attention is the nodes "scores", "pattern" and "z".
+
+    Raises
+    ------
+    UnsupportedOp
+        The pass has an op without a gradient, or its result is not that of `unembed`.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        model: Any,
+        names: Collection[str],
+        *,
+        expanded: Collection[int] = (),
+    ) -> None:
+        self.ops: Backend = model.backend
+        self.weights = dict(named_weights(model.weights))
+        self._graph = _checked(trace_names(forward, model, last_only=False, expanded=expanded))
+        self._nodes = {name: self._graph.names[name] for name in names}
+        self._plan = _Plan(self._graph, frozenset(), "none", frozenset(self._nodes.values()))
+
+    def __call__(
+        self, ids: Array, direction: Array, values: dict[str, Array] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return Σ direction · y of each sequence, and its gradients.
+
+        y [B, T, C] is the result of the last layer norm. A logit is its product with a row of the
+        head, so `direction` has this row at the token whose logit is wanted, and zeros elsewhere.
+
+        Parameters
+        ----------
+        ids
+            Token ids [B, T] on the device.
+        direction
+            Factors of y [B, T, C] on the device.
+        values
+            Name -> array in the place of the result of that node. Nodes before it have no gradient.
+
+        Returns
+        -------
+        sums, gradients
+            Sums [B] in the accumulation dtype; name -> gradient, of the shape of the result.
+        """
+        xp = self.ops.xp
+        run = _Run(self.ops, self._graph, self._plan, self.weights, ids)
+        for name, value in (values or {}).items():
+            run.results[self._graph.names[name]] = value
+        y = xp.astype(run.forward(keep=True), self.ops.accumulation_dtype)
+        sums = xp.sum(y * xp.astype(direction, y.dtype), axis=(1, 2))
+        run.walk(self._graph.output, (direction, None))
+        return sums, {name: run.by_target[node] for name, node in self._nodes.items()}
+
+
+def _checked(graph: Graph) -> Graph:
+    """Return the graph of a pass whose gradient can be computed.
+
+    Raises
+    ------
+    UnsupportedOp
+        It has an op without a gradient, or its result is not that of `unembed`.
+    """
+    if not isinstance(graph.output, Node) or graph.output.op != "unembed":
+        raise UnsupportedOp("a forward pass whose result is not the product of `unembed`")
+    for node in graph.nodes:
+        if node.op not in KNOWN and f"{node.op}_vjp" not in gradients.FUNCTIONS:
+            raise UnsupportedOp(f"the gradient of {node.op}")
+    return graph
 
 
 class _Plan:
     """The nodes that need a gradient, and the results that the backward pass reads.
+
+    Parameters
+    ----------
+    trainable
+        Names of the weights whose gradient is computed.
+    recompute
+        One of `RECOMPUTE`.
+    targets
+        Nodes whose gradient is computed.
 
     Attributes
     ----------
@@ -268,31 +354,29 @@ class _Plan:
         Node -> its operands, with None for results that its gradient does not read.
     kept
         Nodes whose result is kept from the forward pass.
-    last_reader
-        Node -> the last node that reads it in the forward pass.
-    heads
-        Operand of `split_heads` -> the nodes of its results, by op.
     sites
         Node -> number of its place for dropout: sums and attention.
     """
 
-    def __init__(self, graph: Graph, trainable: frozenset[str], recompute: str) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        trainable: frozenset[str],
+        recompute: str,
+        targets: frozenset[Node] = frozenset(),
+    ) -> None:
+        self.trainable, self.targets = trainable, targets
         self.wanted: dict[Node, tuple[bool, ...]] = {}
         self.read: dict[Node, list[Any]] = {}
-        self.last_reader: dict[Node, Node] = {}
-        self.heads: dict[Node, dict[str, Node]] = {}
         places = [node for node in graph.nodes if node.op in ("add", "attention")]
         self.sites = {node: number for number, node in enumerate(places)}
         block_inputs: set[Node] = set()
         block = ""
         for node in graph.nodes:
-            self.last_reader.update(dict.fromkeys(node.inputs, node))
-            wanted = tuple(self._is_wanted(x, trainable) for x in node.operands)
+            wanted = tuple(map(self.is_wanted, node.operands))
             if any(wanted):
                 self.wanted[node] = wanted
                 self.read[node] = _operands_to_read(node, wanted)
-            if node.op in HEADS:
-                self.heads.setdefault(node.operands[0], {})[node.op] = node
             if node.op == "layer_norm" and (name := _block_name(node)) != block:
                 block = name
                 block_inputs |= set(node.inputs)
@@ -304,14 +388,17 @@ class _Plan:
             kept = block_inputs
         self.kept = kept
 
-    def _is_wanted(self, operand: Any, trainable: frozenset[str]) -> bool:
+    def is_wanted(self, operand: Any) -> bool:
+        """Test for an operand whose gradient is computed."""
         if isinstance(operand, Weight):
-            return operand.name in trainable
-        return isinstance(operand, Node) and operand in self.wanted
+            return operand.name in self.trainable
+        return isinstance(operand, Node) and (operand in self.wanted or operand in self.targets)
 
 
 def _operands_to_read(node: Node, wanted: tuple[bool, ...]) -> list[Any]:
     """Return the operands of a node, with None for results that its gradient does not read."""
+    if node.op == "pattern":  # its gradient reads its own result
+        return [node]
     reads_results = node.op in READERS or (node.op == "linear" and wanted[1])
     return [
         None if isinstance(x, Node) and not reads_results and x.op not in INPUTS else x
@@ -319,29 +406,38 @@ def _operands_to_read(node: Node, wanted: tuple[bool, ...]) -> list[Any]:
     ]
 
 
-class _Run:
-    """One pass over the graph: its inputs, and the results so far."""
+class _Run(Replay):
+    """One pass over the graph, forward and backward, with dropout.
+
+    Attributes
+    ----------
+    by_node, by_name, by_target
+        Gradients by the nodes that are not visited yet, by weights, and by the plan's targets.
+    """
 
     def __init__(
         self,
-        function: LossFunction,
+        ops: Backend,
+        graph: Graph,
+        plan: _Plan,
         weights: dict[str, Array],
         ids: Array,
-        counters: tuple[Array | int, Array | int] | None,
+        dropout: Dropout | None = None,
+        counters: tuple[Array | int, Array | int] = (0, 0),
     ) -> None:
-        self.ops, self.plan, self.graph = function.ops, function._plan, function._graph
-        self.trainable, self.weights = function.trainable, weights
-        self.dropout = function.dropout if counters else Dropout()
-        self.step, self.first_sequence = counters or (0, 0)
         B, T = ids.shape
-        host = np.tile(np.arange(T), (B, 1))
-        self.positions = Positions(host, T, True, self.ops.asarray)
-        self.ids = ids
-        self.results: dict[Node, Array] = {}
+        positions = Positions(np.tile(np.arange(T), (B, 1)), T, True, ops.asarray)
+        super().__init__(ops, graph, weights, ids, positions)
+        self.plan = plan
+        self.dropout = dropout or Dropout()
+        self.step, self.first_sequence = counters
         self.g: Array = None  # the newest gradient of the backward pass
+        self.by_node: dict[Node, Array] = {}
+        self.by_name: dict[str, Array] = {}
+        self.by_target: dict[Node, Array] = {}
         # A lazy library would compute results again at once, and keep them, without an order.
-        self.compute_after = self.ops.override("compute_after")
-        self.sum = gradients.function(self.ops, "add")
+        self.compute_after = ops.override("compute_after")
+        self.sum = gradients.function(ops, "add")
 
     # Forward
 
@@ -351,34 +447,11 @@ class _Run:
         for node in nodes:
             self.result(node)
             for x in node.inputs:
-                if self.plan.last_reader[x] is node and not (keep and x in self.plan.kept):
+                if self.graph.last_reader[x] is node and not (keep and x in self.plan.kept):
                     self.results.pop(x, None)
         return self.result(head.operands[0])
 
-    def result(self, node: Node) -> Array:
-        """Return the result of a node; compute it if it is not there."""
-        if node not in self.results:
-            self.results[node] = self._compute(node)
-        return self.results[node]
-
-    def _value(self, operand: Any) -> Array:
-        if isinstance(operand, Node):
-            return self.result(operand)
-        if isinstance(operand, Weight):
-            return self.weights[operand.name]
-        return self.positions if isinstance(operand, Positions) else operand
-
-    def _compute(self, node: Node) -> Array:
-        match node.op:
-            case "ids":
-                return self.ids
-            case "index":
-                return self.positions.index
-            case "keys" | "values":  # all keys are those of the new tokens
-                return self.result(node.operands[0])
-            case "query" | "key" | "value":
-                return self._heads(node)
-        operands = [self._value(x) for x in node.operands]
+    def apply(self, node: Node, operands: list[Array]) -> Array:
         if self.g is not None and self.compute_after is not None:
             operands = [
                 self.compute_after(x, self.g) if isinstance(operand, Node) else x
@@ -390,15 +463,7 @@ class _Run:
             case "attention" if self.dropout.attn > 0:
                 attention = gradients.function(self.ops, "dropped_attention")
                 return attention(*operands, self.dropout.attn, **self._counters(node, operands[0]))
-        return getattr(self.ops, node.op)(*operands)
-
-    def _heads(self, node: Node) -> Array:
-        """Split queries, keys and values, and keep the other two for their turn."""
-        qkv, n_head = node.operands
-        found = self.ops.split_heads(self.result(qkv), n_head)
-        for name, x in zip(HEADS, found, strict=True):
-            self.results[self.plan.heads[qkv][name]] = x
-        return self.results[node]
+        return super().apply(node, operands)
 
     def _add(self, node: Node, a: Array, b: Array) -> Array:
         if _is_embedding(node):
@@ -427,7 +492,7 @@ class _Run:
     ) -> tuple[Array, Array, Array]:
         """Compute the forward pass and the loss; return `cross_entropy`'s results."""
         x = self.forward(keep=keep)
-        table = self._value(self.graph.output.operands[1])
+        table = self.value(self.graph.output.operands[1])
         rows = self.ops.xp.reshape(x, (-1, x.shape[-1]))
         cross_entropy = gradients.function(self.ops, "cross_entropy")
         return cross_entropy(rows, table, targets, weights, wanted=wanted)
@@ -439,16 +504,20 @@ class _Run:
         head = self.graph.output
         wanted = self.plan.wanted.get(head, (False, False))
         loss, dx, dtable = self.loss(targets, weights, wanted, keep=True)
-        self.by_node: dict[Node, Array] = {}
-        self.by_name: dict[str, Array] = {}
         shape = (*self.ids.shape, -1)
         dx = None if dx is None else self.ops.xp.reshape(dx, shape)
-        self._add_gradients(head, (dx, dtable))
+        self.walk(head, (dx, dtable))
+        return loss, self.by_name
+
+    def walk(self, head: Node, found: tuple[Array, ...]) -> None:
+        """Walk the graph backward from its last node, whose gradients by its operands are given."""
+        self._add_gradients(head, found)
         for node in reversed(self.graph.nodes[:-1]):
+            if node in self.plan.targets:
+                self.by_target[node] = self.by_node[node]
             if node in self.plan.wanted:
                 self._walk(node)
             self.results.pop(node, None)
-        return loss, self.by_name
 
     def _walk(self, node: Node) -> None:
         """Compute the gradients by the operands of a node."""
@@ -456,7 +525,7 @@ class _Run:
             case "key" | "value":
                 return  # with the query, which comes last
             case "query":
-                heads = self.plan.heads[node.operands[0]]
+                heads = self.graph.siblings[node]
                 found = [self.by_node.pop(heads[name]) for name in HEADS]
                 g = gradients.function(self.ops, "split_heads_vjp")(*found)
                 return self._add_gradients(node, (g,))
@@ -468,7 +537,7 @@ class _Run:
                 return self._add_gradients(node, self._split_sum(node, g))
         vjp = gradients.function(self.ops, f"{node.op}_vjp")
         wanted = self.plan.wanted[node]
-        operands = map(self._value, self.plan.read[node])
+        operands = map(self.value, self.plan.read[node])
         match node.op:
             case "attention" if self.dropout.attn > 0:
                 vjp = gradients.function(self.ops, "dropped_attention_vjp")
@@ -480,6 +549,8 @@ class _Run:
                 _, total = vjp(g, *operands, wanted=wanted, total=self.by_name.get(name))
                 self.by_name[name] = total
                 return None
+            case "pattern":
+                found = vjp(g, *operands)
             case _:
                 found = vjp(g, *operands, wanted=wanted)
         return self._add_gradients(node, found)
@@ -495,11 +566,12 @@ class _Run:
         for operand, g in zip(node.operands, found, strict=False):
             if g is None:
                 continue
+            if not self.plan.is_wanted(operand):
+                continue
             if isinstance(operand, Weight):
-                if operand.name in self.trainable:
-                    before = self.by_name.get(operand.name)
-                    self.by_name[operand.name] = g if before is None else before + g
-            elif operand in self.plan.wanted:
+                before = self.by_name.get(operand.name)
+                self.by_name[operand.name] = g if before is None else before + g
+            else:
                 before = self.by_node.get(operand)
                 self.by_node[operand] = g if before is None else self.sum(before, g)
 
@@ -513,14 +585,3 @@ def _block_name(node: Node) -> str:
 def _is_embedding(node: Node) -> bool:
     """Test for the sum of token and position embeddings."""
     return all(isinstance(x, Node) and x.op == "embed" for x in node.operands)
-
-
-def _map_leaves(tree: Any, make: Callable[[str], Any], path: str = "") -> Any:
-    """Return a tree of weights with `make(name)` in the place of each leaf."""
-    if isinstance(tree, SimpleNamespace):
-        return SimpleNamespace(
-            **{key: _map_leaves(child, make, f"{path}{key}.") for key, child in vars(tree).items()}
-        )
-    if isinstance(tree, list):
-        return [_map_leaves(child, make, f"{path}{i}.") for i, child in enumerate(tree)]
-    return make(path[:-1])

@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # for type checkers it is True; the import of `typing` ta
 if TYPE_CHECKING:
     from typing import Any
 
+    from gptx import research
     from gptx.backends import Backend, available, get_backend
     from gptx.config import GPT2Config
     from gptx.errors import GptxError, Interrupted
@@ -70,12 +71,15 @@ __all__ = [
     "generate",
     "get_backend",
     "load",
+    "research",
     "stream",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "research":
+        return importlib.import_module("gptx.research")  # which sets the attribute
     if name not in _MODULES:
         raise AttributeError(f"module 'gptx' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -16,7 +16,8 @@ from benchmarks.gpu.models import load_model, model_folder
 from benchmarks.gpu.times import Setting, format_error
 from benchmarks.training_peers.gptx_peer import OneBatch
 from gptx.backends import Backend, Positions, gradients
-from gptx.backends.backward import Batch, Dropout, LossFunction, loss_function, named_weights
+from gptx.backends.backward import Batch, Dropout, LossFunction, loss_function
+from gptx.backends.graph import named_weights
 from gptx.bench.sources import random_ids
 from gptx.bench.worker import Event
 from gptx.config import GPT2Config

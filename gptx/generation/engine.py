@@ -16,6 +16,7 @@ from gptx.generation.batching import Batch
 from gptx.generation.options import MAX_TOKENS, Overflow
 from gptx.generation.results import Token
 from gptx.generation.sampling import SamplingParams
+from gptx.hooks import HookedTransformer
 from gptx.kv_cache import KVCache
 from gptx.logits import non_finite_error
 from gptx.model import Transformer
@@ -164,10 +165,11 @@ class TokenGenerator:
         """Return True if the device can start the next step before this one's tokens are read.
 
         It can unless the counts of tokens show that this step ends a sequence. No step starts
-        before the first tokens are read: it would delay them.
+        before the first tokens are read: it would delay them. Hooks see no step that is dropped.
         """
         return (
             self.model.backend.asynchronous
+            and not isinstance(self.model, HookedTransformer)
             and self.prefill_seconds > 0
             and min(self._left[row] for row in self._rows) > 1
             and max(map(len, windows)) < self.model.config.n_positions

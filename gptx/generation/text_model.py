@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack, overload
@@ -31,6 +32,7 @@ from gptx.generation.prompts import (
 from gptx.generation.results import Chunk, Result, Score
 from gptx.generation.scoring import score
 from gptx.generation.streaming import Continuation
+from gptx.hooks import Hook, all_names, with_hooks
 from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
 from gptx.model import Transformer
@@ -240,6 +242,50 @@ class Model:
         with self.backend.scope():
             logits = all_logits(self.gpt2, checked)
             return self.backend.to_numpy(logits).astype(np.float32, copy=False)
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Names of all activations, see `gptx.hooks`, in order of computation."""
+        return all_names(self.gpt2)
+
+    def hooks(self, functions: Mapping[str, Hook]) -> AbstractContextManager[Self]:
+        """Return a context manager; within it, the model calls functions with its activations.
+
+            with model.hooks({"h.3.mlp.act": read, "h.*.resid_post": replace}):
+                model.generate("To be")
+
+        Parameters
+        ----------
+        functions
+            Name or pattern -> function of an array, or of an array and its `gptx.hooks.Site`. It
+            returns None to read, or an array of the same shape and dtype to replace. It never
+            changes the array in place. `gptx.hooks` has all names and shapes.
+
+        Notes
+        -----
+        Functions are called in every forward pass: `generate`, `stream`, `logits`, `score` and
+        `prefill`, for prompts and for each decode step, and also in other threads that share this
+        model. Positions that a KV cache has are not computed again. A stream that begins within the
+        context keeps its hooks. Nested contexts add hooks; those outside are called first.
+
+        Raises
+        ------
+        ParameterError
+            A name is unknown, or a value is no such function. In a forward pass: a function
+            returned an array of another shape, dtype or library.
+        NonFiniteError
+            In a forward pass: a function returned a NaN or an infinity.
+        """
+        return self._hooked(with_hooks(self.gpt2, functions))
+
+    @contextmanager
+    def _hooked(self, hooked: Transformer) -> Iterator[Self]:
+        before, self._gpt2 = self.gpt2, hooked
+        try:
+            yield self
+        finally:
+            if self._gpt2 is not None:  # else it was closed
+                self._gpt2 = before
 
     def score(
         self, text: Prompt, *, stride: int | None = None, allow_special: bool = False

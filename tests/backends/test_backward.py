@@ -16,11 +16,9 @@ from gptx.backends.backward import (
     Batch,
     Dropout,
     LossFunction,
-    Weight,
     loss_function,
-    named_weights,
 )
-from gptx.backends.graph import UnsupportedOp
+from gptx.backends.graph import UnsupportedOp, Weight, named_weights
 from gptx.config import GPT2Config
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer, forward

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gptx.backends import Backend, Positions, get_backend, gradients
-from gptx.backends.backward import Batch, Dropout, LossFunction, loss_function, named_weights
+from gptx.backends.backward import Batch, Dropout, LossFunction, loss_function
+from gptx.backends.graph import named_weights
 from gptx.model import Transformer, forward
 from gptx.weights import to_backend
 from tests.support.backends import make_backend

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptx.backends import Positions
-from gptx.backends.graph import Graph, Node, UnsupportedOp, trace
+from gptx.backends.graph import Graph, Node, UnsupportedOp, Weight, trace, trace_names
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer, forward
 from tests.support.models import EXACT, exact_transformer
@@ -138,6 +138,39 @@ def test_an_unsupported_pass_raises(own: Any) -> None:
 
     with pytest.raises(UnsupportedOp):
         trace(own_forward, exact_transformer("tiny"), last_only=False)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_names_follow_the_weights(last_only: bool) -> None:
+    model = exact_transformer("untied")
+    graph = trace_names(forward, model, last_only=last_only, expanded=[1])
+    ops = {name: node.op for name, node in graph.names.items()}
+    assert {name: op for name, op in ops.items() if "." not in name} == {
+        "wte": "embed", "wpe": "embed", "ln_f": "layer_norm", "lm_head": "unembed",
+    }  # fmt: skip
+    block = {
+        "resid_pre": "add", "ln_1": "layer_norm", "attn.c_attn": "linear", "attn.q": "query",
+        "attn.k": "key", "attn.v": "value", "attn.keys": "keys", "attn.values": "values",
+        "attn.z": "attention", "attn.c_proj": "linear", "resid_mid": "add", "ln_2": "layer_norm",
+        "mlp.c_fc": "linear", "mlp.act": "gelu_new", "mlp.c_proj": "linear", "resid_post": "add",
+    }  # fmt: skip
+    expanded = block | {"attn.scores": "scores", "attn.pattern": "pattern", "attn.z": "z"}
+    for layer, expected in enumerate((block, expanded, block)):
+        prefix = f"h.{layer}."
+        found = {name.removeprefix(prefix): op for name, op in ops.items() if prefix in name}
+        assert found == expected
+    assert graph.names["h.1.resid_post"] is graph.names["h.2.resid_pre"]
+    nodes = list(dict.fromkeys(graph.names.values()))
+    assert nodes == [node for node in graph.nodes if node in nodes]  # in order of computation
+
+
+def test_weights_stand_in_the_place_of_arrays() -> None:
+    graph = trace_names(forward, exact_transformer("tiny"), last_only=False)
+    found = [x.name for node in graph.nodes for x in node.operands if isinstance(x, Weight)]
+    layers = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    names = [f"h.0.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    head = ["ln_f.weight", "ln_f.bias", "wte.weight"]
+    assert found == ["wte.weight", "wpe.weight", *names, *head]
 
 
 def test_a_trace_leaves_the_model_unchanged() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gptx.backends import Backend, gradients
-from gptx.backends.backward import Batch, Dropout, loss_function, named_weights
+from gptx.backends.backward import Batch, Dropout, loss_function
+from gptx.backends.graph import named_weights
 from gptx.config import GPT2Config
 from gptx.model import Transformer, forward
 from gptx.training.trainer import Trainer

@@ -10,9 +10,10 @@ import pytest
 
 from gptx import weights as stored
 from gptx.backends import Backend, get_backend
-from gptx.backends.backward import Batch, Dropout, loss_function, named_weights
+from gptx.backends.backward import Batch, Dropout, loss_function
 from gptx.backends.cpu import memory as memory_module
 from gptx.backends.cpu.memory import Recycler
+from gptx.backends.graph import named_weights
 from gptx.model import Transformer, forward
 from tests.support.models import EXACT, drawn_weights
 from tests.support.random_models import CASES, random_ids
