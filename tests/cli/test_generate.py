@@ -15,8 +15,8 @@ import pytest
 
 from gptx.cli.formatting import print_json
 from gptx.errors import ModelWarning
+from gptx.generation.params import random_seed
 from gptx.generation.results import Result
-from gptx.generation.sampling import random_seed
 from gptx.generation.text_model import Model
 from tests.support.cli import GENERATE, STATISTICS, run, start
 

@@ -14,9 +14,9 @@ from gptx.backends import Backend, get_backend
 from gptx.errors import NonFiniteError, PromptError
 from gptx.generation.batching import Batch
 from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.params import SamplingParams
 from gptx.generation.prompts import check_ids
 from gptx.generation.results import Token
-from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
@@ -63,16 +63,16 @@ def test_finish_reasons(counting: Transformer) -> None:
     run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=(10,))
     steps = list(run)
     assert [len(step) for step in steps] == [3, 3, 3, 2, 2]
-    assert steps[2][1] == Token(1, None, None, "stop")
+    assert steps[2][1] == Token(1, None, None, "stop", end_id=10)
     assert steps[4] == [Token(0, 8, None, "length"), Token(2, 6, None, "length")]
 
 
 def test_each_of_several_ids_ends_a_sequence(counting: Transformer) -> None:
     run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=[9, 6])
     steps = list(run)
-    assert steps[1][1] == Token(1, None, None, "stop")
-    assert steps[2][0] == Token(0, None, None, "stop")
-    assert steps[4] == [Token(2, None, None, "stop")]
+    assert steps[1][1] == Token(1, None, None, "stop", end_id=9)
+    assert steps[2][0] == Token(0, None, None, "stop", end_id=6)
+    assert steps[4] == [Token(2, None, None, "stop", end_id=6)]
 
 
 def test_a_finished_sequence_leaves_the_batch(counting: Transformer) -> None:

@@ -15,8 +15,8 @@ from gptx.backends import Backend
 from gptx.backends.cpu.backend import NumpyBackend
 from gptx.errors import NonFiniteError
 from gptx.generation.engine import TokenGenerator
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Token
-from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from tests.support.backends import make_backend
