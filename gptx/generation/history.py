@@ -45,14 +45,16 @@ class SequenceBias:
 
     def __init__(self, biases: Mapping[tuple[int, ...], float]) -> None:
         self._single = [(ids[0], bias) for ids, bias in biases.items() if len(ids) == 1]
-        self._longer = [
-            (list(ids[:-1]), (ids[-1], bias)) for ids, bias in biases.items() if len(ids) > 1
-        ]
+        # By the last token before the biased one: a request can have thousands of sequences.
+        self._longer: dict[int, list[tuple[list[int], Bias]]] = {}
+        for ids, bias in biases.items():
+            if len(ids) > 1:
+                longer = self._longer.setdefault(ids[-2], [])
+                longer.append((list(ids[:-1]), (ids[-1], bias)))
 
     def __call__(self, ids: list[int], n_new: int) -> Iterable[Bias]:
-        return self._single + [
-            bias for before, bias in self._longer if ids[-len(before) :] == before
-        ]
+        possible = self._longer.get(ids[-1], []) if ids else []
+        return self._single + [bias for before, bias in possible if ids[-len(before) :] == before]
 
 
 class NoRepeatNgram:
