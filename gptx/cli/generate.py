@@ -10,19 +10,8 @@ from typing import Any, cast, get_args
 import click
 from click.core import ParameterSource
 
-from gptx.backends import TABLE
 from gptx.cli.formatting import print_json
-from gptx.cli.options import (
-    Sections,
-    complete_model,
-    config_option,
-    group_size_option,
-    ignore_unknown_option,
-    json_option,
-    offline_option,
-    revision_option,
-    tokenizer_option,
-)
+from gptx.cli.options import Sections, json_option, load_options
 from gptx.cli.prompts import SOURCES, read_prompt
 from gptx.cli.streaming import (
     count_cached,
@@ -47,10 +36,8 @@ from gptx.generation.results import Result
 from gptx.generation.suggested import SUGGESTIBLE
 from gptx.generation.text_model import Model, Request, generate_request, stream_request
 from gptx.kv_cache import KVCache
-from gptx.quantization import BITS
 
 DEFAULT = SamplingParams()
-DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class _Bias(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no argument
@@ -127,58 +114,7 @@ def _as_dict(
     help="Read the KV cache of earlier text from FILE if it exists, and write it at the end. Text "
     "that the prompt shares with it is not computed again.",
 )
-@click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    shell_complete=complete_model,
-    default="gpt2",
-    show_default=True,
-    help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hub id, or a file or folder of "
-    "any format (see gptx convert --list).",
-)
-@revision_option
-@offline_option
-@config_option
-@tokenizer_option
-@ignore_unknown_option
-@click.option(
-    "-b",
-    "--backend",
-    metavar="NAME",
-    type=click.Choice(tuple(TABLE)),
-    default="numpy",
-    show_default=True,
-    help=f"Array library that runs the model: {', '.join(TABLE)} (see gptx backends).",
-)
-@click.option(
-    "--dtype",
-    metavar="NAME",
-    type=click.Choice(DTYPES),
-    help="Type to compute in: float32, float64 (numpy, cupy), float16 or bfloat16 (cupy, mlx).  "
-    "[default: float32]",
-)
-@click.option(
-    "--cache-dtype",
-    metavar="NAME",
-    type=click.Choice(DTYPES),
-    help="Type of the KV cache: float16 takes half of the memory of float32.  "
-    "[default: as --dtype]",
-)
-@click.option(
-    "-t",
-    "--threads",
-    type=int,
-    metavar="N",
-    help="CPU threads of the numpy backend.  [default: one for each core]",
-)
-@click.option(
-    "--quantize",
-    metavar="NAME",
-    type=click.Choice(tuple(BITS)),
-    help="Quantize the weights while loading: int8 or int4.",
-)
-@group_size_option
+@load_options
 @click.option(
     "--temperature",
     type=float,
@@ -430,7 +366,7 @@ def generate(
         raise click.UsageError(
             f"extra arguments ({' '.join(extra)}): put a prompt of several words in quotes"
         )
-    load_options = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+    loading = cast("LoadOptions", {x: options.pop(x) for x in _LOAD_OPTIONS if x in options})
     text = read_prompt(prompt, prompt_option, file)
     if text is None:
         _check_session(
@@ -449,7 +385,7 @@ def generate(
         from gptx.cli.terminal import run_session
 
         suggestible = {name for name in SUGGESTIBLE if not _is_given(name)}
-        run_session(model, cast("LoadOptions", load_options), options, suggestible, quiet=quiet)
+        run_session(model, loading, options, suggestible, quiet=quiet)
         return
     may_slide = options["overflow"] is None and not _is_given("max_tokens")
     options["overflow"] = options["overflow"] or "error"
@@ -472,7 +408,7 @@ def generate(
         model,
         request.options.max_tokens,
         check,
-        **cast("LoadOptions", load_options),
+        **loading,
     )
     if request.options.best_of > 1:
         _generate_several(loaded, request, as_json=as_json, quiet=quiet)

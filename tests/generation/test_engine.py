@@ -27,6 +27,9 @@ from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
 
 GREEDY = SamplingParams()
+HISTORY = SamplingParams(
+    temperature=1.0, seed=3, no_repeat_ngram_size=2, dry_multiplier=1.0, min_tokens=3
+)
 WARM = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=11)
 
 
@@ -281,8 +284,9 @@ def test_only_token_ids_are_copied_to_the_host(
 
 @pytest.mark.parametrize("name", ["numpy", "mlx", "cupy", "cupy-cpu"])
 @pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("params", [WARM, HISTORY], ids=["sampled", "history"])
 def test_a_decode_step_is_two_calls_to_the_backend(
-    name: str, logprobs: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, logprobs: bool, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -303,7 +307,7 @@ def test_a_decode_step_is_two_calls_to_the_backend(
 
     monkeypatch.setattr(gptx.generation.engine, "Batch", CountedBatch)
     model = make_model(CASES["tiny"], make_backend(name))
-    run = TokenGenerator(model.gpt2, [[1, 2], [3]], WARM, max_tokens=6, logprobs=logprobs)
+    run = TokenGenerator(model.gpt2, [[1, 2], [3]], params, max_tokens=6, logprobs=logprobs)
     list(run)
     assert sorted(calls) == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]
 
