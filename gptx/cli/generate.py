@@ -65,9 +65,11 @@ class _TextBias(click.ParamType):  # type: ignore[type-arg]
     ) -> tuple[str, float]:
         text, _, number = value.rpartition("=")
         try:
-            return text, float(number)
+            if text:
+                return text, float(number)
         except ValueError:
-            self.fail(f"{value!r} is not TEXT=X, such as ' my lord=-2.5'", param, ctx)
+            pass
+        self.fail(f"{value!r} is not TEXT=X, such as ' my lord=-2.5'", param, ctx)
 
 
 def _as_dict(

@@ -156,9 +156,7 @@ def _described(model: Model, found: Score) -> dict[str, Any]:
 
 def _has_colors() -> bool:
     """Return True if standard output is a terminal with colors, see https://no-color.org."""
-    return (
-        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    )
+    return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _is_terminal() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Batch:
         self.model = model
         self.backend = model.backend
         self.prompt_logprobs: list[KnownLogprobs] = []
-        self._options = {"logprobs": logprobs, "top_logprobs": top_logprobs}
+        self._options: dict[str, Any] = {"logprobs": logprobs, "top_logprobs": top_logprobs}
         vocab_size = model.config.vocab_size
         self.sampler = make_sampler(params, model.backend, prompts, streams, vocab_size, end_ids)
         self._history = self.sampler.history if params.uses_history else None

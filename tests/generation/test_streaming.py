@@ -98,7 +98,7 @@ def test_stop_strings(pieces: list[str], stop: list[str], shown: list[str]) -> N
 
 def test_a_complete_stop_string_wins_over_a_longer_one_that_started_before() -> None:
     # "b" is complete before "abc" is: the text before "b" is shown.
-    assert feed_all(["a", "b", "c"], ["abc", "b"]) == (["", "a", "", ""], True)
+    assert feed_all(["a", "b", "c"], ["abc", "b"]) == (["", "a", "", ""], "b")
 
 
 def test_no_text_is_shown_after_a_stop_string() -> None:
