@@ -59,13 +59,37 @@ class NextTokens(NamedTuple):
     host_ids
         The copy of `ids` to the host, as `Backend.copy_to_host_async` returns it.
     logprobs, host_logprobs
-        Log-probabilities [B, 1] of the tokens, and their copy to the host; None without logprobs.
+        Log-probabilities [B, 1 + N] of the tokens and of the N most probable ones, and their copy
+        to the host; None without logprobs.
+    top_ids, host_top_ids
+        Token ids [B, N] of the most probable ones, and their copy to the host; None if N is 0.
     """
 
     ids: Array
     host_ids: Any
     logprobs: Array | None = None
     host_logprobs: Any = None
+    top_ids: Array | None = None
+    host_top_ids: Any = None
+
+
+class HostTokens(NamedTuple):
+    """The next token of each of B sequences, on the host.
+
+    Attributes
+    ----------
+    ids
+        Token ids [B].
+    logprobs
+        Log-probability of each token, in nats; None if not requested.
+    top_logprobs
+        For each sequence: token id -> log-probability, of the N most probable tokens in descending
+        order; None if N is 0. The value of a chosen token is the same float in both.
+    """
+
+    ids: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 class Backend:
@@ -350,6 +374,7 @@ class Backend:
         sampler: Any,
         *,
         logprobs: bool = False,
+        top_logprobs: int = 0,
     ) -> NextTokens:
         """Run one decode step: add a token to each sequence, and sample the token after it.
 
@@ -365,40 +390,68 @@ class Backend:
             A sampler, see `sample`.
         logprobs
             Compute the log-probabilities of the new tokens, too.
+        top_logprobs
+            N: compute those of the N most probable tokens, too.
         """
         logits = model.forward(self.xp.reshape(ids, (-1, 1)), positions, cache)
-        return self.sample(logits[:, -1, :], sampler, logprobs=logprobs)
+        return self.sample(logits[:, -1, :], sampler, logprobs=logprobs, top_logprobs=top_logprobs)
 
-    def sample(self, logits: Array, sampler: Any, *, logprobs: bool = False) -> NextTokens:
+    def sample(
+        self, logits: Array, sampler: Any, *, logprobs: bool = False, top_logprobs: int = 0
+    ) -> NextTokens:
         """Sample a token from each row of logits [B, V], and start the copies to the host.
 
         `sampler(logits)` returns token ids [B] on the device and their asynchronous copy to the
         host.
         """
-        xp = self.xp
-        ids, host_ids = sampler(logits)
-        if not logprobs:
-            return NextTokens(ids, host_ids)
-        index = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None]
-        chosen = xp.take_along_axis(self.log_softmax(logits), index, axis=-1)
-        return NextTokens(ids, host_ids, chosen, self.copy_to_host_async(chosen))
+        tokens = NextTokens(*sampler(logits))
+        return self.with_logprobs(tokens, logits, top_logprobs) if logprobs else tokens
 
-    def read_tokens(self, tokens: NextTokens) -> tuple[list[int], list[float] | None]:
-        """Wait for the tokens of a step; return their ids [B] and log-probabilities [B] or None."""
+    def with_logprobs(self, tokens: NextTokens, logits: Array, top_logprobs: int = 0) -> NextTokens:
+        """Return tokens [B] with their log-probabilities after logits [B, V], and N more.
+
+        All values of a row are of one array: that of the token itself is the same float among the
+        most probable ones.
+        """
+        xp, ids = self.xp, tokens.ids
+        index, top_ids = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None], None
+        if top_logprobs:
+            top_ids = xp.astype(xp.argsort(-logits, axis=-1)[:, :top_logprobs], ids.dtype)
+            index = xp.concat([index, top_ids], axis=-1)
+        picked = xp.take_along_axis(self.log_softmax(logits), index, axis=-1)
+        host_top_ids = None if top_ids is None else self.copy_to_host_async(top_ids)
+        return tokens._replace(
+            logprobs=picked,
+            host_logprobs=self.copy_to_host_async(picked),
+            top_ids=top_ids,
+            host_top_ids=host_top_ids,
+        )
+
+    def read_tokens(self, tokens: NextTokens) -> HostTokens:
+        """Wait for the tokens of a step."""
         ids = self.to_numpy(tokens.host_ids).tolist()
         if tokens.logprobs is None:
-            return ids, None
-        return ids, self.to_numpy(tokens.host_logprobs)[:, 0].tolist()
+            return HostTokens(ids)
+        values = self.to_numpy(tokens.host_logprobs)
+        logprobs = values[:, 0].tolist()
+        if tokens.top_ids is None:
+            return HostTokens(ids, logprobs)
+        rows = zip(self.to_numpy(tokens.host_top_ids).tolist(), values.tolist(), strict=True)
+        return HostTokens(
+            ids, logprobs, [dict(zip(top, row[1:], strict=True)) for top, row in rows]
+        )
 
     def keep_tokens(self, tokens: NextTokens, rows: list[int]) -> NextTokens:
         """Return the tokens of the sequences `rows` only."""
         index = self.asarray(np.asarray(rows))
-        ids = self.xp.take(tokens.ids, index, axis=0)
-        host_ids = self.copy_to_host_async(ids)
-        if tokens.logprobs is None:
-            return NextTokens(ids, host_ids)
-        logprobs = self.xp.take(tokens.logprobs, index, axis=0)
-        return NextTokens(ids, host_ids, logprobs, self.copy_to_host_async(logprobs))
+
+        def keep(x: Array | None) -> tuple[Array | None, Any]:
+            if x is None:
+                return None, None
+            kept = self.xp.take(x, index, axis=0)
+            return kept, self.copy_to_host_async(kept)
+
+        return NextTokens(*keep(tokens.ids), *keep(tokens.logprobs), *keep(tokens.top_ids))
 
     # Runtime
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from gptx.config import GPT2Config
     from gptx.errors import GptxError, Interrupted
     from gptx.generation.api import generate, load, stream
+    from gptx.generation.params import SamplingParams
     from gptx.generation.results import Chunk, Result, Score
-    from gptx.generation.sampling import SamplingParams
     from gptx.generation.text_model import Model
     from gptx.kv_cache import KVCache
     from gptx.tokenization.protocol import Tokenizer
@@ -50,7 +50,7 @@ _MODULES = {
     "load": "gptx.generation.api",
     "stream": "gptx.generation.api",
     "train": "gptx.training.api",
-    "SamplingParams": "gptx.generation.sampling",
+    "SamplingParams": "gptx.generation.params",
     "Tokenizer": "gptx.tokenization.protocol",
 }
 

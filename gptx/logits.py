@@ -21,6 +21,15 @@ def all_logits(model: Transformer, ids: list[int]) -> Array:
     return model.forward(batch, cache.extend([len(ids)]), cache)[0, :, :]
 
 
+def prompt_logits(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Array:
+    """Add B prompts of any lengths to a cache; return logits [B, T, V] of the token after each id.
+
+    T is the length of the longest one; the rows after the end of a prompt repeat its last one.
+    """
+    positions = cache.extend([len(ids) for ids in prompts])
+    return model.forward(model.backend.asarray(pad(prompts)), positions, cache)
+
+
 def next_token_logits(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Array:
     """Add B prompts of any lengths to a cache; return logits [B, V] of the token after each."""
     positions = cache.extend([len(ids) for ids in prompts])

@@ -94,10 +94,12 @@ class CupyBackend(TrainingOps):
         sampler: Any,
         *,
         logprobs: bool = False,
+        top_logprobs: int = 0,
     ) -> NextTokens:
+        options: dict[str, Any] = {"logprobs": logprobs, "top_logprobs": top_logprobs}
         if not isinstance(model.forward, CompiledForward):
-            return super().decode(model, ids, positions, cache, sampler, logprobs=logprobs)
-        sample = functools.partial(self.sample, sampler=sampler, logprobs=logprobs)
+            return super().decode(model, ids, positions, cache, sampler, **options)
+        sample = functools.partial(self.sample, sampler=sampler, **options)
         return model.forward.decode(ids, positions, cache, sample)
 
     def pack_weight(self, host: np.ndarray) -> Array:
@@ -168,7 +170,8 @@ class CupyBackend(TrainingOps):
     def sampler(
         self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
     ) -> CupySampler | None:
-        if self.dtype == "float64":  # the kernel reads float32 logits
+        # The kernel reads float32 logits, and has no step `typical_p`.
+        if self.dtype == "float64" or params.typical_p < 1:
             return None
         return CupySampler(
             self.kernel_variant, self._pending_copies, params, prompts, streams, vocab_size

@@ -20,7 +20,7 @@ from gptx.backends import Backend, Positions, get_backend
 from gptx.config import GPT2Config
 from gptx.errors import DeviceOutOfMemory
 from gptx.generation.engine import TokenGenerator
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.params import SamplingParams
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits, pad
 from gptx.model import Transformer

@@ -16,7 +16,7 @@ from gptx.bench.tables import count
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError, argument
 from gptx.generation.api import load
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.params import SamplingParams
 from gptx.generation.text_model import Model
 from gptx.process import count_cores
 from gptx.quantization import BITS, GROUP_SIZE, Quantization

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": "Continue a prompt and print the text token by token.",
     "info": "Show the configuration, the tensors and the memory of a model.",
     "prepare": "Convert text files to token files for training.",
+    "score": "Show how probable a text is, token by token.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",

@@ -10,21 +10,16 @@ from typing import Any, cast, get_args
 import click
 from click.core import ParameterSource
 
-from gptx.backends import TABLE
 from gptx.cli.formatting import print_json
-from gptx.cli.options import (
-    Sections,
-    complete_model,
-    config_option,
-    group_size_option,
-    ignore_unknown_option,
-    json_option,
-    offline_option,
-    revision_option,
-    tokenizer_option,
-)
+from gptx.cli.options import Sections, json_option, load_options
 from gptx.cli.prompts import SOURCES, read_prompt
-from gptx.cli.streaming import count_cached, print_chunks, print_logprobs, print_statistics
+from gptx.cli.streaming import (
+    count_cached,
+    print_chunks,
+    print_logprobs,
+    print_prompt_logprobs,
+    print_statistics,
+)
 from gptx.errors import Interrupted
 from gptx.files import check_writable
 from gptx.generation.api import load_once
@@ -36,14 +31,13 @@ from gptx.generation.options import (
     Overflow,
     check_options,
 )
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Result
-from gptx.generation.sampling import SamplingParams
-from gptx.generation.text_model import Model, Request, stream_request
+from gptx.generation.suggested import SUGGESTIBLE
+from gptx.generation.text_model import Model, Request, generate_request, stream_request
 from gptx.kv_cache import KVCache
-from gptx.quantization import BITS
 
 DEFAULT = SamplingParams()
-DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class _Bias(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no argument
@@ -61,12 +55,30 @@ class _Bias(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has 
             self.fail(f"{value!r} is not ID=X, such as 198=-inf or 50256=2.5", param, ctx)
 
 
+class _TextBias(click.ParamType):  # type: ignore[type-arg]
+    """TEXT=X: a text and a number."""
+
+    name = "text bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        text, _, number = value.rpartition("=")
+        try:
+            if text:
+                return text, float(number)
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is not TEXT=X, such as ' my lord=-2.5'", param, ctx)
+
+
 def _as_dict(
-    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[int, float], ...]
-) -> dict[int, float]:
+    ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[Any, float], ...]
+) -> dict[Any, float]:
     bias = dict(pairs)
     if len(bias) < len(pairs):
-        raise click.BadParameter("a token id is given twice: give it once", ctx, param)
+        what = "token id" if param.name == "logit_bias" else "text"
+        raise click.BadParameter(f"a {what} is given twice: give it once", ctx, param)
     return bias
 
 
@@ -104,58 +116,7 @@ def _as_dict(
     help="Read the KV cache of earlier text from FILE if it exists, and write it at the end. Text "
     "that the prompt shares with it is not computed again.",
 )
-@click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    shell_complete=complete_model,
-    default="gpt2",
-    show_default=True,
-    help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hub id, or a file or folder of "
-    "any format (see gptx convert --list).",
-)
-@revision_option
-@offline_option
-@config_option
-@tokenizer_option
-@ignore_unknown_option
-@click.option(
-    "-b",
-    "--backend",
-    metavar="NAME",
-    type=click.Choice(tuple(TABLE)),
-    default="numpy",
-    show_default=True,
-    help=f"Array library that runs the model: {', '.join(TABLE)} (see gptx backends).",
-)
-@click.option(
-    "--dtype",
-    metavar="NAME",
-    type=click.Choice(DTYPES),
-    help="Type to compute in: float32, float64 (numpy, cupy), float16 or bfloat16 (cupy, mlx).  "
-    "[default: float32]",
-)
-@click.option(
-    "--cache-dtype",
-    metavar="NAME",
-    type=click.Choice(DTYPES),
-    help="Type of the KV cache: float16 takes half of the memory of float32.  "
-    "[default: as --dtype]",
-)
-@click.option(
-    "-t",
-    "--threads",
-    type=int,
-    metavar="N",
-    help="CPU threads of the numpy backend.  [default: one for each core]",
-)
-@click.option(
-    "--quantize",
-    metavar="NAME",
-    type=click.Choice(tuple(BITS)),
-    help="Quantize the weights while loading: int8 or int4.",
-)
-@group_size_option
+@load_options
 @click.option(
     "--temperature",
     type=float,
@@ -187,6 +148,14 @@ def _as_dict(
     default=DEFAULT.min_p,
     show_default=True,
     help="Sample from tokens at least X times as probable as the best one; 0 is off.",
+)
+@click.option(
+    "--typical-p",
+    type=float,
+    metavar="X",
+    default=DEFAULT.typical_p,
+    show_default=True,
+    help="Sample from the most typical tokens whose probabilities sum to X; 1 is off.",
 )
 @click.option(
     "--repetition-penalty",
@@ -221,11 +190,94 @@ def _as_dict(
     help="Add X to the logit of the token ID (repeatable); -inf bans the token.",
 )
 @click.option(
+    "--sequence-bias",
+    type=_TextBias(),
+    metavar="TEXT=X",
+    multiple=True,
+    callback=_as_dict,
+    help="Add X to the logit of the last token of TEXT after its other tokens (repeatable).",
+)
+@click.option(
+    "--ban",
+    multiple=True,
+    metavar="TEXT",
+    help="Never complete the tokens of TEXT, with or without a space before it (repeatable).",
+)
+@click.option(
+    "--no-repeat-ngram-size",
+    type=int,
+    metavar="N",
+    default=DEFAULT.no_repeat_ngram_size,
+    show_default=True,
+    help="Let no N tokens in a row appear twice; 0 is off.",
+)
+@click.option(
+    "--dry-multiplier",
+    type=float,
+    metavar="X",
+    default=DEFAULT.dry_multiplier,
+    show_default=True,
+    help="Penalize tokens that continue a repetition by X, and more if it is longer (DRY); 0 is "
+    "off.",
+)
+@click.option(
+    "--dry-base",
+    type=float,
+    metavar="X",
+    default=DEFAULT.dry_base,
+    show_default=True,
+    help="Multiply the penalty of DRY by X for each more token of the repetition.",
+)
+@click.option(
+    "--dry-allowed-length",
+    type=int,
+    metavar="N",
+    default=DEFAULT.dry_allowed_length,
+    show_default=True,
+    help="Let DRY penalize repetitions of N tokens and more.",
+)
+@click.option(
+    "--dry-range",
+    type=int,
+    metavar="N",
+    default=DEFAULT.dry_range,
+    show_default=True,
+    help="Let DRY search the newest N tokens; 0 is all.",
+)
+@click.option(
+    "--dry-sequence-breaker",
+    "dry_sequence_breakers",
+    multiple=True,
+    metavar="TEXT",
+    help="End a repetition of DRY at a token with TEXT (repeatable).  "
+    "[default: newline, colon, quote, asterisk]",
+)
+@click.option(
     "-s",
     "--seed",
     type=int,
     metavar="N",
     help="Seed of the sampling: the same seed gives the same text.  [default: random]",
+)
+@click.option(
+    "--n",
+    type=int,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Number of continuations; the prompt is read once.",
+)
+@click.option(
+    "--best-of",
+    type=int,
+    metavar="N",
+    help="Generate N continuations, and print those with the largest mean log-probability.  "
+    "[default: --n]",
+)
+@click.option(
+    "--generation-config",
+    is_flag=True,
+    help="Take the options that are not given from the model's generation_config.json.",
 )
 @click.option(
     "-n",
@@ -237,12 +289,28 @@ def _as_dict(
     help="Maximum number of tokens to generate.",
 )
 @click.option(
+    "--min-tokens",
+    type=int,
+    metavar="N",
+    default=DEFAULT.min_tokens,
+    show_default=True,
+    help="Number of tokens before which no end token is generated.",
+)
+@click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
     help="End the output before TEXT (repeatable); $'\\n' is a newline.",
 )
-@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=int,
+    multiple=True,
+    metavar="ID",
+    help="End the output at the token ID, too (repeatable).",
+)
+@click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text tokens.")
 @click.option(
     "--overflow",
     type=click.Choice(get_args(Overflow)),
@@ -256,6 +324,17 @@ def _as_dict(
     "--logprobs",
     is_flag=True,
     help="Also print the log-probability of each token: on standard error, or in the JSON.",
+)
+@click.option(
+    "--prompt-logprobs",
+    is_flag=True,
+    help="Also print those of the prompt's tokens.",
+)
+@click.option(
+    "--top-logprobs",
+    type=int,
+    metavar="N",
+    help="Also print the N most probable tokens in the place of each token.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print no statistics.")
 def generate(
@@ -289,21 +368,38 @@ def generate(
         raise click.UsageError(
             f"extra arguments ({' '.join(extra)}): put a prompt of several words in quotes"
         )
-    load_options = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+    loading = cast("LoadOptions", {x: options.pop(x) for x in _LOAD_OPTIONS if x in options})
     text = read_prompt(prompt, prompt_option, file)
     if text is None:
-        _check_session(as_json=as_json, logprobs=options["logprobs"], prompt_cache=prompt_cache)
+        _check_session(
+            as_json=as_json,
+            logprobs=options["logprobs"],
+            prompt_logprobs=options["prompt_logprobs"],
+            top_logprobs=options["top_logprobs"],
+            prompt_cache=prompt_cache,
+            n=options["n"] != 1,
+            best_of=options["best_of"],
+        )
+    _set_logprobs(options)
+    if not options["dry_sequence_breakers"]:
+        options["dry_sequence_breakers"] = None
+    if text is None:
         from gptx.cli.terminal import run_session
 
-        run_session(model, cast("LoadOptions", load_options), options, quiet=quiet)
+        suggestible = {name for name in SUGGESTIBLE if not _is_given(name)}
+        run_session(model, loading, options, suggestible, quiet=quiet)
         return
-    source = click.get_current_context().get_parameter_source
-    may_slide = options["overflow"] is None and source("max_tokens") is ParameterSource.DEFAULT
+    may_slide = options["overflow"] is None and not _is_given("max_tokens")
     options["overflow"] = options["overflow"] or "error"
+    if options["generation_config"]:
+        options = {k: x for k, x in options.items() if k not in SUGGESTIBLE or _is_given(k)}
     request = Request([text], check_options(cast("Options", options)))
+    if prompt_cache is not None and request.options.best_of > 1:
+        raise click.UsageError("--prompt-cache is for one continuation: omit --n and --best-of")
 
     def check(info: ModelInfo) -> None:
         nonlocal request
+        request.take_suggested(info)
         if may_slide:
             request = _slide_if_needed(request, info)
         request.check(info)
@@ -314,9 +410,27 @@ def generate(
         model,
         request.options.max_tokens,
         check,
-        **cast("LoadOptions", load_options),
+        **loading,
     )
-    _generate(loaded, request, prompt_cache, as_json=as_json, quiet=quiet)
+    if request.options.best_of > 1:
+        _generate_several(loaded, request, as_json=as_json, quiet=quiet)
+    else:
+        _generate(loaded, request, prompt_cache, as_json=as_json, quiet=quiet)
+
+
+def _set_logprobs(options: dict[str, Any]) -> None:
+    """Replace the flags for log-probabilities by the options of `Model.generate`."""
+    top = options.pop("top_logprobs")
+    if top is not None and not options["prompt_logprobs"]:
+        options["logprobs"] = True
+    for name in ("logprobs", "prompt_logprobs"):
+        if options[name] and top is not None:
+            options[name] = top
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not ParameterSource.DEFAULT
 
 
 _LOAD_OPTIONS = LoadOptions.__annotations__
@@ -375,6 +489,26 @@ def _generate(
         raise interrupt
 
 
+def _generate_several(model: Model, request: Request, *, as_json: bool, quiet: bool) -> None:
+    """Print several continuations one after the other; in JSON, each is one line."""
+    interrupt = None
+    try:
+        results = generate_request(model, request, single=False)
+    except Interrupted as error:
+        interrupt, results = error, error.results
+    assert isinstance(results, list)
+    for i, result in enumerate(results):
+        if i and quiet and not as_json:
+            click.echo()  # otherwise the statistics separate the texts
+        if not as_json:
+            click.echo(str(result), nl=False)
+        _print_end(
+            model, result, 0, as_json=as_json, logprobs=request.options.logprobs, quiet=quiet
+        )
+    if interrupt is not None:
+        raise interrupt
+
+
 def _print_end(
     model: Model, result: Result, n_cached: int, *, as_json: bool, logprobs: bool, quiet: bool
 ) -> None:
@@ -389,6 +523,8 @@ def _print_end(
         print_json(about | asdict(result))
     elif not str(result).endswith("\n"):
         click.echo()
+    if result.prompt_logprobs is not None and not as_json:
+        print_prompt_logprobs(model, result)
     if logprobs and not as_json:
         print_logprobs(model, result)
     if not quiet:

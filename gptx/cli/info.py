@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -19,7 +20,9 @@ from gptx.cli.options import (
 )
 from gptx.config import GPT2Config
 from gptx.generation.found_model import find_model
+from gptx.generation.suggested import read_generation_config
 
+NO_SETTINGS = ("transformers_version", "_from_model_config")  # of generation_config.json
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -69,6 +72,7 @@ def info(
         "stored": stored and stored.types,
         "stored_bytes": stored and stored.n_bytes,
         "tokenizer": tokenizer,
+        "generation_config": read_generation_config(files),
         "notes": list(stored.notes) if stored else [],
         "tensors": {name: list(shape) for name, shape in settings.tensor_shapes().items()},
         "weights_bytes": {name: n * settings.n_parameters for name, n in ITEM_BYTES.items()},
@@ -98,6 +102,8 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
         f"head {'tied to the embedding' if config.tie_word_embeddings else 'not tied'}, "
         f"tokenizer: {', '.join(about['tokenizer']) or 'none'}",
     ]
+    if about["generation_config"] is not None:
+        lines.append(f"  generation_config.json: {_settings(about['generation_config'])}")
     if about["revision"]:
         lines.append(f"  revision {about['revision']}")
     if config.quantization:
@@ -117,6 +123,16 @@ def _text(config: GPT2Config, about: dict[str, Any]) -> str:
             f"{format_size(token * config.n_positions):>12}"
         )
     return "\n".join(lines)
+
+
+def _settings(generation_config: dict[str, Any]) -> str:
+    """Return the settings that transformers' generation would take, in one line."""
+    shown = [
+        f"{name} {json.dumps(value)}"
+        for name, value in generation_config.items()
+        if value is not None and name not in NO_SETTINGS
+    ]
+    return f"{', '.join(shown) or 'no settings'} (gptx generate --generation-config)"
 
 
 def _tensor_groups(config: GPT2Config) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -78,6 +78,76 @@ ignore_unknown_option = click.option(
 )
 
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def load_options(command: Command) -> Command:
+    """Add the options of the model and its backend, in the order of the help.
+
+    A function, so that only the commands with these options import the table of backends.
+    """
+    from gptx.backends import TABLE
+    from gptx.quantization import BITS
+
+    options = (
+        click.option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            shell_complete=complete_model,
+            default="gpt2",
+            show_default=True,
+            help="shakespeare, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hub id, or a file or "
+            "folder of any format (see gptx convert --list).",
+        ),
+        revision_option,
+        offline_option,
+        config_option,
+        tokenizer_option,
+        ignore_unknown_option,
+        click.option(
+            "-b",
+            "--backend",
+            metavar="NAME",
+            type=click.Choice(tuple(TABLE)),
+            default="numpy",
+            show_default=True,
+            help=f"Array library that runs the model: {', '.join(TABLE)} (see gptx backends).",
+        ),
+        click.option(
+            "--dtype",
+            metavar="NAME",
+            type=click.Choice(DTYPES),
+            help="Type to compute in: float32, float64 (numpy, cupy), float16 or bfloat16 (cupy, "
+            "mlx).  [default: float32]",
+        ),
+        click.option(
+            "--cache-dtype",
+            metavar="NAME",
+            type=click.Choice(DTYPES),
+            help="Type of the KV cache: float16 takes half of the memory of float32.  "
+            "[default: as --dtype]",
+        ),
+        click.option(
+            "-t",
+            "--threads",
+            type=int,
+            metavar="N",
+            help="CPU threads of the numpy backend.  [default: one for each core]",
+        ),
+        click.option(
+            "--quantize",
+            metavar="NAME",
+            type=click.Choice(tuple(BITS)),
+            help="Quantize the weights while loading: int8 or int4.",
+        ),
+        group_size_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def group_size_option(command: Command) -> Command:
     """Add `--group-size`; a function, so that only the commands with this option import NumPy."""
     from gptx.quantization import GROUP_SIZE

@@ -38,9 +38,16 @@ SETTINGS = (
     "top_k",
     "top_p",
     "min_p",
+    "typical_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "no_repeat_ngram_size",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_range",
+    "min_tokens",
     "seed",
     "stop",
     "ignore_eos",
@@ -208,7 +215,7 @@ class Commands:
         options = self.session.options
         if not arguments:
             for name in SETTINGS:
-                click.echo(f"{_spelled(name):<18} {_shown(options[name])}", err=True)
+                click.echo(f"{_spelled(name):<20} {_shown(options[name])}", err=True)
             return
         name, _, text = arguments.partition(" ")
         name, text = name.replace("-", "_"), text.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -73,7 +74,29 @@ def print_statistics(result: Result, n_cached: int) -> None:
 
 
 def print_logprobs(model: Model, result: Result) -> None:
-    """Print a line for each token: its log-probability, its id and its text."""
-    click.echo(f"{'logprob':>9} {'id':>6}  token", err=True)
-    for id, logprob in zip(result.tokens, result.logprobs or [], strict=True):
-        click.echo(f"{logprob:>9.4f} {id:>6}  {model.decode([id])!r}", err=True)
+    """Print a line for each token: its log-probability, its id, its text, and the most probable."""
+    rows = token_rows(model, result.tokens_with_end, result.logprobs or [], result.top_logprobs)
+    click.echo("\n".join(rows if result.prompt_logprobs is None else ["output:", *rows]), err=True)
+
+
+def print_prompt_logprobs(model: Model, result: Result) -> None:
+    """Print a line for each token of the prompt, as `print_logprobs` does."""
+    logprobs = result.prompt_logprobs or []
+    rows = token_rows(model, result.prompt_ids, logprobs, result.prompt_top_logprobs)
+    click.echo("\n".join(["prompt:", *rows]), err=True)
+
+
+def token_rows(
+    model: Model,
+    ids: Sequence[int],
+    logprobs: Sequence[float | None],
+    top: Sequence[dict[int, float] | None] | None,
+) -> list[str]:
+    """Return the lines of a table of tokens: log-probability, id, text, the most probable."""
+    rows = [f"{'logprob':>9} {'id':>6}  token"]
+    for i, (id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+        number = "-" if logprob is None else f"{logprob:.4f}"
+        others = (top and top[i]) or {}
+        shown = ", ".join(f"{model.decode([other])!r} {x:.4f}" for other, x in others.items())
+        rows.append(f"{number:>9} {id:>6}  {model.decode([id])!r}{shown and f'  ({shown})'}")
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,18 +15,31 @@ from gptx.cli.session import Commands, Session
 from gptx.files import atomic_path
 from gptx.generation.api import load_once
 from gptx.generation.options import LoadOptions, Options, check_options
+from gptx.generation.suggested import suggested_options
 
 PROMPT, MORE = "> ", ". "
 MAX_HISTORY_LINES = 1000
 
 
 def run_session(
-    model: str, load_options: LoadOptions, options: dict[str, Any], *, quiet: bool
+    model: str,
+    load_options: LoadOptions,
+    options: dict[str, Any],
+    suggestible: Set[str],
+    *,
+    quiet: bool,
 ) -> None:
-    """Load a model and read lines until Ctrl-D."""
+    """Load a model and read lines until Ctrl-D.
+
+    With the option `generation_config`, the options `suggestible` are those of the model's file.
+    """
     options["overflow"] = options["overflow"] or "slide"
     check_options(cast("Options", options))  # before the download of a large model
     loaded = load_once(model, None, lambda info: info.tokenizer, **load_options)
+    if options.pop("generation_config"):
+        suggested = suggested_options(loaded.files)
+        options |= {k: x for k, x in suggested.items() if k in suggestible - {"n"}}
+        check_options(cast("Options", options))
     commands = Commands(Session(loaded, options), quiet)
     if not quiet:
         click.echo(

@@ -16,6 +16,7 @@ from gptx.generation.found_model import find_model
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.names import check_names
 from gptx.generation.options import (
+    AllOneOptions,
     AllOptions,
     LoadOptions,
     Options,
@@ -28,6 +29,7 @@ from gptx.generation.text_model import (
     Chunks,
     Model,
     Request,
+    check_streamed,
     generate_request,
     stream_request,
 )
@@ -170,7 +172,7 @@ def generate(
     prompt: str | list[int],
     *,
     model: str | os.PathLike[str] | Model = "gpt2",
-    **options: Unpack[AllOptions],
+    **options: Unpack[AllOneOptions],
 ) -> Result: ...
 @overload
 def generate(
@@ -178,6 +180,14 @@ def generate(
     *,
     model: str | os.PathLike[str] | Model = "gpt2",
     **options: Unpack[AllOptions],
+) -> list[Result]: ...
+@overload
+def generate(
+    prompt: str | list[int],
+    *,
+    n: int,
+    model: str | os.PathLike[str] | Model = "gpt2",
+    **options: Unpack[AllOneOptions],
 ) -> list[Result]: ...
 def generate(
     prompt: Any,
@@ -202,14 +212,18 @@ def stream(
     **options: Unpack[AllOptions],
 ) -> Chunks:
     """Load a model and continue one prompt, see `Model.stream`; options as of `generate`."""
-    return stream_request(*_loaded(model, [single_prompt(prompt, "stream")], options))
+    prompts = [single_prompt(prompt, "stream")]
+    return stream_request(*_loaded(model, prompts, options, streamed=True))
 
 
-def _loaded(model: Any, prompts: list[Prompt], options: AllOptions) -> tuple[Model, Request]:
+def _loaded(
+    model: Any, prompts: list[Prompt], options: AllOptions, *, streamed: bool = False
+) -> tuple[Model, Request]:
     check_names(options, AllOptions.__annotations__)
     given = {k: v for k, v in options.items() if k in LoadOptions.__annotations__}
     rest = cast("Options", {k: v for k, v in options.items() if k not in given})
-    request = Request(prompts, check_options(rest))  # before the download of a large model
+    checked = check_options(rest)  # before the download of a large model
+    request = Request(prompts, check_streamed(checked) if streamed else checked)
     if isinstance(model, Model):
         if given:
             raise ParameterError(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from itertools import repeat
 
-from gptx.errors import PromptError, argument
+from gptx.backends.base import HostTokens
+from gptx.errors import ParameterError, PromptError, argument
 from gptx.generation.batching import Batch
+from gptx.generation.logprobs import KnownLogprobs
 from gptx.generation.options import MAX_TOKENS, Overflow
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Token
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.sampling import ALL_BANNED, NOT_FINITE
 from gptx.hooks import HookedTransformer
 from gptx.kv_cache import KVCache
 from gptx.logits import non_finite_error
@@ -33,10 +35,13 @@ class TokenGenerator:
         Token ids of each prompt, at least one each.
     params
         Sampling parameters; without a seed, the seed is 0.
+    copies
+        Number of sequences that continue each prompt, which is read once. Those of the first prompt
+        come first.
     streams
-        Stream of random numbers of each prompt; the default is `streams_of(prompts)`.
+        Stream of random numbers of each sequence; the default is `streams_of` their prompts.
     max_tokens
-        Limit of new tokens for each prompt; None generates to the end of the context, of which a
+        Limit of new tokens for each sequence; None generates to the end of the context, of which a
         truncated prompt leaves half.
     eos_ids
         Token ids that end a sequence.
@@ -45,8 +50,10 @@ class TokenGenerator:
         "truncate" drops the oldest tokens of the prompt, but keeps at least half a context of it,
         and stops at the end of the context. "slide" truncates in the same way, and whenever the
         context is full, it continues with the newer half, which is computed again.
-    logprobs
-        Compute `Token.logprob`.
+    logprobs, top_logprobs
+        Compute `Token.logprob`, and `Token.top_logprobs` of N tokens.
+    prompt_logprobs
+        N: compute the log-probabilities of the prompts, with those of the N most probable tokens.
     cache
         KV cache of an earlier prompt, one sequence. The tokens that a single prompt shares with it
         are not computed again. The cache does not change.
@@ -54,7 +61,10 @@ class TokenGenerator:
     Attributes
     ----------
     prompts
-        The prompts after truncation.
+        The prompt of each sequence, after truncation.
+    prompt_logprobs
+        Log-probabilities of each sequence's prompt without its first token, after the first step;
+        empty if not requested.
     prefill_seconds
         Seconds of the first step: until each prompt is read and has its first token.
 
@@ -64,6 +74,9 @@ class TokenGenerator:
         A prompt does not fit the context, and `overflow` is "error".
     NonFiniteError
         While iterating: the model computed a NaN or an infinity.
+    ParameterError
+        While iterating: the options ban every token, or the result of `logits_processor` is
+        invalid.
     """
 
     def __init__(
@@ -72,22 +85,29 @@ class TokenGenerator:
         prompts: list[list[int]],
         params: SamplingParams,
         *,
+        copies: int = 1,
         streams: list[int] | None = None,
         max_tokens: int | None = MAX_TOKENS,
         eos_ids: Collection[int] = (),
         overflow: Overflow = "error",
         logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: int | None = None,
         cache: KVCache | None = None,
     ) -> None:
         self.model = model
         self.params = params
         self.eos_ids = frozenset(eos_ids)
         self.logprobs = logprobs
+        self.top_logprobs = top_logprobs
+        self.prompt_logprobs: list[KnownLogprobs] = []
         n_positions = model.config.n_positions
-        self.prompts = [
+        self._once = [
             fit_prompt(ids, n_positions, max_tokens=max_tokens, overflow=overflow)
             for ids in prompts
         ]
+        self._copies, self._prompt_logprobs = copies, prompt_logprobs
+        self.prompts = [ids for ids in self._once for _ in range(copies)]
         self.streams = streams_of(self.prompts) if streams is None else streams
         self.prefill_seconds = 0.0
         fits = [n_positions - len(ids) + 1 for ids in self.prompts]
@@ -95,7 +115,7 @@ class TokenGenerator:
             n if max_tokens is None else max_tokens if overflow == "slide" else min(max_tokens, n)
             for n in fits
         ]
-        self._rows = list(range(len(prompts)))  # index of the prompt of each row of the batch
+        self._rows = list(range(len(self.prompts)))  # index of the sequence of each row
         self._finished: set[int] = set()
         self._cache = cache
         self._batch: Batch | None = None
@@ -125,28 +145,34 @@ class TokenGenerator:
         start = time.perf_counter()
         with backend.scope():
             self._batch = batch = Batch(
-                self.model, self.params, windows, self.streams, logprobs=self.logprobs
+                self.model,
+                self.params,
+                windows,
+                self.streams,
+                logprobs=self.logprobs,
+                top_logprobs=self.top_logprobs,
+                end_ids=self.eos_ids,
             )
-            tokens = batch.prefill(windows, self._capacity(windows), self._cache)
+            capacity = self._capacity(windows)
+            tokens = batch.prefill(
+                self._once, capacity, self._cache, self._copies, self._prompt_logprobs
+            )
+            self.prompt_logprobs = [x for x in batch.prompt_logprobs for _ in range(self._copies)]
         self._cache = None
         while True:
             with backend.scope():
                 # The device computes the next step while the host reads the tokens of this one.
                 ahead = batch.decode(tokens) if self._may_run_ahead(windows) else None
-                ids, logprobs = batch.read(tokens)
-            if min(ids) < 0:
-                raise non_finite_error(self.model)
+                read = batch.read(tokens)
+            self._check(read.ids)
             self._row, self._n_cached = windows[0], len(windows[0])
             if not self.prefill_seconds:
                 self.prefill_seconds = time.perf_counter() - start
-            yield [
-                self._token(row, id, logprob)
-                for row, id, logprob in zip(self._rows, ids, logprobs or repeat(None), strict=False)
-            ]
+            yield [self._token(row, read, i) for i, row in enumerate(self._rows)]
             kept = [i for i, row in enumerate(self._rows) if row not in self._finished]
             if not kept:
                 return
-            for window, id in zip(windows, ids, strict=True):
+            for window, id in zip(windows, read.ids, strict=True):
                 window.append(id)
             with backend.scope():
                 tokens = ahead or tokens
@@ -164,26 +190,44 @@ class TokenGenerator:
     def _may_run_ahead(self, windows: list[list[int]]) -> bool:
         """Return True if the device can start the next step before this one's tokens are read.
 
-        It can unless the counts of tokens show that this step ends a sequence. No step starts
-        before the first tokens are read: it would delay them. Hooks see no step that is dropped.
+        It can unless the counts of tokens show that this step ends a sequence, or a step of the
+        sampler depends on its tokens. No step starts before the first tokens are read: it would
+        delay them. Hooks see no step that is dropped.
         """
         return (
             self.model.backend.asynchronous
             and not isinstance(self.model, HookedTransformer)
+            and not (self._batch and self._batch.needs_tokens)
             and self.prefill_seconds > 0
             and min(self._left[row] for row in self._rows) > 1
             and max(map(len, windows)) < self.model.config.n_positions
         )
 
-    def _token(self, row: int, id: int, logprob: float | None) -> Token:
+    def _check(self, ids: list[int]) -> None:
+        """Raise the error of a step whose sampler has no token for a sequence."""
+        if NOT_FINITE in ids:
+            raise non_finite_error(self.model)
+        if ALL_BANNED in ids:
+            raise ParameterError(
+                "every token is banned after the tokens so far: expected at least one that "
+                f"{argument('logit_bias')}, {argument('sequence_bias')}, {argument('ban')}, "
+                f"{argument('no_repeat_ngram_size')}, {argument('min_tokens')} and "
+                f"{argument('logits_processor')} leave"
+            )
+
+    def _token(self, row: int, read: HostTokens, i: int) -> Token:
+        """Return token `i` of a step, of the sequence `row`."""
         self._left[row] -= 1
+        id = read.ids[i]
+        logprob = None if read.logprobs is None else read.logprobs[i]
+        top = None if read.top_logprobs is None else read.top_logprobs[i]
         if id in self.eos_ids:
             self._finished.add(row)
-            return Token(row, None, None, "stop")
+            return Token(row, None, logprob, "stop", top, id)
         if self._left[row] == 0:
             self._finished.add(row)
-            return Token(row, id, logprob, "length")
-        return Token(row, id, logprob, None)
+            return Token(row, id, logprob, "length", top)
+        return Token(row, id, logprob, None, top)
 
     def _slide(self, window: list[int]) -> list[int]:
         n_positions = self.model.config.n_positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from gptx.config import GPT2Config
@@ -45,6 +46,23 @@ class ModelInfo:
     def has_tokenizer(self) -> bool:
         """True if the model has a tokenizer."""
         return self._tokenizer is not None or bool(self.files.tokenizer)
+
+    def end_ids(self, *, ignore_eos: bool = False, stop_token_ids: Sequence[int] = ()) -> list[int]:
+        """Return the token ids that end a sequence, without duplicates."""
+        of_model = () if ignore_eos else self.config.eos_token_ids
+        return list(dict.fromkeys([*of_model, *stop_token_ids]))
+
+    @cached_property
+    def _token_texts(self) -> list[str]:
+        """Text of each token of the vocabulary."""
+        size = min(self.config.vocab_size, self.tokenizer.vocab_size)
+        return [self.tokenizer.decode([id]) for id in range(size)]
+
+    def tokens_with(self, text: str) -> list[int]:
+        """Return the ids of the tokens whose text contains `text`; none without a tokenizer."""
+        if not self.has_tokenizer:
+            return []
+        return [id for id, token in enumerate(self._token_texts) if text in token]
 
     @cached_property
     def tokenizer(self) -> StreamingTokenizer:

@@ -18,8 +18,17 @@ SYNONYMS = {
     "top_k": "topk top_tokens",
     "top_p": "topp nucleus",
     "min_p": "minp",
+    "typical_p": "typical",
     "repetition_penalty": "repeat_penalty rep_pen",
-    "logit_bias": "sequence_bias logits_bias bad_words bad_words_ids suppress_tokens",
+    "logit_bias": "logits_bias",
+    "ban": "bad_words bad_words_ids suppress_tokens banned_strings custom_token_bans",
+    "dry_range": "dry_penalty_last_n",
+    "dry_sequence_breakers": "dry_sequence_breaker",
+    "min_tokens": "min_new_tokens n_min",
+    "logits_processor": "logits_processors",
+    "n": "num_return_sequences num_samples n_completions",
+    "stop_token_ids": "eos_token_id eos_token_ids",
+    "prompt_logprobs": "return_prompt_logprobs",
     "seed": "random_seed rng_seed random_state generator rng manual_seed",
     "stop": "stops stop_sequences stop_strings stop_words stop_tokens stopping_criteria",
     "overflow": "truncation truncate",
@@ -44,36 +53,32 @@ OPTIONS = {other: name for name, others in SYNONYMS.items() for other in others.
 # The way in gptx -> names that no single option replaces.
 NAMES_BY_ADVICE = {
     "a temperature above 0 samples, 0 takes the most probable token": "do_sample greedy",
-    "give a list with several copies of the prompt; each copy gets another text": "n best_of "
-    "num_return_sequences num_samples",
     "leave it out, there is no beam search": "num_beams num_beam_groups beam_size beam_width "
     "use_beam_search diversity_penalty length_penalty early_stopping",
-    "leave it out, the filters of tokens are top_k, top_p and min_p": "typical_p typical tfs_z "
+    "leave it out, the filters of tokens are top_k, top_p, min_p and typical_p": "tfs_z "
     "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability xtc_threshold mirostat mirostat_tau "
     "mirostat_eta dynatemp_range",
     "leave it out, the penalties are repetition_penalty, presence_penalty and frequency_penalty, "
-    "of all tokens": "encoder_repetition_penalty no_repeat_ngram_size repeat_last_n "
-    "repetition_context_size penalty_alpha dry_multiplier",
-    "leave it out, logit_bias adds numbers to the logits of tokens": "logits_processor "
-    "logits_processors allowed_token_ids prefix_allowed_tokens_fn grammar json_schema "
-    "guided_decoding response_format",
-    "leave it out, there is no least number of tokens; ignore_eos=True continues to max_tokens": (
-        "min_length min_new_tokens min_tokens"
+    "of all tokens": "encoder_repetition_penalty repeat_last_n repetition_context_size "
+    "penalty_alpha",
+    "leave it out, logits_processor takes a function of the tokens and the logits": (
+        "allowed_token_ids prefix_allowed_tokens_fn grammar json_schema guided_decoding "
+        "response_format"
     ),
+    "min_tokens is the least number of new tokens, the prompt not included": "min_length",
     "max_tokens is the limit of new tokens, the prompt not included": "max_length",
     "call stream(prompt), and stop the loop when the time is over": "max_time timeout",
-    "leave it out, the config of the model has its ends of text; stop takes strings, "
-    "ignore_eos=True ends at no token": "eos_token_id stop_token_ids",
     "leave it out, prompts of different lengths need no padding": "pad_token_id pad_token padding "
     "attention_mask",
     "leave it out, a prompt gets no token that is not in it": "add_special_tokens add_bos "
     "bos_token_id",
     "call stream(prompt), which yields a chunk for each token": "stream streamer",
-    "print result.prompt and result.text": "echo return_full_text",
+    "print result.prompt and result.text; prompt_logprobs has the prompt's log-probabilities": (
+        "echo return_full_text"
+    ),
     "leave it out, a result has the text and the token ids": "return_dict_in_generate "
     "return_tensors skip_special_tokens detokenize",
-    "give its values as options, such as temperature=0.8": "generation_config sampling_params "
-    "sampler",
+    "give its values as options, such as temperature=0.8": "sampling_params sampler",
     "leave it out, the model itself computes each token": "assistant_model draft_model "
     "num_assistant_tokens num_draft_tokens prompt_lookup_num_tokens speculative_config",
     "give the token ids as the prompt": "input_ids prompt_token_ids",

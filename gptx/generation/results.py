@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from gptx.generation.logprobs import Top
 from gptx.generation.prompts import Prompt
 
 MAX_REPR_CHARACTERS = 80  # of a text in the `repr` of its result
@@ -21,18 +22,24 @@ class Token:
     sequence
         Index of the prompt, from 0.
     id
-        Token id; None if the end-of-text token ended the sequence.
+        Token id; None if an end token ended the sequence.
     logprob
-        Log-probability in nats that the model gives the token, before penalties and temperature;
-        None if not requested.
+        Log-probability in nats that the model gives the token, or the end token, before penalties
+        and temperature; None if not requested.
     finish_reason
         "stop" or "length" for the last token of a sequence, None for the others.
+    top_logprobs
+        Token id -> log-probability, of the most probable tokens; None if not requested.
+    end_id
+        Token id of the end token that ended the sequence; None for other tokens.
     """
 
     sequence: int
     id: int | None
     logprob: float | None
     finish_reason: FinishReason | None
+    top_logprobs: Top | None = None
+    end_id: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,12 +54,12 @@ class Result:
         Generated text, which continues the text of the prompt: it begins with a space if its first
         token begins a word. None for a model without a tokenizer.
     tokens
-        Generated token ids, without the end-of-text token.
+        Generated token ids, without the token that ended the sequence.
     logprobs
-        Log-probability of each token in nats, before penalties and temperature; None if not
-        requested.
+        Log-probability of each token in nats, before penalties and temperature, and then that of
+        the end token if one ended the sequence; None if not requested.
     finish_reason
-        "stop" (end of text or a stop string), "length" (max_tokens or the context) or
+        "stop" (an end token or a stop string), "length" (max_tokens or the context) or
         "interrupted".
     seed
         Seed of the sampling; the same seed gives the same tokens again.
@@ -68,6 +75,19 @@ class Result:
     peak_memory
         Bytes: largest resident size of the process so far, or largest size of the device's memory
         pool.
+    stopped_by
+        The end token's id, or the stop string; None for another finish reason.
+    top_logprobs
+        For each of `logprobs`: token id -> log-probability in nats, of the N most probable tokens
+        in descending order; None if not requested. The value of a chosen token is the same float as
+        in `logprobs`.
+    prompt_ids
+        Token ids of the prompt after truncation.
+    prompt_logprobs
+        Log-probability of each of `prompt_ids`, given those before it; None for the first one. None
+        if not requested.
+    prompt_top_logprobs
+        The same for the prompt as `top_logprobs`.
     """
 
     prompt: Prompt
@@ -81,6 +101,17 @@ class Result:
     generation_tps: float
     time_to_first_token: float
     peak_memory: int
+    stopped_by: int | str | None = None
+    top_logprobs: list[Top] | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[Top | None] | None = None
+
+    @property
+    def tokens_with_end(self) -> list[int]:
+        """`tokens`, and then the end token if one ended the sequence: one for each logprob."""
+        end = self.stopped_by
+        return [*self.tokens, end] if isinstance(end, int) else self.tokens
 
     def __str__(self) -> str:
         return self.text or ""
@@ -106,13 +137,15 @@ class Chunk:
     text
         New text; empty if the token completes no character, or if a stop string may begin here.
     token
-        Token id; None if the end-of-text token ended the sequence.
+        Token id; None if an end token ended the sequence: `result.stopped_by` has its id.
     logprob
-        Log-probability of the token in nats; None if not requested.
+        Log-probability of the token, or of the end token, in nats; None if not requested.
     sequence
-        Index of the prompt, from 0.
+        Index of the continuation, from 0: i · n + j is copy j of prompt i.
     finish_reason, result
         Finish reason and `Result` of the sequence in its last chunk; None in the others.
+    top_logprobs
+        Token id -> log-probability, of the most probable tokens; None if not requested.
     """
 
     text: str
@@ -121,6 +154,7 @@ class Chunk:
     sequence: int = 0
     finish_reason: FinishReason | None = None
     result: Result | None = None
+    top_logprobs: Top | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -131,18 +165,23 @@ class Chunk:
 
 @dataclass(frozen=True, repr=False)
 class Score:
-    """The log-probabilities of the tokens of a text.
+    """The log-probabilities of the tokens of a text, or of a choice after a context.
 
     Attributes
     ----------
     tokens
         Token ids of the text.
     logprobs
-        Log-probability in nats of each token, given the tokens before it; None for the first.
+        Log-probability in nats of each token, given the tokens before it; None for the first one of
+        a text. A choice has one for each token.
+    top_logprobs
+        For each of `logprobs`: token id -> log-probability, of the N most probable tokens in
+        descending order; None if not requested.
     """
 
     tokens: list[int]
     logprobs: list[float | None]
+    top_logprobs: list[Top | None] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -156,9 +195,14 @@ class Score:
         return sum(x is not None for x in self.logprobs)
 
     @property
+    def total(self) -> float:
+        """Sum of the log-probabilities, in nats."""
+        return math.fsum(x for x in self.logprobs if x is not None)
+
+    @property
     def loss(self) -> float:
         """Mean of -logprob, in nats per token."""
-        return -math.fsum(x for x in self.logprobs if x is not None) / self.n_scored
+        return -self.total / self.n_scored
 
     @property
     def perplexity(self) -> float:

@@ -1,8 +1,24 @@
 """Sampling: token ids from logits, on the device.
 
-The order of the steps, each off by default: `logit_bias`, repetition penalty, presence and
-frequency penalties, temperature, `top_k`, `top_p`, `min_p`, draw. With temperature 0, the largest
-logit after the first three steps selects the token.
+The order of the steps, each off by default:
+
+1. `logit_bias` and `sequence_bias`: numbers to add (transformers' SequenceBiasLogitsProcessor).
+2. `repetition_penalty` (Keskar et al., https://arxiv.org/abs/1909.05858).
+3. `presence_penalty` and `frequency_penalty` (OpenAI's API).
+4. `dry_multiplier`: DRY (github.com/oobabooga/text-generation-webui/pull/5677).
+5. `no_repeat_ngram_size`, `ban`, `min_tokens`: bans (transformers' NoRepeatNGramLogitsProcessor,
+   NoBadWordsLogitsProcessor and MinNewTokensLengthLogitsProcessor).
+6. `logits_processor`: a function of the caller.
+7. `temperature`.
+8. `top_k` (Fan et al., https://arxiv.org/abs/1805.04833).
+9. `top_p` (Holtzman et al., https://arxiv.org/abs/1904.09751).
+10. `min_p` (Nguyen et al., https://arxiv.org/abs/2407.01082).
+11. `typical_p` (Meister et al., https://arxiv.org/abs/2202.00666).
+12. The draw.
+
+It is that of transformers where both have a step; DRY has its place of llama.cpp. With temperature
+0, the largest logit after step 6 selects the token. `gptx.generation.history` has the steps that
+depend on the tokens so far.
 
 A draw inverts the cumulative distribution at one uniform number per sequence and step. The numbers
 come from a counter-based generator: Philox, keyed by seed and stream, counted by step. So a seed
@@ -12,134 +28,29 @@ gives the same tokens on every backend, in any batch, after any restart.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from gptx.backends import Backend
 from gptx.errors import ParameterError, argument
-from gptx.generation.checks import is_int, is_real, shown
+from gptx.generation.checks import shown
+from gptx.generation.filters import draw, keep_min_p, keep_top_k, keep_top_p, keep_typical_p
+from gptx.generation.history import (
+    Dry,
+    History,
+    HistoryStep,
+    MinTokens,
+    NoRepeatNgram,
+    SequenceBias,
+)
+from gptx.generation.params import SamplingParams
 
 Array = Any
-MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
 MIN_TEMPERATURE = 1e-30  # a smaller divisor can make a float32 logit overflow
-# Smallest and largest value of each parameter.
-RANGES = {
-    "temperature": (0, MAX_PARAMETER),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (1 / MAX_PARAMETER, MAX_PARAMETER),
-    "presence_penalty": (-MAX_PARAMETER, MAX_PARAMETER),
-    "frequency_penalty": (-MAX_PARAMETER, MAX_PARAMETER),
-}
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """Parameters of sampling. The defaults are greedy, with every other step off.
-
-    Attributes
-    ----------
-    temperature
-        Divisor of the logits, at least 0; 0 takes the token with the largest logit.
-    top_k
-        Number of most probable tokens to keep; those as probable as the last one are kept too. 0,
-        or a number above the vocabulary, keeps all.
-    top_p
-        Sum of probabilities, 0 to 1: the fewest most probable tokens that reach it are kept. 1
-        keeps all, 0 the most probable one.
-    min_p
-        Least probability of a token to keep, as a factor of the largest probability, 0 to 1; 0
-        keeps all.
-    repetition_penalty
-        Divisor of the positive logits, and factor of the negative ones, of tokens in the prompt or
-        the output; above 0, 1 is off (https://arxiv.org/abs/1909.05858).
-    presence_penalty, frequency_penalty
-        Numbers to subtract from the logits of tokens in the output: the first once, the second for
-        each occurrence; 0 is off.
-    logit_bias
-        Token id -> number to add to its logit; -inf bans the token.
-    seed
-        Whole number, 0 to 2^64 - 1; None takes a random one below 2^53.
-
-    Raises
-    ------
-    ParameterError
-        A parameter is outside its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not is_real(value) or not low <= value <= high:
-                raise ParameterError(
-                    f"{argument(name)} is {shown(value)}, "
-                    f"expected a number from {low:g} to {high:g}"
-                )
-            # A NumPy scalar turns float32 arrays into float64.
-            object.__setattr__(self, name, float(value))
-        if not is_int(self.top_k) or self.top_k < 0:
-            raise ParameterError(
-                f"{argument('top_k')} is {shown(self.top_k)}, "
-                "expected a whole number of at least 0 (0 keeps all)"
-            )
-        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**64):
-            raise ParameterError(
-                f"{argument('seed')} is {shown(self.seed)}, "
-                "expected a whole number from 0 to 2^64 - 1"
-            )
-        object.__setattr__(self, "top_k", int(self.top_k))
-        object.__setattr__(self, "seed", None if self.seed is None else int(self.seed))
-        # Callers may give None for no bias.
-        if not isinstance(self.logit_bias, Mapping | None):
-            raise ParameterError(
-                f"{argument('logit_bias')} is {shown(self.logit_bias)}, "
-                "expected a dict of token id: number"
-            )
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        for token, bias in self.logit_bias.items():
-            if not is_int(token) or not is_real(bias):
-                raise ParameterError(
-                    f"{argument('logit_bias')} has {shown(token)}: {shown(bias)}, "
-                    "expected id: number"
-                )
-            if not (abs(bias) <= MAX_PARAMETER or bias == -math.inf):
-                raise ParameterError(
-                    f"{argument('logit_bias')} of token {token} is {bias}, "
-                    f"expected -inf, or a number from {-MAX_PARAMETER:g} to {MAX_PARAMETER:g}"
-                )
-
-    def check_bias(self, vocab_size: int) -> None:
-        """Raise ParameterError unless `logit_bias` fits a vocabulary of V tokens."""
-        if bad := [token for token in self.logit_bias if not 0 <= token < vocab_size]:
-            raise ParameterError(
-                f"{argument('logit_bias')} has token {bad[0]}, expected 0 to {vocab_size - 1}"
-            )
-        if sum(bias == -math.inf for bias in self.logit_bias.values()) == vocab_size:
-            raise ParameterError(f"{argument('logit_bias')} bans every token: leave at least one")
-
-    @property
-    def greedy(self) -> bool:
-        """True if each step takes the token with the largest logit."""
-        return self.temperature == 0
-
-
-def random_seed() -> int:
-    """Return a seed of 53 random bits: readers of JSON that use floats hold it exactly."""
-    return int.from_bytes(os.urandom(8), "little") >> 11
+# Ids in the place of a token: the model computed a NaN or an infinity; every token is banned.
+NOT_FINITE, ALL_BANNED = -1, -2
 
 
 def uniform(seed: int, stream: int, step: int) -> float:
@@ -158,10 +69,17 @@ def make_sampler(
     prompts: list[list[int]],
     streams: list[int],
     vocab_size: int,
+    end_ids: Collection[int] = (),
 ) -> Any:
-    """Return the backend's own sampler, or a `Sampler` if it has none; same parameters."""
-    own = backend.sampler(params, prompts, streams, vocab_size)
-    return Sampler(params, backend, prompts, streams, vocab_size) if own is None else own
+    """Return the backend's own sampler, or a `Sampler`; same parameters.
+
+    The backends' own samplers have no step that depends on the tokens so far.
+    """
+    if not params.uses_history:
+        own = backend.sampler(params, prompts, streams, vocab_size)
+        if own is not None:
+            return own
+    return Sampler(params, backend, prompts, streams, vocab_size, end_ids)
 
 
 class Sampler:
@@ -171,12 +89,22 @@ class Sampler:
 
     Parameters
     ----------
+    params
+        Parameters, with token ids in the place of texts (`SamplingParams.with_ids`).
     prompts
-        Token ids of each sequence, for the repetition penalty.
+        Token ids of each sequence, for the steps that depend on them.
     streams
         Stream of random numbers of each sequence.
     vocab_size
         V.
+    end_ids
+        Token ids that end a sequence, for `min_tokens`.
+
+    Attributes
+    ----------
+    history
+        Tokens of the sequences if a step depends on them, else None. The caller adds the tokens of
+        each step (`History.add`) before the next one.
     """
 
     def __init__(
@@ -186,6 +114,7 @@ class Sampler:
         prompts: list[list[int]],
         streams: list[int],
         vocab_size: int,
+        end_ids: Collection[int] = (),
     ) -> None:
         self.params = params
         self.backend = backend
@@ -204,6 +133,10 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             zeros = np.zeros((len(prompts), vocab_size), np.float32)
             self._output = backend.asarray(zeros, "float32")
+        self.history = History(prompts) if params.uses_history else None
+        # The ids of a config can be beyond its vocabulary.
+        ends = [id for id in end_ids if id < vocab_size]
+        self._biases, self._bans = _history_steps(params, ends)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`."""
@@ -214,20 +147,23 @@ class Sampler:
             self._seen = self.backend.xp.take(self._seen, index, axis=0)
         if self._output is not None:
             self._output = self.backend.xp.take(self._output, index, axis=0)
+        if self.history is not None:
+            self.history.keep(rows)
 
     def __call__(self, logits: Array) -> tuple[Array, Any]:
-        """Sample a token id from each row of logits [B, V]; -1 where a logit is not finite.
+        """Sample a token id from each row of logits [B, V].
 
         Returns
         -------
         ids
-            Token ids [B] on the device; the next call may write over them.
+            Token ids [B] on the device; the next call may write over them. `NOT_FINITE` (-1) where
+            a logit is not finite, `ALL_BANNED` (-2) where all tokens are banned.
         host_ids
             Their copy to the host, see `Backend.copy_to_host_async`.
         """
         xp, params = self.backend.xp, self.params
         finite = xp.all(xp.isfinite(logits), axis=-1)
-        x = self._penalize(logits)
+        x = self.process(logits)
         if params.greedy:
             tokens = xp.argmax(x, axis=-1)
         else:
@@ -235,21 +171,36 @@ class Sampler:
                 uniform(params.seed or 0, stream, step)
                 for stream, step in zip(self.streams, self.steps, strict=True)
             ]
-            x = x / max(params.temperature, MIN_TEMPERATURE)
-            x = keep_top_k(self.backend, x, params.top_k)
-            x = keep_top_p(self.backend, x, params.top_p)
-            x = keep_min_p(self.backend, x, params.min_p)
-            tokens = draw(self.backend, x, self.backend.asarray(np.array(u), "float32"))
+            u_device = self.backend.asarray(np.array(u), "float32")
+            tokens = draw(self.backend, self.filter(x), u_device)
         tokens = xp.astype(tokens, self.backend.int_dtype)
         self.steps = [step + 1 for step in self.steps]
         self._count(tokens, logits.shape[-1])
-        ids = xp.where(finite, tokens, -xp.ones_like(tokens))
+        if self.history is not None:
+            largest = xp.max(xp.where(xp.isnan(x), math.inf, x), axis=-1)
+            tokens = xp.where(xp.isfinite(largest), tokens, ALL_BANNED)
+        ids = xp.where(finite, tokens, NOT_FINITE)
         return ids, self.backend.copy_to_host_async(ids)
+
+    def process(self, logits: Array) -> Array:
+        """Return logits [B, V] after the steps that a greedy choice has, too: 1 to 6."""
+        x = self._penalize(logits)
+        return x if self.history is None else self._process(x, self.history)
+
+    def filter(self, x: Array) -> Array:
+        """Return logits [B, V] after the steps from `temperature` to `typical_p`: 7 to 11."""
+        backend, params = self.backend, self.params
+        x = x / max(params.temperature, MIN_TEMPERATURE)
+        x = keep_top_k(backend, x, params.top_k)
+        x = keep_top_p(backend, x, params.top_p)
+        x = keep_min_p(backend, x, params.min_p)
+        return keep_typical_p(backend, x, params.typical_p)
 
     def _penalize(self, x: Array) -> Array:
         xp, params = self.backend.xp, self.params
         if self._bias is not None:
             x = x + self._bias
+        x = self._add(x, self._biases)
         if self._seen is not None:
             p = params.repetition_penalty
             x = xp.where(self._seen > 0, xp.where(x > 0, x / p, x * p), x)
@@ -257,6 +208,34 @@ class Sampler:
             present = xp.astype(self._output > 0, self._output.dtype)
             x = x - params.presence_penalty * present - params.frequency_penalty * self._output
         return x
+
+    def _add(self, x: Array, steps: list[HistoryStep]) -> Array:
+        """Add the biases of some steps to logits [B, V]."""
+        if self.history is None or not steps:
+            return x
+        bias = self.history.bias(steps, x.shape[-1])
+        return x if bias is None else x + self.backend.asarray(bias, "float32")
+
+    def _process(self, x: Array, history: History) -> Array:
+        """Ban tokens of logits [B, V], and call the caller's function for each row."""
+        x = self._add(x, self._bans)
+        processor = self.params.logits_processor
+        if processor is None:
+            return x
+        # A copy of each row: the function may write to it, and `x` may be the model's own.
+        rows = [processor(list(ids), x[i, :] + 0.0) for i, ids in enumerate(history.ids)]
+        return self.backend.xp.stack([self._checked(row, x) for row in rows])
+
+    def _checked(self, row: Any, x: Array) -> Array:
+        """Return the logits of a caller's function as a row of x [B, V]."""
+        if tuple(getattr(row, "shape", ())) != (x.shape[-1],):
+            raise ParameterError(
+                f"{argument('logits_processor')} returned {shown(row)}, "
+                f"expected an array of {x.shape[-1]} logits"
+            )
+        if isinstance(row, np.ndarray):
+            row = self.backend.asarray(row)
+        return row if row.dtype == x.dtype else self.backend.xp.astype(row, x.dtype)
 
     def _count(self, tokens: Array, vocab_size: int) -> None:
         """Add the new tokens to the state of the penalties."""
@@ -270,39 +249,28 @@ class Sampler:
             self._output = self._output + new
 
 
-def keep_top_k(backend: Backend, x: Array, k: int) -> Array:
-    """Return logits [B, V] with all but the `k` largest, and those equal to the last, at -inf."""
-    xp, V = backend.xp, x.shape[-1]
-    if k == 0 or k >= V:
-        return x
-    least = xp.sort(x, axis=-1)[:, V - k : V - k + 1]
-    return xp.where(x >= least, x, -math.inf)
-
-
-def keep_top_p(backend: Backend, x: Array, p: float) -> Array:
-    """Return logits [B, V] with all outside the smallest set of probability `p` at -inf."""
-    xp = backend.xp
-    if p >= 1:
-        return x
-    probs = backend.softmax(x)
-    ranked = -xp.sort(-probs, axis=-1)  # in descending order
-    before = xp.cumulative_sum(ranked, axis=-1) - ranked
-    largest = ranked[:, :1]
-    least = xp.min(xp.where(before < p, ranked, largest), axis=-1, keepdims=True)
-    return xp.where(probs >= least, x, -math.inf)
-
-
-def keep_min_p(backend: Backend, x: Array, p: float) -> Array:
-    """Return logits [B, V] with tokens less than `p` times as probable as the best one at -inf."""
-    xp = backend.xp
-    if p <= 0:
-        return x
-    return xp.where(x >= xp.max(x, axis=-1, keepdims=True) + math.log(p), x, -math.inf)
-
-
-def draw(backend: Backend, x: Array, u: Array) -> Array:
-    """Return a token id [B] for each row of logits [B, V]: its distribution, inverted at u [B]."""
-    xp = backend.xp
-    cdf = xp.cumulative_sum(backend.softmax(x), axis=-1)
-    passed = cdf <= u[:, None] * cdf[:, -1:]  # the last value of `cdf` may round to other than 1
-    return xp.sum(xp.astype(passed, backend.int_dtype), axis=-1)
+def _history_steps(
+    params: SamplingParams, end_ids: Collection[int]
+) -> tuple[list[HistoryStep], list[HistoryStep]]:
+    """Return the steps before the penalties of tokens, and those after them."""
+    before: list[HistoryStep] = []
+    if params.sequence_bias:
+        before.append(SequenceBias(params.sequence_bias))
+    after: list[HistoryStep] = []
+    if params.dry_multiplier:
+        after.append(
+            Dry(
+                params.dry_multiplier,
+                params.dry_base,
+                params.dry_allowed_length,
+                params.dry_range,
+                params.dry_sequence_breakers or (),
+            )
+        )
+    if params.no_repeat_ngram_size:
+        after.append(NoRepeatNgram(params.no_repeat_ngram_size))
+    if params.ban:
+        after.append(SequenceBias(dict.fromkeys(params.ban, -math.inf)))
+    if params.min_tokens:
+        after.append(MinTokens(params.min_tokens, end_ids))
+    return before, after

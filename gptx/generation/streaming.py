@@ -29,6 +29,8 @@ class Continuation:
         Stop strings.
     run
         The generator of the tokens.
+    row
+        Index of the sequence in the run.
     """
 
     def __init__(
@@ -39,15 +41,17 @@ class Continuation:
         tokenizer: StreamingTokenizer | None,
         stop: list[str],
         run: TokenGenerator,
+        row: int = 0,
     ) -> None:
         self._sequence = sequence
         self._prompt = prompt
-        self._prompt_tokens = len(prompt_ids)
+        self._prompt_ids = list(prompt_ids)
         self._decoder = tokenizer and tokenizer.decoder(prompt_ids)
         self._has_space = tokenizer is not None and _loses_space(prompt, prompt_ids, tokenizer)
         self._stop = StopFinder(stop)
         self._run = run
-        self._pieces: list[tuple[int | None, float | None, str]] = []  # token id, logprob, text
+        self._row = row
+        self._pieces: list[tuple[Token, str]] = []
         self._first_time = self._last_time = 0.0
         self._result: Result | None = None
 
@@ -62,12 +66,20 @@ class Continuation:
         if reason and self._decoder:
             rest = self._after_prompt(self._decoder.finish())
             text += self._stop.feed(rest) + self._stop.finish()
-        if self._stop.found:
+        if self._stop.found is not None:
             reason = "stop"
-        self._pieces.append((token.id, token.logprob, text))  # one call: Ctrl-C cannot split it
+        self._pieces.append((token, text))  # one call: Ctrl-C cannot split it
         if reason:
             self._result = self.result(reason)
-        return Chunk(text, token.id, token.logprob, self._sequence, reason, self._result)
+        return Chunk(
+            text,
+            token.id,
+            token.logprob,
+            self._sequence,
+            reason,
+            self._result,
+            token.top_logprobs,
+        )
 
     def _after_prompt(self, text: str) -> str:
         """Leave out the space before the first word if the prompt already has it."""
@@ -81,22 +93,35 @@ class Continuation:
         if self._result is not None:
             return self._result
         rest = self._stop.finish()  # empty unless the run was interrupted
-        tokens = [id for id, _, _ in self._pieces if id is not None]
-        logprobs = [logprob for _, logprob, _ in self._pieces if logprob is not None]
+        run, made = self._run, [token for token, _ in self._pieces]
+        tokens = [token.id for token in made if token.id is not None]
+        logprobs = [token.logprob for token in made if token.logprob is not None]
+        top = [token.top_logprobs for token in made if token.top_logprobs is not None]
         n, seconds = len(tokens), self._last_time - self._first_time
-        prefill_seconds = self._run.prefill_seconds
+        prefill_seconds = run.prefill_seconds
+        stopped_by = made[-1].end_id if made and self._stop.found is None else self._stop.found
+        of_prompt = run.prompt_logprobs[self._row] if run.prompt_logprobs else None
         return Result(
             prompt=self._prompt,
-            text="".join(text for _, _, text in self._pieces) + rest if self._decoder else None,
+            text="".join(text for _, text in self._pieces) + rest if self._decoder else None,
             tokens=tokens,
-            logprobs=logprobs if self._run.logprobs else None,
+            logprobs=logprobs if run.logprobs else None,
             finish_reason=reason,
-            seed=cast("int", self._run.params.seed),
-            prompt_tokens=self._prompt_tokens,
-            prompt_tps=self._prompt_tokens / prefill_seconds if prefill_seconds else 0.0,
+            seed=cast("int", run.params.seed),
+            prompt_tokens=len(self._prompt_ids),
+            prompt_tps=len(self._prompt_ids) / prefill_seconds if prefill_seconds else 0.0,
             generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
             time_to_first_token=prefill_seconds,
-            peak_memory=self._run.model.backend.peak_memory(),
+            peak_memory=run.model.backend.peak_memory(),
+            stopped_by=stopped_by,
+            top_logprobs=top if run.top_logprobs else None,
+            prompt_ids=self._prompt_ids,
+            prompt_logprobs=[None, *of_prompt.logprobs] if of_prompt else None,
+            prompt_top_logprobs=(
+                [None, *of_prompt.top_logprobs]
+                if of_prompt and of_prompt.top_logprobs is not None
+                else None
+            ),
         )
 
 
@@ -114,26 +139,26 @@ class StopFinder:
     Attributes
     ----------
     found
-        True if a stop string appeared.
+        The stop string that appeared; None before that.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
         """Add text; return the part that can no longer belong to a stop string.
 
         After a stop string, it is empty.
         """
-        if self.found:
+        if self.found is not None:
             return ""
         self._held += text
-        starts = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        starts = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if starts:
-            self.found = True
-            return self._held[: min(starts)]
+            first, self.found = min(starts)
+            return self._held[:first]
         n_held = 0
         for stop in self._stop:
             longest = min(len(stop) - 1, len(self._held))
@@ -147,4 +172,4 @@ class StopFinder:
     def finish(self) -> str:
         """Return the text held back, at the end of all text."""
         rest, self._held = self._held, ""
-        return "" if self.found else rest
+        return rest if self.found is None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -13,14 +14,17 @@ import numpy as np
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument
-from gptx.generation.checks import check_bool, is_int
+from gptx.generation.checks import check_bool, check_count, is_int, shown
 from gptx.generation.engine import TokenGenerator, fit_prompt, streams_of
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (
+    BATCH_SIZE,
     CheckedOptions,
+    OneOptions,
     Options,
     check_options,
 )
+from gptx.generation.params import SamplingParams, check_vocabulary
 from gptx.generation.prompts import (
     Prompt,
     check_ids,
@@ -30,8 +34,9 @@ from gptx.generation.prompts import (
     split_prompts,
 )
 from gptx.generation.results import Chunk, Result, Score
-from gptx.generation.scoring import score
+from gptx.generation.scoring import MAX_BATCH_LOGITS, score_choices, score_texts
 from gptx.generation.streaming import Continuation
+from gptx.generation.suggested import with_suggested
 from gptx.hooks import Hook, all_names, with_hooks
 from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
@@ -158,10 +163,14 @@ class Model:
         return self.tokenizer.decode(list_of_ids(ids))
 
     @overload
-    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Result: ...
+    def generate(self, prompt: str | list[int], **options: Unpack[OneOptions]) -> Result: ...
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]], **options: Unpack[Options]
+    ) -> list[Result]: ...
+    @overload
+    def generate(
+        self, prompt: str | list[int], *, n: int, **options: Unpack[OneOptions]
     ) -> list[Result]: ...
     def generate(
         self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]
@@ -178,13 +187,16 @@ class Model:
         Returns
         -------
         Result or list of Result
-            A result for a single prompt, a list for a list of prompts.
+            A result for a single prompt, a list for a list of prompts. With `n`, a list of n
+            results for each prompt, in order.
 
         Raises
         ------
         Interrupted
             Ctrl-C; its `results` hold the output so far.
         PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
+        NotFoundError, ConfigError
+            `generation_config` is True, and the model has no such file or an invalid one.
         """
         prompts, single = split_prompts(prompt)
         return generate_request(self, Request(prompts, check_options(options)), single=single)
@@ -192,11 +204,14 @@ class Model:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Chunks:
         """Continue one prompt; yield a `Chunk` for each token, the last with the `result`.
 
+        With `n`, the chunks of the copies alternate, and `Chunk.sequence` tells them apart.
+
         Raises the errors of `generate`: those of the arguments at the call, others while it is
-        iterated over. After the first chunk, `chunks.throw(KeyboardInterrupt())` raises an
-        `Interrupted` with the output so far.
+        iterated over. `best_of` above `n` is an error: the best ones are known at the end. After
+        the first chunk, `chunks.throw(KeyboardInterrupt())` raises an `Interrupted` with the output
+        so far.
         """
-        checked = check_options(options)
+        checked = check_streamed(check_options(options))
         return stream_request(self, Request([single_prompt(prompt, "stream")], checked))
 
     def prefill(self, prompt: Prompt, *, allow_special: bool = False) -> KVCache:
@@ -287,31 +302,132 @@ class Model:
             if self._gpt2 is not None:  # else it was closed
                 self._gpt2 = before
 
+    @overload
     def score(
-        self, text: Prompt, *, stride: int | None = None, allow_special: bool = False
-    ) -> Score:
-        """Return the log-probability of each token of a text, or of token ids.
+        self,
+        text: str | list[int],
+        *,
+        stride: int | None = None,
+        allow_special: bool = False,
+        top_logprobs: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> Score: ...
+    @overload
+    def score(
+        self,
+        text: list[str] | list[list[int]],
+        *,
+        stride: int | None = None,
+        allow_special: bool = False,
+        top_logprobs: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Score]: ...
+    def score(
+        self,
+        text: Prompt | Sequence[Prompt],
+        *,
+        stride: int | None = None,
+        allow_special: bool = False,
+        top_logprobs: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> Score | list[Score]:
+        """Return the log-probability of each token of a text, or of token ids; or of several.
 
         The model reads a text longer than the context in windows of one context. Each window starts
         `stride` tokens after the one before; the default is one context, so that windows do not
         overlap. Every token but the first is scored once: in the first window with all tokens
         before it, or with a full context of them.
+
+        Parameters
+        ----------
+        text
+            A text or a list of token ids; or a list of those, which are read in batches.
+        stride
+            Tokens from the start of a window to the start of the next one, 1 to the context.
+        allow_special
+            Read `<|endoftext|>` in a text as that token.
+        top_logprobs
+            N: return the N most probable tokens in the place of each token, too.
+        batch_size
+            Number of windows in a batch.
+
+        Raises
+        ------
+        PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
         """
         check_bool("allow_special", allow_special)
-        ids = _check_prompt(self.info, single_prompt(text, "score"), allow_special)
+        texts, single = split_prompts(text)
+        check_not_empty(texts)
+        ids = [_check_prompt(self.info, one, allow_special) for one in texts]
         n_positions = self.config.n_positions
         stride = n_positions if stride is None else stride
         if not is_int(stride) or not 1 <= stride <= n_positions:
             raise ParameterError(
                 f"{argument('stride')} is {stride!r}, expected 1 to {n_positions} (the context)"
             )
-        if len(ids) < 2:
+        if min(map(len, ids)) < 2:
             raise PromptError(
                 "the text has 1 token, expected at least 2: give a longer text, or start it with "
                 f"'<|endoftext|>' and {argument('allow_special', True)}"
             )
+        batch_size = check_count("batch_size", batch_size)
+        self._check_top_logprobs(top_logprobs)
         with self.backend.scope():
-            return score(self.gpt2, ids, stride)
+            scores = score_texts(self.gpt2, ids, stride, top_logprobs, batch_size)
+        return scores[0] if single else scores
+
+    def score_choices(
+        self,
+        context: Prompt,
+        choices: Sequence[Prompt],
+        *,
+        allow_special: bool = False,
+        top_logprobs: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Score]:
+        """Return the log-probabilities of each of several continuations of a context.
+
+        The context is computed once. Texts are encoded together with the context: all choices are
+        scored from the first token in which one of these texts differs from the context. So a token
+        that joins the end of the context and the start of a choice belongs to the choice.
+
+        Parameters
+        ----------
+        context, choices
+            Texts; or lists of token ids, which are scored as they are.
+        allow_special, top_logprobs, batch_size
+            As in `score`; a batch has `batch_size` choices.
+
+        Returns
+        -------
+        list of Score
+            For each choice. `max(scores, key=lambda score: score.total)` has the most probable one,
+            `min(scores, key=lambda score: score.loss)` the most probable one per token.
+
+        Raises
+        ------
+        PromptError, ParameterError, TokenizerError, NonFiniteError, DeviceOutOfMemory
+        """
+        check_bool("allow_special", allow_special)
+        context = single_prompt(context, "score_choices")
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            raise PromptError(f"choices are {shown(choices)}, expected a list of texts")
+        batch_size = check_count("batch_size", batch_size)
+        self._check_top_logprobs(top_logprobs)
+        shared, rest = _split_choices(self.info, context, list(choices), allow_special)
+        # The last token of a choice is no input.
+        longest = max(len(ids) for ids in rest)
+        if len(shared) + longest - 1 > self.config.n_positions:
+            raise PromptError(
+                f"context and choice have {len(shared) + longest} tokens, expected at most "
+                f"{self.config.n_positions + 1}: shorten them"
+            )
+        with self.backend.scope():
+            return score_choices(self.gpt2, shared, rest, top_logprobs, batch_size)
+
+    def _check_top_logprobs(self, n: int) -> None:
+        check_count("top_logprobs", n, least=0)
+        check_top("top_logprobs", n, self.config.vocab_size)
 
     def _check_context(self, ids: list[int]) -> None:
         if len(ids) > self.config.n_positions:
@@ -329,13 +445,16 @@ class Request:
     prompts
         Prompts as given.
     options
-        Options, checked by `check_options`.
+        Options, checked by `check_options`; after `check`, with those that the model suggests.
+    params
+        Sampling parameters; after `check`, with token ids in the place of texts.
     """
 
     def __init__(self, prompts: list[Prompt], options: CheckedOptions) -> None:
         check_not_empty(prompts)
         self.prompts = prompts
         self.options = options
+        self.params = options.params
         self._ids: list[list[int]] | None = None
 
     def check(self, info: ModelInfo) -> list[list[int]]:
@@ -346,20 +465,28 @@ class Request:
         PromptError
             A prompt is too long, or has an id outside of the vocabulary.
         ParameterError
-            The logit bias has such an id.
+            An option has such an id.
         TokenizerError
-            A prompt or a stop string is text, and the model has no tokenizer.
+            A prompt, a stop string or another option is text, and the model has no tokenizer.
+        NotFoundError, ConfigError
+            `generation_config` is True, and the model has no such file or an invalid one.
         """
         if self._ids is None:
             self._ids = self._encode(info)
         return self._ids
 
     def _encode(self, info: ModelInfo) -> list[list[int]]:
+        self.take_suggested(info)
         options = self.options
         if options.stop:
             _ = info.tokenizer  # raises the error of a model without one
         ids = [_check_prompt(info, prompt, options.allow_special) for prompt in self.prompts]
-        options.params.check_bias(info.config.vocab_size)
+        self.params = _with_ids(options.params, info)
+        vocab_size = info.config.vocab_size
+        self.params.check_bias(vocab_size)
+        check_vocabulary("stop_token_ids", options.stop_token_ids, vocab_size)
+        check_top("logprobs", options.top_logprobs, vocab_size)
+        check_top("prompt_logprobs", options.prompt_logprobs or 0, vocab_size)
         for prompt in ids:
             fit_prompt(
                 prompt,
@@ -369,26 +496,75 @@ class Request:
             )
         return ids
 
+    def take_suggested(self, info: ModelInfo) -> None:
+        """Add the options that the model suggests, if the request has `generation_config`.
+
+        Raises
+        ------
+        NotFoundError, ConfigError
+            The model has no generation_config.json or an invalid one.
+        ParameterError
+            An option contradicts one of the file.
+        """
+        if self.options.generation_config:
+            given = with_suggested(self.options.given, info.files)
+            self.options = check_options({**given, "generation_config": False})
+
     def with_cache(self, cache: KVCache) -> Request:
         """Return the same request with a KV cache of an earlier prompt."""
         request = Request(self.prompts, replace(self.options, cache=cache))
-        request._ids = self._ids
+        request._ids, request.params = self._ids, self.params
         return request
+
+
+def check_streamed(options: CheckedOptions) -> CheckedOptions:
+    """Return the options of `stream`; raise ParameterError if some continuations are dropped."""
+    if options.selects:
+        raise ParameterError(
+            f"{argument('best_of')} is {options.best_of}, above {argument('n')}: the best ones are "
+            "known at the end, call generate in place of stream"
+        )
+    return options
 
 
 def generate_request(model: Model, request: Request, *, single: bool) -> Result | list[Result]:
     """Continue the prompts of a request; see `Model.generate`."""
+    request.check(model.info)
     results: dict[int, Result] = {}
     chunks = stream_request(model, request)
+    options = request.options
     try:
         for chunk in chunks:
             if chunk.result is not None:
                 results[chunk.sequence] = chunk.result
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as interrupt:  # raised here, between two chunks
-        chunks.throw(interrupt)
-    return results[0] if single else [results[i] for i in range(len(request.prompts))]
+    except Interrupted as interrupt:
+        raise Interrupted(_best(interrupt.results, options)) from None
+    except KeyboardInterrupt as error:  # raised here, between two chunks
+        try:
+            chunks.throw(error)
+        except Interrupted as interrupt:
+            raise Interrupted(_best(interrupt.results, options)) from None
+    best = _best([results[i] for i in range(len(results))], options)
+    return best[0] if single and options.n is None else best
+
+
+def _best(results: list[Result], options: CheckedOptions) -> list[Result]:
+    """Return the n best of the results of each prompt, by mean log-probability, best first."""
+    if not options.selects:
+        return results
+    best = []
+    for first in range(0, len(results), options.best_of):
+        made = results[first : first + options.best_of]
+        best += sorted(made, key=_mean_logprob, reverse=True)[: options.n or 1]
+    if options.logprobs:
+        return best
+    return [replace(result, logprobs=None) for result in best]
+
+
+def _mean_logprob(result: Result) -> float:
+    """Return the mean log-probability of the tokens, the end token included; -inf of none."""
+    logprobs = result.logprobs or [-math.inf]
+    return math.fsum(logprobs) / len(logprobs)
 
 
 def stream_request(
@@ -399,31 +575,42 @@ def stream_request(
     At the end, also after an interrupt, `keep_cache` gets a KV cache of a single prompt and its
     output, unless the model has read none of them.
     """
+    ids = request.check(model.info)
     prompts, options = request.prompts, request.options
     if options.cache is not None:
         _check_cache(model, options.cache, prompts)
-    ids = request.check(model.info)
     tokenizer = model.tokenizer if model.info.has_tokenizer else None
+    copies = options.best_of
     runs: list[TokenGenerator] = []
     outputs: list[Continuation] = []
-    streams = streams_of(ids)
-    for first in range(0, len(ids), options.batch_size):
-        batch = slice(first, first + options.batch_size)
+    streams = streams_of([one for one in ids for _ in range(copies)])
+    step = max(1, options.batch_size // copies)  # prompts of a batch
+    if options.prompt_logprobs is not None:  # which need the logits of all tokens
+        n_logits = model.config.vocab_size * min(max(map(len, ids)), model.config.n_positions)
+        step = max(1, min(step, MAX_BATCH_LOGITS // n_logits))
+    for first in range(0, len(ids), step):
+        batch = slice(first, first + step)
         run = TokenGenerator(
             model.gpt2,
             ids[batch],
-            options.params,
-            streams=streams[batch],
+            request.params,
+            copies=copies,
+            streams=streams[first * copies : (first + step) * copies],
             max_tokens=options.max_tokens,
-            eos_ids=() if options.ignore_eos else model.config.eos_token_ids,
+            eos_ids=model.info.end_ids(
+                ignore_eos=options.ignore_eos, stop_token_ids=options.stop_token_ids
+            ),
             overflow=options.overflow,
-            logprobs=options.logprobs,
+            logprobs=options.logprobs or options.selects,
+            top_logprobs=options.top_logprobs,
+            prompt_logprobs=options.prompt_logprobs,
             cache=options.cache,
         )
         runs.append(run)
+        given = [prompt for prompt in prompts[batch] for _ in range(copies)]
         outputs += [
-            Continuation(first + i, prompt, used, tokenizer, options.stop, run)
-            for i, (prompt, used) in enumerate(zip(prompts[batch], run.prompts, strict=True))
+            Continuation(first * copies + row, prompt, used, tokenizer, options.stop, run, row)
+            for row, (prompt, used) in enumerate(zip(given, run.prompts, strict=True))
         ]
     chunks = _chunks(runs, outputs)
     return chunks if keep_cache is None else _keeping_cache(model, chunks, runs[0], keep_cache)
@@ -458,6 +645,59 @@ def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
             first += len(run.prompts)
     except KeyboardInterrupt:
         raise Interrupted([output.result("interrupted") for output in outputs]) from None
+
+
+def _with_ids(params: SamplingParams, info: ModelInfo) -> SamplingParams:
+    """Encode the texts of sampling parameters; see `SamplingParams.with_ids`."""
+    default_breakers = params.dry_multiplier and params.dry_sequence_breakers is None
+    if not params.has_texts and not default_breakers:
+        return params
+    if params.has_texts:
+        _ = info.tokenizer  # raises the error of a model without one
+
+    def encode(text: str) -> list[int]:
+        return check_ids(info.tokenizer.encode(text), info.config.vocab_size)
+
+    return params.with_ids(encode, info.tokens_with)
+
+
+def check_top(name: str, n: int, vocab_size: int) -> None:
+    """Raise ParameterError for more most probable tokens than a vocabulary of V has."""
+    if n > vocab_size:
+        raise ParameterError(
+            f"{argument(name)} is {n}, expected at most {vocab_size} (the vocabulary)"
+        )
+
+
+def _split_choices(
+    info: ModelInfo, context: Prompt, choices: list[Prompt], allow_special: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens that a context shares with all texts of it and a choice, and the rest."""
+    for one in choices:
+        if isinstance(one, str) != isinstance(context, str):
+            raise PromptError(
+                "the context is a text and a choice is a list of token ids, or the reverse: give "
+                "texts only, or token ids only"
+            )
+    check_not_empty(choices)
+    ids = _check_prompt(info, context, allow_special)
+    rest = [
+        _check_prompt(info, context + one, allow_special)
+        if isinstance(context, str) and isinstance(one, str)
+        else ids + _check_prompt(info, one, allow_special)
+        for one in choices
+    ]
+    n = min(map(len, rest)) - 1
+    n = next(
+        (i for i in range(min(n, len(ids))) if any(one[i] != ids[i] for one in rest)),
+        min(n, len(ids)),
+    )
+    if n == 0:
+        raise PromptError(
+            "the context and a choice share no token: give a longer context, or start it with "
+            f"'<|endoftext|>' and {argument('allow_special', True)}"
+        )
+    return ids[:n], [one[n:] for one in rest]
 
 
 def _check_prompt(info: ModelInfo, prompt: Prompt, allow_special: bool) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.generation.engine import TokenGenerator
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.params import SamplingParams
 from gptx.kv_cache import KVCache
 from gptx.model import Transformer
 from gptx.quantization import Quantization

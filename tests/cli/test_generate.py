@@ -15,8 +15,8 @@ import pytest
 
 from gptx.cli.formatting import print_json
 from gptx.errors import ModelWarning
+from gptx.generation.params import random_seed
 from gptx.generation.results import Result
-from gptx.generation.sampling import random_seed
 from gptx.generation.text_model import Model
 from tests.support.cli import GENERATE, STATISTICS, run, start
 
@@ -159,6 +159,28 @@ def test_top_k_above_the_vocabulary_keeps_every_token() -> None:
         (("--temperature", "1", "-s", "2", "--min-p", "0.2"), {"temperature": 1, "min_p": 0.2}),
         (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
         (("--presence-penalty", "2"), {"presence_penalty": 2}),
+        (
+            ("--temperature", "1", "-s", "2", "--typical-p", "0.4"),
+            {"temperature": 1, "typical_p": 0.4},
+        ),
+        (("--no-repeat-ngram-size", "1"), {"no_repeat_ngram_size": 1}),
+        (
+            ("--dry-multiplier", "3", "--dry-allowed-length", "1", "--dry-base", "2"),
+            {"dry_multiplier": 3, "dry_allowed_length": 1, "dry_base": 2},
+        ),
+        (
+            ("--dry-multiplier", "9", "--dry-sequence-breaker", "e", "--dry-range", "5"),
+            {"dry_multiplier": 9, "dry_sequence_breakers": ["e"], "dry_range": 5},
+        ),
+        (("--ban", "my", "--ban", "\n"), {"ban": ["my", "\n"]}),
+        (
+            ("--sequence-bias", " my lord=5", "--sequence-bias", "==-inf"),
+            {"sequence_bias": {" my lord": 5, "=": -math.inf}},
+        ),
+        (
+            ("--stop-token-id", "199", "--min-tokens", "3"),
+            {"stop_token_ids": [199], "min_tokens": 3},
+        ),
         (("--frequency-penalty", "1.5"), {"frequency_penalty": 1.5}),
         (
             ("--logit-bias", "199=-inf", "--logit-bias", "41=-2.5"),
@@ -237,6 +259,13 @@ def test_options_are_checked_before_the_model_is_loaded(options: tuple[str, ...]
     assert run("generate", "-m", "./nowhere", "O", *options).code == 2
 
 
+@pytest.mark.parametrize("value", ["5", "x=", "x=y"])
+def test_a_text_bias_that_is_no_pair(value: str) -> None:
+    done = run(*GENERATE, "--sequence-bias", value, "O")
+    assert (done.code, done.out) == (2, "")
+    assert f"{value!r} is not TEXT=X, such as" in done.err
+
+
 @pytest.mark.parametrize("value", ["5", "x=1", "5=", "=1", "5=x", "1.5=2"])
 def test_a_bias_that_is_no_pair(value: str) -> None:
     done = run(*GENERATE, "--logit-bias", value, "O")
@@ -274,6 +303,92 @@ def test_logprobs(shakespeare: Model) -> None:
     assert [line.split(maxsplit=2) for line in lines] == [
         [f"{logprob:.4f}", str(id), repr(shakespeare.decode([id]))] for logprob, id in rows
     ]
+
+
+def test_logprobs_of_the_most_probable_tokens_and_of_the_prompt(shakespeare: Model) -> None:
+    expected = shakespeare.generate("ROMEO:", max_tokens=3, logprobs=2, prompt_logprobs=2)
+    args = (*GENERATE, "-n", "3", "-q", "--logprobs", "--prompt-logprobs", "--top-logprobs", "2")
+    data = json.loads(run(*args, "--json", "ROMEO:").out)
+    assert data["logprobs"] == expected.logprobs
+    assert data["prompt_logprobs"] == expected.prompt_logprobs
+    assert expected.top_logprobs is not None
+    assert data["top_logprobs"] == [
+        {str(id): x for id, x in top.items()} for top in expected.top_logprobs
+    ]
+    lines = run(*args, "ROMEO:").err.splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["prompt:", "output:"]
+    assert len(lines) == 2 + 2 + 2 + 3
+    assert lines[2].split() == ["-", str(expected.prompt_ids[0]), "'ROMEO'"]
+    [(first, x), (second, y)] = expected.top_logprobs[0].items()
+    texts = [shakespeare.decode([id]) for id in (first, second)]
+    assert lines[-3].endswith(f"  ({texts[0]!r} {x:.4f}, {texts[1]!r} {y:.4f})")
+
+
+def test_top_logprobs_alone_are_those_of_the_output() -> None:
+    data = json.loads(run(*GENERATE, "-n", "2", "-q", "--top-logprobs", "3", "--json", "O").out)
+    assert [len(top) for top in data["top_logprobs"]] == [3, 3]
+    assert data["prompt_logprobs"] is None
+
+
+def test_logprobs_have_the_end_token(shakespeare: Model) -> None:
+    done = run(*GENERATE, "-n", "9", "-q", "--logprobs", "--stop-token-id", "199", "ROMEO:")
+    assert (done.code, done.out) == (0, "\n")
+    assert done.err.splitlines()[1].split()[1:] == ["199", r"'\n'"]
+
+
+def test_several_continuations(shakespeare: Model) -> None:
+    """One after the other; their statistics separate them, or an empty line with --quiet."""
+    args = (*GENERATE, "-n", "6", "--temperature", "1", "-s", "3", "--n", "3")
+    options: Any = {"max_tokens": 6, "temperature": 1, "seed": 3}
+    expected = [str(result) for result in shakespeare.generate("ROMEO:", n=3, **options)]
+    done = run(*args, "ROMEO:")
+    assert done.out == "".join(f"{text}\n" for text in expected)
+    assert len(done.err.splitlines()) == 3
+    assert run(*args, "-q", "ROMEO:").out == "\n".join(f"{text}\n" for text in expected)
+    lines = run(*args, "--json", "ROMEO:").out.splitlines()
+    assert [json.loads(line)["text"] for line in lines] == expected
+    best = shakespeare.generate("ROMEO:", n=2, best_of=6, **options)
+    done = run(*args[:-1], "2", "--best-of", "6", "-q", "ROMEO:")
+    assert done.out == "\n".join(f"{result}\n" for result in best)
+
+
+def test_several_continuations_have_no_prompt_cache(tmp_path: Path) -> None:
+    done = run(*GENERATE, "--n", "2", "--prompt-cache", str(tmp_path / "x"), "O")
+    assert (done.code, done.out) == (2, "")
+    assert "--prompt-cache is for one continuation" in done.err
+
+
+def test_generation_config(folder: Callable[..., Path], shakespeare: Model) -> None:
+    """A value of the command line has precedence, also if it is the default."""
+    path = copy_of_shakespeare(shakespeare, folder())
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 9}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+
+    def tokens(*args: str) -> list[int]:
+        done = run("generate", "-m", str(path), "--json", "-q", "-s", "3", *args, "ROMEO:")
+        assert done.code == 0, done.err
+        found: list[int] = json.loads(done.out)["tokens"]
+        return found
+
+    def expected(**options: Any) -> list[int]:
+        return shakespeare.generate("ROMEO:", **({"seed": 3} | options)).tokens
+
+    own: Any = {"temperature": 0.7, "top_k": 5, "max_tokens": 9}
+    assert tokens("--generation-config") == expected(**own)
+    assert tokens("--generation-config", "-n", "100")[:9] == expected(**own)
+    assert tokens("--generation-config", "--temperature", "0") == expected(max_tokens=9)
+    assert tokens("--generation-config", "--top-k", "0") == expected(**(own | {"top_k": 0}))
+    assert tokens("-n", "9") == expected(max_tokens=9)
+    (path / "generation_config.json").write_text('{"num_beams": 3}')
+    done = run("generate", "-m", str(path), "--generation-config", "ROMEO:")
+    assert (done.code, done.out) == (65, "")
+    assert "has num_beams 3, which gptx does not support" in done.err
+
+
+def test_a_model_without_generation_config() -> None:
+    done = run(*GENERATE, "--generation-config", "O")
+    assert (done.code, done.out) == (66, "")
+    assert "leave out --generation-config" in done.err
 
 
 def test_a_fresh_seed_is_exact_in_json_readers_that_use_floats() -> None:

@@ -52,6 +52,16 @@ def test_a_folder(folder: Callable[..., Path]) -> None:
     assert "lm_head.weight" in done.out
 
 
+def test_generation_config(folder: Callable[..., Path]) -> None:
+    path = folder()
+    assert json.loads(run("info", str(path), "--json").out)["generation_config"] is None
+    settings = {"do_sample": True, "top_k": 5, "min_p": None, "transformers_version": "5.24.0"}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    assert json.loads(run("info", str(path), "--json").out)["generation_config"] == settings
+    shown = "  generation_config.json: do_sample true, top_k 5 (gptx generate --generation-config)"
+    assert shown in run("info", str(path)).out.splitlines()
+
+
 def test_missing_weights(folder: Callable[..., Path]) -> None:
     path = folder()
     (path / "model.safetensors").unlink()

@@ -10,7 +10,7 @@ import pytest
 
 import gptx
 from gptx.errors import ParameterError
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.params import SamplingParams
 from gptx.generation.text_model import Model
 from tests.support.cli import assert_generate_fails, raises_error, run, short_id
 
@@ -83,7 +83,8 @@ def shakespeare() -> Model:
         ({"logit_bias": 5}, "5"),
         ({"cache": 5}, "cache is 5, expected the result of Model.prefill"),
         ({"ignore_eos": "no"}, "ignore_eos is 'no', expected True or False"),
-        ({"logprobs": 5}, "logprobs is 5, expected True or False"),
+        ({"logprobs": -1}, "logprobs is -1, expected True, False, or the number of most"),
+        ({"logprobs": "5"}, "logprobs is '5', expected True, False, or the number of most"),
         ({"allow_special": None}, "allow_special is None, expected True or False"),
         ({"tempurature": 1}, "unknown option tempurature"),
         ({"model": "gpt2"}, "unknown option model"),

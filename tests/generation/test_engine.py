@@ -14,9 +14,9 @@ from gptx.backends import Backend, get_backend
 from gptx.errors import NonFiniteError, PromptError
 from gptx.generation.batching import Batch
 from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.params import SamplingParams
 from gptx.generation.prompts import check_ids
 from gptx.generation.results import Token
-from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
@@ -27,6 +27,9 @@ from tests.support.models import make_model
 from tests.support.random_models import CASES, random_ids
 
 GREEDY = SamplingParams()
+HISTORY = SamplingParams(
+    temperature=1.0, seed=3, no_repeat_ngram_size=2, dry_multiplier=1.0, min_tokens=3
+)
 WARM = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=11)
 
 
@@ -63,16 +66,16 @@ def test_finish_reasons(counting: Transformer) -> None:
     run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=(10,))
     steps = list(run)
     assert [len(step) for step in steps] == [3, 3, 3, 2, 2]
-    assert steps[2][1] == Token(1, None, None, "stop")
+    assert steps[2][1] == Token(1, None, None, "stop", end_id=10)
     assert steps[4] == [Token(0, 8, None, "length"), Token(2, 6, None, "length")]
 
 
 def test_each_of_several_ids_ends_a_sequence(counting: Transformer) -> None:
     run = TokenGenerator(counting, [[3], [7], [1]], GREEDY, max_tokens=5, eos_ids=[9, 6])
     steps = list(run)
-    assert steps[1][1] == Token(1, None, None, "stop")
-    assert steps[2][0] == Token(0, None, None, "stop")
-    assert steps[4] == [Token(2, None, None, "stop")]
+    assert steps[1][1] == Token(1, None, None, "stop", end_id=9)
+    assert steps[2][0] == Token(0, None, None, "stop", end_id=6)
+    assert steps[4] == [Token(2, None, None, "stop", end_id=6)]
 
 
 def test_a_finished_sequence_leaves_the_batch(counting: Transformer) -> None:
@@ -281,8 +284,9 @@ def test_only_token_ids_are_copied_to_the_host(
 
 @pytest.mark.parametrize("name", ["numpy", "mlx", "cupy", "cupy-cpu"])
 @pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("params", [WARM, HISTORY], ids=["sampled", "history"])
 def test_a_decode_step_is_two_calls_to_the_backend(
-    name: str, logprobs: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, logprobs: bool, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -303,7 +307,7 @@ def test_a_decode_step_is_two_calls_to_the_backend(
 
     monkeypatch.setattr(gptx.generation.engine, "Batch", CountedBatch)
     model = make_model(CASES["tiny"], make_backend(name))
-    run = TokenGenerator(model.gpt2, [[1, 2], [3]], WARM, max_tokens=6, logprobs=logprobs)
+    run = TokenGenerator(model.gpt2, [[1, 2], [3]], params, max_tokens=6, logprobs=logprobs)
     list(run)
     assert sorted(calls) == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]
 

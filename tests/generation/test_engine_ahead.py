@@ -15,8 +15,8 @@ from gptx.backends import Backend
 from gptx.backends.cpu.backend import NumpyBackend
 from gptx.errors import NonFiniteError
 from gptx.generation.engine import TokenGenerator
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Token
-from gptx.generation.sampling import SamplingParams
 from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from tests.support.backends import make_backend
@@ -30,6 +30,9 @@ PARAMS = {
     "greedy": SamplingParams(),
     "penalties": SamplingParams(presence_penalty=0.7, frequency_penalty=0.2, logit_bias={EOS: 2.0}),
     "drawn": SamplingParams(temperature=1.0, top_p=0.95, seed=5),
+    "history": SamplingParams(
+        temperature=1.0, no_repeat_ngram_size=2, dry_multiplier=1.0, min_tokens=3, seed=5
+    ),
     "everything": SamplingParams(
         temperature=0.9, top_k=15, min_p=0.01, repetition_penalty=1.3, presence_penalty=0.2, seed=7
     ),
@@ -152,6 +155,13 @@ def test_no_step_starts_if_the_counts_show_that_a_sequence_ends() -> None:
     # With its 13th token the context is full: its newer half is computed again.
     found = events_of(AHEAD, {}, prompts=prompts[1:], max_tokens=14, overflow="slide")
     assert found == "fr" + "f" + "fr" * 11 + "r" + "f" + "r"
+
+
+def test_a_step_that_depends_on_the_tokens_starts_after_they_are_read() -> None:
+    model = AHEAD
+    model.backend.events.clear()  # type: ignore[attr-defined]
+    steps_of(model, {}, [[1], [2, 3]], params=PARAMS["history"], max_tokens=6)
+    assert "".join(event[0] for event in model.backend.events) == "fr" * 6  # type: ignore[attr-defined]
 
 
 def test_one_step_is_dropped_when_the_caller_finishes_all() -> None:

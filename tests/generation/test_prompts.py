@@ -86,9 +86,10 @@ def test_a_kind_that_is_refused_in_a_list(
 
 @pytest.mark.parametrize("prompts", [["O"], ["O", "P"], [[1], [2]], ([1],)], ids=short_id)
 def test_a_call_for_one_prompt_takes_no_list_of_prompts(shakespeare: Model, prompts: Any) -> None:
-    for name in ("stream", "score", "prefill"):
+    for name in ("stream", "prefill", "score_choices"):
+        more = (["a"],) if name == "score_choices" else ()
         with raises_error(PromptError, f"({len(prompts)}), {name} takes one: call it for each"):
-            getattr(shakespeare, name)(prompts)
+            getattr(shakespeare, name)(prompts, *more)
 
 
 def test_chat_messages(shakespeare: Model) -> None:

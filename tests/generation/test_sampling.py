@@ -12,7 +12,8 @@ import pytest
 from gptx.backends import Backend
 from gptx.errors import ParameterError
 from gptx.generation import sampling
-from gptx.generation.sampling import SamplingParams, uniform
+from gptx.generation.params import SamplingParams
+from gptx.generation.sampling import uniform
 from tests.support.backends import make_backend
 from tests.support.sampling_reference import (
     INF,

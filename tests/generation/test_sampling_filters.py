@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.backends import Backend
-from gptx.generation.sampling import keep_min_p, keep_top_k, keep_top_p
+from gptx.generation.filters import keep_min_p, keep_top_k, keep_top_p
 from tests.support.sampling_reference import INF, NUMPY, min_p, run_filter, top_k, top_p
 
 ROWS = {

@@ -20,6 +20,8 @@ from tests.support.random_models import CASES
 RUN: Any = SimpleNamespace(
     prefill_seconds=0.5,
     logprobs=False,
+    top_logprobs=0,
+    prompt_logprobs=[],
     params=SimpleNamespace(seed=7),
     model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
 )

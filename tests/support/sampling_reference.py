@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptx.backends import Backend, get_backend
-from gptx.generation.sampling import SamplingParams, draw
+from gptx.generation.filters import draw
+from gptx.generation.params import SamplingParams
 from gptx.generation.sampling import make_sampler as new_sampler
 
 Floats = NDArray[np.floating[Any]]
@@ -47,6 +48,49 @@ def top_p(x: Floats, p: float) -> Floats:
 def min_p(x: Floats, p: float) -> Floats:
     probs = softmax(x)
     return np.where(probs < p * probs.max(), -INF, x)
+
+
+def typical_p(x: Floats, p: float) -> Floats:
+    if p == 1:
+        return x
+    probs = softmax(x)
+    surprise = -np.log(probs, where=probs > 0, out=np.full(len(x), -INF))
+    entropy = sum(q * s for q, s in zip(probs, surprise, strict=True) if q > 0)
+    distance = np.abs(surprise - entropy)
+    total = 0.0
+    for i in sorted(range(len(x)), key=lambda i: distance[i]):
+        total += probs[i]
+        if total >= p:
+            break
+    return np.where(distance > distance[i], -INF, x)
+
+
+def dry(
+    ids: list[int],
+    vocab_size: int,
+    multiplier: float,
+    base: float,
+    allowed_length: int,
+    range: int,
+    sequence_breakers: list[int],
+) -> Floats:
+    """Return the penalty of DRY for each token, [V].
+
+    Source: https://github.com/oobabooga/text-generation-webui/pull/5677: a token that would
+    continue a sequence of n tokens, which ends the text and appears before, has the penalty
+    multiplier · base ^ (n - allowed_length), for the largest n of at least allowed_length. No
+    sequence has a breaker.
+    """
+    ids = ids[-range:] if range else ids
+    penalty = np.zeros(vocab_size)
+    for n in [n for n in np.arange(1, len(ids)) if n >= allowed_length]:  # the largest comes last
+        newest = ids[-n:]
+        if set(newest) & set(sequence_breakers):
+            break
+        for end in np.arange(n, len(ids)):
+            if ids[end - n : end] == newest and ids[end] not in sequence_breakers:
+                penalty[ids[end]] = multiplier * base ** (n - allowed_length)
+    return penalty
 
 
 def run_filter(

@@ -11,7 +11,7 @@ from gptx.bench.grid import weights_bytes
 from gptx.conversions import convert
 from gptx.generation.api import load_once
 from gptx.generation.engine import TokenGenerator
-from gptx.generation.sampling import SamplingParams
+from gptx.generation.params import SamplingParams
 from gptx.kv_cache import KVCache
 
 FOLDER = "mlx"

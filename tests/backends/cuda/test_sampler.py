@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptx.generation.sampling import SamplingParams, uniform
+from gptx.generation.params import SamplingParams
+from gptx.generation.sampling import uniform
 from tests.emulator import KERNELS, Module, compile_text
 from tests.support.sampling_reference import (
     INF,
