@@ -30,7 +30,7 @@ SOURCES = {
 # row never import each other. The longest prefix of a module's name is its room.
 ROOMS = [
     "gptx._version gptx.errors gptx.embedded",
-    "gptx.file_lock gptx.files gptx.lfs_pointer gptx.plot_style gptx.process "
+    "gptx.file_lock gptx.files gptx.html gptx.lfs_pointer gptx.plot_style gptx.process "
     "gptx.safetensors_file gptx.quantization",
     "gptx.config gptx.tokenization gptx.dequantization",
     "gptx.random_weights gptx.model_files gptx.tensor_names",

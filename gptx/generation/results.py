@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gptx.generation.logprobs import Top
 from gptx.generation.prompts import Prompt
+from gptx.tokenization.protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from gptx.html import Cell
 
 MAX_REPR_CHARACTERS = 80  # of a text in the `repr` of its result
+DARKEST_LOGPROB = math.log(1e-4)  # from which a token has the strongest color in HTML
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
@@ -88,6 +94,8 @@ class Result:
         if not requested.
     prompt_top_logprobs
         The same for the prompt as `top_logprobs`.
+    texts
+        Text of each token id with a log-probability; empty for a model without a tokenizer.
     """
 
     prompt: Prompt
@@ -106,6 +114,7 @@ class Result:
     prompt_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[Top | None] | None = None
+    texts: dict[int, str] = field(default_factory=dict)
 
     @property
     def tokens_with_end(self) -> list[int]:
@@ -126,6 +135,21 @@ class Result:
             f"{self.finish_reason}, after {self.prompt_tokens} prompt tokens in "
             f"{self.time_to_first_token:.3f} s, seed {self.seed}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Show the output in a notebook; with log-probabilities, each token on a color."""
+        from gptx import html
+
+        if self.logprobs is None:
+            tokens = [html.Cell(str(self.tokens) if self.text is None else self.text)]
+        else:
+            tokens = _cells(self.tokens_with_end, self.logprobs, self.top_logprobs, self.texts)
+        if self.prompt_logprobs is not None:
+            scored = self.prompt_ids, self.prompt_logprobs, self.prompt_top_logprobs, self.texts
+            tokens = [*_cells(*scored), *tokens]
+        seed = f"seed {self.seed}"
+        caption = f"{len(self.tokens)} tokens, {self.finish_reason}, {seed}"
+        return html.fragment(caption, html.text(tokens))
 
 
 @dataclass(frozen=True)
@@ -177,17 +201,28 @@ class Score:
     top_logprobs
         For each of `logprobs`: token id -> log-probability, of the N most probable tokens in
         descending order; None if not requested.
+    texts
+        Text of each token id in the score; empty for a model without a tokenizer.
     """
 
     tokens: list[int]
     logprobs: list[float | None]
     top_logprobs: list[Top | None] | None = None
+    texts: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
             f"<gptx.Score of {self.n_scored} tokens: loss {self.loss:.4f} nats per token, "
             f"perplexity {self.perplexity:.4g}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Show the tokens in a notebook: the stronger the color, the less probable the token."""
+        from gptx import html
+
+        cells = _cells(self.tokens, self.logprobs, self.top_logprobs, self.texts)
+        loss = f"{self.loss:.4f} nats per token, perplexity {self.perplexity:,.4g}"
+        return html.fragment(f"{self.n_scored} tokens scored, {loss}", html.text(cells))
 
     @property
     def n_scored(self) -> int:
@@ -208,6 +243,38 @@ class Score:
     def perplexity(self) -> float:
         """exp(loss); infinite if that exceeds the range of a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def texts_of(
+    tokenizer: Tokenizer, tokens: Iterable[int], tops: Iterable[Top | None] | None
+) -> dict[int, str]:
+    """Return the text of each token, and of the most probable ones in its place."""
+    ids = {id for top in tops or () for id in top or ()}.union(tokens)
+    return {id: tokenizer.decode([id]) for id in sorted(ids)}
+
+
+def _cells(
+    tokens: Sequence[int],
+    logprobs: Sequence[float | None],
+    tops: Sequence[Top | None] | None,
+    texts: dict[int, str],
+) -> list[Cell]:
+    """Return tokens as cells of `gptx.html`, with their probabilities as colors and titles."""
+    from gptx.html import Cell
+
+    def describe(id: int, logprob: float) -> str:
+        return f"{texts.get(id, str(id))!r} {math.exp(logprob):.2%}"
+
+    cells = []
+    for id, logprob, top in zip(tokens, logprobs, tops or [None] * len(tokens), strict=True):
+        shown = texts.get(id, f"{id} ")
+        if logprob is None:
+            cells.append(Cell(shown, 0.0, f"id {id}"))
+            continue
+        lines = [f"{describe(id, logprob)}, {logprob:.3f} nats, id {id}"]
+        lines += [describe(*pair) for pair in (top or {}).items()]
+        cells.append(Cell(shown, -min(1.0, logprob / DARKEST_LOGPROB), "\n".join(lines)))
+    return cells
 
 
 def _shortened(value: str | list[int]) -> str:

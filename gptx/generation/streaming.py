@@ -8,7 +8,7 @@ from typing import cast
 
 from gptx.generation.engine import TokenGenerator
 from gptx.generation.prompts import Prompt
-from gptx.generation.results import Chunk, FinishReason, Result, Token
+from gptx.generation.results import Chunk, FinishReason, Result, Token, texts_of
 from gptx.tokenization.protocol import StreamingTokenizer, Tokenizer
 
 
@@ -46,6 +46,7 @@ class Continuation:
         self._sequence = sequence
         self._prompt = prompt
         self._prompt_ids = list(prompt_ids)
+        self._tokenizer = tokenizer
         self._decoder = tokenizer and tokenizer.decoder(prompt_ids)
         self._has_space = tokenizer is not None and _loses_space(prompt, prompt_ids, tokenizer)
         self._stop = StopFinder(stop)
@@ -101,6 +102,12 @@ class Continuation:
         prefill_seconds = run.prefill_seconds
         stopped_by = made[-1].end_id if made and self._stop.found is None else self._stop.found
         of_prompt = run.prompt_logprobs[self._row] if run.prompt_logprobs else None
+        texts: dict[int, str] = {}
+        if self._tokenizer and run.logprobs:
+            ids = [cast("int", token.end_id if token.id is None else token.id) for token in made]
+            texts = texts_of(self._tokenizer, ids, top)
+        if self._tokenizer and of_prompt:
+            texts |= texts_of(self._tokenizer, self._prompt_ids, of_prompt.top_logprobs)
         return Result(
             prompt=self._prompt,
             text="".join(text for _, text in self._pieces) + rest if self._decoder else None,
@@ -122,6 +129,7 @@ class Continuation:
                 if of_prompt and of_prompt.top_logprobs is not None
                 else None
             ),
+            texts=texts,
         )
 
 

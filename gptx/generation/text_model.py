@@ -33,7 +33,7 @@ from gptx.generation.prompts import (
     single_prompt,
     split_prompts,
 )
-from gptx.generation.results import Chunk, Result, Score
+from gptx.generation.results import Chunk, Result, Score, texts_of
 from gptx.generation.scoring import MAX_BATCH_LOGITS, score_choices, score_texts
 from gptx.generation.streaming import Continuation
 from gptx.generation.suggested import with_suggested
@@ -374,6 +374,7 @@ class Model:
         self._check_top_logprobs(top_logprobs)
         with self.backend.scope():
             scores = score_texts(self.gpt2, ids, stride, top_logprobs, batch_size)
+        scores = self._with_texts(scores)
         return scores[0] if single else scores
 
     def score_choices(
@@ -423,7 +424,16 @@ class Model:
                 f"{self.config.n_positions + 1}: shorten them"
             )
         with self.backend.scope():
-            return score_choices(self.gpt2, shared, rest, top_logprobs, batch_size)
+            scores = score_choices(self.gpt2, shared, rest, top_logprobs, batch_size)
+        return self._with_texts(scores)
+
+    def _with_texts(self, scores: list[Score]) -> list[Score]:
+        if not self.info.has_tokenizer:
+            return scores
+        return [
+            replace(score, texts=texts_of(self.tokenizer, score.tokens, score.top_logprobs))
+            for score in scores
+        ]
 
     def _check_top_logprobs(self, n: int) -> None:
         check_count("top_logprobs", n, least=0)

@@ -25,6 +25,7 @@ from gptx.research.inputs import (
 
 Array = Any
 
+MAP_PIXELS = 96  # width of an attention pattern in HTML
 POOLINGS = ("mean", "last")
 
 
@@ -82,6 +83,21 @@ class AttentionMaps:
     def __repr__(self) -> str:
         n, H, T, _ = self.patterns.shape
         return f"<AttentionMaps of {T} tokens: {n} layers of {H} heads>"
+
+    def _repr_html_(self) -> str:
+        """Show the pattern of each head in a notebook, a row of heads for each layer."""
+        from gptx import html
+
+        rows = []
+        for layer, heads in zip(self.layers, self.patterns, strict=True):
+            names = [f"layer {layer}, head {head}" for head in range(len(heads))]
+            images = [html.image(x, name, MAP_PIXELS) for x, name in zip(heads, names, strict=True)]
+            rows.append(f'<div style="white-space: nowrap">{layer} {"".join(images)}</div>')
+        caption = (
+            "Attention patterns: a row of heads for each layer. In a pattern, rows are the "
+            "attending tokens, from the first at the top:"
+        )
+        return html.fragment(caption, html.text(map(html.Cell, self.tokens)), *rows)
 
 
 def record(model: Model, ids: list[int], names: Sequence[str]) -> dict[str, Array]:

@@ -60,6 +60,23 @@ class Attribution:
         parts = ", ".join(f"{self.names[i]} {self.values[i]:+.2f}" for i in largest)
         return f"<Attribution of a logit of {self.logit:.2f}: {parts}, …>"
 
+    def _repr_html_(self) -> str:
+        """Show the parts of heads and MLPs in a notebook, a row for each layer."""
+        from gptx import html
+
+        most = float(np.abs(self.values).max()) or 1.0
+        table = np.concatenate([self.heads, self.mlps[:, None]], axis=1)
+        rows = [
+            (str(layer), [html.Cell(f"{x:+.2f}", float(x) / most) for x in row])
+            for layer, row in enumerate(table)
+        ]
+        columns = [*(f"head {head}" for head in range(self.heads.shape[1])), "MLP"]
+        rest = self.logit - float(table.sum())
+        caption = (
+            f"Parts of the logit {self.logit:.2f}, by layer; embeddings and biases: {rest:+.2f}"
+        )
+        return html.fragment(caption, html.table(columns, rows))
+
 
 def attribute(
     model: Model,

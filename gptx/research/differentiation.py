@@ -127,6 +127,21 @@ class IntegratedGradients:
             f"{self.baseline:.2f}, gap {self.gap:.1e} after {self.n_points} points>"
         )
 
+    def _repr_html_(self) -> str:
+        """Show the tokens in a notebook, each on the color of its part."""
+        from gptx import html
+
+        most = float(np.abs(self.by_token).max()) or 1.0
+        cells = [
+            html.Cell(token, float(x) / most, f"{x:+.3f}")
+            for token, x in zip(self.tokens, self.by_token, strict=True)
+        ]
+        caption = (
+            f"Parts of the change of a logit from {self.baseline:.2f} to {self.logit:.2f}: blue "
+            "raises it, orange lowers it"
+        )
+        return html.fragment(caption, html.text(cells))
+
 
 class _Target:
     """One logit after one token, or a difference of two, as a function of activations."""

@@ -54,6 +54,24 @@ class LogitLens:
         last = " ".join(repr(tokens[-1][0]) for tokens in self.top_tokens)
         return f"<LogitLens of {len(self.ids)} tokens, at the last one: {last}>"
 
+    def _repr_html_(self) -> str:
+        """Show a table in a notebook: the most probable next token of each layer and position."""
+        from gptx import html
+
+        def cell(tokens: tuple[str, ...], logprobs: np.ndarray) -> html.Cell:
+            shares = np.exp(logprobs)
+            lines = [f"{x!r} {p:.2%}" for x, p in zip(tokens, shares, strict=True)]
+            return html.Cell(tokens[0], float(shares[0]), "\n".join(lines))
+
+        rows = [
+            (name, [cell(*pair) for pair in zip(tokens, logprobs, strict=True)])
+            for name, tokens, logprobs in zip(
+                self.names, self.top_tokens, self.top_logprobs, strict=True
+            )
+        ]
+        caption = "Logit lens: the most probable next token after each token, by layer"
+        return html.fragment(caption, html.table(self.tokens, rows[::-1]))
+
 
 def logit_lens(
     model: Model, text: Prompt, names: Names = RESIDUAL_STREAM, *, k: int = 5

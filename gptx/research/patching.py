@@ -81,6 +81,22 @@ class Patching:
             f"{self.values[row, column]:.3f} at {self.names[row]}, {self.by} {column}>"
         )
 
+    def _repr_html_(self) -> str:
+        """Show a table in a notebook; the color is the recovered share of the difference."""
+        from gptx import html
+
+        columns = (
+            self.clean_tokens if self.by == "position" else map(str, range(self.values.shape[1]))
+        )
+        rows = [
+            (name, [html.Cell(f"{x:.2f}", float(share)) for x, share in zip(*pair, strict=True)])
+            for name, *pair in zip(self.names, self.values, self.recovered, strict=True)
+        ]
+        caption = (
+            f"Metric of each patched run: {self.corrupted:.3f} corrupted, {self.clean:.3f} clean"
+        )
+        return html.fragment(caption, html.table(columns, rows))
+
 
 def logit_difference(
     model: Model, token: str | int, versus: str | int, position: int = -1
