@@ -38,7 +38,7 @@ Array = Any
 
 POINTS = 8  # of the Gauss-Legendre rule on a part of the path, in one batch
 TOLERANCE = 1e-3
-MAX_POINTS = 2048
+MAX_POINTS = 1024
 
 
 @dataclass(frozen=True, repr=False)

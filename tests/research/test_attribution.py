@@ -70,7 +70,7 @@ def test_a_quantized_model(name: str) -> None:
     model = make_model(CASES["124M"], make_backend(name), quantization=Quantization(32, 8))
     ids = random_ids(model.config, 1, 4)[0].tolist()
     found = research.attribute(model, ids, 5)
-    assert found.values.sum() == pytest.approx(found.logit, abs=0.05)
+    assert found.values.sum() == pytest.approx(found.logit, abs=1e-4)
 
 
 def test_tokens_are_texts_or_ids(shakespeare: Model) -> None:
