@@ -207,10 +207,10 @@ class TokenGenerator:
             raise non_finite_error(self.model)
         if ALL_BANNED in ids:
             raise ParameterError(
-                "every token is banned after the tokens so far: expected at least one that "
-                f"{argument('logit_bias')}, {argument('sequence_bias')}, {argument('ban')}, "
+                f"no token is left after the tokens so far: {argument('logit_bias')}, "
+                f"{argument('sequence_bias')}, {argument('ban')}, "
                 f"{argument('no_repeat_ngram_size')}, {argument('min_tokens')} and "
-                f"{argument('logits_processor')} leave"
+                f"{argument('logits_processor')} have to leave one with a finite logit"
             )
 
     def _token(self, row: int, read: HostTokens, i: int) -> Token:
