@@ -45,8 +45,15 @@ OPS = (
 )
 # Methods whose overrides `generic=True` turns off.
 OVERRIDABLE = (
-    *OPS, "pack_weight", "pack_quantized", "is_compiled", "compile", "sampler", "decode"
-)  # fmt: skip
+    *OPS,
+    "pack_weight",
+    "pack_quantized",
+    "is_compiled",
+    "compile",
+    "sampler",
+    "decode",
+    "largest",
+)
 
 
 class NextTokens(NamedTuple):
@@ -330,6 +337,13 @@ class Backend:
         x = x - xp.max(x, axis=-1, keepdims=True)
         return x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True))
 
+    def largest(self, x: Array, n: int) -> Array:
+        """Return the indices of the n largest numbers of each row of x [B, V], [B, n].
+
+        They are in descending order; of equal numbers, any may be first or left out.
+        """
+        return self.xp.argsort(-x, axis=-1)[:, :n]
+
     # Weights and the compiled forward pass
 
     def pack_weight(self, host: np.ndarray) -> Array:
@@ -416,7 +430,7 @@ class Backend:
         xp, ids = self.xp, tokens.ids
         index, top_ids = xp.where(ids < 0, xp.zeros_like(ids), ids)[:, None], None
         if top_logprobs:
-            top_ids = xp.astype(xp.argsort(-logits, axis=-1)[:, :top_logprobs], ids.dtype)
+            top_ids = xp.astype(self.largest(logits, top_logprobs), ids.dtype)
             index = xp.concat([index, top_ids], axis=-1)
         picked = xp.take_along_axis(self.log_softmax(logits), index, axis=-1)
         host_top_ids = None if top_ids is None else self.copy_to_host_async(top_ids)

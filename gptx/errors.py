@@ -162,8 +162,8 @@ class Interrupted(KeyboardInterrupt):
     Attributes
     ----------
     results : list[Result]
-        One result per prompt, up to the interruption. An unfinished one has the `finish_reason`
-        "interrupted".
+        One result per prompt, or `n` of them, up to the interruption. An unfinished one has the
+        `finish_reason` "interrupted".
     """
 
     exit_code = 130

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -120,6 +120,8 @@ class HookedTransformer(Transformer):
     hooks
         Functions and their names, in the order of their calls.
     """
+
+    has_hooks: ClassVar[bool] = True
 
     hooks: tuple[_BoundHook, ...]
 

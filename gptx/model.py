@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from gptx.backends import Backend, Positions
 from gptx.config import GPT2Config
@@ -35,6 +35,8 @@ class Transformer:
     backend
         The array library.
     """
+
+    has_hooks: ClassVar[bool] = False  # True for a model of `gptx.hooks`
 
     config: GPT2Config
     weights: SimpleNamespace = field(repr=False)

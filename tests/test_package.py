@@ -66,6 +66,7 @@ ROOMS = [
     "gptx.generation.engine",
     "gptx.generation.streaming gptx.generation.scoring gptx.generation.suggested",
     "gptx.generation.model_info",
+    "gptx.generation.request",
     "gptx.generation.found_model gptx.generation.text_model",
     "gptx.generation.api",
     "gptx.generation",

@@ -32,9 +32,10 @@ from gptx.generation.options import (
     check_options,
 )
 from gptx.generation.params import SamplingParams
+from gptx.generation.request import Request
 from gptx.generation.results import Result
 from gptx.generation.suggested import SUGGESTIBLE
-from gptx.generation.text_model import Model, Request, generate_request, stream_request
+from gptx.generation.text_model import Model, generate_request, stream_request
 from gptx.kv_cache import KVCache
 
 DEFAULT = SamplingParams()

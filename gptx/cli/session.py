@@ -12,8 +12,9 @@ from gptx.cli.app import load_command
 from gptx.cli.streaming import count_cached, print_chunks, print_statistics
 from gptx.errors import GptxError, Interrupted
 from gptx.generation.options import Options, check_options
+from gptx.generation.request import Request
 from gptx.generation.results import Result
-from gptx.generation.text_model import Model, Request, stream_request
+from gptx.generation.text_model import Model, stream_request
 from gptx.kv_cache import KVCache
 
 HELP = """\

@@ -53,7 +53,7 @@ def _print_each(chunks: Chunks, shown: list[str], show: bool) -> Result:
 
 def count_cached(model: Model, text: str, options: CheckedOptions, result: Result) -> int:
     """Return the number of tokens of a prompt that the given cache had."""
-    if options.cache is None:
+    if options.cache is None or options.prompt_logprobs is not None:
         return 0
     ids = model.encode(text, allow_special=options.allow_special)
     return common_prefix(options.cache, ids[len(ids) - result.prompt_tokens :])

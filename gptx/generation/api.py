@@ -24,11 +24,11 @@ from gptx.generation.options import (
     check_options,
 )
 from gptx.generation.prompts import Prompt, single_prompt, split_prompts
+from gptx.generation.request import Request
 from gptx.generation.results import Result
 from gptx.generation.text_model import (
     Chunks,
     Model,
-    Request,
     check_streamed,
     generate_request,
     stream_request,

@@ -18,7 +18,6 @@ from gptx.generation.options import MAX_TOKENS, Overflow
 from gptx.generation.params import SamplingParams
 from gptx.generation.results import Token
 from gptx.generation.sampling import ALL_BANNED, NOT_FINITE
-from gptx.hooks import HookedTransformer
 from gptx.kv_cache import KVCache
 from gptx.logits import non_finite_error
 from gptx.model import Transformer
@@ -196,7 +195,7 @@ class TokenGenerator:
         """
         return (
             self.model.backend.asynchronous
-            and not isinstance(self.model, HookedTransformer)
+            and not self.model.has_hooks
             and not (self._batch and self._batch.needs_tokens)
             and self.prefill_seconds > 0
             and min(self._left[row] for row in self._rows) > 1
@@ -209,10 +208,10 @@ class TokenGenerator:
             raise non_finite_error(self.model)
         if ALL_BANNED in ids:
             raise ParameterError(
-                "every token is banned after the tokens so far: expected at least one that "
-                f"{argument('logit_bias')}, {argument('sequence_bias')}, {argument('ban')}, "
+                f"no token is left after the tokens so far: {argument('logit_bias')}, "
+                f"{argument('sequence_bias')}, {argument('ban')}, "
                 f"{argument('no_repeat_ngram_size')}, {argument('min_tokens')} and "
-                f"{argument('logits_processor')} leave"
+                f"{argument('logits_processor')} have to leave one with a finite logit"
             )
 
     def _token(self, row: int, read: HostTokens, i: int) -> Token:

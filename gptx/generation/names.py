@@ -5,7 +5,6 @@ The tables have names of transformers, llama.cpp, vLLM, mlx-lm, OpenAI's API and
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 
 from gptx.errors import ParameterError
@@ -132,6 +131,8 @@ def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> 
         return f"give {option} to {elsewhere[option]}"
     if name in ADVICE:
         return ADVICE[name]
-    if close := difflib.get_close_matches(name, known, 1, MIN_LIKENESS):
+    from difflib import get_close_matches
+
+    if close := get_close_matches(name, known, 1, MIN_LIKENESS):
         return f"did you mean {close[0]}?"
     return f"expected {', '.join(known)}"

@@ -292,7 +292,7 @@ def _checked_bias(name: str, given: Any, key_of: Callable[[Any], Any]) -> dict[A
                 f"{argument(name)} of {what}{shown(key)} is {bias}, "
                 f"expected -inf, or a number from {-MAX_PARAMETER:g} to {MAX_PARAMETER:g}"
             )
-        checked[found] = bias
+        checked[found] = float(bias)
     return checked
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gptx.generation.logprobs import Top
 from gptx.generation.prompts import Prompt
@@ -19,8 +19,7 @@ DARKEST_LOGPROB = math.log(1e-4)  # from which a token has the strongest color i
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One new token of one sequence.
 
     Attributes

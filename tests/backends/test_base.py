@@ -149,6 +149,14 @@ def test_an_override_has_the_signature_of_the_generic_op(name: str) -> None:
         assert list(override.parameters) == list(generic.parameters)
 
 
+@pytest.mark.parametrize("n", [1, 3, 96, 97])
+def test_the_largest_numbers(backend: Backend, random: np.random.Generator, n: int) -> None:
+    x = random.permuted(np.tile(np.arange(97, dtype=np.float32) - 40, (5, 1)), axis=1)
+    with backend.scope():
+        found = backend.to_numpy(backend.largest(backend.asarray(x, "float32"), n))
+    np.testing.assert_array_equal(found, np.argsort(-x, axis=-1)[:, :n])
+
+
 def test_round_trip_of_arrays(backend: Backend, random: np.random.Generator) -> None:
     floats = random.normal(size=(3, 4)).astype(np.float32)
     np.testing.assert_array_equal(backend.to_numpy(backend.asarray(floats)), floats)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import gptx
 from gptx.backends import get_backend
 from gptx.errors import Interrupted, ParameterError
 from gptx.generation.engine import TokenGenerator
@@ -93,6 +94,15 @@ def test_with_n_the_result_is_a_list(model: Model) -> None:
     [one] = model.generate(PROMPT, n=1, **WARM)
     assert one.tokens == model.generate(PROMPT, **WARM).tokens
     assert isinstance(model.generate(PROMPT, best_of=2, **WARM), Result)
+
+
+def test_the_functions_of_the_package(model: Model) -> None:
+    found = gptx.generate(PROMPT, model=model, n=2, **WARM)
+    assert tokens_of(found) == tokens_of(model.generate(PROMPT, n=2, **WARM))
+    chunks = list(gptx.stream(PROMPT, model=model, n=2, **WARM))
+    assert {chunk.sequence for chunk in chunks} == {0, 1}
+    with raises_error(ParameterError, "best_of is 3, above n"):  # before the search for a model
+        gptx.stream("O", model="./nowhere", best_of=3)
 
 
 def test_a_cache_and_copies(model: Model) -> None:

@@ -91,7 +91,7 @@ def test_ids_of_a_config_beyond_the_vocabulary(model: Model) -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids has token -1, expected 0 to 210"),
         (
             {"stop_token_ids": list(range(211)), "min_tokens": 1},
-            "every token is banned after the tokens so far: expected at least one",
+            "no token is left after the tokens so far: logit_bias, sequence_bias, ban,",
         ),
     ],
 )

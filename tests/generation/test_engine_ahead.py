@@ -90,11 +90,14 @@ AHEAD, BEHIND = model_on(Asynchronous()), model_on(make_backend("numpy-ops"))
 def assert_equal_steps(found: list[list[Token]], expected: list[list[Token]]) -> None:
     """Compare tokens, and log-probabilities up to rounding: the order of a sum may differ."""
     plain = [
-        [[replace(t, logprob=None) for t in step] for step in run] for run in (found, expected)
+        [[replace(t, logprob=None, top_logprobs=None) for t in step] for step in run]
+        for run in (found, expected)
     ]
     assert plain[0] == plain[1]
     numbers = [[t.logprob for step in run for t in step] for run in (found, expected)]
     assert numbers[0] == [x if x is None else pytest.approx(x, abs=1e-5) for x in numbers[1]]
+    tops = [[t.top_logprobs for step in run for t in step] for run in (found, expected)]
+    assert tops[0] == [x if x is None else pytest.approx(x, abs=1e-5) for x in tops[1]]
 
 
 @given(
@@ -104,6 +107,8 @@ def assert_equal_steps(found: list[list[Token]], expected: list[list[Token]]) ->
     max_tokens=st.integers(1, 16) | st.sampled_from([30, None]),
     eos_ids=st.sampled_from([(), (EOS,), (EOS, 5)]),
     logprobs=st.booleans(),
+    top_logprobs=st.sampled_from([0, 2]),
+    copies=st.sampled_from([1, 3]),
     finish=st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=3),
 )
 @settings(max_examples=60, deadline=None)

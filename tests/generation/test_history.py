@@ -19,6 +19,7 @@ from tests.support.random_models import CASES
 
 CONFIG = replace(CASES["124M"], n_layer=1, n_head=3)
 PROMPT = [5, 6, 7]
+INF = math.inf
 WARM: Any = {"temperature": 1.0, "seed": 5, "max_tokens": 12}
 
 
@@ -112,8 +113,8 @@ def test_a_function_is_of_its_call_only(model: Model) -> None:
     [
         (lambda ids, x: None, "logits_processor returned None, expected an array of 211 logits"),
         (lambda ids, x: x[:5], "expected an array of 211 logits"),
-        (lambda ids, x: x * math.nan, "every token is banned after the tokens so far"),
-        (lambda ids, x: x - math.inf, "every token is banned after the tokens so far"),
+        (lambda ids, x: x * math.nan, "no token is left after the tokens so far"),
+        (lambda ids, x: x - math.inf, "no token is left after the tokens so far"),
     ],
 )
 def test_a_result_of_a_function_that_is_invalid(model: Model, function: Any, message: str) -> None:
@@ -131,14 +132,26 @@ def test_an_error_of_the_function_is_its_own(model: Model) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_bans_that_leave_no_token(model: Model, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("bans", "message"),
+    [
+        (
+            {"ban": [[i] for i in range(100)], "logit_bias": dict.fromkeys(range(99, 211), -INF)},
+            "ban bans every token",
+        ),
+        (
+            {"ban": [[PROMPT[-1], i] for i in range(211)]},
+            "no token is left after the tokens so far",
+        ),
+    ],
+    ids=["always", "after the prompt"],
+)
+def test_bans_that_leave_no_token(
+    model: Model, temperature: float, bans: Any, message: str
+) -> None:
     options: Any = {"temperature": temperature, "seed": 1, "max_tokens": 3}
-    for bans in (
-        {"ban": [[i] for i in range(100)], "logit_bias": dict.fromkeys(range(99, 211), -math.inf)},
-        {"ban": [[PROMPT[-1], i] for i in range(211)]},
-    ):
-        with raises_error(ParameterError, "bans every token" if "logit_bias" in bans else "ban"):
-            model.generate(PROMPT, **bans, **options)
+    with raises_error(ParameterError, message):
+        model.generate(PROMPT, **bans, **options)
     assert len(model.generate(PROMPT, **options).tokens) == 3
 
 

@@ -37,6 +37,24 @@ def test_the_own_sampler_of_a_backend_has_precedence(monkeypatch: pytest.MonkeyP
     assert sampling.make_sampler(*arguments) == (own, GREEDY, [[1, 2], [3]], [0, 1], 5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"typical_p": 0.5},
+        {"sequence_bias": {(1, 2): 1.0}},
+        {"ban": [[1]]},
+        {"no_repeat_ngram_size": 2},
+        {"dry_multiplier": 1.0},
+        {"min_tokens": 1},
+        {"logits_processor": lambda ids, x: x},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_steps_that_only_the_generic_sampler_has(library: Backend, options: dict[str, Any]) -> None:
+    made = make_sampler(library, (1, 5), temperature=1.0, **options)
+    assert isinstance(made.sampler, sampling.Sampler)
+
+
 def test_greedy_takes_the_largest_logit(library: Backend, random: np.random.Generator) -> None:
     x = random.normal(0, 3, (20, 97)).astype(np.float32)
     assert step(make_sampler(library, x.shape), x) == np.argmax(x, axis=-1).tolist()

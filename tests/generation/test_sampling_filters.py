@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptx.backends import Backend
-from gptx.generation.filters import keep_min_p, keep_top_k, keep_top_p
-from tests.support.sampling_reference import INF, NUMPY, min_p, run_filter, top_k, top_p
+from gptx.generation.filters import keep_min_p, keep_top_k, keep_top_p, keep_typical_p
+from tests.support.sampling_reference import (
+    INF,
+    NUMPY,
+    min_p,
+    run_filter,
+    top_k,
+    top_p,
+    typical_p,
+)
 
 ROWS = {
     "random": np.random.default_rng(1).normal(0, 3, (8, 50)),
@@ -56,6 +64,22 @@ def test_min_p_is_relative_to_the_most_probable_token(library: Backend) -> None:
     x = np.log(np.array([[0.1, 0.5, 0.26, 0.14]]))
     for p, kept in [(0.19, [0, 1, 2, 3]), (0.21, [1, 2, 3]), (0.29, [1, 2]), (0.53, [1])]:
         found = run_filter(keep_min_p, library, x, p)
+        assert np.flatnonzero(found[0] > -INF).tolist() == kept, p
+
+
+@pytest.mark.parametrize("p", [0.0, 0.21, 0.55, 0.9, 1.0])
+def test_typical_p_is_its_definition(library: Backend, p: float) -> None:
+    for rows in ROWS.values():
+        x = rows.astype(np.float32)
+        expected = np.stack([typical_p(row, p) for row in x])
+        found = run_filter(keep_typical_p, library, x, p)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{p} of {rows}")
+
+
+def test_typical_p_can_leave_out_the_most_probable_token(library: Backend) -> None:
+    x = np.log(np.array([[0.4, 0.3, 0.12, 0.1, 0.08]]))  # an entropy of 1.41, as -log(0.244)
+    for p, kept in [(0.29, [1]), (0.31, [0, 1]), (0.71, [0, 1, 2])]:
+        found = run_filter(keep_typical_p, library, x, p)
         assert np.flatnonzero(found[0] > -INF).tolist() == kept, p
 
 
