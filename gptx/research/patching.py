@@ -85,9 +85,8 @@ class Patching:
         """Show a table in a notebook; the color is the recovered share of the difference."""
         from gptx import html
 
-        columns = (
-            self.clean_tokens if self.by == "position" else map(str, range(self.values.shape[1]))
-        )
+        heads = tuple(f"head {head}" for head in range(self.values.shape[1]))
+        columns = self.clean_tokens if self.by == "position" else heads
         rows = [
             (name, [html.Cell(f"{x:.2f}", float(share)) for x, share in zip(*pair, strict=True)])
             for name, *pair in zip(self.names, self.values, self.recovered, strict=True)
