@@ -90,7 +90,7 @@ AHEAD, BEHIND = model_on(Asynchronous()), model_on(make_backend("numpy-ops"))
 def assert_equal_steps(found: list[list[Token]], expected: list[list[Token]]) -> None:
     """Compare tokens, and log-probabilities up to rounding: the order of a sum may differ."""
     plain = [
-        [[replace(t, logprob=None, top_logprobs=None) for t in step] for step in run]
+        [[t._replace(logprob=None, top_logprobs=None) for t in step] for step in run]
         for run in (found, expected)
     ]
     assert plain[0] == plain[1]
