@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.interface.cpu_features import ARM, HAS_AVX512
+from gptx.backends.cpu.interface.cpu_features import HAS_AVX512
 from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
@@ -45,7 +45,6 @@ from gptx.backends.cpu.kernels.simd import (
     PREFETCH_BYTES,
     bit_field_as_floats,
     broadcast,
-    broadcast_neighbor,
     get_vector,
     load,
     load_scalar,
@@ -64,13 +63,9 @@ PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
 
 
 @lru_cache
-def make_outer_product(rows: int, vectors: int, packed: bool = False) -> Callable[..., None]:
-    """Return a kernel for a tile of `rows` rows and `vectors` vectors of outputs.
-
-    The rows of x are packed if its row stride is always 1.
-    """
+def make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
+    """Return a kernel for a tile of `rows` rows and `vectors` vectors of outputs."""
     size = rows * vectors
-    by_lane = ARM and packed
 
     @compiled
     def outer_product(x: Matrix, w: Matrix, depth: int, y: Matrix, overwrite: bool) -> None:
@@ -96,11 +91,7 @@ def make_outer_product(rows: int, vectors: int, packed: bool = False) -> Callabl
                 column = load(weights, w.start + k * w.row_stride + 16 * c)
                 for r in range(rows):
                     n = r * vectors + c
-                    i = x.start + k * x.column_stride
-                    if by_lane:
-                        number = broadcast_neighbor(numbers, i, r, rows)
-                    else:
-                        number = broadcast(numbers, i + r * x.row_stride)
+                    number = broadcast(numbers, x.start + r * x.row_stride + k * x.column_stride)
                     put_vector(sums, n, get_vector(sums, n) + column * number)
         for r in range(rows):
             for c in range(vectors):
@@ -110,8 +101,8 @@ def make_outer_product(rows: int, vectors: int, packed: bool = False) -> Callabl
     return outer_product
 
 
-_multiply_tall = make_outer_product(TALL_ROWS, STRIP_VECTORS, packed=True)
-_multiply_short = make_outer_product(BLOCK_ROWS, STRIP_VECTORS, packed=True)
+_multiply_tall = make_outer_product(TALL_ROWS, STRIP_VECTORS)
+_multiply_short = make_outer_product(BLOCK_ROWS, STRIP_VECTORS)
 
 
 @inlined

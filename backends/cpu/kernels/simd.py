@@ -17,14 +17,13 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from gptx.backends.cpu.interface.sizes import LANES
-from gptx.backends.cpu.kernels.compilation import I8, I32, I64, call, element_pointer, to_int64
+from gptx.backends.cpu.kernels.compilation import I8, I32, call, element_pointer, to_int64
 
 PREFETCH_BYTES = 8192  # distance from a load of weights to the prefetch beside it
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 BYTES = ir.VectorType(I8, 4 * LANES)
-FOUR_FLOATS = ir.VectorType(F32, 4)  # a register of NEON
 FLOAT16S = ir.VectorType(F16, LANES)  # in memory only, where Numba reads uint16
 
 
@@ -170,27 +169,6 @@ def broadcast(context: Any, array: Any, i: Any) -> Any:
         return fill_lanes(builder, value, result.llvm)
 
     return result(array, i), generate
-
-
-@intrinsic
-def broadcast_neighbor(context: Any, array: Any, i: Any, n: Any, count: Any) -> Any:
-    """Return array[i + n] in each lane, one of `count` neighbors from array[i] on, float32.
-
-    The neighbors, at least four, are loaded by fours: NEON multiplies by a lane of a register.
-    """
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        n, count = (
-            to_int64(context, builder, value, kind)
-            for value, kind in zip(args[2:], sig.args[2:], strict=True)
-        )
-        first, last = builder.and_(n, I64(-4)), builder.sub(count, I64(4))
-        first = builder.select(builder.icmp_signed("<", first, last), first, last)
-        pointer = builder.gep(element_pointer(context, builder, sig.args, args), [first])
-        four = builder.load(builder.bitcast(pointer, FOUR_FLOATS.as_pointer()), align=4)
-        return fill_lanes(builder, builder.extract_element(four, builder.sub(n, first)), FLOATS)
-
-    return floats(array, i, n, count), generate
 
 
 @intrinsic

@@ -199,6 +199,6 @@ def test_an_instruction_set_that_the_processor_does_not_have() -> None:
     ):
         cpu_features.restricted("vnni", "+sse2,+avx2")
     with pytest.raises(
-        BackendError, match="GPTX_ISA is 'sse', expected avx2, avx512, vnni or none"
+        BackendError, match="GPTX_ISA is 'sse', expected avx2, avx512, vnni, dotprod or none"
     ):
         cpu_features.restricted("sse", FEATURES)
