@@ -70,20 +70,22 @@ def _host_features() -> str:
     features = []
     with suppress(RuntimeError):  # LLVM does not read them on this system
         features.append(llvm.get_host_cpu_features().flatten())
-    if ARM and sys.platform in ("linux", "darwin"):
-        features += [f"+{name}" for name in _ARM_FEATURES if _has_arm_feature(name)]
+    if ARM:
+        features += [f"+{name}" for name, keys in _ARM_FEATURES.items() if _system_reports(*keys)]
     return ",".join(features)
 
 
-def _has_arm_feature(name: str) -> bool:
-    """Ask the system for one of `_ARM_FEATURES`."""
-    entry, bit, key = _ARM_FEATURES[name]
-    system = ctypes.CDLL(None)
+def _system_reports(entry: int, bit: int, name: bytes) -> bool:
+    """Return True if Linux or macOS reports one of `_ARM_FEATURES`."""
     if sys.platform == "linux":
-        return bool(system.getauxval(entry) >> bit & 1)
-    value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
-    system.sysctlbyname(key, ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
-    return value.value == 1
+        return bool(ctypes.CDLL(None).getauxval(entry) >> bit & 1)
+    elif sys.platform == "darwin":
+        value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        result = ctypes.byref(value), ctypes.byref(size)
+        ctypes.CDLL(None).sysctlbyname(name, *result, None, ctypes.c_size_t(0))
+        return value.value == 1
+    else:
+        return False
 
 
 NAME = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
