@@ -72,7 +72,7 @@ def _host_features() -> str:
         features.append(llvm.get_host_cpu_features().flatten())
     if ARM:
         features += [f"+{name}" for name, keys in _ARM_FEATURES.items() if _system_reports(*keys)]
-    return ",".join(features)
+    return ",".join(filter(None, features))
 
 
 def _system_reports(entry: int, bit: int, name: bytes) -> bool:
