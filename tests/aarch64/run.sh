@@ -25,7 +25,7 @@ if [ ! -x "$root/usr/bin/python" ]; then
 
     # The beginning of /proc/cpuinfo on a Graviton2, from which LLVM reads the processor.
     printf '%s\n' "processor : 0" \
-        "Features : fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc asimddp" \
+        "Features : fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm asimddp" \
         "CPU implementer : 0x41" "CPU part : 0xd0c" > "$root/proc/cpuinfo"
     # Python starts itself for a compilation: as this program, not as a file for another processor.
     printf '#!/bin/sh\nexec qemu-aarch64 -L %s -0 "$0" %s "$@"\n' \
