@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -24,10 +25,19 @@ _BEYOND_AVX512 = (
     *_BEYOND_VNNI, "avx512bf16", "avx512bitalg", "avx512ifma", "avx512vbmi", "avx512vnni",
     "avx512vp", "gfni", "vaes", "vpclmulqdq",
 )  # fmt: skip
+_BEYOND_DOTPROD = ("bf16", "i8mm", "sme", "sve")
 INSTRUCTION_SETS = {
     "avx2": ("haswell", "avx2", _BEYOND_AVX2),
     "avx512": ("skylake-avx512", "avx512dq", _BEYOND_AVX512),
     "vnni": ("icelake-server", "avx512vnni", _BEYOND_VNNI),
+    "dotprod": ("neoverse-n1", "dotprod", _BEYOND_DOTPROD),
+}
+
+# Features of ARM that LLVM does not read: an entry and a bit of Linux's auxiliary vector (AT_HWCAP,
+# AT_HWCAP2), and macOS's name.
+_ARM_FEATURES = {
+    "dotprod": (16, 20, b"hw.optional.arm.FEAT_DotProd"),
+    "i8mm": (26, 13, b"hw.optional.arm.FEAT_I8MM"),
 }
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
@@ -55,10 +65,32 @@ def restricted(isa: str, features: str) -> tuple[str, str]:
     return name, ",".join(f"-{x[1:]}" if x[1:].startswith(beyond) else x for x in names)
 
 
+def _host_features() -> str:
+    """Return the features of this processor, as LLVM names them."""
+    features = []
+    with suppress(RuntimeError):  # LLVM does not read them on this system
+        features.append(llvm.get_host_cpu_features().flatten())
+    if ARM:
+        features += [f"+{name}" for name, keys in _ARM_FEATURES.items() if _system_reports(*keys)]
+    return ",".join(filter(None, features))
+
+
+def _system_reports(entry: int, bit: int, name: bytes) -> bool:
+    """Return True if Linux or macOS reports one of `_ARM_FEATURES`."""
+    if sys.platform == "linux":
+        return bool(ctypes.CDLL(None).getauxval(entry) >> bit & 1)
+    elif sys.platform == "darwin":
+        value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        result = ctypes.byref(value), ctypes.byref(size)
+        ctypes.CDLL(None).sysctlbyname(name, *result, None, ctypes.c_size_t(0))
+        return value.value == 1
+    else:
+        return False
+
+
 NAME = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-FEATURES = os.environ.get("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten())
-IS_RESTRICTED = bool(os.environ.get(VARIABLE))
-if IS_RESTRICTED:
+FEATURES = os.environ.get("NUMBA_CPU_FEATURES", _host_features())
+if os.environ.get(VARIABLE):
     NAME, FEATURES = restricted(os.environ[VARIABLE], FEATURES)
 
 
@@ -71,6 +103,8 @@ def has_feature(name: str) -> bool:
 HAS_FLOAT16 = ARM or has_feature("f16c")
 HAS_AVX512 = has_feature("avx512f")
 HAS_VNNI = has_feature("avx512vnni")
+HAS_DOTPROD, HAS_I8MM = has_feature("dotprod"), has_feature("i8mm")  # NEON's sdot and usdot
+HAS_BYTE_PRODUCTS = HAS_VNNI or HAS_DOTPROD
 HAS_AMX = has_feature("amx-int8") and has_feature("amx-bf16")
 
 

@@ -11,8 +11,8 @@ from numba.extending import intrinsic
 
 from gptx.backends.cpu.interface import cpu_features
 
-if cpu_features.IS_RESTRICTED:
-    config.CPU_NAME, config.CPU_FEATURES = cpu_features.NAME, cpu_features.FEATURES
+# Numba itself reads neither `GPTX_ISA` nor all features of ARM.
+config.CPU_NAME, config.CPU_FEATURES = cpu_features.NAME, cpu_features.FEATURES
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 

@@ -73,6 +73,6 @@ def measure_row(row: Any, n_in: int, group_size: int, sums: Any, stride: int) ->
         sums[g * stride] = sum_lanes(group_sum)
         group_sums += group_sum
     magnitude = max_lanes(highest)
-    # `maximum` may drop a NaN; the sum keeps it, and makes the factor NaN.
-    factor = magnitude / MAX_INTEGER + np.float32(0) * sum_lanes(group_sums)
+    # `maximum` may drop a NaN; the sums keep it, and make the factor NaN. Large sums may overflow.
+    factor = magnitude / MAX_INTEGER + sum_lanes(group_sums * splat(0.0))
     return factor, MAX_INTEGER / magnitude if magnitude > 0 else np.float32(0)

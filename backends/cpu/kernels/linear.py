@@ -1,4 +1,4 @@
-"""The stages of LINEAR on vectors (AVX2, AVX-512, NEON, VNNI): one thread's share of each.
+"""The stages of LINEAR on vectors (AVX2, AVX-512, VNNI, NEON): one thread's share of each.
 
 A GEMV has the stages `run_gemv` and, for a float matrix [I, O], `sum_partial_results`. A GEMM has
 `prepare_gemm` and `run_gemm`. For up to `MAX_SPLIT_ROWS` rows and a float matrix, the threads split
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptx.backends.cpu.interface.cpu_features import HAS_VNNI
+from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS
 from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
@@ -33,7 +33,7 @@ from gptx.backends.cpu.interface.sizes import (
     STRIP_INPUTS,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
-from gptx.backends.cpu.kernels import gemv, gemv_vnni
+from gptx.backends.cpu.kernels import gemv, gemv_bytes
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
@@ -59,7 +59,7 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
-quantized_gemv = gemv_vnni if HAS_VNNI else gemv
+quantized_gemv = gemv_bytes if HAS_BYTE_PRODUCTS else gemv
 
 
 @inlined

@@ -23,6 +23,7 @@ PREFETCH_BYTES = 8192  # distance from a load of weights to the prefetch beside 
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+BYTES = ir.VectorType(I8, 4 * LANES)
 FLOAT16S = ir.VectorType(F16, LANES)  # in memory only, where Numba reads uint16
 
 
@@ -55,7 +56,7 @@ stack = Vector("vectors on the stack", FLOATS.as_pointer())
 def fill_lanes(builder: Any, value: Any, vector: Any) -> Any:
     """Emit a vector of LLVM type `vector` with `value` in each lane."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, vector.count), None))
 
 
 @intrinsic
@@ -417,10 +418,10 @@ def nibbles_as_bytes(context: Any, words: Any, odd: Any) -> Any:
     """Return the even (odd=0) or odd (odd=1) fields of 4 bits of each word as its four bytes."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        shift = builder.shl(
-            builder.trunc(to_int64(context, builder, args[1], sig.args[1]), I32), I32(2)
-        )
-        moved = builder.lshr(args[0], fill_lanes(builder, shift, INTS))
-        return builder.and_(moved, ir.Constant(INTS, [0x0F0F0F0F] * LANES))
+        odd = builder.trunc(to_int64(context, builder, args[1], sig.args[1]), I8)
+        shift = fill_lanes(builder, builder.shl(odd, I8(2)), BYTES)
+        moved = builder.lshr(builder.bitcast(args[0], BYTES), shift)
+        nibbles = builder.and_(moved, ir.Constant(BYTES, [0x0F] * BYTES.count))
+        return builder.bitcast(nibbles, INTS)
 
     return ints(words, odd), generate

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,8 @@ from gptx.errors import BackendError
 from gptx.generation.api import load_once
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
+
+from llvmlite.binding.targets import FeatureMap
 
 from gptx.backends.cpu import machine_code
 from gptx.backends.cpu.interface import cpu_features, variant
@@ -230,6 +235,35 @@ def test_an_instruction_set_that_the_processor_does_not_have() -> None:
     ):
         cpu_features.restricted("vnni", "+sse2,+avx2")
     with pytest.raises(
-        BackendError, match="GPTX_ISA is 'sse', expected avx2, avx512, vnni or none"
+        BackendError, match="GPTX_ISA is 'sse', expected avx2, avx512, vnni, dotprod or none"
     ):
         cpu_features.restricted("sse", FEATURES)
+
+
+@pytest.mark.parametrize("reported", [(), ("dotprod",), ("dotprod", "i8mm")])
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_features_of_arm_that_only_the_system_reports(
+    system: str, reported: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Linux in the auxiliary vector, on macOS by name."""
+    vector = {16: ("dotprod" in reported) << 20, 26: ("i8mm" in reported) << 13}
+    names = {"dotprod": b"hw.optional.arm.FEAT_DotProd", "i8mm": b"hw.optional.arm.FEAT_I8MM"}
+
+    def sysctlbyname(name: bytes, value: Any, *_: Any) -> None:
+        value._obj.value = name in [names[feature] for feature in reported]
+
+    library = SimpleNamespace(getauxval=vector.get, sysctlbyname=sysctlbyname)
+    monkeypatch.setattr(cpu_features, "ARM", True)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(cpu_features.llvm, "get_host_cpu_features", lambda: FeatureMap(neon=True))
+    assert cpu_features._host_features() == ",".join(["+neon", *(f"+{x}" for x in reported)])
+
+
+def test_features_that_llvm_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("failed to get host cpu features.")
+
+    monkeypatch.setattr(cpu_features, "ARM", False)
+    monkeypatch.setattr(cpu_features.llvm, "get_host_cpu_features", fail)
+    assert cpu_features._host_features() == ""

@@ -1,9 +1,9 @@
-"""GEMV kernels for quantized weights on AVX-512 VNNI, an instruction that multiplies bytes.
+"""GEMV kernels for quantized weights on instructions that multiply bytes: VNNI, NEON's `sdot`.
 
-One instruction multiplies 64 bytes by 64 others and adds the products by fours to 16 sums.
-Quantized values are bytes, or become bytes by a mask; the row is split into three bytes to a
-number (`fixed_point.py`). That takes a third of the instructions of `gemv.py`, which converts the
-quantized values to floats, so only memory bandwidth limits it.
+VNNI multiplies 64 bytes by 64 others and adds the products by fours to 16 sums; NEON takes four
+instructions (`byte_products.py`). Quantized values are bytes, or become bytes by a mask; the row is
+split into three bytes to a number (`fixed_point.py`). That takes a third of the instructions of
+`gemv.py`, which converts the quantized values to floats.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
 from numba.extending import intrinsic
 
 from gptx.backends.cpu.interface.sizes import LANES, N_DIGITS
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
-from gptx.backends.cpu.kernels.compilation import call, compiled, to_int64
+from gptx.backends.cpu.kernels.byte_products import (
+    HAS_UNSIGNED_WEIGHTS,
+    add_byte_products,
+    subtract_128,
+)
+from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
@@ -36,21 +40,6 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
-
-
-@intrinsic
-def _add_byte_products(context: Any, vectors: Any, i: Any, weights: Any, x: Any) -> Any:
-    """Add to the ints in vector i of `stack_vectors`, in each lane, four weights times four x."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.gep(args[0], [to_int64(context, builder, args[1], sig.args[1])])
-        pointer = builder.bitcast(pointer, INTS.as_pointer())
-        sums = builder.load(pointer)
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        builder.store(call(builder, name, INTS, sums, args[2], args[3]), pointer)
-        return context.get_dummy_value()
-
-    return types.void(vectors, i, weights, x), generate
 
 
 @intrinsic
@@ -76,6 +65,7 @@ def prepare_row(x: Any, n_in: int, group_size: int, bits: int) -> None:
 
 def _make_quantized_gemv(bits: int) -> Callable[..., None]:
     per_word = 32 // bits
+    subtracts_128 = bits == 8 and not HAS_UNSIGNED_WEIGHTS
 
     @compiled
     def multiply(matrix: QuantizedMatrix, first: int, last: int, x: Any, y: Any) -> None:
@@ -94,22 +84,26 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
                     at, i = digits_start + k // 4, (strip * n_in + k) // per_word * LANES
                     prefetch_l2(words, i + PREFETCH_BYTES // 4)
                     packed = load(words, i)
+                    if subtracts_128:
+                        packed = subtract_128(packed)
                     if bits == 8:
                         for d in range(N_DIGITS):
                             j = at + d * digit_stride
-                            _add_byte_products(sums, d, packed, broadcast(digits, j))
+                            add_byte_products(sums, d, packed, broadcast(digits, j))
                     else:
                         even, odd = nibbles_as_bytes(packed, 0), nibbles_as_bytes(packed, 1)
                         for d in range(N_DIGITS):
                             j = at + d * digit_stride
-                            _add_byte_products(sums, d, even, broadcast(digits, j))
-                            _add_byte_products(sums, d, odd, broadcast(digits, j + 1))
+                            add_byte_products(sums, d, even, broadcast(digits, j))
+                            add_byte_products(sums, d, odd, broadcast(digits, j + 1))
                 entry = strip * n_groups + g
                 prefetch_group(groups, entry, offset_bits)
                 group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
                 group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
                 group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
                 scale, offset = scale_and_offset(groups, entry, offset_bits)
+                if subtracts_128:
+                    offset += scale * splat(128.0)
                 result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
             store(y, strip * LANES, result)
 
