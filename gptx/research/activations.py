@@ -29,8 +29,23 @@ MAP_PIXELS = 96  # width of an attention pattern in HTML
 POOLINGS = ("mean", "last")
 
 
+class Arrays(Mapping[str, np.ndarray]):
+    """A mapping of names to the arrays in the attribute `arrays`."""
+
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
 @dataclass(frozen=True, repr=False)
-class Activations(Mapping[str, np.ndarray]):
+class Activations(Arrays):
     """Activations of one text, by name: `found["h.3.mlp.act"]`.
 
     Attributes
@@ -44,15 +59,6 @@ class Activations(Mapping[str, np.ndarray]):
     ids: list[int]
     tokens: tuple[str, ...]
     arrays: dict[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
 
     def __repr__(self) -> str:
         n_bytes = sum(x.nbytes for x in self.arrays.values())

@@ -7,7 +7,6 @@ https://arxiv.org/abs/1703.01365
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from gptx.generation.text_model import Model
 from gptx.hooks import HookedTransformer, layers_to_expand, layouts
 from gptx.logits import all_logits, non_finite_error
 from gptx.model import forward
-from gptx.research.activations import record
+from gptx.research.activations import Arrays, record
 from gptx.research.attribution import head_rows
 from gptx.research.inputs import (
     Names,
@@ -42,7 +41,7 @@ MAX_POINTS = 1024
 
 
 @dataclass(frozen=True, repr=False)
-class Gradients(Mapping[str, np.ndarray]):
+class Gradients(Arrays):
     """Gradients of one logit, or of a difference of two, by activations: `found["h.3.mlp.act"]`.
 
     Attributes
@@ -66,15 +65,6 @@ class Gradients(Mapping[str, np.ndarray]):
     position: int
     logit: float
     arrays: dict[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
 
     def __repr__(self) -> str:
         return f"<Gradients of a logit of {self.logit:.2f} by {', '.join(self.arrays)}>"
