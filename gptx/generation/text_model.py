@@ -464,10 +464,9 @@ def check_streamed(options: CheckedOptions) -> CheckedOptions:
 
 def generate_request(model: Model, request: Request, *, single: bool) -> Result | list[Result]:
     """Continue the prompts of a request; see `Model.generate`."""
-    request.check(model.info)
     results: dict[int, Result] = {}
     chunks = stream_request(model, request)
-    options = request.options
+    options = request.options  # checked by now
     try:
         for chunk in chunks:
             if chunk.result is not None:
@@ -510,10 +509,10 @@ def stream_request(
     At the end, also after an interrupt, `keep_cache` gets a KV cache of a single prompt and its
     output, unless the model has read none of them.
     """
+    if request.options.cache is not None:
+        _check_cache(model, request.options.cache, request.prompts)
     ids = request.check(model.info)
     prompts, options = request.prompts, request.options
-    if options.cache is not None:
-        _check_cache(model, options.cache, prompts)
     tokenizer = model.tokenizer if model.info.has_tokenizer else None
     copies = options.best_of
     runs: list[TokenGenerator] = []

@@ -25,9 +25,9 @@ WARM: Any = {"temperature": 1.0, "seed": 5, "max_tokens": 7}
 PROMPT = [5, 6, 7, 8, 9]
 
 
-@pytest.fixture(params=["numpy", "mlx", "strict"], scope="module")
+@pytest.fixture(params=["numpy", "mlx"], scope="module")
 def model(request: pytest.FixtureRequest) -> Model:
-    """A small model on each array library."""
+    """A small model on two array libraries."""
     return make_model(CONFIG, make_backend(request.param))
 
 

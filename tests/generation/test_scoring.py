@@ -19,9 +19,9 @@ from tests.support.random_models import CASES
 CONFIG = replace(CASES["124M"], n_layer=1, n_head=3)  # a context of 64 tokens
 
 
-@pytest.fixture(params=["numpy", "mlx", "strict"], scope="module")
+@pytest.fixture(params=["numpy", "mlx"], scope="module")
 def model(request: pytest.FixtureRequest) -> Model:
-    """A small model on each array library."""
+    """A small model on two array libraries."""
     return make_model(CONFIG, make_backend(request.param))
 
 
