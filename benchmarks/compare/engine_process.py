@@ -56,6 +56,8 @@ class EngineProcess:
         work = work.resolve()
         self.name = name
         self._env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | ISAS.get(isa or "", {})
+        # A checkout keeps its bytecode, as an installation does: a whole process imports it.
+        self._env["PYTHONDONTWRITEBYTECODE"] = ""
         self._log = work / f"{name}.log"
         files = work / TABLE[name].files
         self._place = {"name": name, "folder": str(folder.resolve()), "threads": threads}
