@@ -28,8 +28,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
+
 # Control characters, which no name or value of an option has.
 _MARK, _SEPARATOR = "\x1d", "\x1f"
+
+
+def shown(value: Any) -> str:
+    """Return the start of the `repr` of a value, in one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python limits the digits of an int
+        text = f"too long ({type(value).__name__})"
+    return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]
 
 
 def argument(name: str, *values: Any) -> str:

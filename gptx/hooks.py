@@ -45,14 +45,13 @@ from gptx.backends import Backend, Positions
 from gptx.backends.graph import Graph, Node, named_weights, trace_names
 from gptx.backends.replay import Replay
 from gptx.config import GPT2Config
-from gptx.errors import NonFiniteError, ParameterError
+from gptx.errors import NonFiniteError, ParameterError, shown
 from gptx.model import Transformer, forward
 
 Array = Any
 Hook = Callable[..., Any]
 
 MIN_LIKENESS = 0.6  # of difflib's ratio, 0 to 1
-MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
 
 # TransformerLens's name -> the name here; {} is the number of the layer.
 LENS_NAMES = {
@@ -150,7 +149,7 @@ def with_hooks(model: Transformer, functions: Mapping[str, Hook]) -> Transformer
     """
     if not isinstance(functions, Mapping):
         raise ParameterError(
-            f"hooks are {_shown(functions)}, expected a dict of names and functions"
+            f"hooks are {shown(functions)}, expected a dict of names and functions"
         )
     known = _known_names(model)
     bound = [
@@ -202,7 +201,7 @@ def _match(
     pattern: Any, known: tuple[dict[str, str], dict[str, str]], config: GPT2Config
 ) -> dict[str, str]:
     if not isinstance(pattern, str):
-        raise ParameterError(f"the name of an activation is {_shown(pattern)}, expected a text")
+        raise ParameterError(f"the name of an activation is {shown(pattern)}, expected a text")
     for names in known:
         if matches := {name: own for name, own in names.items() if fnmatchcase(name, pattern)}:
             return matches
@@ -210,7 +209,7 @@ def _match(
 
 
 def _unknown_name(pattern: str, known: list[str], config: GPT2Config) -> str:
-    message = f"the model computes nothing of the name {_shown(pattern)}"
+    message = f"the model computes nothing of the name {shown(pattern)}"
     layer = _LAYER.match(pattern)
     if layer and int(layer[1]) >= config.n_layer:
         return f"{message}: its layers are 0 to {config.n_layer - 1}"
@@ -367,7 +366,7 @@ def layouts(
 def _count_arguments(name: str, function: Any) -> int:
     """Return 1 for a function of an array, 2 for one of an array and its `Site`."""
     wrong = ParameterError(
-        f"the hook of {name} is {_shown(function)}, expected a function of an array, or of an "
+        f"the hook of {name} is {shown(function)}, expected a function of an array, or of an "
         "array and its Site"
     )
     if not callable(function):
@@ -389,11 +388,7 @@ def _count_arguments(name: str, function: Any) -> int:
 def _described(x: Any) -> str:
     """Return dtype and shape of an array, and its type if it is that of another library."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        return _shown(x)
+        return shown(x)
     kind = type(x)
     dtype = str(x.dtype).rpartition(".")[2]
     return f"{kind.__module__.partition('.')[0]}'s {kind.__name__} {dtype} {list(x.shape)}"
-
-
-def _shown(value: Any) -> str:
-    return " ".join(repr(value).split())[:MAX_SHOWN_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Checks of values of any type, and their form in messages."""
+"""Checks of values of any type."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.errors import ParameterError, argument
-
-MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
+from gptx.errors import ParameterError, argument, shown
 
 
 def is_int(value: object) -> bool:
@@ -35,12 +33,3 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
             f"{argument(name)} is {shown(value)}, expected a whole number of at least {least}"
         )
     return int(value)
-
-
-def shown(value: Any) -> str:
-    """Return the start of the `repr` of a value, in one line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python limits the digits of an int
-        text = f"too long ({type(value).__name__})"
-    return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]

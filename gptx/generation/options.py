@@ -15,8 +15,8 @@ from typing import Any, Literal, TypedDict, get_args
 import numpy as np
 
 from gptx.config import GPT2Config
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import check_bool, check_count, is_int, shown
+from gptx.errors import ParameterError, argument, shown
+from gptx.generation.checks import check_bool, check_count, is_int
 from gptx.generation.names import check_names
 from gptx.generation.params import LogitsProcessor, SamplingParams, random_seed
 from gptx.kv_cache import KVCache

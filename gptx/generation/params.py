@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import check_count, is_int, is_real, shown
+from gptx.errors import ParameterError, argument, shown
+from gptx.generation.checks import check_count, is_int, is_real
 
 MAX_PARAMETER = 1e6  # a larger parameter can make a float32 logit overflow
 # Smallest and largest value of each parameter.

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from gptx.errors import PromptError, argument
-from gptx.generation.checks import is_int, shown
+from gptx.errors import PromptError, argument, shown
+from gptx.generation.checks import is_int
 
 Prompt = str | Sequence[int]
 

@@ -34,8 +34,7 @@ from typing import Any
 import numpy as np
 
 from gptx.backends import Backend
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import shown
+from gptx.errors import ParameterError, argument, shown
 from gptx.generation.filters import draw, keep_min_p, keep_top_k, keep_top_p, keep_typical_p
 from gptx.generation.history import (
     Dry,

@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from gptx.errors import ConfigError, NotFoundError, ParameterError, StorageError, argument
-from gptx.generation.checks import shown
+from gptx.errors import ConfigError, NotFoundError, ParameterError, StorageError, argument, shown
 from gptx.generation.options import Options, check_options
 from gptx.model_files import CONFIG, GENERATION, ModelFiles
 

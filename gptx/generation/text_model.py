@@ -13,8 +13,8 @@ import numpy as np
 
 from gptx.backends import Backend
 from gptx.config import GPT2Config
-from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument
-from gptx.generation.checks import check_bool, check_count, is_int, shown
+from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument, shown
+from gptx.generation.checks import check_bool, check_count, is_int
 from gptx.generation.engine import TokenGenerator, streams_of
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import shown
+from gptx.errors import ParameterError, argument, shown
 from gptx.generation.prompts import Prompt
 from gptx.generation.text_model import Model
 from gptx.hooks import Site

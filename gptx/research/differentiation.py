@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from gptx.backends.backward import ActivationGradients
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import check_count, is_real, shown
+from gptx.errors import ParameterError, argument, shown
+from gptx.generation.checks import check_count, is_real
 from gptx.generation.prompts import Prompt
 from gptx.generation.text_model import Model
 from gptx.hooks import HookedTransformer, layers_to_expand, layouts

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gptx.errors import NonFiniteError, ParameterError, PromptError, argument
-from gptx.generation.checks import is_int, shown
+from gptx.errors import NonFiniteError, ParameterError, PromptError, argument, shown
+from gptx.generation.checks import is_int
 from gptx.generation.prompts import Prompt, check_ids, check_not_empty, single_prompt, split_prompts
 from gptx.generation.text_model import Model
 from gptx.hooks import find_names

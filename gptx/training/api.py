@@ -12,9 +12,9 @@ from typing import Any
 
 from gptx.backends import TABLE, Backend, get_backend
 from gptx.config import GPT2Config
-from gptx.errors import ConfigError, NotFoundError, ParameterError, argument
+from gptx.errors import ConfigError, NotFoundError, ParameterError, argument, shown
 from gptx.file_lock import lock_folder
-from gptx.generation.checks import check_count, is_real, shown
+from gptx.generation.checks import check_count, is_real
 from gptx.generation.found_model import FoundModel, find_model
 from gptx.generation.names import check_names
 from gptx.tokenization.pipeline import PipelineTokenizer

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from gptx.backends.backward import RECOMPUTE, Dropout
-from gptx.errors import ParameterError, argument
-from gptx.generation.checks import check_count, is_real, shown
+from gptx.errors import ParameterError, argument, shown
+from gptx.generation.checks import check_count, is_real
 from gptx.generation.names import check_names
 from gptx.training.optimizers import OptimizerName
 from gptx.training.schedule import Schedule

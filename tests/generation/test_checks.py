@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gptx.errors import ParameterError
-from gptx.generation.checks import MAX_SHOWN_CHARACTERS, check_bool, is_int, is_real, shown
+from gptx.errors import MAX_SHOWN_CHARACTERS, ParameterError, shown
+from gptx.generation.checks import check_bool, is_int, is_real
 from tests.support.cli import raises_error
 
 
