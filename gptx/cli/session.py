@@ -204,7 +204,7 @@ class Commands:
         except BaseException:
             self.session.turns.append(turn)
             raise
-        self._end(*result)
+        self._end(result)
 
     def _set(self, arguments: str) -> None:
         """Change a setting, or show all of them."""
