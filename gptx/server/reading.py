@@ -35,6 +35,8 @@ class Reading:
         Layer of the attention pattern to keep; None for none.
     first
         Position from which residual streams are kept.
+    stop
+        Position before which the text is read; None for its end.
 
     Attributes
     ----------
@@ -51,9 +53,10 @@ class Reading:
         *,
         attention: int | None = None,
         first: int = 0,
+        stop: int | None = None,
     ) -> None:
         self.ids = list(ids)
-        self.chunks = _chunks(0, first) + _chunks(first, len(ids))
+        self.chunks = _chunks(0, first) + _chunks(first, len(ids) if stop is None else stop)
         self.patterns: np.ndarray | None = None
         self._first = first
         self._streams: dict[str, dict[int, Array]] = {name: {} for name in streams}
@@ -106,11 +109,20 @@ class Reading:
             The model computed a NaN or an infinity.
         """
         start, stop = chunk
-        last = f"h.{model.config.n_layer - 1}.resid_post"
         targets = [*self.ids[start + 1 : stop + 1], 0][: stop - start]
         with model.backend.scope():
-            logits = logits_from(model.gpt2, last, self._streams[name][start])
+            logits = logits_from(model.gpt2, last_stream(model), self._streams[name][start])
             return logprobs_of(model.gpt2, logits[0, :, :], targets, n)
+
+
+def stream_of(layer: int) -> str:
+    """Return the name of the residual stream after a layer."""
+    return f"h.{layer}.resid_post"
+
+
+def last_stream(model: Model) -> str:
+    """Return the name of the residual stream after the last layer."""
+    return stream_of(model.config.n_layer - 1)
 
 
 def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
