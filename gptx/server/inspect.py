@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
@@ -81,9 +82,10 @@ INSPECT = Record(
 def endpoint(models: Models) -> Endpoint:
     """Return the endpoint `/inspect`."""
 
-    async def inspect(scope: Scope, client: Client, values: dict[str, Any]) -> dict[str, Any]:
+    async def inspect(scope: Scope, client: Client, values: dict[str, Any]) -> Response:
         scheduler = models.get(values.get("model"))
-        return await client.wait(inspection(scheduler, values))
+        answer = await client.wait(inspection(scheduler, values))
+        return await asyncio.to_thread(JSONResponse, answer)  # of many megabytes, maybe
 
     about = "Return tokens, probabilities, attention and logit lens of a text."
     return Endpoint("/inspect", about, INSPECT, inspect)

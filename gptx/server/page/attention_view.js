@@ -18,8 +18,8 @@ export function attentionView(panel, session) {
   const about = make(
     "p.hint",
     {},
-    "A picture for each layer and head: rows are tokens, from the first at the top, and blue is " +
-      "where a token looks. Choose a head, then a token.",
+    "A picture for each layer (down) and head (across): rows are tokens, from the first at the " +
+      "top, and blue is where a token looks. Choose a head, then a token.",
   );
   const grid = make("div.heads", { role: "group", "aria-label": "Heads by layer" });
   const way = make("select", { id: "attention-way", change: show });
@@ -29,8 +29,7 @@ export function attentionView(panel, session) {
   const bar = make("div.heading", {}, name, make("label", { for: "attention-way" }, "Show ", way));
   const text = make("p.text", { role: "group", "aria-label": "The text, with attention" });
   const map = make("canvas.map", { role: "img" });
-  const wide = make("div.wide", {}, map);
-  const content = make("div", {}, grid, bar, text, wide);
+  const content = make("div", {}, make("div.pictures", {}, grid, map), bar, text);
   panel.append(about, lack, content);
 
   let shown = null; // places of the pictures
@@ -175,12 +174,12 @@ export function attentionView(panel, session) {
     const largest = Math.max(...values);
     return {
       title: to ? `${its(token)} looks at` : `Tokens that look at ${its(token)}`,
-      note: `${nameOf(head)}, token ${token + 1} of ${shown.length}.`,
+      note: `${nameOf(head)}. Token ${token + 1} of ${shown.length}; numbers are those of tokens.`,
       rows: order
         .filter((i) => values[i] > 0)
         .map((i) => ({
           label: its(i),
-          note: `token ${i + 1}`,
+          note: String(i + 1),
           share: values[i] / largest,
           value: percent(values[i]),
           marked: i === token,

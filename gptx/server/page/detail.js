@@ -8,6 +8,7 @@ import { rank } from "./ranking.js";
 import { samplingView } from "./sampling_view.js";
 
 const FEW = 10; // alternatives that are shown at first
+const ESTIMATE = "An estimate: only the most probable tokens came with their probabilities";
 
 /**
  * Draw the detail into an aside. In the tabs "attention" and "lens" it shows `state.pointed`: an
@@ -84,7 +85,7 @@ export function detailView(aside, session) {
     if (top.length && info.vocabSize > count) {
       const rest = others + probs.slice(count).reduce((sum, prob) => sum + prob, 0);
       const value = `${exact ? "" : "≈ "}${percent(rest)}`;
-      rows.push({ label: "all others", share: Math.min(1, rest / scale), value, rest: true });
+      rows.push({ label: "all others", share: null, value, title: exact ? null : ESTIMATE });
     }
     return { title: titleOf(state, place), note: noteOf(state, place), rows };
   }

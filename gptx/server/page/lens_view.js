@@ -62,7 +62,7 @@ export function lensView(panel, session) {
     about.hidden = !info.can.lens;
     if (!info.can.lens || busy === "writing") return;
     if (places.some(({ id }) => !session.tokens.has(id))) return;
-    if (shown?.places !== places) first = Math.floor(Math.max(0, places.length - 1) / WINDOW) * WINDOW;
+    if (shown?.places !== places) first = Math.max(0, places.length - WINDOW);
     if (shown?.places === places && shown.first === first) return;
     shown = { places, first };
     controller?.abort();
@@ -111,6 +111,7 @@ export function lensView(panel, session) {
     );
     const selected = body.rows[0]?.querySelector("td:last-child");
     if (!selected) return;
+    wide.scrollLeft = wide.scrollWidth;
     selected.tabIndex = 0;
     selected.classList.add("selected");
     selected.point();

@@ -112,7 +112,7 @@ export function createEngine({ model, key } = {}) {
             yield {
               id: idOf(token),
               logprob: logprobs.token_logprobs[i],
-              top: pairsOf(logprobs.top_logprobs[i]),
+              top: pairsOf(logprobs.top_logprobs[i], top),
               end: ends && i === logprobs.tokens.length - 1,
             };
           }
@@ -153,11 +153,12 @@ function idOf(token) {
   return Number(token.slice(ID_PREFIX.length));
 }
 
-/** Return ids and log-probabilities of an object of OpenAI's form, whose keys are in order. */
-function pairsOf(logprobs) {
+/** Return the n best ids and log-probabilities of an object of OpenAI's form. */
+function pairsOf(logprobs, n) {
   return Object.entries(logprobs ?? {})
     .map(([token, logprob]) => [idOf(token), logprob])
-    .sort((a, b) => b[1] - a[1]);
+    .sort((a, b) => b[1] - a[1])
+    .slice(0, n); // without the chosen token, if it is not among them
 }
 
 async function errorOf(response) {
