@@ -25,7 +25,7 @@ export function attentionView(panel, session) {
   const way = make("select", { id: "attention-way", change: show });
   way.append(make("option", { value: "to" }, "where the token looks"));
   way.append(make("option", { value: "from" }, "which tokens look at it"));
-  const name = make("h3");
+  const name = make("h2");
   const bar = make("div.heading", {}, name, make("label", { for: "attention-way" }, "Show ", way));
   const text = make("p.text", { role: "group", "aria-label": "The text, with attention" });
   const map = make("canvas.map", { role: "img" });

@@ -37,6 +37,7 @@ export function detailView(aside, session) {
   });
   document.addEventListener("pick", ({ detail }) => {
     aside.classList.add("open");
+    document.querySelector(".token.selected")?.scrollIntoView({ block: "center" });
     if (detail?.keyboard) list.querySelector("button.row")?.focus();
   });
   document.addEventListener("keydown", (event) => {
@@ -80,7 +81,7 @@ export function detailView(aside, session) {
       const index = top.findIndex(([id]) => id === place.id);
       const its = row(place.id, place.logprob, index < 0 ? 0 : probs[index], scale);
       if (index < 0) its.value = percent(Math.exp(place.logprob));
-      rows.push({ ...its, note: index < 0 ? `below the first ${top.length}` : `number ${index + 1}` });
+      rows.push({ ...its, note: index < 0 ? `> ${top.length}` : `${index + 1}.` });
     }
     if (top.length && info.vocabSize > count) {
       const rest = others + probs.slice(count).reduce((sum, prob) => sum + prob, 0);

@@ -57,6 +57,8 @@ async function open(model) {
       ...info.models.map((name) => make("option", { selected: name === info.model }, name)),
     );
     byId("model-choice").hidden = info.models.length === 0;
+    byId("prompt-label").textContent = info.text ? "Your text" : "Your token ids";
+    if (!info.text && prompt.value === EXAMPLE) prompt.value = "0";
     store.set({ info });
     await session.read(byId("prompt").value);
   } catch (error) {

@@ -46,7 +46,7 @@ export class Session {
 
   async _read(text) {
     await this._run("reading", async (signal) => {
-      const ids = text ? await this.engine.tokenize(text) : [];
+      const ids = await this._idsOf(text);
       if (signal.aborted) return;
       if (ids.length === 0) return this._show(EMPTY);
       const { context, can } = this.store.state.info;
@@ -108,9 +108,17 @@ export class Session {
     if (position !== this.store.state.selected) this.store.set({ selected: position });
   }
 
-  /** Return the text of all tokens. */
-  text() {
-    return this.engine.detokenize(this.ids);
+  /** Return the text of all tokens; their ids for a model without a tokenizer. */
+  async text() {
+    return this.store.state.info.text ? this.engine.detokenize(this.ids) : this.ids.join(" ");
+  }
+
+  async _idsOf(text) {
+    if (this.store.state.info.text) return text ? this.engine.tokenize(text) : [];
+    const ids = text.split(/[\s,]+/).filter(Boolean).map(Number);
+    const { vocabSize } = this.store.state.info;
+    if (ids.every((id) => Number.isInteger(id) && id >= 0 && id < vocabSize)) return ids;
+    throw new Error(`The model has no tokenizer: write token ids, numbers from 0 to ${vocabSize - 1}.`);
   }
 
   /** Read the tokens of alternatives that a view shows; draw again if there are new ones. */

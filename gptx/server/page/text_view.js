@@ -27,7 +27,7 @@ export function textView(panel, session) {
   selectByPointer(text, ".token", (span) => session.select(spans().indexOf(span)));
 
   let drawn = [];
-  store.subscribe(({ document, selected, tab, busy, settings }, before) => {
+  store.subscribe(({ document, info, selected, tab, busy }) => {
     if (tab !== "text") return;
     const tokens = document.places.map(({ id }) => session.tokens.get(id));
     if (tokens.includes(undefined)) return; // until they are described
@@ -49,8 +49,9 @@ export function textView(panel, session) {
       span.classList.toggle("selected", i === selected);
       span.tabIndex = i === selected ? 0 : -1;
     });
+    text.classList.toggle("numbers", info?.text === false);
     empty.hidden = pieces.length > 0;
-    summary.textContent = summaryOf(document, store.state.info);
+    summary.textContent = summaryOf(document, info);
   });
 }
 

@@ -6,7 +6,7 @@ import { bits, percent } from "./numbers.js";
 import { hex, label } from "./pieces.js";
 import { selectByPointer } from "./text_view.js";
 
-const COLUMNS = ["", "Token", "Id", "Bytes", "Probability", "Bits"];
+const COLUMNS = ["No.", "Token", "Id", "Bytes", "Probability", "Bits"];
 
 /** Draw the table of a session into a panel. */
 export function tokensView(panel, session) {
