@@ -74,7 +74,9 @@ class TextFormat:
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": None if call.logprobs is None else text_logprobs(info, delta.rows, by_id=call.names_by_id),
+            "logprobs": None
+            if call.logprobs is None
+            else text_logprobs(info, delta.rows, by_id=call.names_by_id),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stopped_by,
         }

@@ -127,6 +127,4 @@ def last_stream(model: Model) -> str:
 
 def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
     """Split positions into chunks of at most `CHUNK_TOKENS`."""
-    return [
-        (first, min(first + CHUNK_TOKENS, stop)) for first in range(start, stop, CHUNK_TOKENS)
-    ]
+    return [(first, min(first + CHUNK_TOKENS, stop)) for first in range(start, stop, CHUNK_TOKENS)]

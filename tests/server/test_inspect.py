@@ -139,12 +139,8 @@ def test_parts_of_one_answer_are_those_of_each(served: Served) -> None:
     for part in ("model", "tokens", "attention"):
         assert whole[part] == alone[part]
     close = {"atol": TOLERANCE, "rtol": 0}  # attention as three operations rounds differently
-    np.testing.assert_allclose(
-        whole["logprobs"]["next"], alone["logprobs"]["next"], **close
-    )
-    np.testing.assert_allclose(
-        whole["lens"][0]["top"], alone["lens"][0]["top"][70:80], **close
-    )
+    np.testing.assert_allclose(whole["logprobs"]["next"], alone["logprobs"]["next"], **close)
+    np.testing.assert_allclose(whole["lens"][0]["top"], alone["lens"][0]["top"][70:80], **close)
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
@@ -185,9 +181,7 @@ def test_a_bad_field_is_named(
     assert message in error["message"]
 
 
-def test_a_large_attention_is_refused(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_attention_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_PATTERN_BYTES", 2 * 6 * 10**2)
     fields = {"what": ["attention"], "layers": [0]}
     assert "attention" in inspect(served, tokens=[1] * 10, **fields)

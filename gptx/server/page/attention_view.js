@@ -146,6 +146,7 @@ export function attentionView(panel, session) {
     for (const button of grid.querySelectorAll("button"))
       button.setAttribute("aria-pressed", String(button.title === nameOf(head)));
     name.textContent = nameOf(head);
+    map.setAttribute("aria-label", `Pattern of ${nameOf(head)}`);
     const all = layers.get(head.layer);
     const S = shown.length;
     const spans = [...text.children];
@@ -164,7 +165,6 @@ export function attentionView(panel, session) {
     const values = Array.from({ length: S }, (_, i) => weights[to ? token * S + i : i * S + token]);
     spans.forEach((span, i) => shade(span, "weight", Math.sqrt(values[i])));
     paint(map, weights, S, token);
-    map.setAttribute("aria-label", `Pattern of ${nameOf(head)}`);
     store.set({ pointed: pointed(values, to) });
   }
 
