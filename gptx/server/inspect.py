@@ -25,12 +25,11 @@ from gptx.server.fields import Choice, Field, Many, Record, Text, Whole
 from gptx.server.models import Models
 from gptx.server.openapi import Endpoint
 from gptx.server.page_files import page_routes
-from gptx.server.parameters import MAX_COUNT, ignored_fields, model_field
+from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
 from gptx.server.reading import EMBEDDINGS, Reading, last_stream, stream_of
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 from gptx.server.streams import Client
-from gptx.server.tokens import MAX_IDS
 from gptx.server.writing import token_bytes
 
 T = TypeVar("T")
