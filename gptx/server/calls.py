@@ -72,6 +72,7 @@ class Call:
     copies: int = 1
     logprobs: int | None = None
     has_ids: bool = False
+    names_by_id: bool = False
     ticket: Ticket | None = None
     id: str = ""
     created: int = 0

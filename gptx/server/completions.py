@@ -52,6 +52,11 @@ def completion_fields(settings: Settings) -> Record:
                 Whole(0, settings.max_logprobs),
                 "Return log-probabilities, also of this number of most probable tokens.",
             ),
+            Field(
+                "return_tokens_as_token_ids",
+                Flag(),
+                'Name the tokens of log-probabilities "token_id:5", in place of their text.',
+            ),
             *sampling_fields(settings),
         )
     )
@@ -69,7 +74,9 @@ class TextFormat:
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": None if call.logprobs is None else text_logprobs(info, delta.rows),
+            "logprobs": None
+            if call.logprobs is None
+            else text_logprobs(info, delta.rows, by_id=call.names_by_id),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stopped_by,
         }
@@ -121,6 +128,7 @@ def completion_call(
         only_prompt=only_prompt,
         may_shorten=max_tokens is None,
         has_ids=values.get("return_token_ids", False),
+        names_by_id=values.get("return_tokens_as_token_ids", False),
     )
 
 
@@ -137,6 +145,7 @@ def make_call(
     only_prompt: bool = False,
     may_shorten: bool = False,
     has_ids: bool = False,
+    names_by_id: bool = False,
     skip_space: bool = False,
 ) -> Call:
     """Return the call of prompts and options, checked against the model.
@@ -202,6 +211,7 @@ def make_call(
         copies=copies,
         logprobs=logprobs,
         has_ids=has_ids,
+        names_by_id=names_by_id,
     )
 
 

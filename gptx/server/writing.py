@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from gptx.generation.logprobs import KnownLogprobs, Top
@@ -207,12 +208,18 @@ def token_bytes(info: ModelInfo, id: int) -> list[int] | None:
     return list(tokenizer.decode([id]).encode())
 
 
-def text_logprobs(info: ModelInfo, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the log-probabilities in the form of /v1/completions."""
+def text_logprobs(
+    info: ModelInfo, rows: Sequence[Row], *, by_id: bool = False
+) -> dict[str, Any]:
+    """Return the log-probabilities in the form of /v1/completions.
+
+    `by_id` names each token by its id, such as "token_id:5", in place of its text.
+    """
+    name = _id_name if by_id else partial(token_name, info)
     return {
-        "tokens": [token_name(info, row.id) for row in rows],
+        "tokens": [name(row.id) for row in rows],
         "token_logprobs": [finite(row.logprob) for row in rows],
-        "top_logprobs": [_named_top(info, row) for row in rows],
+        "top_logprobs": [_named_top(name, row) for row in rows],
         "text_offset": [row.offset for row in rows],
     }
 
@@ -239,13 +246,17 @@ def chat_logprobs(info: ModelInfo, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _named_top(info: ModelInfo, row: Row) -> dict[str, float | None] | None:
+def _id_name(id: int) -> str:
+    return f"token_id:{id}"
+
+
+def _named_top(name_of: Callable[[int], str], row: Row) -> dict[str, float | None] | None:
     """Return the most probable tokens by unique names, and the token itself."""
     if row.logprob is None:
         return None
     named: dict[str, float | None] = {}
     for id, logprob in {**(row.top or {}), row.id: row.logprob}.items():
-        name = token_name(info, id)
+        name = name_of(id)
         named[name if name not in named else f"token_id:{id}"] = finite(logprob)
     return named
 
