@@ -86,6 +86,11 @@ ROOMS = [
     "gptx.research.patching",
     "gptx.research.differentiation",
     "gptx.research",
+    "gptx.server.stored_models",
+    "gptx.server.model_check gptx.server.upload_headers",
+    "gptx.server.store gptx.server.upload_client",
+    "gptx.server.uploads",
+    "gptx.server",
     "gptx.bench",
     "gptx",  # the lazy public names
     "gptx.cli",

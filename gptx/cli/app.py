@@ -40,6 +40,7 @@ COMMANDS = {
     "score": "Show how probable a text is, token by token.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
+    "upload": "Upload a model to a server that runs gptx serve --store.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
 }
 

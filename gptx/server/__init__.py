@@ -1,0 +1,1 @@
+"""The HTTP server: models over an API, uploads, and a page."""
