@@ -137,11 +137,12 @@ def find_files(path: Path) -> dict[str, Path]:
 
     if path.is_dir():
         model = find_model(path)
-        names = FORMATS[detect(path)].files if model == "." else FORMATS["safetensors"].files
+        names = FORMATS[detect(path)].files if model == "." else (model,)
+        names = (*names, *FORMATS["safetensors"].files) if names else ("*",)
         files = {
             file.name: file
             for file in regular_files(path)
-            if file.name == model or not names or any(fnmatch.fnmatch(file.name, x) for x in names)
+            if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in names)
         }
     else:
         detect(path)

@@ -32,16 +32,20 @@ class FakeLoader:
     ----------
     loaded
         Names of the models that are loaded.
+    begun
+        Event that a set-up sets.
     may_load
         Event that a set-up waits for; set in a new object.
     """
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
+        self.begun = threading.Event()
         self.may_load = threading.Event()
         self.may_load.set()
 
     def setup(self, name: str) -> None:
+        self.begun.set()
         assert self.may_load.wait(60)
         self.loaded.append(name)
 
