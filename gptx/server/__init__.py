@@ -1,1 +1,1 @@
-"""The HTTP server: models over an API, uploads, and a page."""
+"""The server: models behind an HTTP interface; `gptx serve` starts it."""

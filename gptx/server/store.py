@@ -100,6 +100,12 @@ class Store:
                             found[path.name] = self._describe(path)
         return [found[name] for name in sorted(found)]
 
+    def names(self) -> list[str]:
+        """Return the names of all models, without those of uploads."""
+        with _storage_errors(self.root):
+            folders = [path for path in self.root.iterdir() if is_model_name(path.name)]
+            return sorted(path.name for path in folders if path.is_dir())
+
     def model(self, name: str) -> StoredModel:
         """Return a model, or its upload.
 

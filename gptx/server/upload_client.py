@@ -473,22 +473,26 @@ class Upload:
             method=method,
         )
         try:
-            with self._opener.open(request, timeout=timeout) as response:
-                return _Answer(response.status, response.headers, response.read(MAX_ANSWER_BYTES))
-        except urllib.error.HTTPError as error:
-            with error:
-                answer = _Answer(error.code, error.headers, error.read(MAX_ANSWER_BYTES))
+            answer = self._exchange(request, timeout)
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise _Fault(
-                f"{type(cause).__name__}: {cause}" if str(cause) else repr(cause)
-            ) from error
+            if isinstance(cause, GptxError):  # of `_slices`
+                raise cause from None
+            raise _Fault(f"{type(cause).__name__}: {cause}") from error
         if answer.status in _TRANSIENT:
             wait = answer.headers.get("retry-after", "")
             raise _Fault(
                 answer.detail, min(float(wait), MAX_WAIT_SECONDS) if wait.isdecimal() else None
             )
         return answer
+
+    def _exchange(self, request: urllib.request.Request, timeout: float | None) -> _Answer:
+        try:
+            response = self._opener.open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            return _Answer(response.status, response.headers, response.read(MAX_ANSWER_BYTES))
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -11,7 +11,7 @@ import errno
 import json
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -64,32 +64,39 @@ _PROBLEMS: tuple[tuple[type[Exception], int, str, str], ...] = (
 )
 
 
-class Loader(Protocol):
-    """The loaded models of a server."""
+class Models(Protocol):
+    """The served models by name, as `gptx.server.models` has them."""
 
-    def setup(self, name: str) -> None:
+    @property
+    def loaded(self) -> Collection[str]:
+        """Names of the loaded models."""
+
+    def names(self) -> Collection[str]:
+        """Names of all models, with those of the store."""
+
+    def is_loading(self, name: str) -> bool:
+        """Test for a model that is being loaded."""
+
+    def setup(self, name: str) -> object:
         """Load a model of the store; return when it is loaded."""
 
-    def unload(self, name: str) -> None:
-        """Release a model that is loaded; do nothing for any other."""
-
-    def state(self, name: str) -> str | None:
-        """Return "loading", "loaded", or None."""
+    def drop(self, name: str) -> None:
+        """Release a model."""
 
 
-def routes(store: Store, loader: Loader, *, idle_seconds: float = IDLE_SECONDS) -> list[Route]:
+def routes(store: Store, models: Models, *, idle_seconds: float = IDLE_SECONDS) -> list[Route]:
     """Return the routes of a store under /models.
 
     Checks that a restart interrupted begin again.
 
     Parameters
     ----------
-    loader
-        The loaded models.
+    models
+        The served models.
     idle_seconds
         Time after which a request that sends nothing ends.
     """
-    uploads = _Uploads(store, loader, idle_seconds)
+    uploads = _Uploads(store, models, idle_seconds)
     for model in store.models():
         uploads.check_if_complete(model)
 
@@ -177,9 +184,9 @@ def _problem(error: Exception) -> Response:
 class _Uploads:
     """The endpoints; see `routes` for the parameters."""
 
-    def __init__(self, store: Store, loader: Loader, idle_seconds: float) -> None:
+    def __init__(self, store: Store, models: Models, idle_seconds: float) -> None:
         self._store = store
-        self._loader = loader
+        self._models = models
         self._idle_seconds = idle_seconds
         self._checks: dict[str, threading.Thread] = {}
         self._setups: set[str] = set()
@@ -209,6 +216,7 @@ class _Uploads:
         if any(mark in request.headers for mark in marks):
             return await self._create(request)
         name = request.path_params["name"]
+        await run_in_threadpool(self._require_free, name)
         files = _manifest_files(await self._body(request))
         model = await run_in_threadpool(self._store.begin, name, files)
         self.check_if_complete(model)
@@ -223,7 +231,7 @@ class _Uploads:
         name = (await self._model(request)).name
         if self._is_loading(name):
             raise ConflictError(f"model {name} is being loaded: try again later")
-        await run_in_threadpool(self._loader.unload, name)
+        await run_in_threadpool(self._models.drop, name)
         await run_in_threadpool(self._store.drop, name)
         return Response(status_code=204)
 
@@ -237,7 +245,7 @@ class _Uploads:
             if (thread := self._checks.get(name)) is not None:
                 await run_in_threadpool(thread.join)
             await run_in_threadpool(self._store.publish, name)
-            await run_in_threadpool(self._loader.setup, name)
+            await run_in_threadpool(self._models.setup, name)
         finally:
             self._setups.discard(name)
         return JSONResponse(self._shown(request, await self._model(request)))
@@ -295,6 +303,7 @@ class _Uploads:
         file = upload_headers.file_name(headers)
         length = upload_headers.total_length(headers, 0)
         sha256 = upload_headers.file_sha256(headers)
+        await run_in_threadpool(self._require_free, name)
         self._turns.pop((name, file), None)
         async with self._appending:
             await run_in_threadpool(self._store.create, name, file, length, sha256)
@@ -407,8 +416,13 @@ class _Uploads:
     async def _model(self, request: Request) -> StoredModel:
         return await run_in_threadpool(self._store.model, request.path_params["name"])
 
+    def _require_free(self, name: str) -> None:
+        """Raise ConflictError for the name of a model that is not from the store."""
+        if name in self._models.names() and name not in self._store.names():
+            raise ConflictError(f"the server has a model {name} already: use another name")
+
     def _is_loading(self, name: str) -> bool:
-        return name in self._setups or self._loader.state(name) == "loading"
+        return name in self._setups or self._models.is_loading(name)
 
     def _shown(self, request: Request, model: StoredModel) -> dict[str, Any]:
         """Return a model as JSON."""
@@ -432,7 +446,9 @@ class _Uploads:
 
     def _state_of(self, model: StoredModel) -> str:
         if model.ready:
-            return self._loader.state(model.name) or "ready"
+            if self._is_loading(model.name):
+                return "loading"
+            return "loaded" if model.name in self._models.loaded else "ready"
         if model.error is not None:
             return "failed"
         return "checking" if model.name in self._checks else "uploading"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,31 @@ import pytest
 
 from gptx.conversions import convert
 from gptx.server import upload_client
-from tests.support.cli import posix, run, start
+from tests.support.cli import run
 from tests.support.conversions import contents
 from tests.support.store_server import (
     Client,
     CuttingProxy,
-    FakeLoader,
-    check_here,
+    FakeModels,
     model_files,
     serving,
     visible,
 )
 
-CHUNK = 8192
+CHUNK = 1024
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks, and short waits after failures."""
-    monkeypatch.setattr(upload_client.Upload.__init__, "__kwdefaults__", {
-        "api_key": None, "chunk_bytes": CHUNK, "progress": None,
-    })  # fmt: skip
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits after failures, and no key."""
     monkeypatch.setattr(upload_client, "FIRST_WAIT_SECONDS", 0.001)
     monkeypatch.delenv("GPTX_API_KEY", raising=False)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 1 kB."""
+    monkeypatch.setitem(upload_client.Upload.__init__.__kwdefaults__, "chunk_bytes", CHUNK)
 
 
 @pytest.fixture
@@ -48,13 +51,13 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def loader() -> FakeLoader:
-    return FakeLoader()
+def models() -> FakeModels:
+    return FakeModels()
 
 
 @pytest.fixture
-def client(root: Path, loader: FakeLoader) -> Iterator[Client]:
-    with serving(root, loader) as found:
+def client(root: Path, models: FakeModels) -> Iterator[Client]:
+    with serving(root, models) as found:
         yield found
 
 
@@ -108,6 +111,7 @@ def test_again(client: Client, model: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, CHUNK + 1, 3 * CHUNK])
+@pytest.mark.usefixtures("small_chunks")
 def test_a_cut_connection_is_continued(client: Client, root: Path, model: Path, at: int) -> None:
     proxy = CuttingProxy(client.port, at, CuttingProxy.cut)
     assert run("upload", str(model), f"http://127.0.0.1:{proxy.port}").code == 0
@@ -128,6 +132,7 @@ def test_a_new_command_continues(client: Client, model: Path) -> None:
     assert proxy.content_bytes == sum(map(len, source.values())) - half
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_offset(client: Client, root: Path, model: Path) -> None:
     """The offset counts the bytes of all files in their order."""
     source = contents(model)
@@ -161,9 +166,9 @@ def test_overwrite(client: Client, root: Path, model: Path) -> None:
     assert visible(root) == {"m": contents(model)}
 
 
-def test_setup(client: Client, loader: FakeLoader, model: Path) -> None:
+def test_setup(client: Client, models: FakeModels, model: Path) -> None:
     assert run("upload", str(model), client.url, "--setup").code == 0
-    assert loader.loaded == ["m"]
+    assert models.loaded == ["m"]
 
 
 def test_a_model_that_the_check_refuses(client: Client, root: Path, model: Path) -> None:
@@ -177,9 +182,7 @@ def test_a_model_that_the_check_refuses(client: Client, root: Path, model: Path)
     assert visible(root) == {}
 
 
-def test_a_file_that_changes(
-    client: Client, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes(client: Client, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server compares the SHA-256 with that of the first reading."""
     read_files = upload_client.read_files
 
@@ -328,15 +331,16 @@ def test_the_key_of_the_environment(
     assert handler.keys == ["Bearer from the environment"]
 
 
-@posix
-def test_a_bar_on_a_terminal(client: Client, model: Path) -> None:
-    screen, terminal = pty.openpty()
-    process = start("upload", str(model), client.url)
-    assert process.wait() == 0
-    assert process.stderr is not None
-    assert b"%" not in process.stderr.read()
-    process.stderr.close()
-    assert process.stdout is not None
-    process.stdout.close()
-    os.close(screen)
-    os.close(terminal)
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_a_terminal_gets_a_progress_bar(client: Client, model: Path) -> None:
+    reader, writer = os.openpty()
+    command = [sys.executable, "-m", "gptx", "upload", str(model), client.url]
+    subprocess.run(command, stderr=writer, check=True, env=os.environ | {"TERM": "xterm"})
+    os.close(writer)
+    shown = b""
+    with suppress(OSError):  # the end of a pseudoterminal
+        while piece := os.read(reader, 65536):
+            shown += piece
+    os.close(reader)
+    assert shown.count(b"100%") >= 2  # of the SHA-256, and of the upload
+    assert b"SHA-256 of model.safetensors" in shown

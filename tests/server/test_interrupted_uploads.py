@@ -100,8 +100,8 @@ def watching(root: Path, source: dict[str, bytes]) -> Iterator[None]:
 
 def run_interrupted(
     number: int, folder: Path, model: Path, source: dict[str, bytes], n_points: int
-) -> str:
-    """Upload a model with one interruption; return its kind."""
+) -> bool:
+    """Upload a model with one interruption; False if the upload ended before it."""
     kind = INTERRUPTIONS[number % len(INTERRUPTIONS)]
     chance = random.Random(number)
     length = sum(map(len, source.values()))
@@ -132,11 +132,9 @@ def run_interrupted(
         assert clients[-1].exitcode == 0
         assert visible(root) == {"m": source}
     proxy.close()
-    if kind == "kill server":
-        assert servers[0].exitcode == -signal.SIGKILL
     assert not [path for path in (root / UPLOADS).iterdir() if path.name != ".lock"]
     assert length <= proxy.content_bytes <= length + CHUNK_BYTES
-    return kind
+    return proxy.acted or len(servers) > 1
 
 
 @pytest.mark.parametrize("number", range(len(INTERRUPTIONS)), ids=INTERRUPTIONS)
@@ -147,11 +145,12 @@ def test_one_interruption(
 
 
 @pytest.mark.kill
+@pytest.mark.parametrize("number", range(len(INTERRUPTIONS)), ids=INTERRUPTIONS)
 def test_200_interruptions(
-    tmp_path: Path, model: Path, source: dict[str, bytes], n_points: int
+    number: int, tmp_path: Path, model: Path, source: dict[str, bytes], n_points: int
 ) -> None:
-    kinds = [
-        run_interrupted(number, tmp_path / str(number), model, source, n_points)
-        for number in range(len(INTERRUPTIONS), len(INTERRUPTIONS) + RUNS)
-    ]
-    assert set(kinds) == set(INTERRUPTIONS)
+    """40 of each kind."""
+    done = 0
+    while done < RUNS // len(INTERRUPTIONS):
+        number += len(INTERRUPTIONS)
+        done += run_interrupted(number, tmp_path / str(number), model, source, n_points)

@@ -23,7 +23,7 @@ from gptx.server.store import UPLOADS, Store
 from gptx.server.uploads import BLOCK_BYTES, MAX_MANIFEST_BYTES, routes
 from tests.support.store_server import (
     Client,
-    FakeLoader,
+    FakeModels,
     manifest,
     model_files,
     serving,
@@ -42,13 +42,13 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def loader() -> FakeLoader:
-    return FakeLoader()
+def models() -> FakeModels:
+    return FakeModels()
 
 
 @pytest.fixture
-def client(root: Path, loader: FakeLoader) -> Iterator[Client]:
-    with serving(root, loader) as found:
+def client(root: Path, models: FakeModels) -> Iterator[Client]:
+    with serving(root, models) as found:
         yield found
 
 
@@ -239,7 +239,7 @@ def test_a_lost_connection_keeps_what_arrived(root: Path) -> None:
     """All messages before the end of a connection are appended."""
     store = Store(root)
     store.begin("m", stored(FILES))
-    app = Starlette(routes=routes(store, FakeLoader()))
+    app = Starlette(routes=routes(store, FakeModels()))
     messages = iter(
         [
             {"type": "http.request", "body": b"012", "more_body": True},
@@ -428,7 +428,7 @@ def upload(client: Client, name: str, source: dict[str, bytes]) -> None:
     assert client.state(name)["state"] == "ready"
 
 
-def test_the_list_of_models(client: Client, loader: FakeLoader, tmp_path: Path) -> None:
+def test_the_list_of_models(client: Client, models: FakeModels, tmp_path: Path) -> None:
     source = model_files(tmp_path / "source")
     assert client("GET", "/models").json() == {"models": []}
     upload(client, "ready", source)
@@ -436,11 +436,11 @@ def test_the_list_of_models(client: Client, loader: FakeLoader, tmp_path: Path) 
     client("POST", "/models/loaded/setup")
     client.begin("m", FILES)
     client.append(FILE, 0, b"0123")
-    models = client("GET", "/models").json()["models"]
-    assert {model["name"]: model["state"] for model in models} == {
+    shown = client("GET", "/models").json()["models"]
+    assert {model["name"]: model["state"] for model in shown} == {
         "loaded": "loaded", "m": "uploading", "ready": "ready",
     }  # fmt: skip
-    (model,) = (model for model in models if model["name"] == "m")
+    (model,) = (model for model in shown if model["name"] == "m")
     assert (model["offset"], model["length"]) == (4, 13)
     assert model["files"]["a.bin"] == {
         "offset": 4, "length": 10, "sha256": stored(FILES)["a.bin"].sha256, "url": FILE,
@@ -451,30 +451,30 @@ def test_the_list_of_models(client: Client, loader: FakeLoader, tmp_path: Path) 
     assert client("HEAD", "/models/ready").headers["upload-complete"] == "?1"
 
 
-def test_setup(client: Client, loader: FakeLoader, tmp_path: Path) -> None:
+def test_setup(client: Client, models: FakeModels, tmp_path: Path) -> None:
     upload(client, "m", model_files(tmp_path / "source"))
     answer = client("POST", "/models/m/setup")
     assert (answer.status, answer.json()["state"]) == (200, "loaded")
-    assert loader.loaded == ["m"]
+    assert models.loaded == ["m"]
 
 
-def test_setup_while_it_loads(client: Client, loader: FakeLoader, tmp_path: Path) -> None:
+def test_setup_while_it_loads(client: Client, models: FakeModels, tmp_path: Path) -> None:
     upload(client, "m", model_files(tmp_path / "source"))
-    loader.may_load.clear()
+    models.may_load.clear()
     answers = []
     thread = threading.Thread(target=lambda: answers.append(client("POST", "/models/m/setup")))
     thread.start()
-    assert loader.begun.wait(60)
+    assert models.begun.wait(60)
     second = client("POST", "/models/m/setup")
     assert (second.status, "being loaded already" in second.json()["detail"]) == (409, True)
     assert client("DELETE", "/models/m").status == 409
-    loader.may_load.set()
+    models.may_load.set()
     thread.join()
     assert [answer.status for answer in answers] == [200]
-    assert loader.loaded == ["m"]
+    assert models.loaded == ["m"]
 
 
-def test_setup_of_an_incomplete_model(client: Client, loader: FakeLoader) -> None:
+def test_setup_of_an_incomplete_model(client: Client, models: FakeModels) -> None:
     client.begin("m", FILES)
     answer = client("POST", "/models/m/setup")
     assert (answer.status, "is not complete (a.bin, b.bin)" in answer.json()["detail"]) == (
@@ -482,17 +482,28 @@ def test_setup_of_an_incomplete_model(client: Client, loader: FakeLoader) -> Non
         True,
     )
     assert client("POST", "/models/n/setup").status == 404
-    assert loader.loaded == []
+    assert models.loaded == []
+
+
+def test_the_name_of_a_model_that_is_not_of_the_store(client: Client, models: FakeModels) -> None:
+    models.others.append("m")
+    answers = [client.begin("m", FILES), client("POST", "/models/m", **tus(
+        upload_length=1, upload_metadata=f"filename {base64.b64encode(b'a').decode()}"
+    ))]  # fmt: skip
+    for answer in answers:
+        assert (answer.status, "has a model m already" in answer.json()["detail"]) == (409, True)
+    assert client("DELETE", "/models/m").status == 404
+    assert models.others == ["m"]
 
 
 def test_a_failed_load_is_in_the_body(
-    client: Client, loader: FakeLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: Client, models: FakeModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str) -> None:
         raise gptx.errors.DeviceOutOfMemory("out of memory: use a smaller model")
 
     upload(client, "m", model_files(tmp_path / "source"))
-    monkeypatch.setattr(loader, "setup", fail)
+    monkeypatch.setattr(models, "setup", fail)
     answer = client("POST", "/models/m/setup")
     assert (answer.status, answer.json()["detail"]) == (500, "out of memory: use a smaller model")
     monkeypatch.undo()
@@ -513,11 +524,11 @@ def test_a_refused_model(client: Client, root: Path, tmp_path: Path) -> None:
     assert visible(root) == {}
 
 
-def test_delete_of_a_loaded_model(client: Client, loader: FakeLoader, tmp_path: Path) -> None:
+def test_delete_of_a_loaded_model(client: Client, models: FakeModels, tmp_path: Path) -> None:
     upload(client, "m", model_files(tmp_path / "source"))
     client("POST", "/models/m/setup")
     assert client("DELETE", "/models/m").status == 204
-    assert loader.loaded == []
+    assert models.loaded == []
     assert client("GET", "/models/m").status == 404
     assert client("DELETE", "/models/m").status == 404
 

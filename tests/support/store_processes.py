@@ -18,10 +18,10 @@ from typing import Any
 from gptx.server import upload_client
 from gptx.server.store import Store
 from gptx.server.upload_client import Upload, find_files, model_address, read_files
-from tests.support.store_server import FakeLoader, check_here, make_server
+from tests.support.store_server import FakeModels, check_here, make_server
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
-CHUNK_BYTES = 8192
+CHUNK_BYTES = 1024
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
@@ -85,7 +85,7 @@ def serve(root: Path, port: int, at: int = 0, number: int = signal.SIGKILL) -> N
     points = Points(root, at, number)
     try:
         store = Store(root, check=check_here)
-        make_server(store, FakeLoader(), port).run()
+        make_server(store, FakeModels(), port).run()
     finally:
         (root.parent / "points").write_text(str(points.count))
 

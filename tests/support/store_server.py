@@ -25,13 +25,15 @@ from gptx.server.uploads import routes
 from tests.support.random_models import CASES, write_model
 
 
-class FakeLoader:
-    """Loaded models without their weights.
+class FakeModels:
+    """Served models without their weights.
 
     Attributes
     ----------
     loaded
         Names of the models that are loaded.
+    others
+        Names of models that are not of the store.
     begun
         Event that a set-up sets.
     may_load
@@ -40,20 +42,24 @@ class FakeLoader:
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
+        self.others: list[str] = []
         self.begun = threading.Event()
         self.may_load = threading.Event()
         self.may_load.set()
+
+    def names(self) -> list[str]:
+        return [*self.others, *self.loaded]
+
+    def is_loading(self, name: str) -> bool:
+        return False
 
     def setup(self, name: str) -> None:
         self.begun.set()
         assert self.may_load.wait(60)
         self.loaded.append(name)
 
-    def unload(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         self.loaded = [other for other in self.loaded if other != name]
-
-    def state(self, name: str) -> str | None:
-        return "loaded" if name in self.loaded else None
 
 
 def check_here(path: Path) -> None:
@@ -68,10 +74,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def make_server(store: Store, loader: FakeLoader, port: int, **options: Any) -> uvicorn.Server:
+def make_server(store: Store, models: FakeModels, port: int, **options: Any) -> uvicorn.Server:
     """Return a server of a store."""
     config = uvicorn.Config(
-        Starlette(routes=routes(store, loader, **options)),
+        Starlette(routes=routes(store, models, **options)),
         port=port,
         lifespan="off",
         log_level="critical",
@@ -133,12 +139,12 @@ class Client:
 
 @contextmanager
 def serving(
-    root: Path, loader: FakeLoader | None = None, *, idle_seconds: float = 60.0, **options: Any
+    root: Path, models: FakeModels | None = None, *, idle_seconds: float = 60.0, **options: Any
 ) -> Iterator[Client]:
     """Serve a store in a thread."""
     store = Store(root, **{"check": check_here} | options)
     port = free_port()
-    server = make_server(store, loader or FakeLoader(), port, idle_seconds=idle_seconds)
+    server = make_server(store, models or FakeModels(), port, idle_seconds=idle_seconds)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -206,6 +212,8 @@ class CuttingProxy:
     ----------
     content_bytes : int
         Bytes of the contents of all PATCH requests so far.
+    acted : bool
+        True after the call of `act`.
     """
 
     def __init__(
@@ -213,7 +221,7 @@ class CuttingProxy:
     ) -> None:
         self.target, self.at, self.act, self.count = port, at, act, count
         self.content_bytes = self.answers = 0
-        self._acted = False
+        self.acted = False
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -292,7 +300,7 @@ class CuttingProxy:
 
     def _act(self) -> None:
         with self._lock:
-            acts, self._acted = not self._acted, True
+            acts, self.acted = not self.acted, True
         if acts:
             self.act(self)
 
