@@ -97,6 +97,10 @@ ROOMS = [
     "gptx.server.tokens",
     "gptx.server.app",
     "gptx.server.listener",
+    "gptx.server.stored_models",
+    "gptx.server.model_check gptx.server.upload_headers",
+    "gptx.server.store gptx.server.upload_client",
+    "gptx.server.uploads",
     "gptx.server",
     "gptx.bench",
     "gptx",  # the lazy public names

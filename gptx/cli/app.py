@@ -41,6 +41,7 @@ COMMANDS = {
     "serve": "Serve a model over HTTP, with the API of OpenAI.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
+    "upload": "Upload a model to a server that runs gptx serve --store.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
 }
 
