@@ -33,6 +33,7 @@ export function createEngine({ onProgress } = {}) {
     const abort = () => worker.postMessage({ call, abort: true });
     signal?.addEventListener("abort", abort);
     worker.postMessage({ call, method, args });
+    if (signal?.aborted) abort();
     try {
       for (;;) {
         while (answers.length === 0) await new Promise((resolve) => (wake = resolve));
