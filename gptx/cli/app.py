@@ -39,6 +39,7 @@ COMMANDS = {
     "page": "Write a static site that runs a model in the browser.",
     "prepare": "Convert text files to token files for training.",
     "score": "Show how probable a text is, token by token.",
+    "serve": "Serve a model over HTTP, with the API of OpenAI.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",
