@@ -103,7 +103,7 @@ def convert(
             "weights"
         )
     if progress is not None:
-        model = _with_progress(model, progress)
+        model = with_progress(model, progress)
     writer_options: dict[str, Any] = dict(options)
     if len(row.dtypes) > 1:
         writer_options["dtype"] = dtype
@@ -180,8 +180,8 @@ def _check_destination(destination: Path, row: Format, overwrite: bool) -> None:
         )
 
 
-def _with_progress(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
-    """Return the same model; reading a tensor of it calls `progress` first."""
+def with_progress(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
+    """Return the same model; reading a tensor of it calls `progress` first, see `convert`."""
     total = checkpoint.config.n_parameters
     done = 0
 

@@ -41,7 +41,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; its file or folder replaces `path` at the end.
 
-    An error or a crash leaves the old file or folder unchanged. A folder may hold files only.
+    An error or a crash leaves the old file or folder unchanged.
 
     Raises
     ------
@@ -114,8 +114,10 @@ def check_writable(path: str | Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file, or the files of a folder, to the disk."""
-    for file in path.iterdir() if path.is_dir() else [path]:
+    """Flush a file, or the files of a folder and of those in it, to the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_dir():
+            continue
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
 

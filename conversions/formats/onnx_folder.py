@@ -61,7 +61,9 @@ def write(
     if head not in HEADS:
         raise ParameterError(f"{argument('head')} is {head!r}, expected one of {', '.join(HEADS)}")
     quantized = [n for n in checkpoint.stored if quantization is not None and should_quantize(n)]
-    model = _import_trace()(checkpoint.config, quantized, head)
+    model = import_tracer("gptx.conversions.formats.onnx_trace").trace(
+        checkpoint.config, quantized, head
+    )
     with create(folder / DATA) as file:
         data = _DataWriter(file, model.graph)
         for name, tensor in checkpoint.tensors.items():
@@ -75,10 +77,16 @@ def write(
     write_config_and_tokenizer(checkpoint, folder, "float32")
 
 
-def _import_trace() -> Any:
-    """Import `onnx_trace.trace`, the only user of the ONNX packages."""
+def import_tracer(module: str) -> Any:
+    """Import a module that uses the ONNX packages.
+
+    Raises
+    ------
+    BackendError
+        ndonnx or onnx is not installed.
+    """
     try:
-        return importlib.import_module("gptx.conversions.formats.onnx_trace").trace
+        return importlib.import_module(module)
     except ImportError as error:
         raise BackendError(
             f"ONNX needs ndonnx and onnx, which cannot be imported ({error}): {INSTALL}"
@@ -96,7 +104,7 @@ class _DataWriter:
         """Append a tensor as float32."""
         begin = self._align(4 * floats.size)
         write_array(self.file, floats, "float32", f"tensor {name}")
-        self._make_initializer(name, begin)
+        refer_to_data(self.graph, name, DATA, begin, self.file.tell() - begin)
 
     def add_quantized(self, name: str, floats: Array) -> None:
         """Append a matrix as int8, and its scales."""
@@ -104,7 +112,7 @@ class _DataWriter:
         begin = self._align(floats.size)
         for rows in _quantize_rows(floats, scales):
             self.file.write(rows.data)
-        self._make_initializer(name, begin)
+        refer_to_data(self.graph, name, DATA, begin, self.file.tell() - begin)
         self.add_floats(f"{name}_scale", scales.reshape(-1))
 
     def _align(self, n_bytes: int) -> int:
@@ -114,18 +122,28 @@ class _DataWriter:
         self.file.write(bytes(-end % alignment))
         return self.file.tell()
 
-    def _make_initializer(self, name: str, begin: int) -> None:
-        """Replace an input by a tensor whose data are in the file from `begin` to its end."""
-        inputs = self.graph.input
-        (index,) = (i for i, value in enumerate(inputs) if value.name == name)
-        type = inputs[index].type.tensor_type
-        del inputs[index]
-        tensor = self.graph.initializer.add(name=name, data_type=type.elem_type)
-        tensor.dims.extend(dim.dim_value for dim in type.shape.dim)
-        tensor.data_location = tensor.EXTERNAL
-        length = self.file.tell() - begin
-        for key, value in {"location": DATA, "offset": begin, "length": length}.items():
-            tensor.external_data.add(key=key, value=str(value))
+
+def refer_to_data(graph: Any, name: str, location: str, begin: int, length: int) -> None:
+    """Replace an input of a graph by a tensor whose bytes are in another file.
+
+    Parameters
+    ----------
+    graph
+        An `onnx.GraphProto`.
+    location
+        Name of the file.
+    begin, length
+        Place of the tensor in the file, in bytes.
+    """
+    inputs = graph.input
+    (index,) = (i for i, value in enumerate(inputs) if value.name == name)
+    type = inputs[index].type.tensor_type
+    del inputs[index]
+    tensor = graph.initializer.add(name=name, data_type=type.elem_type)
+    tensor.dims.extend(dim.dim_value for dim in type.shape.dim)
+    tensor.data_location = tensor.EXTERNAL
+    for key, value in {"location": location, "offset": begin, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def _scales(name: str, floats: Array) -> Array:

@@ -9,7 +9,7 @@ Axes: B sequences, S new tokens, P tokens before them; the others are those of `
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -28,6 +28,7 @@ from gptx.stored_weights import is_linear_weight
 from gptx.weights import as_tree
 
 Array = Any
+Shape = tuple[str | int, ...]  # sizes of axes, or their names
 
 # The first opset with LayerNormalization, and its file format. ndonnx writes a newer format but
 # uses none of its features, which onnx's checker confirms.
@@ -74,11 +75,11 @@ class Namespace:
 
     def matmul(self, a: Array, b: Array) -> Array:
         """Multiply arrays of any number of axes, with sizes of 0 too (an empty past)."""
-        return _node(operators.matmul, a, b)
+        return node(operators.matmul, a, b)
 
     def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
         """Select elements along an axis, for indices of any number of axes."""
-        return _node(operators.gather, x, indices, axis=axis)
+        return node(operators.gather, x, indices, axis=axis)
 
     def reshape(self, x: Array, shape: tuple[int | None, ...]) -> Array:
         """Reshape; an axis of unknown size keeps its size."""
@@ -104,7 +105,7 @@ class OnnxBackend(Backend):
         xp = self.xp
         if not isinstance(table, QuantizedWeight):
             return xp.take(table, ids)
-        rows = _node(operators.cast, xp.take(table.values, ids), to=np.float32)
+        rows = node(operators.cast, xp.take(table.values, ids), to=np.float32)
         # The new axis makes other scales than the head's in a loaded graph: onnxruntime fuses a
         # product with its scales only if they have one use.
         return rows * xp.take(table.scales[:, None], ids)
@@ -129,7 +130,7 @@ class OnnxBackend(Backend):
 
     def softmax(self, x: Array) -> Array:
         """Compute Softmax over the last axis."""
-        return _node(operators.softmax, x)
+        return node(operators.softmax, x)
 
     def visible(self, k: Array, positions: Positions) -> Array:
         """Compare the positions of keys and queries; with padding, those of the keys have gaps."""
@@ -137,14 +138,15 @@ class OnnxBackend(Backend):
         return positions.keys[:, None, None, :] <= positions.new[:, None, :, None]
 
 
-def _node(operator: Any, *arrays: Array, **attributes: Any) -> Array:
+def node(operator: Any, *arrays: Array, **attributes: Any) -> Array:
+    """Return the result of an ONNX operator of spox."""
     return ndonnx.asarray(operator(*(array.unwrap_spox() for array in arrays), **attributes))
 
 
 def _floats(weight: Array) -> Array:
     """Dequantize a matrix [I, O] in a node that a runtime can fuse with a product."""
     if isinstance(weight, QuantizedWeight):
-        return _node(operators.dequantize_linear, weight.values, weight.scales, axis=1)
+        return node(operators.dequantize_linear, weight.values, weight.scales, axis=1)
     return weight
 
 
@@ -159,7 +161,7 @@ class GrowingCache:
         """Add keys and values [B, H, S, D]; return all so far, [B, H, P+S, D]."""
         # `gather` is one node; an index of ndonnx, x[i], would make two.
         index = [ndonnx.asarray(np.array(2 * layer + i)) for i in range(2)]
-        before = [_node(operators.gather, self.past, i, axis=0) for i in index]
+        before = [node(operators.gather, self.past, i, axis=0) for i in index]
         after = [ndonnx.concat(pair, axis=2) for pair in zip(before, (k, v), strict=True)]
         self.present += after
         return after[0], after[1]
@@ -202,21 +204,26 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
 
     model = Transformer(config, as_tree(weights), OnnxBackend())
     cache = GrowingCache(past)
-    logits = model.forward(ids, _positions(mask, past, config), cache, last_only=head == "argmax")
+    positions = padded_positions(mask, past.dynamic_shape[3], config)
+    logits = model.forward(ids, positions, cache, last_only=head == "argmax")
     if head == "argmax":
         result = {"next_ids": ndonnx.argmax(logits, axis=-1)}
     else:
         result = {"logits": logits}
     inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": past, **arguments}
     proto = ndonnx.build(inputs, {**result, "present_key_values": ndonnx.stack(cache.present)})
-    _describe(proto, config)
-    onnx.checker.check_model(proto, full_check=True)
+    V = config.vocab_size
+    shapes: dict[str, Shape] = {
+        "logits": ("B", "S", V),
+        "next_ids": ("B", 1),
+        "present_key_values": (2 * L, "B", H, "P+S", D),
+    }
+    finish(proto, shapes, DOC_STRING)
     return proto
 
 
-def _positions(mask: Array, past: Array, config: GPT2Config) -> PaddedPositions:
-    """Count the tokens whose mask is 1."""
-    P = past.dynamic_shape[3]
+def padded_positions(mask: Array, P: Array, config: GPT2Config) -> PaddedPositions:
+    """Count the tokens whose mask [B, P+S] is 1; P of them, or of the padding, are before the new."""
     counted = ndonnx.cumulative_sum(mask, axis=1) - 1  # [B, P+S]
     keys = ndonnx.where(mask > 0, counted, config.n_positions)
     index = counted[:, P:]  # [B, S]
@@ -224,29 +231,30 @@ def _positions(mask: Array, past: Array, config: GPT2Config) -> PaddedPositions:
     return PaddedPositions(index, config.n_positions, False, lambda x: x, keys, keys[:, P:])
 
 
-def _describe(proto: onnx.ModelProto, config: GPT2Config) -> None:
-    """Name the graph and its outputs, and remove what is unused."""
+def finish(proto: onnx.ModelProto, shapes: Mapping[str, Shape], description: str) -> None:
+    """Name a graph and the axes of its outputs, remove what is unused, and check it.
+
+    Parameters
+    ----------
+    shapes
+        Name of an output -> its shape.
+    """
     graph = proto.graph
     _share_constants(graph)
-    for node in graph.node:
-        if node.op_type == "LayerNormalization":
-            del node.output[1:]
-    L, H, D, V = config.n_layer, config.n_head, config.head_dim, config.vocab_size
-    shapes: dict[str, tuple[str | int, ...]] = {
-        "logits": ("B", "S", V),
-        "next_ids": ("B", 1),
-        "present_key_values": (2 * L, "B", H, "P+S", D),
-    }
+    for entry in graph.node:
+        if entry.op_type == "LayerNormalization":
+            del entry.output[1:]
     for value in graph.output:
         type = value.type.tensor_type
         type.CopyFrom(helper.make_tensor_type_proto(type.elem_type, shapes[value.name]).tensor_type)
     graph.name = "gpt2"
-    graph.doc_string = proto.doc_string = DOC_STRING
+    graph.doc_string = proto.doc_string = description
     proto.producer_name, proto.producer_version = "gptx", __version__
     proto.ir_version = IR_VERSION
     proto.ClearField("metadata_props")
     proto.ClearField("opset_import")
     proto.opset_import.append(helper.make_opsetid("", OPSET))
+    onnx.checker.check_model(proto, full_check=True)
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:
@@ -254,13 +262,13 @@ def _share_constants(graph: onnx.GraphProto) -> None:
     first: dict[bytes, str] = {}
     same: dict[str, str] = {}
     nodes = []
-    for node in graph.node:
-        if node.op_type == "Constant":
-            value = node.attribute[0].SerializeToString(deterministic=True)
-            same[node.output[0]] = first.setdefault(value, node.output[0])
-            if same[node.output[0]] != node.output[0]:
+    for entry in graph.node:
+        if entry.op_type == "Constant":
+            value = entry.attribute[0].SerializeToString(deterministic=True)
+            same[entry.output[0]] = first.setdefault(value, entry.output[0])
+            if same[entry.output[0]] != entry.output[0]:
                 continue
-        node.input[:] = [same.get(name, name) for name in node.input]
-        nodes.append(node)
+        entry.input[:] = [same.get(name, name) for name in entry.input]
+        nodes.append(entry)
     graph.ClearField("node")
     graph.node.extend(nodes)

@@ -37,6 +37,7 @@ COMMANDS = {
     "download": "Download models from the Hub, and verify downloaded ones.",
     "generate": "Continue a prompt and print the text token by token.",
     "info": "Show the configuration, the tensors and the memory of a model.",
+    "page": "Write a static site that runs a model in the browser.",
     "prepare": "Convert text files to token files for training.",
     "score": "Show how probable a text is, token by token.",
     "serve": "Serve a model over HTTP, with the API of OpenAI.",
