@@ -50,6 +50,8 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
         "Address": "host",
         "Processes": "replicas",
         "Access": "api_key",
+        "Models by upload": "store",
+        "Batch": "max_running",
         "Limits": "max_queue",
         "Bounded calls": "budget",
         "Log": "log_format",
@@ -90,6 +92,15 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     multiple=True,
     help="Let web pages of this origin call the server, such as https://example.org.",
 )
+@click.option(
+    "--store",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Folder of models that come by `gptx upload`.",
+)
+@_count("--max-running", 16, "Sequences that are computed together; others wait.")
+@_count("--chunk", 128, "Tokens of prompts that are read between two decode steps.")
+@_count("--prefix-cache", 512, "Memory for prompts that can come again, in MiB.")
 @_count("--max-queue", 64, "Requests that wait; a further one gets 429 at once.")
 @click.option(
     "--max-tokens",
@@ -134,6 +145,10 @@ def serve(
     api_key: tuple[str, ...],
     api_key_file: str | None,
     cors: tuple[str, ...],
+    store: str | None,
+    max_running: int,
+    chunk: int,
+    prefix_cache: int,
     max_queue: int,
     max_tokens: int | None,
     max_n: int,
@@ -167,11 +182,13 @@ def serve(
         -d '{"prompt": "ROMEO:", "max_tokens": 40}'
     """
     try:
+        from gptx.server import inspect, uploads
         from gptx.server.app import make_app
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
         from gptx.server.models import Models
         from gptx.server.settings import Settings
+        from gptx.server.store import Store
     except ImportError as error:
         if (error.name or "").startswith("gptx"):
             raise
@@ -227,9 +244,23 @@ def serve(
         failures.append(error)
         listener.should_exit = True
 
-    models = Models(max_queue=max_queue)
+    def load_stored(path: Path) -> Model:
+        return load(str(path), **cast("LoadOptions", options))
+
+    uploaded = None if store is None else Store(store)
+    models = Models(
+        store=uploaded,
+        load=load_stored,
+        max_queue=max_queue,
+        max_running=max_running,
+        chunk_tokens=chunk,
+        prefix_bytes=prefix_cache * MIB,
+    )
     models.add(name or Path(model).name, load_model)
-    gate = make_app(models, settings, preload=True, on_failure=end)
+    more = inspect.routes(models, settings)
+    if uploaded is not None:
+        more += uploads.routes(uploaded, models)
+    gate = make_app(models, settings, extra_routes=more, preload=True, on_failure=end)
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
     _note_open_address(host, settings)

@@ -15,7 +15,7 @@ from gptx.generation.request import Request
 from gptx.generation.results import Chunk
 from gptx.generation.text_model import Model
 from gptx.server.errors import ApiError, Unavailable
-from gptx.server.scheduler import MAX_QUEUE, Scheduler
+from gptx.server.scheduler import Scheduler
 
 Load = Callable[[], Model]
 WARM_UP_TOKENS = 32  # of the prompt and of the output
@@ -49,12 +49,12 @@ class Models:
 
     Parameters
     ----------
-    max_queue
-        See `Scheduler`.
     store
         Store of uploaded models, or None.
     load
         Function that loads a path of the store.
+    **options
+        Options of the `Scheduler` of each model.
 
     Attributes
     ----------
@@ -65,12 +65,12 @@ class Models:
     def __init__(
         self,
         *,
-        max_queue: int = MAX_QUEUE,
         store: Store | None = None,
         load: Callable[[Path], Model] | None = None,
+        **options: int,
     ) -> None:
-        self.max_queue = max_queue
         self.store = store
+        self._options = options
         self.default: str | None = None
         self._load_path = load
         self._entries: dict[str, _Entry] = {}
@@ -82,7 +82,7 @@ class Models:
             if isinstance(model, Model):
                 loaded = model
                 entry = _Entry(lambda: loaded)
-                entry.scheduler = Scheduler(loaded, max_queue=self.max_queue)
+                entry.scheduler = Scheduler(loaded, **self._options)
             else:
                 entry = _Entry(model)
             self._entries[name] = entry
@@ -177,7 +177,7 @@ class Models:
         with entry.lock:
             if entry.scheduler is None:
                 try:
-                    scheduler = Scheduler(entry.load(), max_queue=self.max_queue)
+                    scheduler = Scheduler(entry.load(), **self._options)
                     _warm_up(scheduler)
                 except Exception as error:
                     entry.error = error

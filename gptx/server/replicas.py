@@ -99,9 +99,7 @@ class Front:
     async def _live(self, receive: Receive, send: Send) -> None:
         """Run the replicas from the start of the application to its end."""
         await receive()
-        tasks = [
-            asyncio.create_task(replica.keep(self._on_failure)) for replica in self.replicas
-        ]
+        tasks = [asyncio.create_task(replica.keep(self._on_failure)) for replica in self.replicas]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for replica in self.replicas:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 OnEvent = Callable[[Chunk | Exception], None]
 
 MAX_QUEUE = 64  # default number of requests that wait
-MAX_RUNNING = 8  # default number of sequences in the running batch
+MAX_RUNNING = 16  # default number of sequences in the running batch
 CHUNK_TOKENS = 128  # default number of prompt tokens between two decode steps
 PREFIX_BYTES = 2**29  # default memory of the prefix cache
 MAX_PREFIXES = 64  # of the prefix cache: more are searched for longer than they are computed
