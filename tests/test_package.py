@@ -87,6 +87,17 @@ ROOMS = [
     "gptx.research.patching",
     "gptx.research.differentiation",
     "gptx.research",
+    "gptx.server.errors gptx.server.settings",
+    "gptx.server.fields gptx.server.keys gptx.server.logs gptx.server.states",
+    "gptx.server.parameters gptx.server.openapi gptx.server.scheduler gptx.server.writing",
+    "gptx.server.models gptx.server.streams",
+    "gptx.server.calls gptx.server.metrics",
+    "gptx.server.completions gptx.server.embeddings gptx.server.gate",
+    "gptx.server.chat gptx.server.inference",
+    "gptx.server.tokens",
+    "gptx.server.app",
+    "gptx.server.listener",
+    "gptx.server",
     "gptx.bench",
     "gptx",  # the lazy public names
     "gptx.cli",
@@ -135,7 +146,10 @@ def imports(path: Path, *, lazy: bool) -> set[str]:
 
 
 def test_import_is_lazy() -> None:
-    heavy = "numpy cupy mlx numba huggingface_hub tokenizers safetensors matplotlib click"
+    heavy = (
+        "numpy cupy mlx numba huggingface_hub tokenizers safetensors matplotlib click starlette "
+        "uvicorn prometheus_client"
+    )
     code = f"import sys, gptx; print([m for m in {heavy.split()} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

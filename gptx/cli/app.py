@@ -38,6 +38,7 @@ COMMANDS = {
     "info": "Show the configuration, the tensors and the memory of a model.",
     "prepare": "Convert text files to token files for training.",
     "score": "Show how probable a text is, token by token.",
+    "serve": "Serve a model over HTTP, with the API of OpenAI.",
     "tokenize": "Show the tokens of a text: ids and pieces.",
     "train": "Train a GPT-2 on text, from scratch or from a model.",
     "verify": "Compare two models: configuration, tokenizer, tensors and logits.",

@@ -1,0 +1,240 @@
+"""`gptx serve`: a model behind an HTTP interface."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from gptx.cli.options import Command, Sections, load_options
+from gptx.errors import BackendError, ParameterError, argument
+from gptx.generation.api import load
+from gptx.generation.found_model import find_model
+from gptx.generation.options import LoadOptions
+from gptx.generation.text_model import Model
+
+PORT = 8000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FIND_OPTIONS = ("config", "tokenizer", "ignore_unknown", "revision", "offline")
+MIB = 2**20
+
+
+Decorator = Callable[[Command], Command]
+
+
+def _seconds(name: str, default: float, text: str) -> Decorator[Any]:
+    return click.option(
+        name, type=float, metavar="SECONDS", default=default, show_default=True, help=text
+    )
+
+
+def _count(name: str, default: int, text: str) -> Decorator[Any]:
+    return click.option(
+        name, type=click.IntRange(1), metavar="N", default=default, show_default=True, help=text
+    )
+
+
+@click.command(
+    cls=Sections,
+    sections={
+        "Model": "model",
+        "Address": "host",
+        "Access": "api_key",
+        "Limits": "max_queue",
+        "Bounded calls": "budget",
+        "Log": "log_format",
+    },
+)
+@load_options
+@click.option("--name", metavar="NAME", help="Name of the model in the API.  [default: MODEL]")
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    default=LOOPBACK[0],
+    show_default=True,
+    help="Address to listen at; 0.0.0.0 lets other machines in.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    default=PORT,
+    show_default=True,
+    help="Port to listen at; 0 takes a free one.",
+)
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    multiple=True,
+    envvar="GPTX_API_KEY",
+    help="Answer requests with this key only. Several are possible.",
+)
+@click.option(
+    "--api-key-file", metavar="FILE", type=click.Path(), help="A file of keys, one a line."
+)
+@click.option(
+    "--cors",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Let web pages of this origin call the server, such as https://example.org.",
+)
+@_count("--max-queue", 64, "Requests that wait; a further one gets 429 at once.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Limit of new tokens of a continuation.  [default: the context]",
+)
+@_count("--max-n", 16, "Limit of the continuations of a prompt.")
+@_count("--max-prompts", 128, "Limit of the prompts of a request.")
+@_count("--max-body", 4, "Largest body of a request, in MiB.")
+@_seconds("--timeout", 600.0, "Time limit of a request.")
+@_seconds("--header-timeout", 10.0, "Time limit for the head of a request.")
+@_seconds("--body-timeout", 30.0, "Time limit for the body of a request.")
+@_seconds("--keep-alive", 15.0, "Time limit of a connection without a request.")
+@_seconds("--send-timeout", 30.0, "Time limit for a client to read a part of the answer.")
+@_count("--max-connections", 4096, "Open connections; a further one is closed at once.")
+@_seconds("--drain", 30.0, "Time for running requests after SIGTERM or Ctrl-C.")
+@click.option(
+    "--budget",
+    type=float,
+    metavar="SECONDS",
+    help="Time limit of each call, which then returns a state that the next call continues.",
+)
+@_count("--max-states", 64, "States that are kept.")
+@_seconds("--state-timeout", 600.0, "Time for which a state is kept.")
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="Form of the log, which has a line for each request.",
+)
+@click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
+def serve(
+    *,
+    model: str,
+    name: str | None,
+    host: str,
+    port: int,
+    api_key: tuple[str, ...],
+    api_key_file: str | None,
+    cors: tuple[str, ...],
+    max_queue: int,
+    max_tokens: int | None,
+    max_n: int,
+    max_prompts: int,
+    max_body: int,
+    timeout: float,
+    header_timeout: float,
+    body_timeout: float,
+    keep_alive: float,
+    send_timeout: float,
+    max_connections: int,
+    drain: float,
+    budget: float | None,
+    max_states: int,
+    state_timeout: float,
+    log_format: str,
+    log_prompts: bool,
+    **options: Any,
+) -> None:
+    """Serve a model over HTTP, with the API of OpenAI.
+
+    The server answers /v1/completions, /v1/chat/completions, /v1/embeddings and more; /docs lists
+    all paths and fields. It listens at this machine only, unless --host says otherwise; give
+    --api-key then. SIGTERM or Ctrl-C ends it when running requests are finished, a second one at
+    once.
+
+    \b
+    Examples:
+      gptx serve -m shakespeare
+      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "ROMEO:", "max_tokens": 40}'
+    """
+    try:
+        from gptx.server.app import make_app
+        from gptx.server.keys import read_keys
+        from gptx.server.listener import make_listener, raise_file_limit
+        from gptx.server.models import Models
+        from gptx.server.settings import Settings
+    except ImportError as error:
+        if (error.name or "").startswith("gptx"):
+            raise
+        raise BackendError(
+            f"gptx serve needs the package {error.name}, which is not installed: "
+            "run `pip install '.[serve]'` in a checkout of gptx"
+        ) from None
+    for flag, seconds in (
+        ("timeout", timeout),
+        ("header_timeout", header_timeout),
+        ("body_timeout", body_timeout),
+        ("keep_alive", keep_alive),
+        ("send_timeout", send_timeout),
+        ("state_timeout", state_timeout),
+        ("budget", budget),
+    ):
+        if seconds is not None and not 0 < seconds < 1e9:
+            raise ParameterError(f"{argument(flag)} is {seconds}, expected more than 0 seconds")
+    settings = Settings(
+        keys=read_keys(api_key, api_key_file),
+        cors=cors,
+        max_body_bytes=max_body * MIB,
+        max_prompts=max_prompts,
+        max_choices=max(max_prompts, max_n),
+        max_n=max_n,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        request_seconds=timeout,
+        header_seconds=header_timeout,
+        body_seconds=body_timeout,
+        keep_alive_seconds=keep_alive,
+        send_seconds=send_timeout,
+        max_connections=max_connections,
+        budget=budget,
+        max_states=max_states,
+        state_seconds=state_timeout,
+        drain_seconds=drain,
+        log_format=log_format,
+        log_prompts=log_prompts,
+    )
+    _log_to_stderr()
+    # A model that does not exist is an error of the command, before the server listens.
+    find_model(model, **{name: options[name] for name in FIND_OPTIONS})
+    failures: list[Exception] = []
+
+    def load_model() -> Model:
+        return load(model, **cast("LoadOptions", options))
+
+    def end(error: Exception) -> None:
+        failures.append(error)
+        listener.should_exit = True
+
+    models = Models(max_queue=max_queue)
+    models.add(name or Path(model).name, load_model)
+    gate = make_app(models, settings, preload=True, on_failure=end)
+    listener = make_listener(gate, settings, host=host, port=port)
+    raise_file_limit(max_connections)
+    if host not in LOOPBACK and not settings.keys:
+        click.echo(
+            f"Note: {host} is open to other machines, without a key: use --api-key", err=True
+        )
+    listener.run()
+    if failures:
+        raise failures[0]
+
+
+def _log_to_stderr() -> None:
+    """Write the log of the server to standard error; messages of requests are whole lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("gptx.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    logging.getLogger("gptx.server").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""The server: models behind an HTTP interface; `gptx serve` starts it."""

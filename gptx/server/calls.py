@@ -1,0 +1,273 @@
+"""A call of the API: a request in the scheduler, and its answer, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gptx.generation.request import Request
+from gptx.generation.results import Result
+from gptx.server.errors import ApiError, too_long
+from gptx.server.logs import Record
+from gptx.server.scheduler import Paused, Scheduler, Ticket
+from gptx.server.states import States
+from gptx.server.streams import Inbox
+from gptx.server.writing import Delta, Writer
+
+
+class Format(Protocol):
+    """The JSON form of an answer, of one endpoint."""
+
+    prefix: str  # of the id
+    object: str
+    stream_object: str
+
+    def choice(self, call: Call, delta: Delta) -> dict[str, Any]:
+        """Return a continuation as an item of `choices`."""
+
+    def stream_choice(self, call: Call, delta: Delta) -> dict[str, Any]:
+        """Return a part of a continuation as an item of `choices`."""
+
+    def first_choices(self, call: Call) -> list[dict[str, Any]]:
+        """Return the items of `choices` before the first token of a stream."""
+
+
+@dataclass
+class Call:
+    """A call of the API, from its first request to the last one that continues it.
+
+    Attributes
+    ----------
+    format
+        JSON form of the answer.
+    name
+        Name of the model.
+    request
+        Prompts and options, checked.
+    ticket
+        The request in the scheduler; None before its submission.
+    writers
+        One for each continuation that is generated.
+    n, copies
+        Numbers of continuations of a prompt that are returned, and that are generated.
+    logprobs
+        Number of most probable tokens; None for no log-probabilities.
+    prompt_tokens
+        Number of tokens of all prompts.
+    """
+
+    format: Format
+    name: str
+    scheduler: Scheduler
+    request: Request
+    writers: list[Writer]
+    prompt_tokens: int
+    n: int = 1
+    copies: int = 1
+    logprobs: int | None = None
+    has_ids: bool = False
+    ticket: Ticket | None = None
+    id: str = ""
+    created: int = 0
+    results: dict[int, Result] = field(default_factory=dict)
+    state: str | None = None
+    tokens_before: int = 0  # of the calls before this one
+
+    def begin(self) -> None:
+        """Give the call an id and a time."""
+        self.id = f"{self.format.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.state = None
+        self.tokens_before = sum(writer.n_tokens for writer in self.writers)
+
+    @property
+    def n_ends(self) -> int:
+        """Number of continuations that have not ended."""
+        return sum(writer.finish_reason is None for writer in self.writers)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Counts of tokens, in OpenAI's form."""
+        new = sum(writer.n_tokens for writer in self.writers) - self.tokens_before
+        cached = self.ticket.cached_tokens if self.ticket is not None else 0
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def head(self, object: str) -> dict[str, Any]:
+        """Return the fields of each answer and each part of a stream."""
+        return {
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.name,
+            "system_fingerprint": f"fp_{self.scheduler.model.fingerprint}",
+        }
+
+    def select(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """Return the `n` best continuations of each prompt, by mean log-probability, best first."""
+        if self.copies == self.n:
+            return list(deltas)
+        best: list[Delta] = []
+        for first in range(0, len(deltas), self.copies):
+            made = deltas[first : first + self.copies]
+            made = sorted(made, key=lambda one: _mean(self.results[one.index]), reverse=True)
+            best += made[: self.n]
+        for index, delta in enumerate(best):
+            delta.index = index
+        return best
+
+
+def _mean(result: Result) -> float:
+    """Return the mean log-probability of the tokens, the end token included; -inf of none."""
+    logprobs = result.logprobs or [-math.inf]
+    return math.fsum(logprobs) / len(logprobs)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one call.
+
+    Attributes
+    ----------
+    salt
+        Word of the caller's key.
+    seconds
+        Time limit of the request.
+    budget
+        Seconds after which it is paused; None for no such limit.
+    """
+
+    salt: str
+    seconds: float
+    budget: float | None
+
+
+async def parts(
+    call: Call, limits: Limits, states: States[Call], record: Record, *, eager: bool
+) -> AsyncGenerator[list[Delta], None]:
+    """Submit a call, or continue it, and yield the parts of its continuations as they grow.
+
+    Parameters
+    ----------
+    states
+        States of paused calls, to which this call is added if its budget ends.
+    record
+        Line of the log, which gets the counts.
+    eager
+        True to yield the parts of each step, False to yield all at the end.
+
+    Raises
+    ------
+    ApiError, GptxError
+        The request is refused, fails, or takes too long.
+    """
+    left = call.n_ends
+    inbox = Inbox(left, eager=eager)
+    ticket = _submit(call, inbox, limits)
+    end = asyncio.get_running_loop().time() + limits.seconds
+    try:
+        while left:
+            try:
+                async with asyncio.timeout_at(end):
+                    events = await inbox.take()
+            except TimeoutError:
+                raise too_long(limits.seconds) from None
+            record.first_token()
+            deltas: list[Delta] = []
+            for event in events:
+                if isinstance(event, Paused):
+                    call.state = states.keep(call, limits.salt)
+                    deltas += [
+                        Delta(writer.index, finish_reason="length")
+                        for writer in call.writers
+                        if writer.finish_reason is None
+                    ]
+                    left = 0
+                    break
+                if isinstance(event, Exception):
+                    raise event
+                known = ticket.prompt_logprobs.get(event.sequence)
+                deltas.append(call.writers[event.sequence].add(event, known))
+                if event.result is not None:
+                    call.results[event.sequence] = event.result
+                    left -= 1
+            yield deltas
+    finally:
+        if call.state is None:
+            ticket.cancel()
+        record.count(call.usage)
+
+
+def _submit(call: Call, inbox: Inbox, limits: Limits) -> Ticket:
+    """Give a call to the scheduler, with the error of a budget in which not one step fits."""
+    scheduler, budget = call.scheduler, limits.budget
+    seconds = scheduler.least_budget(call.request, call.ticket)
+    if budget is not None and seconds > budget:
+        raise ApiError(
+            400,
+            f"budget is {budget:g} s, in which not one step fits: the smallest that does is "
+            f"{math.ceil(seconds * 1000) / 1000:g} s",
+            param="budget",
+            code="budget_too_small",
+        )
+    if call.ticket is None:
+        call.ticket = scheduler.submit(call.request, inbox.put, salt=limits.salt, budget=budget)
+    else:
+        scheduler.resume(call.ticket, inbox.put, budget=budget)
+    return call.ticket
+
+
+async def collect(call: Call, limits: Limits, states: States[Call], record: Record) -> list[Delta]:
+    """Run a call, and return its continuations, each as one part.
+
+    Raises the errors of `parts`.
+    """
+    found = [Delta(writer.index, finish_reason=writer.finish_reason) for writer in call.writers]
+    async with contextlib.aclosing(parts(call, limits, states, record, eager=False)) as all_parts:
+        async for deltas in all_parts:
+            for delta in deltas:
+                found[delta.index].add(delta)
+    return call.select(found)
+
+
+def whole_answer(call: Call, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Return the answer of a call that is no stream."""
+    answer = {
+        **call.head(call.format.object),
+        "choices": [call.format.choice(call, delta) for delta in deltas],
+        "usage": call.usage,
+    }
+    return answer if call.state is None else {**answer, "state": call.state}
+
+
+async def stream_answer(
+    call: Call, limits: Limits, states: States[Call], record: Record, *, include_usage: bool
+) -> AsyncGenerator[list[dict[str, Any]], None]:
+    """Yield the events of a call that is a stream, those of each step together.
+
+    Raises the errors of `parts`.
+    """
+    head = call.head(call.format.stream_object)
+    usage = {"usage": None} if include_usage else {}
+    first = [{**head, "choices": [one], **usage} for one in call.format.first_choices(call)]
+    async with contextlib.aclosing(parts(call, limits, states, record, eager=True)) as all_parts:
+        async for deltas in all_parts:
+            state = {} if call.state is None else {"state": call.state}
+            yield first + [
+                {**head, "choices": [call.format.stream_choice(call, delta)], **usage, **state}
+                for delta in deltas
+                if not delta.is_empty
+            ]
+            first = []
+    if include_usage:
+        yield [{**head, "choices": [], "usage": call.usage}]
