@@ -171,8 +171,16 @@ class Batch:
                 f"{argument('n')} is {len(sequences)}, expected at most {self.max_running}, the "
                 "number of sequences that run at a time"
             )
+        if self._leaving.intersection(sequences):  # they come back before a step
+            with self._backend.scope():
+                self._leave()
+        n_positions = self.model.config.n_positions
         for sequence in sequences:
-            sequence.window = [*sequence.prompt, *sequence.output]
+            # A sequence that was in a batch before continues with the part that it kept by then.
+            sequence.window = sequence.window or [*sequence.prompt, *sequence.output]
+            if len(sequence.window) > n_positions:
+                sequence.window = sequence.window[-(n_positions - n_positions // 2) :]
+            sequence.n_cached = 0
             sequence.added = time.perf_counter()
         ids = list(sequences[0].window)
         self._waiting.append(Reading(list(sequences), ids, known, prompt_logprobs, salt))

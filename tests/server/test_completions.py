@@ -206,9 +206,7 @@ def test_bytes_without_a_character_have_names_of_their_own(
     assert any(name.startswith("bytes:") for top in found["top_logprobs"][1:] for name in top)
 
 
-def test_a_prompt_of_the_whole_context_has_a_next_token(
-    served: Served, shakespeare: Model
-) -> None:
+def test_a_prompt_of_the_whole_context_has_a_next_token(served: Served, shakespeare: Model) -> None:
     """lm-evaluation-harness #2253, #3134: the limit was too small by one."""
     n = shakespeare.config.n_positions
     answer = served.complete([5] * n, max_tokens=1, echo=True, logprobs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -11,6 +12,14 @@ from gptx.server.settings import Settings
 from tests.support.serving import ENDLESS, Served, held, raw_request, serving, wait_until
 
 PATH = "/v1/completions"
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Wait for the end of a connection without an answer."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -98,19 +107,17 @@ def test_slow_heads_and_idle_connections_are_closed(shakespeare: Model) -> None:
         idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert idle.recv(12) == b"HTTP/1.1 200"
         for connection in (silent, slow):
-            with pytest.raises(ConnectionResetError):
-                assert not connection.recv(1)
-                raise ConnectionResetError
+            assert is_closed(connection)
         wait_until(lambda: not served.listener.server_state.connections)
         for connection in (silent, slow, idle):
             connection.close()
 
 
 def test_a_slow_body_is_408(shakespeare: Model) -> None:
-    with serving(shakespeare, Settings(body_seconds=0.1)) as served:
-        with served.connect() as connection:
-            connection.sendall(raw_request(PATH, {"prompt": "a"})[:-3])
-            assert connection.recv(12) == b"HTTP/1.1 408"
+    settings = Settings(body_seconds=0.1)
+    with serving(shakespeare, settings) as served, served.connect() as connection:
+        connection.sendall(raw_request(PATH, {"prompt": "a"})[:-3])
+        assert connection.recv(12) == b"HTTP/1.1 408"
 
 
 def test_a_request_has_a_time_limit(shakespeare: Model) -> None:
@@ -126,9 +133,8 @@ def test_connections_have_a_limit(shakespeare: Model) -> None:
     with serving(shakespeare, Settings(max_connections=3)) as served:
         some = [served.connect() for _ in range(3)]
         wait_until(lambda: len(served.listener.server_state.connections) == 3)
-        with served.connect() as further, pytest.raises(ConnectionResetError):
-            assert not further.recv(1)
-            raise ConnectionResetError
+        with served.connect() as further:
+            assert is_closed(further)
         for connection in some:
             connection.close()
         wait_until(lambda: not served.listener.server_state.connections)

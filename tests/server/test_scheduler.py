@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -136,7 +137,7 @@ def test_a_canceled_request_of_the_queue_never_runs(scheduler: Scheduler) -> Non
         assert scheduler.waiting == 1
     other.wait()
     assert listener.events == []
-    assert ticket.started is None
+    assert ticket.outputs == {}
 
 
 def test_cancellation_frees_the_place_of_a_running_request(scheduler: Scheduler) -> None:
@@ -154,7 +155,7 @@ def test_cancellation_frees_the_place_of_a_running_request(scheduler: Scheduler)
 def test_cancellation_before_the_prompt_is_read(scheduler: Scheduler) -> None:
     """llama.cpp #7418, ik_llama.cpp #1020: no cancellation while a prompt was read."""
     with held(scheduler):
-        ticket, listener = submit(scheduler, [[5] * 200] * 2)
+        ticket, listener = submit(scheduler, [[5] * 200] * 2, max_tokens=1)
         _, other = submit(scheduler, max_tokens=1)
         ticket.cancel()
     other.wait()
@@ -188,7 +189,8 @@ def test_an_error_in_the_engine_ends_the_requests_in_flight(
 
 
 def test_a_request_that_no_token_is_left_for_ends_alone(scheduler: Scheduler) -> None:
-    _, listener = submit(scheduler, no_repeat_ngram_size=1, **ENDLESS)
+    bans = dict.fromkeys(range(5, 1024), -math.inf)
+    _, listener = submit(scheduler, no_repeat_ngram_size=1, logit_bias=bans, **ENDLESS)
     assert isinstance(listener.wait().error, ParameterError)
     assert submit(scheduler, max_tokens=2)[1].wait().error is None
 
@@ -247,13 +249,14 @@ SAMPLED: list[dict[str, Any]] = [
 def test_a_paused_request_continues_with_the_same_tokens(
     scheduler: Scheduler, shakespeare: Model, options: dict[str, Any]
 ) -> None:
-    options = {"max_tokens": 60, **options}
+    options = {"max_tokens": 30, **options}
     expected = shakespeare.generate("ROMEO:", **{"n": 1, **options})
     n = len(expected)
     ticket, listener = submit(scheduler, budget=0.03, **options)
     pauses = 0
     while isinstance(listener.wait(n).error, Paused):
         pauses += 1
+        assert pauses < 1000
         listener.events = [x for x in listener.events if isinstance(x, Chunk)]
         other = submit(scheduler, "First Citizen:", max_tokens=3)[1]
         scheduler.resume(ticket, listener, budget=0.03)
@@ -292,7 +295,10 @@ def test_the_pace_takes_the_nearest_steps() -> None:
     assert pace.expect(120) == pytest.approx(0.240)
     assert pace.expect(1000) == pytest.approx(2.0)
     pace.add(1, 0.030)
-    assert pace.expect(1) == pytest.approx(0.020)
+    pace.add(1, 0.010)
+    assert 0.020 < pace.expect(1) < 0.030  # a slow step counts for longer
+    pace.relax()
+    assert pace.expect(120) == pytest.approx(0.216)
     pace.clear()
     assert pace.expect(1) == 0
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from gptx.errors import NonFiniteError
 from gptx.generation.text_model import Model
 from gptx.server.settings import Settings
-from tests.support.serving import Served, held, read_events, serving
+from tests.support.serving import ENDLESS, Served, held, read_events, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Who is there?"}]
@@ -108,9 +109,7 @@ def test_only_the_last_part_has_a_finish_reason(served: Served) -> None:
     assert len({one["id"] for one in events[:-1]}) == 1
 
 
-def test_a_character_of_several_tokens_comes_as_a_whole(
-    served: Served, shakespeare: Model
-) -> None:
+def test_a_character_of_several_tokens_comes_as_a_whole(served: Served, shakespeare: Model) -> None:
     """llama.cpp PR #28926: half a character was in a part."""
     ids = shakespeare.encode("🙂")
     assert len(ids) == 4
@@ -152,17 +151,22 @@ def test_an_error_before_the_first_token_has_its_status(served: Served) -> None:
     assert answer.json()["error"]["param"] == "stop"
 
 
-def test_a_later_error_is_an_event(served: Served) -> None:
-    """No token is left after some: `no_repeat_ngram_size` of 1 bans each one after its use."""
-    body = {
-        "prompt": "ROMEO:", "temperature": 0, "max_tokens": 2000, "overflow": "slide",
-        "ignore_eos": True, "no_repeat_ngram_size": 1, "stream": True,
-    }  # fmt: skip
-    answer = served.post(COMPLETIONS, body)
-    assert answer.status_code == 200
-    events = read_events(answer.text)
-    assert events[-1]["error"]["type"] == "invalid_request_error"
-    assert events[-2]["choices"][0]["text"]
+def test_a_later_error_is_an_event(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise NonFiniteError("a NaN")
+
+    body = {**ENDLESS, "stream": True}
+    with served.client.stream("POST", COMPLETIONS, json=body) as answer:
+        assert answer.status_code == 200
+        parts = answer.iter_text()
+        text = next(parts)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(served.scheduler.model.backend), "read_tokens", fail)
+            text += "".join(parts)
+    events = read_events(text)
+    assert events[-1]["error"]["code"] == "not_finite"
+    assert events[-2]["choices"][0]["finish_reason"] is None
+    assert served.complete(max_tokens=2)
 
 
 def test_a_comment_is_sent_while_a_client_waits(shakespeare: Model) -> None:
