@@ -53,9 +53,7 @@ class Connection(H11Protocol):
 
     def _arm(self) -> None:
         settings = self.settings
-        shortest = min(
-            settings.header_seconds, settings.keep_alive_seconds, settings.send_seconds
-        )
+        shortest = min(settings.header_seconds, settings.keep_alive_seconds, settings.send_seconds)
         self._check = self.loop.call_later(shortest / CHECKS, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
