@@ -216,6 +216,9 @@ def serve(
         max_n=max_n,
         max_tokens=max_tokens,
         max_queue=max_queue,
+        max_running=max_running,
+        chunk_tokens=chunk,
+        prefix_bytes=prefix_cache * MIB,
         request_seconds=timeout,
         header_seconds=header_timeout,
         body_seconds=body_timeout,
@@ -248,14 +251,7 @@ def serve(
         return load(str(path), **cast("LoadOptions", options))
 
     uploaded = None if store is None else Store(store)
-    models = Models(
-        store=uploaded,
-        load=load_stored,
-        max_queue=max_queue,
-        max_running=max_running,
-        chunk_tokens=chunk,
-        prefix_bytes=prefix_cache * MIB,
-    )
+    models = Models(settings=settings, store=uploaded, load=load_stored)
     models.add(name or Path(model).name, load_model)
     more = inspect.routes(models, settings)
     if uploaded is not None:

@@ -16,6 +16,7 @@ from gptx.generation.results import Chunk
 from gptx.generation.text_model import Model
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.scheduler import Scheduler
+from gptx.server.settings import Settings
 
 Load = Callable[[], Model]
 WARM_UP_TOKENS = 32  # of the prompt and of the output
@@ -49,12 +50,12 @@ class Models:
 
     Parameters
     ----------
+    settings
+        Limits of the schedulers.
     store
         Store of uploaded models, or None.
     load
         Function that loads a path of the store.
-    **options
-        Options of the `Scheduler` of each model.
 
     Attributes
     ----------
@@ -65,12 +66,12 @@ class Models:
     def __init__(
         self,
         *,
+        settings: Settings | None = None,
         store: Store | None = None,
         load: Callable[[Path], Model] | None = None,
-        **options: int,
     ) -> None:
+        self.settings = settings or Settings()
         self.store = store
-        self._options = options
         self.default: str | None = None
         self._load_path = load
         self._entries: dict[str, _Entry] = {}
@@ -82,11 +83,21 @@ class Models:
             if isinstance(model, Model):
                 loaded = model
                 entry = _Entry(lambda: loaded)
-                entry.scheduler = Scheduler(loaded, **self._options)
+                entry.scheduler = self._scheduler(loaded)
             else:
                 entry = _Entry(model)
             self._entries[name] = entry
             self.default = self.default or name
+
+    def _scheduler(self, model: Model) -> Scheduler:
+        settings = self.settings
+        return Scheduler(
+            model,
+            max_queue=settings.max_queue,
+            max_running=settings.max_running,
+            chunk_tokens=settings.chunk_tokens,
+            prefix_bytes=settings.prefix_bytes,
+        )
 
     def names(self) -> list[str]:
         """Return the names of all models, the default first."""
@@ -177,7 +188,7 @@ class Models:
         with entry.lock:
             if entry.scheduler is None:
                 try:
-                    scheduler = Scheduler(entry.load(), **self._options)
+                    scheduler = self._scheduler(entry.load())
                     _warm_up(scheduler)
                 except Exception as error:
                     entry.error = error

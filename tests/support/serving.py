@@ -125,7 +125,7 @@ def read_events(text: str) -> list[Any]:
 def serving(model: Model, settings: Settings | None = None, **options: Any) -> Iterator[Served]:
     """Serve a model on loopback within a context."""
     settings = settings or Settings()
-    models = Models(max_queue=settings.max_queue)
+    models = Models(settings=settings)
     models.add(NAME, model)
     served = Served(models, settings, **options)
     try:
