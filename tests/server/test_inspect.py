@@ -24,7 +24,8 @@ TOLERANCE = 2e-5  # nats; the text is read in chunks
 
 @pytest.fixture(scope="module")
 def served(shakespeare: Model) -> Iterator[Served]:
-    """The embedded model with the routes of the page."""
+    """The embedded model with the routes of the page, and with compiled kernels."""
+    shakespeare.score("To be")
     models, settings = Models(), Settings()
     models.add("shakespeare", shakespeare)
     server = Served(models, settings, page.routes(models, settings))

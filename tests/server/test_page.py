@@ -45,7 +45,8 @@ def serve(model: Model, settings: Settings | None = None) -> Served:
 
 @pytest.fixture(scope="module")
 def served(shakespeare: Model) -> Iterator[Served]:
-    """The embedded model with its page."""
+    """The embedded model with its page, and with compiled kernels."""
+    shakespeare.score(PROMPT)
     server = serve(shakespeare)
     yield server
     server.close()
