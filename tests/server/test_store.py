@@ -349,6 +349,22 @@ def test_drop(tmp_path: Path, source: dict[str, bytes], published: bool) -> None
     assert store.begin("m", stored(source)).offset == 0
 
 
+def test_a_crash_while_files_are_deleted(
+    store: Store, source: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store never shows a part of a model, and the next start deletes the rest."""
+    store.begin("m", stored(source))
+    send(store, "m", source)
+    store.publish("m")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        store.drop("m")
+    assert store.models() == []
+    assert len(list((store.root / UPLOADS).iterdir())) == 2
+    Store(store.root)
+    assert [path.name for path in (store.root / UPLOADS).iterdir()] == [".lock"]
+
+
 def test_drop_of_a_link_leaves_its_target(store: Store, tmp_path: Path) -> None:
     source = model_files(tmp_path / "elsewhere")
     (store.root / "m").symlink_to(tmp_path / "elsewhere")

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from tests.support.store_server import (
 
 FILES = {"a.bin": b"0123456789", "b.bin": b"abc"}
 FILE = "/models/m/files/a.bin"
+TUS_JS_UPLOAD = Path(__file__).parents[1] / "support" / "tus_js_upload.js"
 PROBLEM = "https://iana.org/assignments/http-problem-types#"
 
 
@@ -413,6 +415,22 @@ def test_tuspy(client: Client, root: Path, tmp_path: Path, checksums: bool) -> N
             again = maker.uploader(url=first.url, **options)
             assert again.offset == chunk
             again.upload()
+    assert client("POST", "/models/m/setup").json()["state"] == "loaded"
+    assert visible(root) == {"m": source}
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("protocol", ["tus-v1", "ietf-draft-05"])
+def test_tus_js_client(client: Client, root: Path, tmp_path: Path, protocol: str) -> None:
+    """The client of browsers speaks both protocols; `npm install tus-js-client` installs it."""
+    modules = os.environ.get("TUS_JS")
+    if modules is None:
+        pytest.skip("set TUS_JS to a folder node_modules with tus-js-client")
+    source = model_files(tmp_path / "source")
+    for name in source:
+        path = str(tmp_path / "source" / name)
+        command = ["node", str(TUS_JS_UPLOAD), modules, f"{client.url}/models/m", path, name]
+        subprocess.run([*command, protocol], check=True)
     assert client("POST", "/models/m/setup").json()["state"] == "loaded"
     assert visible(root) == {"m": source}
 
