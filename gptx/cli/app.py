@@ -145,11 +145,11 @@ Exit codes:
     2  invalid option, parameter or backend
    65  invalid file, model or prompt
    66  model, file or revision not found
-   69  Hub unavailable
+   69  Hub or server unavailable
    70  NaN or infinity in the model's output
    71  out of memory
    74  read or write error, such as a full disk
-   77  not authorized by the Hub
+   77  not authorized by the Hub or the server
   129  the terminal was closed (SIGHUP)
   130  interrupted (Ctrl-C)
   141  broken pipe: the reader of standard output has ended

@@ -508,7 +508,9 @@ def _require(answer: _Answer, *statuses: int) -> _Answer:
         return answer
     detail = answer.detail
     if answer.status in (401, 403):
-        raise AuthorizationError(f"{detail}: give the key of the server with {argument('api_key')}")
+        raise AuthorizationError(
+            f"the server refused the key ({detail}): give its key with {argument('api_key')}"
+        )
     if answer.status == 404:
         raise _Fault(f"{detail} (the upload was deleted)")
     if answer.status in (413, 507):

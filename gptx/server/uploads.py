@@ -26,6 +26,7 @@ from gptx.errors import (
     IntegrityError,
     NotFoundError,
     ParameterError,
+    StorageError,
     shown,
 )
 from gptx.server import upload_headers
@@ -42,6 +43,7 @@ from gptx.server.stored_models import (
 )
 from gptx.server.upload_headers import Checksum
 
+JSON = "application/json"
 BLOCK_BYTES = 2**20  # of one append
 MAX_MANIFEST_BYTES = 2**18  # 256 files of at most 240 bytes each are 61 kB
 IDLE_SECONDS = 60.0  # without a byte of a request
@@ -166,12 +168,17 @@ def _abilities(store: Store, limit: str) -> dict[str, str]:
 
 def _problem(error: Exception) -> Response:
     """Return an error in the form of RFC 9457."""
-    status, title, kind = next(row[1:] for row in _PROBLEMS if isinstance(error, row[0]))
-    detail = str(error)
     if isinstance(error, OSError) and not isinstance(error, GptxError | TimeoutError):
-        status = 507 if error.errno == errno.ENOSPC else status
-        detail = f"the store cannot be written ({error.strerror})"
-    content: dict[str, Any] = {"type": kind, "title": title, "status": status, "detail": detail}
+        full = error.errno == errno.ENOSPC
+        reason = f"the store cannot be written ({error.strerror})"
+        error = DiskFullError(reason) if full else StorageError(reason)
+    status, title, kind = next(row[1:] for row in _PROBLEMS if isinstance(error, row[0]))
+    content: dict[str, Any] = {
+        "type": kind,
+        "title": title,
+        "status": status,
+        "detail": str(error),
+    }
     headers = {}
     if isinstance(error, WrongOffsetError):
         content |= {"expected-offset": error.offset, "provided-offset": error.given}
@@ -215,6 +222,8 @@ class _Uploads:
         marks = ("upload-complete", "upload-length", "upload-defer-length", "tus-resumable")
         if any(mark in request.headers for mark in marks):
             return await self._create(request)
+        if _media_type(request) != JSON:  # a page of another origin cannot send it unasked
+            return Response(status_code=415, headers={"Accept-Post": JSON})
         name = request.path_params["name"]
         await run_in_threadpool(self._require_free, name)
         files = _manifest_files(await self._body(request))
@@ -281,7 +290,7 @@ class _Uploads:
         """Answer PATCH /models/NAME/files/FILE."""
         name, file = request.path_params["name"], request.path_params["file"]
         kinds = (upload_headers.PARTIAL_UPLOAD, upload_headers.TUS_CONTENT)
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() not in kinds:
+        if _media_type(request) not in kinds:
             return Response(status_code=415, headers={"Accept-Patch": ", ".join(kinds)})
         offset = upload_headers.integer(request.headers, "upload-offset")
         if offset is None:
@@ -457,6 +466,10 @@ class _Uploads:
 def _address(request: Request, name: str) -> str:
     """Return the path of a model, below the prefix of a proxy."""
     return f"{request.scope.get('root_path', '')}/models/{name}"
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _state(found: StoredFile | StoredModel) -> dict[str, str]:

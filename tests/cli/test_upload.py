@@ -287,7 +287,7 @@ def scripted() -> Iterator[tuple[type[_Scripted], str]]:
 @pytest.mark.parametrize(
     ("status", "headers", "body", "code", "message"),
     [
-        (401, {}, {"error": {"message": "wrong key"}}, 77, "wrong key: give the key of the server"),
+        (401, {}, {"error": {"message": "wrong key"}}, 77, "the key (wrong key): give its key"),
         (404, {}, {"detail": "Not Found"}, 66, "start the server with gptx serve --store DIR"),
         (413, {}, {"detail": "expected at most 12"}, 74, "expected at most 12"),
         (507, {}, {"detail": "the disk has 12"}, 74, "the disk has 12"),

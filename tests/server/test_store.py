@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -258,6 +260,27 @@ def test_the_limit_of_a_model(tmp_path: Path) -> None:
         store.set_length("m", "b.bin", 3)
 
 
+def test_a_model_of_exactly_the_limit(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", max_bytes=13)
+    store.begin("m", stored(FILES))
+    store.create("n", "a.bin", 13)
+    store.create("n", "b.bin")
+
+
+def test_the_free_space_for_the_rest_of_a_file(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create("m", "a.bin")
+    store.append("m", "a.bin", 0, b"0123")
+    store.create("m", "b.bin")
+    free = SimpleNamespace(free=5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(DiskFullError, match="needs 6 bytes"):
+        store.set_length("m", "a.bin", 10)
+    free.free = 6
+    store.set_length("m", "a.bin", 10)
+
+
 def test_a_model_larger_than_the_free_space(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=12))
     with pytest.raises(DiskFullError, match="needs 13 bytes, and the disk has 12"):
@@ -349,6 +372,22 @@ def test_drop(tmp_path: Path, source: dict[str, bytes], published: bool) -> None
     assert store.begin("m", stored(source)).offset == 0
 
 
+def test_a_crash_while_files_are_deleted(
+    store: Store, source: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store never shows a part of a model, and the next start deletes the rest."""
+    store.begin("m", stored(source))
+    send(store, "m", source)
+    store.publish("m")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        store.drop("m")
+    assert store.models() == []
+    assert len(list((store.root / UPLOADS).iterdir())) == 2
+    Store(store.root)
+    assert [path.name for path in (store.root / UPLOADS).iterdir()] == [".lock"]
+
+
 def test_drop_of_a_link_leaves_its_target(store: Store, tmp_path: Path) -> None:
     source = model_files(tmp_path / "elsewhere")
     (store.root / "m").symlink_to(tmp_path / "elsewhere")
@@ -384,6 +423,29 @@ def test_an_upload_that_is_dropped_during_its_check(
     with pytest.raises(NotFoundError, match="is not complete"):
         store.publish("m")
     assert visible(store.root) == {}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_upload_that_is_dropped_while_its_sha256_is_computed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    digest = hashlib.file_digest
+
+    def drop(*args: Any) -> Any:
+        if again:
+            store.drop("m")
+            store.begin("m", stored(FILES))
+            store.append("m", "a.bin", 0, FILES["a.bin"])
+        else:
+            store.drop_file("m", "a.bin")
+        return digest(*args)
+
+    store.begin("m", stored(FILES))
+    store.append("m", "a.bin", 0, FILES["a.bin"])
+    monkeypatch.setattr(hashlib, "file_digest", drop)
+    with pytest.raises(NotFoundError, match="was deleted during its check"):
+        store.verify("m", "a.bin")
+    assert not store.flush("m", "a.bin").verified
 
 
 def test_a_link_in_place_of_a_partial_file_is_not_followed(store: Store, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from tests.support.store_server import (
 
 FILES = {"a.bin": b"0123456789", "b.bin": b"abc"}
 FILE = "/models/m/files/a.bin"
+TUS_JS_UPLOAD = Path(__file__).parents[1] / "support" / "tus_js_upload.js"
 PROBLEM = "https://iana.org/assignments/http-problem-types#"
 
 
@@ -417,6 +419,22 @@ def test_tuspy(client: Client, root: Path, tmp_path: Path, checksums: bool) -> N
     assert visible(root) == {"m": source}
 
 
+@pytest.mark.clients
+@pytest.mark.parametrize("protocol", ["tus-v1", "ietf-draft-05"])
+def test_tus_js_client(client: Client, root: Path, tmp_path: Path, protocol: str) -> None:
+    """The client of browsers speaks both protocols; `npm install tus-js-client` installs it."""
+    modules = os.environ.get("TUS_JS")
+    if modules is None:
+        pytest.skip("set TUS_JS to a folder node_modules with tus-js-client")
+    source = model_files(tmp_path / "source")
+    for name in source:
+        path = str(tmp_path / "source" / name)
+        command = ["node", str(TUS_JS_UPLOAD), modules, f"{client.url}/models/m", path, name]
+        subprocess.run([*command, protocol], check=True)
+    assert client("POST", "/models/m/setup").json()["state"] == "loaded"
+    assert visible(root) == {"m": source}
+
+
 # Models
 
 
@@ -568,7 +586,7 @@ def test_paths_that_lead_elsewhere(client: Client, root: Path, path: str) -> Non
     client.begin("m", FILES)
     before = sorted(path.name for path in root.parent.rglob("*"))
     answers = [
-        client("POST", path, json.dumps(manifest(FILES)).encode()),
+        client("POST", path, json.dumps(manifest(FILES)).encode(), content_type="application/json"),
         client("POST", path, **tus(upload_length=1, upload_metadata="filename Li4veA==")),
         client.append(path, 0, b"x"),
         client("HEAD", path),
@@ -587,14 +605,34 @@ def test_paths_that_lead_elsewhere(client: Client, root: Path, path: str) -> Non
      b'{"files": {"../a": {"length": 1, "sha256": "%s"}}}' % (b"0" * 64)],
 )  # fmt: skip
 def test_invalid_manifests(client: Client, body: bytes) -> None:
-    answer = client("POST", "/models/m", body)
+    answer = client("POST", "/models/m", body, content_type="application/json")
     assert answer.status == 400
     assert answer.json()["detail"]
     assert client("GET", "/models").json() == {"models": []}
 
 
+def test_a_manifest_of_another_type(client: Client) -> None:
+    """A page of another origin can send text without a question to the server."""
+    body = json.dumps(manifest(FILES)).encode()
+    assert client("POST", "/models/m", body, content_type="text/plain").status == 415
+    assert client("POST", "/models/m", body).status == 415
+
+
+def test_a_disk_that_is_full_of_contents_with_checksums(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    client.begin("m", FILES)
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", full)
+    value = f"sha-256=:{digest('sha256', b'0123')}:"
+    answer = client.append(FILE, 0, b"0123", content_digest=value)
+    assert (answer.status, answer.json()["title"]) == (507, "Insufficient storage")
+
+
 def test_a_large_manifest(client: Client) -> None:
-    assert client("POST", "/models/m", b" " * (MAX_MANIFEST_BYTES + 1)).status == 413
+    assert client.begin("m", {f"f{i}": b"" for i in range(MAX_MANIFEST_BYTES // 80)}).status == 413
 
 
 def test_the_limit_of_a_model(root: Path) -> None:

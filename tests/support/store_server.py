@@ -128,7 +128,8 @@ class Client:
 
     def begin(self, name: str, files: Mapping[str, bytes]) -> Answer:
         """Send a manifest."""
-        return self("POST", f"/models/{name}", json.dumps(manifest(files)).encode())
+        body = json.dumps(manifest(files)).encode()
+        return self("POST", f"/models/{name}", body, content_type="application/json")
 
     def state(self, name: str) -> Any:
         """Return the state of a model, after its check."""
