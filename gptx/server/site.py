@@ -26,7 +26,7 @@ from gptx.conversions.checkpoint import Array, Checkpoint, float_array
 from gptx.conversions.containers.binary import write_array
 from gptx.conversions.converter import Progress, with_progress
 from gptx.conversions.formats.onnx_folder import ALIGNMENT_BYTES, import_tracer, refer_to_data
-from gptx.errors import ParameterError, TokenizerError, argument
+from gptx.errors import ParameterError, StorageError, TokenizerError, argument
 from gptx.files import atomic_path, check_replaceable, create
 from gptx.server.onnx_runtime_web import read_runtime
 from gptx.tokenization.byte_level import byte_of_letter
@@ -107,8 +107,8 @@ def make_site(
     if progress is not None:
         checkpoint = with_progress(checkpoint, progress)
     with atomic_path(folder) as path:
-        for name in ("model", "ort", "page"):
-            (path / name).mkdir(parents=True)
+        for part in (path, path / "model", path / "ort", path / "page"):
+            part.mkdir()
         manifest = {
             "name": Path(source).name,
             "gptx": __version__,
@@ -125,6 +125,8 @@ def make_site(
 
 def _check_destination(folder: Path, overwrite: bool) -> None:
     check_replaceable(folder)
+    if not folder.absolute().parent.is_dir():
+        raise StorageError(f"{folder} cannot be written (its folder does not exist)")
     if not folder.exists():
         return
     if not folder.is_dir():
