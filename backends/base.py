@@ -294,17 +294,25 @@ class Backend:
         return x[0, ...], x[1, ...], x[2, ...]
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
-        """Write `new` [B, H, T, D] to `buffer` [B, H, S, D] at `positions`; return the buffer.
+        """Write `new` [B, H, T, D] to `buffer` [N, H, S, D] at `positions`; return the buffer.
 
-        The result is either `buffer`, changed in place, or a new array.
+        The buffer has N slots, and `positions.slots` those of the B sequences. The result is either
+        `buffer`, changed in place, or a new array.
         """
         xp = self.xp
         S, T = buffer.shape[2], new.shape[2]
-        slot = self.arange(S)[None, :]  # [1, S]
         first, last = positions.index[:, :1], positions.index[:, -1:]  # [B, 1]
-        source = xp.clip(slot - first, 0, T - 1)[:, None, :, None]  # [B, 1, S, 1]
+        if positions.slots is not None:  # from B sequences to N slots
+            row, n_new = np.zeros((2, buffer.shape[0]), np.int64)
+            row[positions.slots] = np.arange(len(positions.slots))
+            n_new[positions.slots] = 1
+            sequence, has_new = self.asarray(row), self.asarray(n_new)[:, None] > 0
+            new, first, last = (xp.take(x, sequence, axis=0) for x in (new, first, last))
+            last = xp.where(has_new, last, first - 1)
+        position = self.arange(S)[None, :]  # [1, S]
+        source = xp.clip(position - first, 0, T - 1)[:, None, :, None]  # [N, 1, S, 1]
         source = xp.broadcast_to(source, buffer.shape)
-        is_new = ((slot >= first) & (slot <= last))[:, None, :, None]
+        is_new = ((position >= first) & (position <= last))[:, None, :, None]
         return xp.where(is_new, xp.take_along_axis(new, source, axis=2), buffer)
 
     def attention(self, q: Array, k: Array, v: Array, positions: Positions, scale: float) -> Array:
@@ -371,7 +379,12 @@ class Backend:
     # Decode steps: the engine calls `decode`, then `read_tokens`
 
     def sampler(
-        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
+        self,
+        params: Any,
+        prompts: list[list[int]],
+        streams: list[int],
+        vocab_size: int,
+        outputs: list[list[int]] | None = None,
     ) -> Any:
         """Return the backend's own sampler, or None, as here, for the generic one.
 

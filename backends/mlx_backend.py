@@ -96,9 +96,9 @@ class MlxBackend(MlxTraining):
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
-            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+            buffer[positions.rows, :, positions.stop - new.shape[2] : positions.stop] = new
         else:
-            rows = mx.arange(buffer.shape[0])[:, None]
+            rows = mx.arange(buffer.shape[0])[positions.rows][:, None]
             buffer[rows, :, positions.index] = mx.permute_dims(new, (0, 2, 1, 3))
         return buffer
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 Array = Any
 
@@ -29,17 +31,30 @@ class Positions:
         True if all sequences have the same length; then each row is stop - T, ..., stop - 1.
     asarray
         `Backend.asarray`, which copies `host` to the device on demand.
+    slots
+        Slot of each sequence in the cache, NumPy integers [B]; None if sequence b has slot b.
     """
 
     host: Array
     stop: int
     aligned: bool
     asarray: Callable[[Array], Array]
+    slots: Array | None = field(default=None, kw_only=True)
 
     @cached_property
     def index(self) -> Array:
         """`host` on the device, in its default integers."""
         return self.asarray(self.host)
+
+    @cached_property
+    def rows(self) -> Any:
+        """`slots` as an index of the first axis of a buffer: a slice if they are a range."""
+        if self.slots is None:
+            return slice(None)
+        first, n = int(self.slots[0]), len(self.slots)
+        if np.array_equal(self.slots, np.arange(first, first + n)):
+            return slice(first, first + n)
+        return self.asarray(self.slots)
 
     def has_only_new(self, k: Array) -> bool:
         """Test for keys k [B, H, S, D] of the new tokens only, the same number in each sequence."""

@@ -1,7 +1,9 @@
 """The KV cache: keys and values of the tokens before the new ones.
 
-Each layer has two preallocated buffers [B, H, S, D], for keys and values; each sequence has a
-length. The engine calls `extend` before a forward pass, the model calls `update` in each layer.
+Each layer has two preallocated buffers [N, H, S, D], for keys and values. Each of the N slots holds
+one sequence and has a length. The engine calls `extend` before a forward pass, the model calls
+`update` in each layer. A pass can take some of the slots, in any order, so a sequence leaves a
+batch without a copy of the others.
 """
 
 from __future__ import annotations
@@ -27,33 +29,33 @@ MAX_REPR_SEQUENCES = 8  # whose lengths the `repr` of a cache shows
 
 
 class KVCache:
-    """Keys and values of B sequences of up to `capacity` tokens each.
+    """Keys and values of sequences in `n_slots` slots of up to `capacity` tokens each.
 
     Attributes
     ----------
     keys, values
-        Buffers of each layer, L arrays [B, H, capacity, D].
+        Buffers of each layer, L arrays [n_slots, H, capacity, D].
     lengths
-        Number of tokens of each sequence, NumPy integers [B].
+        Number of tokens in each slot, NumPy integers [n_slots].
     tokens, fingerprint
         Token ids of each sequence, and the checksum of the weights that computed the cache;
         None and "" if `Model.prefill` did not fill it.
     """
 
-    def __init__(self, config: GPT2Config, backend: Backend, batch: int, capacity: int) -> None:
+    def __init__(self, config: GPT2Config, backend: Backend, n_slots: int, capacity: int) -> None:
         if not 1 <= capacity <= config.n_positions:
             raise ParameterError(
                 f"cache capacity is {capacity}, expected 1 to {config.n_positions} (the context)"
             )
-        if batch < 1:
-            raise ParameterError(f"the cache has {batch} sequences, expected at least 1")
+        if n_slots < 1:
+            raise ParameterError(f"the cache has {n_slots} sequences, expected at least 1")
         self.config = config
         self.backend = backend
         self.capacity = capacity
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.lengths = np.zeros(n_slots, dtype=np.int64)
         self.tokens: list[list[int]] | None = None
         self.fingerprint = ""
-        shape = (batch, config.n_head, capacity, config.head_dim)
+        shape = (n_slots, config.n_head, capacity, config.head_dim)
         dtype = backend.cache_dtype
         # One array for all buffers: a large array can be on huge pages of memory.
         buffers = backend.zeros((2 * config.n_layer, *shape), dtype)
@@ -77,11 +79,20 @@ class KVCache:
         itemsize = int(self.backend.cache_dtype[-2:]) // 8  # "bfloat16" has 2 bytes
         return itemsize * sum(math.prod(x.shape) for x in (*self.keys, *self.values))
 
-    def extend(self, counts: Sequence[int] | np.ndarray) -> Positions:
+    def extend(
+        self, counts: Sequence[int] | np.ndarray, slots: Sequence[int] | None = None
+    ) -> Positions:
         """Add `counts[b]` new tokens to sequence b; return their positions.
 
         The next forward pass takes ids [B, max(counts)]; a sequence with fewer new tokens repeats
         its last one (see `Positions` and `gptx.logits.pad`).
+
+        Parameters
+        ----------
+        counts
+            Number of new tokens of each of the B sequences.
+        slots
+            The slot of each sequence, all different; None for all slots in order.
 
         Raises
         ------
@@ -89,7 +100,9 @@ class KVCache:
             The tokens exceed the capacity.
         """
         counts = np.asarray(counts)
-        first, last = self.lengths, self.lengths + counts - 1
+        rows = np.arange(len(self.lengths)) if slots is None else np.asarray(slots)
+        first = self.lengths[rows]
+        last = first + counts - 1
         stop, T = int(last.max()) + 1, int(counts.max())
         if stop > self.capacity:
             raise ParameterError(
@@ -97,36 +110,55 @@ class KVCache:
             )
         index = np.minimum(first[:, None] + np.arange(T), last[:, None])
         aligned = bool((last == stop - 1).all() and (counts == T).all())
-        self.lengths = last + 1
-        return Positions(index, stop, aligned, self.backend.asarray)
+        self.lengths[rows] = last + 1
+        all_slots = np.array_equal(rows, np.arange(len(self.lengths)))
+        return Positions(
+            index, stop, aligned, self.backend.asarray, slots=None if all_slots else rows
+        )
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:
         """Add keys and values [B, H, T, D] of the new tokens; return all so far, [B, H, S, D]."""
         for buffers, new in ((self.keys, k), (self.values, v)):
             new = self._cast(new, buffers[layer].dtype)
             buffers[layer] = self.backend.update_kv(buffers[layer], new, positions)
-        k, v = (buffers[layer][:, :, : positions.stop, :] for buffers in (self.keys, self.values))
+        k, v = (self._read(x[layer], positions) for x in (self.keys, self.values))
         return self._cast(k, self.backend.float_dtype), self._cast(v, self.backend.float_dtype)
+
+    def _read(self, buffer: Array, positions: Positions) -> Array:
+        """Return the keys or values of a pass, [B, H, S, D]; a copy if its slots are no range."""
+        rows = positions.rows
+        if isinstance(rows, slice):
+            return buffer[rows, :, : positions.stop, :]
+        return self.backend.xp.take(buffer[:, :, : positions.stop, :], rows, axis=0)
 
     def _cast(self, x: Array, dtype: Any) -> Array:
         return x if x.dtype == dtype else self.backend.xp.astype(x, dtype)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all sequences but `rows`, in this order; a duplicate row becomes a copy."""
-        take = self.backend.xp.take
-        index = self.backend.asarray(np.asarray(rows))
-        self.keys = [take(k, index, axis=0) for k in self.keys]
-        self.values = [take(v, index, axis=0) for v in self.values]
-        self.lengths = self.lengths[list(rows)]
-        if self.tokens is not None:
-            self.tokens = [self.tokens[row] for row in rows]
+    def trim(self, slot: int, length: int) -> None:
+        """Drop all but the first `length` tokens of a slot."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
+    def copy(
+        self, length: int, slots: Sequence[int], source: KVCache | None = None, slot: int = 0
+    ) -> None:
+        """Copy the first `length` tokens of a slot of `source`, or of this cache, to `slots`.
+
+        They replace the tokens of these slots.
+        """
+        source = self if source is None else source
+        self.lengths[list(slots)] = 0
+        positions = self.extend([length] * len(slots), slots)
+        shape = (len(slots), self.config.n_head, length, self.config.head_dim)
+        for targets, sources in ((self.keys, source.keys), (self.values, source.values)):
+            for layer, (target, x) in enumerate(zip(targets, sources, strict=True)):
+                x = self._cast(x[slot : slot + 1, :, :length, :], target.dtype)
+                x = self.backend.xp.broadcast_to(x, shape)
+                targets[layer] = self.backend.update_kv(target, x, positions)
 
     def prefix(self, length: int, capacity: int) -> KVCache:
         """Return a new cache with the first `length` tokens of this cache's first sequence."""
         new = KVCache(self.config, self.backend, 1, capacity)
-        positions = new.extend([length])
-        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            new.update(layer, k[:1, :, :length, :], v[:1, :, :length, :], positions)
+        new.copy(length, [0], self)
         return new
 
     def save(self, path: str | Path) -> None:

@@ -62,6 +62,7 @@ ROOMS = [
     "gptx.generation.names gptx.generation.prompts",
     "gptx.generation.options",
     "gptx.generation.results",
+    "gptx.generation.sequences gptx.generation.slots",
     "gptx.generation.batching",
     "gptx.generation.engine",
     "gptx.generation.streaming gptx.generation.scoring gptx.generation.suggested",

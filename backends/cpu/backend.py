@@ -159,9 +159,9 @@ class NumpyBackend(Backend):
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
-            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+            buffer[positions.rows, :, positions.stop - new.shape[2] : positions.stop] = new
         else:
-            rows = np.arange(len(buffer))[:, None]
+            rows = np.arange(len(buffer))[positions.rows][:, None]
             buffer[rows, :, positions.index] = new.transpose(0, 2, 1, 3)
         return buffer
 

@@ -45,6 +45,6 @@ class CompiledForward:
         # The logits are the last buffer, and belong to the caller.
         logits = allocate_aligned((padded_rows(n_logits), program.widths[-1]), np.float32)
         buffers, shape = {len(program.widths) - 1: logits}, Shape(B, T, H, D, capacity)
-        program.run(buffers, shape, self.threads, ids, positions.index, cache)
+        program.run(buffers, shape, self.threads, ids, positions.index, cache, positions.slots)
         V = int(program.table[-1, N_OUT])
         return logits[:n_logits, :V].reshape(B, -1, V)

@@ -110,6 +110,7 @@ class Program:
         ids: Array = _NO_INDICES,
         positions: Array = _NO_INDICES,
         cache: Any = None,
+        slots: Array | None = None,
     ) -> None:
         """Run the program.
 
@@ -124,6 +125,8 @@ class Program:
             Token ids and positions, [B, T].
         cache
             The KV cache, for ATTENTION.
+        slots
+            Slot of each sequence in the cache, [B]; None if sequence b has slot b.
         """
         threads = min(threads or self._most_threads, self._most_threads)
         code = self._load_code(cache)
@@ -143,6 +146,9 @@ class Program:
                 keys, values = _addresses(cache.keys), _addresses(cache.values)
                 words[run_words.KEYS], words[run_words.VALUES] = _address(keys), _address(values)
                 words[run_words.N_LAYERS] = len(keys)
+                slots = np.arange(shape.B) if slots is None else slots
+                slots = np.ascontiguousarray(slots, np.int64)
+                words[run_words.CACHE_SLOTS] = _address(slots)
             POOL.run(words, code)
 
     def _load_code(self, cache: Any) -> machine_code.Code:

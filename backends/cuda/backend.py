@@ -155,9 +155,9 @@ class CupyBackend(TrainingOps):
 
     def update_kv(self, buffer: Array, new: Array, positions: Positions) -> Array:
         if positions.aligned:
-            buffer[:, :, positions.stop - new.shape[2] : positions.stop] = new
+            buffer[positions.rows, :, positions.stop - new.shape[2] : positions.stop] = new
         else:
-            rows = cupy.arange(buffer.shape[0])[:, None]
+            rows = cupy.arange(buffer.shape[0])[positions.rows][:, None]
             buffer[rows, :, positions.index] = new.transpose(0, 2, 1, 3)
         return buffer
 
@@ -168,13 +168,18 @@ class CupyBackend(TrainingOps):
         return cupy.asarray(host, dtype=self.int_dtype)
 
     def sampler(
-        self, params: Any, prompts: list[list[int]], streams: list[int], vocab_size: int
+        self,
+        params: Any,
+        prompts: list[list[int]],
+        streams: list[int],
+        vocab_size: int,
+        outputs: list[list[int]] | None = None,
     ) -> CupySampler | None:
         # The kernel reads float32 logits, and has no step `typical_p`.
         if self.dtype == "float64" or params.typical_p < 1:
             return None
         return CupySampler(
-            self.kernel_variant, self._pending_copies, params, prompts, streams, vocab_size
+            self.kernel_variant, self._pending_copies, params, prompts, streams, vocab_size, outputs
         )
 
     def copy_to_host_async(self, x: Array) -> Any:

@@ -61,7 +61,7 @@ class CompiledForward:
         else:
             program = self._programs[last_only]
             workspace = Workspace(program.layout(B, T), in_graph=False)
-            workspace.set_inputs(ids, positions.host, cache)
+            workspace.set_inputs(ids, positions, cache)
             program.launch(workspace)
             logits = workspace.logits
         return logits.reshape(B, -1, self._programs[0].vocab_size)
@@ -122,7 +122,7 @@ class GraphCache:
                 workspace, graph = Workspace(self._program.layout(*key), in_graph=True), None
                 if key in self._loaded:
                     graph = self._make_graph(workspace)
-            workspace.set_inputs(ids, positions.host, cache)
+            workspace.set_inputs(ids, positions, cache)
             if graph is None:
                 self._program.launch(workspace)
                 self._loaded.add(key)

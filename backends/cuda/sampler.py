@@ -33,7 +33,7 @@ class CupySampler:
         Variant of the kernel.
     pending_copies
         The backend's pending copies to the host.
-    params, prompts, streams, vocab_size
+    params, prompts, streams, vocab_size, outputs
         As in `gptx.generation.sampling.Sampler`.
     """
 
@@ -45,13 +45,15 @@ class CupySampler:
         prompts: list[list[int]],
         streams: list[int],
         vocab_size: int,
+        outputs: list[list[int]] | None = None,
     ) -> None:
         B, V = len(prompts), vocab_size
+        outputs = outputs or [[] for _ in prompts]
         self._greedy = params.greedy
         device = cupy.cuda.Device(variant.device)
         self._kernel = kernel("sampler.cu", "sample", variant)
         self._streams = cupy.asarray(np.array(streams, np.int64))
-        self._steps = cupy.zeros(B, np.int64)
+        self._steps = cupy.asarray(np.array([len(output) for output in outputs], np.int64))
         self._bias = self._seen = self._counts = self._scratch = None
         if params.logit_bias:
             bias = np.zeros(V, np.float32)
@@ -59,11 +61,12 @@ class CupySampler:
             self._bias = cupy.asarray(bias)
         if params.repetition_penalty != 1:
             seen = np.zeros((B, V), np.uint8)
-            for row, ids in zip(seen, prompts, strict=True):
-                row[ids] = 1
+            for row, ids, output in zip(seen, prompts, outputs, strict=True):
+                row[[*ids, *output]] = 1
             self._seen = cupy.asarray(seen)
         if params.presence_penalty or params.frequency_penalty:
-            self._counts = cupy.zeros((B, V), np.int32)
+            counts = [np.bincount(output, minlength=V) for output in outputs]
+            self._counts = cupy.asarray(np.array(counts, np.int32))
         self._block_maxima = cupy.zeros((B, 2), np.uint64)
         self._ids = cupy.empty(B, np.int64)
         self._pending_copies, self._n_calls = pending_copies, 0

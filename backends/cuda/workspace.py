@@ -8,6 +8,8 @@ from typing import Any
 import cupy
 import numpy as np
 
+from gptx.backends.positions import Positions
+
 Array = Any
 
 
@@ -63,7 +65,8 @@ class Workspace:
         Positions of the tokens, int64 [B, T]. If T is 1, it holds the positions of the tokens
         before, and the pass increments them.
     caches
-        Addresses of the keys of each layer, then of the values, then S, int64 [2L + 1].
+        Addresses of the keys of each layer, then of the values, then S, then the slot of each
+        sequence, int64 [2L + 1 + B].
     normalized
         Bytes for the result of a layer norm.
     last
@@ -84,7 +87,7 @@ class Workspace:
         B, T, H, D = layout.B, layout.T, layout.n_head, layout.head_dim
         self.dependent_launch = False
         self.ids, self.index = (cupy.zeros((B, T), cupy.int64) for _ in range(2))
-        self._addresses_array = cupy.zeros(2 * layout.n_layer + 2, cupy.int64)
+        self._addresses_array = cupy.zeros(2 * layout.n_layer + 2 + B, cupy.int64)
         self.caches, self.ids_address = self._addresses_array[:-1], self._addresses_array[-1:]
         self.normalized = cupy.empty(layout.normalized_bytes, cupy.uint8)
         self.last = cupy.empty((B, layout.last_width), cupy.float32)
@@ -97,7 +100,7 @@ class Workspace:
         self._addresses: list[int] = []  # the host's copy of _addresses_array
         self._positions: list[int] = []  # the host's copy of `index`, if T is 1
 
-    def set_inputs(self, ids: Array, positions: np.ndarray, cache: Any) -> None:
+    def set_inputs(self, ids: Array, positions: Positions, cache: Any) -> None:
         """Set the inputs of the next pass; values that are already on the device are not copied.
 
         Parameters
@@ -106,16 +109,18 @@ class Workspace:
             Token ids [B, n], n <= T; the last one is repeated up to T. If T is 1, the pass reads
             this array, which is kept alive until the next call.
         positions
-            Positions of the tokens [B, n], on the host.
+            Positions of the tokens [B, n].
         cache
             The `gptx.kv_cache.KVCache`.
         """
         addresses = [x.data.ptr for x in (*cache.keys, *cache.values)]
         addresses.append(cache.keys[0].shape[2])
+        addresses += range(self.B) if positions.slots is None else positions.slots.tolist()
+        host = positions.host
         if self.T == 1:
             self._ids_in_use = cupy.ascontiguousarray(ids, cupy.int64)
             addresses.append(self._ids_in_use.data.ptr)
-            before = (positions[:, 0] - 1).tolist()
+            before = (host[:, 0] - 1).tolist()
             if before != self._positions:
                 self.index.set(np.array(before).reshape(self.B, 1))
             self._positions = [position + 1 for position in before]
@@ -123,8 +128,8 @@ class Workspace:
             n = ids.shape[1]
             self.ids[:, :n] = ids
             self.ids[:, n:] = ids[:, -1:]
-            repeated = np.repeat(positions[:, -1:], self.T - n, axis=1)
-            self.index.set(np.concatenate([positions, repeated], axis=1))
+            repeated = np.repeat(host[:, -1:], self.T - n, axis=1)
+            self.index.set(np.concatenate([host, repeated], axis=1))
             addresses.append(0)
         if addresses != self._addresses:
             self._addresses = addresses

@@ -14,7 +14,6 @@ from gptx.cli.formatting import print_json
 from gptx.cli.options import Sections, json_option, load_options
 from gptx.cli.prompts import SOURCES, read_prompt
 from gptx.cli.streaming import (
-    count_cached,
     print_chunks,
     print_logprobs,
     print_prompt_logprobs,
@@ -481,9 +480,7 @@ def _generate(
         if not error.results:
             raise
         interrupt, result = error, error.results[0]
-    options = request.options
-    n_cached = count_cached(model, str(result.prompt), options, result)
-    _print_end(model, result, n_cached, as_json=as_json, logprobs=options.logprobs, quiet=quiet)
+    _print_end(model, result, as_json=as_json, logprobs=request.options.logprobs, quiet=quiet)
     if prompt_cache is not None and caches:  # an interrupt may leave none
         caches[0].save(prompt_cache)
     if interrupt is not None:
@@ -503,23 +500,18 @@ def _generate_several(model: Model, request: Request, *, as_json: bool, quiet: b
             click.echo()  # otherwise the statistics separate the texts
         if not as_json:
             click.echo(str(result), nl=False)
-        _print_end(
-            model, result, 0, as_json=as_json, logprobs=request.options.logprobs, quiet=quiet
-        )
+        _print_end(model, result, as_json=as_json, logprobs=request.options.logprobs, quiet=quiet)
     if interrupt is not None:
         raise interrupt
 
 
-def _print_end(
-    model: Model, result: Result, n_cached: int, *, as_json: bool, logprobs: bool, quiet: bool
-) -> None:
+def _print_end(model: Model, result: Result, *, as_json: bool, logprobs: bool, quiet: bool) -> None:
     """Print the JSON object, or the newline that ends the text; then the statistics."""
     if as_json:
         about = {
             "model": model.name,
             "backend": model.backend.name,
             "dtype": model.backend.dtype,
-            "cached_tokens": n_cached,
         }
         print_json(about | asdict(result))
     elif not str(result).endswith("\n"):
@@ -529,4 +521,4 @@ def _print_end(
     if logprobs and not as_json:
         print_logprobs(model, result)
     if not quiet:
-        print_statistics(result, n_cached)
+        print_statistics(result)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import click
 
 from gptx.cli.app import load_command
-from gptx.cli.streaming import count_cached, print_chunks, print_statistics
+from gptx.cli.streaming import print_chunks, print_statistics
 from gptx.errors import GptxError, Interrupted
 from gptx.generation.options import Options, check_options
 from gptx.generation.request import Request
@@ -90,7 +90,7 @@ class Session:
         """Text so far."""
         return "".join(turn.entry + turn.output for turn in self.turns)
 
-    def enter(self, line: str) -> tuple[Result, int]:
+    def enter(self, line: str) -> Result:
         """Add a line to the text, which begins a new one unless it begins with a space.
 
         Returns and raises as `continue_text`.
@@ -99,17 +99,12 @@ class Session:
         begins = line and text and not (line.startswith(" ") or text.endswith("\n"))
         return self.continue_text(f"\n{line}" if begins else line)
 
-    def continue_text(self, entry: str) -> tuple[Result, int]:
+    def continue_text(self, entry: str) -> Result:
         """Add an entry to the text and print its continuation.
 
         The result is that of a generation with the text and the entry as the prompt. What the KV
         cache of the turn before has is not computed again. After an interrupt, the output so far
         belongs to the text.
-
-        Returns
-        -------
-        result, n_cached
-            The result, and the number of tokens of the prompt that the cache had.
 
         Raises
         ------
@@ -126,7 +121,7 @@ class Session:
                 raise
             result = interrupt.results[0]
         self.turns.append(Turn(entry, str(result)))
-        return result, count_cached(self.model, prompt, options, result)
+        return result
 
     def _keep(self, cache: KVCache) -> None:
         self._cache = cache
@@ -185,13 +180,13 @@ class Commands:
     def _enter(self, line: str) -> None:
         if not line and not self.session.turns:
             raise click.UsageError("the text is empty: enter its first line, or /help")
-        self._end(*self.session.enter(line))
+        self._end(self.session.enter(line))
 
-    def _end(self, result: Result, n_cached: int) -> None:
+    def _end(self, result: Result) -> None:
         if not str(result).endswith("\n"):
             click.echo()
         if not self.quiet:
-            print_statistics(result, n_cached)
+            print_statistics(result)
 
     def _last(self) -> Turn:
         if not self.session.turns:
@@ -209,7 +204,7 @@ class Commands:
         except BaseException:
             self.session.turns.append(turn)
             raise
-        self._end(*result)
+        self._end(result)
 
     def _set(self, arguments: str) -> None:
         """Change a setting, or show all of them."""

@@ -9,8 +9,6 @@ import click
 
 from gptx.cli.formatting import format_size
 from gptx.errors import Interrupted
-from gptx.generation.batching import common_prefix
-from gptx.generation.options import CheckedOptions
 from gptx.generation.results import Result
 from gptx.generation.text_model import Chunks, Model
 
@@ -51,17 +49,9 @@ def _print_each(chunks: Chunks, shown: list[str], show: bool) -> Result:
     return result
 
 
-def count_cached(model: Model, text: str, options: CheckedOptions, result: Result) -> int:
-    """Return the number of tokens of a prompt that the given cache had."""
-    if options.cache is None or options.prompt_logprobs is not None:
-        return 0
-    ids = model.encode(text, allow_special=options.allow_special)
-    return common_prefix(options.cache, ids[len(ids) - result.prompt_tokens :])
-
-
-def print_statistics(result: Result, n_cached: int) -> None:
-    """Print the speed, the seed and the finish reason; `n_cached` prompt tokens were in a cache."""
-    cached = f" ({n_cached} cached)" if n_cached else ""
+def print_statistics(result: Result) -> None:
+    """Print the speed, the seed and the finish reason."""
+    cached = f" ({result.cached_tokens} cached)" if result.cached_tokens else ""
     click.echo(
         f"[prompt: {result.prompt_tokens} tokens{cached}, "
         f"{result.prompt_tps:,.0f} tokens per second | "

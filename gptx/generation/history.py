@@ -155,8 +155,11 @@ class History:
         Token ids of each sequence: the prompt and the output.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.ids = [list(prompt) for prompt in prompts]
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        outputs = outputs or [[] for _ in prompts]
+        self.ids = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
         self._n_prompt = [len(prompt) for prompt in prompts]
 
     def add(self, ids: Sequence[int]) -> None:

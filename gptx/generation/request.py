@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gptx.errors import ParameterError, PromptError, argument
-from gptx.generation.engine import fit_prompt
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import CheckedOptions, check_options
 from gptx.generation.params import SamplingParams, check_vocabulary
 from gptx.generation.prompts import Prompt, check_ids, check_not_empty
+from gptx.generation.sequences import fit_prompt
 from gptx.generation.suggested import with_suggested
 from gptx.kv_cache import KVCache
 

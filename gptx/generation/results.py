@@ -95,6 +95,8 @@ class Result:
         The same for the prompt as `top_logprobs`.
     texts
         Text of each token id with a log-probability; empty for a model without a tokenizer.
+    cached_tokens
+        Number of prompt tokens that were not computed, because a cache had them.
     """
 
     prompt: Prompt
@@ -114,6 +116,7 @@ class Result:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[Top | None] | None = None
     texts: dict[int, str] = field(default_factory=dict)
+    cached_tokens: int = 0
 
     @property
     def tokens_with_end(self) -> list[int]:

@@ -69,16 +69,17 @@ def make_sampler(
     streams: list[int],
     vocab_size: int,
     end_ids: Collection[int] = (),
+    outputs: list[list[int]] | None = None,
 ) -> Any:
     """Return the backend's own sampler, or a `Sampler`; same parameters.
 
     The backends' own samplers have no step that depends on the tokens so far.
     """
     if not params.uses_history:
-        own = backend.sampler(params, prompts, streams, vocab_size)
+        own = backend.sampler(params, prompts, streams, vocab_size, outputs)
         if own is not None:
             return own
-    return Sampler(params, backend, prompts, streams, vocab_size, end_ids)
+    return Sampler(params, backend, prompts, streams, vocab_size, end_ids, outputs)
 
 
 class Sampler:
@@ -98,6 +99,8 @@ class Sampler:
         V.
     end_ids
         Token ids that end a sequence, for `min_tokens`.
+    outputs
+        Tokens of each sequence so far; a sequence continues after them. None for none.
 
     Attributes
     ----------
@@ -114,11 +117,13 @@ class Sampler:
         streams: list[int],
         vocab_size: int,
         end_ids: Collection[int] = (),
+        outputs: list[list[int]] | None = None,
     ) -> None:
         self.params = params
         self.backend = backend
         self.streams = list(streams)
-        self.steps = [0] * len(prompts)
+        outputs = outputs or [[] for _ in prompts]
+        self.steps = [len(output) for output in outputs]
         self._bias = self._seen = self._output = None
         if params.logit_bias:
             bias = np.zeros(vocab_size, np.float32)
@@ -126,13 +131,13 @@ class Sampler:
             self._bias = backend.asarray(bias, "float32")
         if params.repetition_penalty != 1:
             seen = np.zeros((len(prompts), vocab_size), np.float32)
-            for row, ids in zip(seen, prompts, strict=True):
-                row[ids] = 1
+            for row, ids, output in zip(seen, prompts, outputs, strict=True):
+                row[[*ids, *output]] = 1
             self._seen = backend.asarray(seen, "float32")
         if params.presence_penalty or params.frequency_penalty:
-            zeros = np.zeros((len(prompts), vocab_size), np.float32)
-            self._output = backend.asarray(zeros, "float32")
-        self.history = History(prompts) if params.uses_history else None
+            counts = [np.bincount(output, minlength=vocab_size) for output in outputs]
+            self._output = backend.asarray(np.array(counts, np.float32), "float32")
+        self.history = History(prompts, outputs) if params.uses_history else None
         # The ids of a config can be beyond its vocabulary.
         ends = [id for id in end_ids if id < vocab_size]
         self._biases, self._bans = _history_steps(params, ends)

@@ -111,8 +111,9 @@ def score_choices(
     longer = [i for i, n in enumerate(lengths) if n > 0]
     for batch in _batches(model, longer, lengths, batch_size):
         inputs = [choices[i][:-1] for i in batch]
-        rows = cache.prefix(S, S + max(map(len, inputs)))
-        rows.keep([0] * len(batch))
+        capacity = S + max(map(len, inputs))
+        rows = KVCache(model.config, model.backend, len(batch), capacity)
+        rows.copy(S, range(len(batch)), cache)
         logits = prompt_logits(model, inputs, rows)
         for row, i in enumerate(batch):
             known = logprobs_of(model, logits[row, : lengths[i], :], choices[i][1:], top_logprobs)

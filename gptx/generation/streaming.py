@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from gptx.generation.engine import TokenGenerator
+from gptx.backends import Backend
 from gptx.generation.prompts import Prompt
 from gptx.generation.results import Chunk, FinishReason, Result, Token, texts_of
+from gptx.generation.sequences import Sequence as TokenSequence
 from gptx.tokenization.protocol import StreamingTokenizer, Tokenizer
 
 
@@ -17,41 +18,40 @@ class Continuation:
 
     Parameters
     ----------
-    sequence
-        Index of the prompt in the request.
+    index
+        Index of the continuation in the request.
     prompt
         The prompt as given.
-    prompt_ids
-        Its token ids after truncation.
+    sequence
+        The sequence of the tokens.
     tokenizer
         None for a model without a tokenizer: the continuation then has no text.
     stop
         Stop strings.
-    run
-        The generator of the tokens.
-    row
-        Index of the sequence in the run.
+    backend
+        The backend that computes it, for its peak of memory.
     """
 
     def __init__(
         self,
-        sequence: int,
+        index: int,
         prompt: Prompt,
-        prompt_ids: Sequence[int],
+        sequence: TokenSequence,
         tokenizer: StreamingTokenizer | None,
         stop: list[str],
-        run: TokenGenerator,
-        row: int = 0,
+        backend: Backend,
     ) -> None:
-        self._sequence = sequence
+        self._index = index
         self._prompt = prompt
-        self._prompt_ids = list(prompt_ids)
+        self._sequence = sequence
+        self._prompt_ids = list(sequence.prompt)
         self._tokenizer = tokenizer
-        self._decoder = tokenizer and tokenizer.decoder(prompt_ids)
-        self._has_space = tokenizer is not None and _loses_space(prompt, prompt_ids, tokenizer)
+        self._decoder = tokenizer and tokenizer.decoder(self._prompt_ids)
+        self._has_space = tokenizer is not None and _loses_space(
+            prompt, self._prompt_ids, tokenizer
+        )
         self._stop = StopFinder(stop)
-        self._run = run
-        self._row = row
+        self._backend = backend
         self._pieces: list[tuple[Token, str]] = []
         self._first_time = self._last_time = 0.0
         self._result: Result | None = None
@@ -76,7 +76,7 @@ class Continuation:
             text,
             token.id,
             token.logprob,
-            self._sequence,
+            self._index,
             reason,
             self._result,
             token.top_logprobs,
@@ -94,16 +94,17 @@ class Continuation:
         if self._result is not None:
             return self._result
         rest = self._stop.finish()  # empty unless the run was interrupted
-        run, made = self._run, [token for token, _ in self._pieces]
+        sequence, made = self._sequence, [token for token, _ in self._pieces]
+        sampling = sequence.sampling
         tokens = [token.id for token in made if token.id is not None]
         logprobs = [token.logprob for token in made if token.logprob is not None]
         top = [token.top_logprobs for token in made if token.top_logprobs is not None]
         n, seconds = len(tokens), self._last_time - self._first_time
-        prefill_seconds = run.prefill_seconds
+        prefill_seconds = sequence.prefill_seconds
         stopped_by = made[-1].end_id if made and self._stop.found is None else self._stop.found
-        of_prompt = run.prompt_logprobs[self._row] if run.prompt_logprobs else None
+        of_prompt = sequence.prompt_logprobs
         texts: dict[int, str] = {}
-        if self._tokenizer and run.logprobs:
+        if self._tokenizer and sampling.logprobs:
             ids = [cast("int", token.end_id if token.id is None else token.id) for token in made]
             texts = texts_of(self._tokenizer, ids, top)
         if self._tokenizer and of_prompt:
@@ -112,16 +113,16 @@ class Continuation:
             prompt=self._prompt,
             text="".join(text for _, text in self._pieces) + rest if self._decoder else None,
             tokens=tokens,
-            logprobs=logprobs if run.logprobs else None,
+            logprobs=logprobs if sampling.logprobs else None,
             finish_reason=reason,
-            seed=cast("int", run.params.seed),
+            seed=cast("int", sampling.params.seed),
             prompt_tokens=len(self._prompt_ids),
             prompt_tps=len(self._prompt_ids) / prefill_seconds if prefill_seconds else 0.0,
             generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
             time_to_first_token=prefill_seconds,
-            peak_memory=run.model.backend.peak_memory(),
+            peak_memory=self._backend.peak_memory(),
             stopped_by=stopped_by,
-            top_logprobs=top if run.top_logprobs else None,
+            top_logprobs=top if sampling.top_logprobs else None,
             prompt_ids=self._prompt_ids,
             prompt_logprobs=[None, *of_prompt.logprobs] if of_prompt else None,
             prompt_top_logprobs=(
@@ -130,6 +131,7 @@ class Continuation:
                 else None
             ),
             texts=texts,
+            cached_tokens=sequence.n_reused,
         )
 
 

@@ -15,7 +15,7 @@ from gptx.backends import Backend
 from gptx.config import GPT2Config
 from gptx.errors import DataError, Interrupted, ParameterError, PromptError, argument, shown
 from gptx.generation.checks import check_bool, check_count, is_int
-from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.options import (
     BATCH_SIZE,
@@ -35,6 +35,7 @@ from gptx.generation.prompts import (
 from gptx.generation.request import Request, check_top, encode_prompt, split_choices
 from gptx.generation.results import Chunk, Result, Score, texts_of
 from gptx.generation.scoring import MAX_BATCH_LOGITS, score_choices, score_texts
+from gptx.generation.sequences import streams_of
 from gptx.generation.streaming import Continuation
 from gptx.kv_cache import KVCache
 from gptx.logits import all_logits, next_token_logits
@@ -543,8 +544,15 @@ def stream_request(
         runs.append(run)
         given = [prompt for prompt in prompts[batch] for _ in range(copies)]
         outputs += [
-            Continuation(first * copies + row, prompt, used, tokenizer, options.stop, run, row)
-            for row, (prompt, used) in enumerate(zip(given, run.prompts, strict=True))
+            Continuation(
+                first * copies + sequence.index,
+                prompt,
+                sequence,
+                tokenizer,
+                options.stop,
+                model.backend,
+            )
+            for prompt, sequence in zip(given, run.sequences, strict=True)
         ]
     chunks = _chunks(runs, outputs)
     return chunks if keep_cache is None else _keeping_cache(model, chunks, runs[0], keep_cache)
@@ -576,7 +584,7 @@ def _chunks(runs: list[TokenGenerator], outputs: list[Continuation]) -> Chunks:
                     if chunk.finish_reason is not None:
                         run.finish(token.sequence)
                     yield chunk
-            first += len(run.prompts)
+            first += len(run.sequences)
     except KeyboardInterrupt:
         raise Interrupted([output.result("interrupted") for output in outputs]) from None
 

@@ -214,6 +214,7 @@ def _submit(call: Call, inbox: Inbox, limits: Limits) -> Ticket:
     scheduler, budget = call.scheduler, limits.budget
     seconds = scheduler.least_budget(call.request, call.ticket)
     if budget is not None and seconds > budget:
+        scheduler.pace.relax()
         raise ApiError(
             400,
             f"budget is {budget:g} s, in which not one step fits: the smallest that does is "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptx.generation.engine import fit_prompt
 from gptx.generation.options import Options, check_options
 from gptx.generation.request import Request
+from gptx.generation.sequences import fit_prompt
 from gptx.server.calls import Call, Format
 from gptx.server.errors import ApiError
 from gptx.server.fields import Field, Flag, Prompts, Record, Whole
@@ -74,7 +74,9 @@ class TextFormat:
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": None if call.logprobs is None else text_logprobs(info, delta.rows, by_id=call.names_by_id),
+            "logprobs": None
+            if call.logprobs is None
+            else text_logprobs(info, delta.rows, by_id=call.names_by_id),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stopped_by,
         }

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
-from gptx.generation.logprobs import KnownLogprobs, Top
+from gptx.generation.logprobs import Top
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.text_model import Model
 from gptx.server.app import JsonRoute
@@ -25,12 +25,11 @@ from gptx.server.fields import Choice, Field, Many, Record, Text, Whole
 from gptx.server.models import Models
 from gptx.server.openapi import Endpoint
 from gptx.server.page_files import page_routes
-from gptx.server.parameters import MAX_COUNT, ignored_fields, model_field
-from gptx.server.reading import EMBEDDINGS, Reading, last_stream, stream_of
+from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
+from gptx.server.reading import EMBEDDINGS, Reading, stream_of
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 from gptx.server.streams import Client
-from gptx.server.tokens import MAX_IDS
 from gptx.server.writing import token_bytes
 
 T = TypeVar("T")
@@ -204,14 +203,14 @@ class _Inspection:
     def __init__(self, scheduler: Scheduler, question: Question) -> None:
         self.question = question
         self._scheduler = scheduler
-        self._last = last_stream(scheduler.model)
-        own = [self._last] if question.logprobs else []
+        every = question.logprobs or question.attention is not None
         self._reading = Reading(
             question.ids,
-            list(dict.fromkeys([*question.lens, *own])),
+            top=question.top if question.logprobs else 0,
+            streams=question.lens,
             attention=question.attention,
-            first=0 if question.logprobs else question.first,
-            stop=None if question.logprobs or question.attention is not None else question.stop,
+            first=question.first,
+            stop=None if every else question.stop,
         )
 
     async def answer(self) -> dict[str, Any]:
@@ -220,7 +219,7 @@ class _Inspection:
             await self._run(partial(self._reading.read, chunk=chunk))
         answer: dict[str, Any] = {}
         if self.question.logprobs:
-            answer["logprobs"] = await self._logprobs()
+            answer["logprobs"] = self._logprobs()
         if self.question.lens:
             answer["lens"] = [
                 {"name": name, "top": await self._lens(name)} for name in self.question.lens
@@ -232,13 +231,10 @@ class _Inspection:
     async def _run(self, function: Callable[[Model], T]) -> T:
         return await asyncio.wrap_future(self._scheduler.call(function))
 
-    async def _logprobs(self) -> dict[str, Any]:
+    def _logprobs(self) -> dict[str, Any]:
         """Return a value for each token, None for the first one; and what comes next."""
-        known = KnownLogprobs([], [])
-        for chunk in self._reading.kept:
-            known = known.joined(await self._top(self._last, chunk))
-        assert known.top_logprobs is not None
-        *tops, after = map(_pairs, known.top_logprobs)
+        known = self._reading.known
+        *tops, after = map(_pairs, known.top_logprobs or [])
         return {
             "token_logprobs": [None, *(round(x, DECIMALS) for x in known.logprobs[:-1])],
             "top_logprobs": [None, *tops],
@@ -251,15 +247,12 @@ class _Inspection:
         rows: list[Pairs] = []
         for chunk in self._reading.kept:
             if chunk[0] < stop and first < chunk[1]:
-                known = await self._top(name, chunk)
+                known = await self._run(
+                    partial(self._reading.top, name=name, chunk=chunk, n=self.question.top)
+                )
                 window = slice(max(first - chunk[0], 0), stop - chunk[0])
                 rows += map(_pairs, (known.top_logprobs or [])[window])
         return rows
-
-    async def _top(self, name: str, chunk: tuple[int, int]) -> KnownLogprobs:
-        return await self._run(
-            partial(self._reading.top, name=name, chunk=chunk, n=self.question.top)
-        )
 
     async def _attention(self) -> dict[str, Any]:
         patterns = self._reading.patterns

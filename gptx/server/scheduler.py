@@ -10,26 +10,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from gptx.errors import ParameterError
-from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.errors import GptxError, ParameterError
+from gptx.generation.batching import Batch
 from gptx.generation.logprobs import KnownLogprobs
 from gptx.generation.request import Request
-from gptx.generation.results import Chunk
-from gptx.generation.scoring import MAX_BATCH_LOGITS
+from gptx.generation.results import Chunk, Token
+from gptx.generation.sequences import Sampling, make_sequences
+from gptx.generation.sequences import Sequence as TokenSequence
 from gptx.generation.streaming import Continuation
 from gptx.generation.text_model import Model
-from gptx.server.errors import ApiError, QueueFull, Unavailable
+from gptx.server.errors import QueueFull, Unavailable
 
 T = TypeVar("T")
 OnEvent = Callable[[Chunk | Exception], None]
 
 MAX_QUEUE = 64  # default number of requests that wait
+MAX_RUNNING = 8  # default number of sequences in the running batch
+CHUNK_TOKENS = 128  # default number of prompt tokens between two decode steps
+PREFIX_BYTES = 2**29  # default memory of the prefix cache
+MAX_PREFIXES = 64  # of the prefix cache: more are searched for longer than they are computed
 MARGIN = 1.2  # factor of the expected time of a step, for which the budget has to last
 LEAST_BUDGET = 1.5  # the same for the first step of a call, which may have to wait for another one
+RELAXATION = 0.9  # factor of the expected time after a call for which it was too long
+DECAY = 8  # steps after which a slow one counts for little
 logger = logging.getLogger("gptx.server")
 
 
@@ -66,10 +73,10 @@ class Ticket:
         self.prompt_logprobs: dict[int, KnownLogprobs] = {}
         self.cached_tokens = 0
         self.submitted = time.perf_counter()
-        self.started: float | None = None
         self.deadline: float | None = None
+        self.n_steps = 0  # since the last pause
         self.canceled = False
-        self.run: _Run | None = None
+        self.outputs: dict[TokenSequence, Continuation] = {}  # of the sequences that have not ended
         self._scheduler = scheduler
 
     def cancel(self) -> None:
@@ -89,6 +96,12 @@ class Scheduler:
         The model; only the engine thread computes with it.
     max_queue
         Number of requests that wait for the engine; a further one is an error.
+    max_running
+        Number of sequences in the running batch.
+    chunk_tokens
+        Number of prompt tokens between two decode steps.
+    prefix_bytes
+        Memory of the prefix cache.
 
     Attributes
     ----------
@@ -96,9 +109,22 @@ class Scheduler:
         Times of steps so far, from which the time of the next one is expected.
     """
 
-    def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_queue: int = MAX_QUEUE,
+        max_running: int = MAX_RUNNING,
+        chunk_tokens: int = CHUNK_TOKENS,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
         self.model = model
         self.max_queue = max_queue
+        self._max_running = max_running
+        self._chunk_tokens = chunk_tokens
+        self._n_prefixes = min(MAX_PREFIXES, prefix_bytes // slot_bytes(model))
+        self._batch: Batch | None = None
+        self._owners: dict[TokenSequence, Ticket] = {}
         self.pace = Pace()
         self._changed = threading.Condition()
         self._queue: deque[Ticket] = deque()
@@ -226,6 +252,7 @@ class Scheduler:
             self._check_open()
             if len(self._queue) >= self.max_queue:
                 raise QueueFull(len(self._queue))
+            ticket.n_steps = 0
             ticket.deadline = None if budget is None else ticket.submitted + budget
             self._queue.append(ticket)
             self._changed.notify()
@@ -262,59 +289,163 @@ class Scheduler:
             self._calls.popleft()()
 
     def _admit(self) -> None:
-        """Move the first request of the queue to the engine if that is free."""
-        with self._changed:
-            if self._running or not self._queue:
-                return
-            ticket = self._queue.popleft()
-            self._running.append(ticket)
-        ticket.started = ticket.started or time.perf_counter()
-        try:
-            if ticket.run is None:
-                ticket.run = _Run(self.model, ticket)
-        except Exception as error:
-            self._end(ticket, error)
+        """Move requests of the queue to the batch, while it has room."""
+        while True:
+            with self._changed:
+                is_full = len(self._owners) >= self._max_running
+                if not self._queue or is_full or (self._batch and self._batch.n_waiting):
+                    return
+                ticket = self._queue.popleft()
+                self._running.append(ticket)
+            try:
+                self._join(ticket)
+            except Exception as error:
+                self._end(ticket, error)
+
+    def _join(self, ticket: Ticket) -> None:
+        """Add the sequences of a request to the batch; a paused request has them already."""
+        batch = self._made_batch()
+        options = ticket.request.options
+        if not ticket.outputs:
+            self._make_sequences(ticket)
+        parts: list[list[TokenSequence]] = []  # sequences of a part read their prompt together
+        for sequence in ticket.outputs:
+            self._owners[sequence] = ticket
+            if sequence.output:
+                parts.append([sequence])
+                continue
+            sequence.prompt_logprobs = None
+            is_copy = bool(parts) and parts[-1][0].prompt is sequence.prompt
+            if is_copy and len(parts[-1]) < batch.max_running:
+                parts[-1].append(sequence)
+            else:
+                parts.append([sequence])
+        for part in parts:
+            batch.add(
+                part,
+                known=options.cache,
+                prompt_logprobs=None if part[0].output else options.prompt_logprobs,
+                salt=ticket.salt,
+            )
+
+    def _made_batch(self) -> Batch:
+        """Return the batch; it is made at the first request, and again after an error."""
+        if self._batch is None:
+            model = self.model
+            with model.backend.scope():
+                self._batch = Batch(
+                    model.gpt2,
+                    self._max_running + self._n_prefixes,
+                    model.config.n_positions,
+                    n_prefixes=self._n_prefixes,
+                    chunk_tokens=self._chunk_tokens,
+                )
+        return self._batch
+
+    def _make_sequences(self, ticket: Ticket) -> None:
+        """Make the sequences of a request, and the texts that grow from their tokens."""
+        model, request = self.model, ticket.request
+        options = request.options
+        end_ids = model.info.end_ids(
+            ignore_eos=options.ignore_eos, stop_token_ids=options.stop_token_ids
+        )
+        made = make_sequences(
+            request.check(model.info),
+            Sampling(
+                request.params,
+                frozenset(end_ids),
+                options.logprobs or options.selects,
+                options.top_logprobs,
+            ),
+            model.config.n_positions,
+            copies=options.best_of,
+            max_tokens=options.max_tokens,
+            overflow=options.overflow,
+        )
+        tokenizer = model.tokenizer if model.info.has_tokenizer else None
+        for prompt, copies in zip(request.prompts, made, strict=True):
+            for one in copies:
+                ticket.outputs[one] = Continuation(
+                    one.index, prompt, one, tokenizer, options.stop, model.backend
+                )
 
     def _advance(self) -> None:
-        """Run one step of each request in the engine, and report its chunks."""
+        """Run one step of the batch, and report its chunks."""
         for ticket in [one for one in self._running if one.canceled]:
             self._end(ticket)
         for ticket in [*self._running, *self._queue]:
             if self._is_late(ticket):
+                if ticket.n_steps == 0:
+                    self.pace.relax()
                 self._end(ticket, Paused(ticket))
-        for ticket in list(self._running):
-            run, start = ticket.run, time.perf_counter()
-            assert run is not None
-            n_next = run.n_next
-            try:
-                chunks = run.step()
-            except Exception as error:
-                if not isinstance(error, ApiError | ParameterError):
-                    logger.exception("a request failed in the engine")
+        if not self._owners or self._batch is None:
+            return
+        for ticket in self._running:
+            ticket.n_steps += 1
+        n_unread, n_running = self._n_unread(), self._n_running()
+        start = time.perf_counter()
+        try:
+            made = self._batch.step()
+        except Exception as error:
+            logger.exception("a step failed: its requests end")
+            self._batch = None
+            for ticket in list(self._running):
                 self._end(ticket, error)
-                continue
-            self.pace.add(n_next, time.perf_counter() - start)
-            for chunk in chunks:
-                self._report(ticket, chunk)
-            if run.ended or ticket.canceled:
-                self._end(ticket)
+            return
+        has_decoded = any(len(sequence.output) > 1 for sequence, _ in made)
+        n_read = n_running if has_decoded or not n_unread else n_unread
+        self.pace.add(max(1, n_read), time.perf_counter() - start)
+        for sequence, token in made:
+            if (owner := self._owners.get(sequence)) is not None:
+                self._add(owner, sequence, token)
+
+    def _add(self, ticket: Ticket, sequence: TokenSequence, token: Token | GptxError) -> None:
+        """Report a token of a request, or the error that ends it."""
+        if isinstance(token, GptxError):
+            if not isinstance(token, ParameterError):
+                logger.error("a request failed in the engine: %s", token)
+            self._end(ticket, token)
+            return
+        if sequence.index not in ticket.prompt_logprobs and sequence.prompt_logprobs is not None:
+            ticket.prompt_logprobs[sequence.index] = sequence.prompt_logprobs
+        is_first_copy = sequence.index % ticket.request.options.best_of == 0
+        if is_first_copy and len(sequence.output) + (token.id is None) == 1:
+            ticket.cached_tokens += sequence.n_reused
+        chunk = ticket.outputs[sequence].add(token)
+        if chunk.finish_reason is not None:
+            self._leave(ticket, sequence)
+            del ticket.outputs[sequence]
+        self._report(ticket, chunk)
+        if not ticket.outputs or ticket.canceled:
+            self._end(ticket)
+
+    def _leave(self, ticket: Ticket, sequence: TokenSequence) -> None:
+        """Remove a sequence from the batch."""
+        del self._owners[sequence]
+        if self._batch is not None:
+            self._batch.remove(sequence)
+
+    def _n_running(self) -> int:
+        return sum(bool(sequence.output) for sequence in self._owners)
+
+    def _n_unread(self) -> int:
+        """Return the number of prompt tokens that the next step reads at most."""
+        unread = (sequence.prompt for sequence in self._owners if not sequence.output)
+        return min(self._chunk_tokens, sum(map(len, unread)))
 
     def _is_late(self, ticket: Ticket) -> bool:
-        """Return True if the next step of a request would end after its budget."""
+        """Return True if the next step would end after the budget of a request."""
         if ticket.deadline is None:
             return False
-        expected = MARGIN * self.pace.expect(self._n_next(ticket.request, ticket))
-        return time.perf_counter() + expected > ticket.deadline
-
-    def _n_next(self, request: Request, ticket: Ticket | None) -> int:
-        """Return the number of tokens that the next step of a request reads."""
-        if ticket is not None and ticket.run is not None:
-            return ticket.run.n_next
-        return sum(map(len, request.check(self.model.info)))
+        n_next = max(self._n_running(), self._n_unread(), 1)
+        return time.perf_counter() + MARGIN * self.pace.expect(n_next) > ticket.deadline
 
     def least_budget(self, request: Request, ticket: Ticket | None = None) -> float:
         """Return the smallest budget in which a step of a request fits, in seconds."""
-        return LEAST_BUDGET * self.pace.expect(self._n_next(request, ticket))
+        n_next = sum(map(len, request.check(self.model.info)))
+        if ticket is not None and ticket.outputs:
+            n_next = sum(1 if one.output else len(one.prompt) for one in ticket.outputs)
+        return LEAST_BUDGET * self.pace.expect(min(n_next, self._chunk_tokens))
 
     def _report(self, ticket: Ticket, event: Chunk | Exception) -> None:
         """Call the function of a request; its error ends this request only."""
@@ -328,12 +459,15 @@ class Scheduler:
 
     def _end(self, ticket: Ticket, event: Exception | None = None) -> None:
         """Free the place of a request, and report its last event, if it has one."""
+        for sequence in ticket.outputs:
+            if sequence in self._owners:
+                self._leave(ticket, sequence)
+        if not isinstance(event, Paused) or ticket.canceled:
+            ticket.outputs = {}
         with self._changed:
             for place in (self._running, self._queue):
                 if ticket in place:
                     place.remove(ticket)
-        if not isinstance(event, Paused) or ticket.canceled:
-            ticket.run = None
         if event is not None:
             self._report(ticket, event)
 
@@ -350,6 +484,13 @@ class Scheduler:
             call()  # it needs no other thread now
 
 
+def slot_bytes(model: Model) -> int:
+    """Return the memory of one sequence in the KV cache, in bytes."""
+    config = model.config
+    itemsize = int(model.backend.cache_dtype[-2:]) // 8  # "bfloat16" has 2 bytes
+    return 2 * config.n_layer * config.n_embd * config.n_positions * itemsize
+
+
 class Pace:
     """Times of the steps of an engine, from which the time of the next one is expected."""
 
@@ -361,9 +502,14 @@ class Pace:
         self._seconds.clear()
 
     def add(self, n_tokens: int, seconds: float) -> None:
-        """Add a step that read this number of tokens; newer ones count more."""
+        """Add a step that read this number of tokens; a slow one counts for longer."""
         key, found = n_tokens.bit_length(), seconds / n_tokens
-        self._seconds[key] = (self._seconds.get(key, found) + found) / 2
+        before = self._seconds.get(key, found)
+        self._seconds[key] = max(found, before + (found - before) / DECAY)
+
+    def relax(self) -> None:
+        """Expect shorter steps: without a step, a slow one would count forever."""
+        self._seconds = {key: RELAXATION * seconds for key, seconds in self._seconds.items()}
 
     def expect(self, n_tokens: int) -> float:
         """Return the expected seconds of a step; 0 before the first one."""
@@ -371,88 +517,3 @@ class Pace:
             return 0.0
         nearest = min(self._seconds, key=lambda key: abs(key - n_tokens.bit_length()))
         return self._seconds[nearest] * n_tokens
-
-
-class _Run:
-    """A request in the engine: its generators, batch by batch, and the text of each continuation.
-
-    Attributes
-    ----------
-    ended
-        True after the last chunk.
-    n_next
-        Number of tokens that the next step reads.
-    """
-
-    def __init__(self, model: Model, ticket: Ticket) -> None:
-        request, self._ticket = ticket.request, ticket
-        options, ids = request.options, request.check(model.info)
-        tokenizer = model.tokenizer if model.info.has_tokenizer else None
-        copies = options.best_of
-        streams = streams_of([one for one in ids for _ in range(copies)])
-        size = max(1, options.batch_size // copies)  # prompts of a batch
-        if options.prompt_logprobs is not None:  # which need the logits of all tokens
-            n_logits = model.config.vocab_size * min(max(map(len, ids)), model.config.n_positions)
-            size = max(1, min(size, MAX_BATCH_LOGITS // n_logits))
-        self._batches: deque[tuple[int, TokenGenerator]] = deque()
-        self._outputs: list[Continuation] = []
-        for first in range(0, len(ids), size):
-            batch = slice(first, first + size)
-            run = TokenGenerator(
-                model.gpt2,
-                ids[batch],
-                request.params,
-                copies=copies,
-                streams=streams[first * copies : (first + size) * copies],
-                max_tokens=options.max_tokens,
-                eos_ids=model.info.end_ids(
-                    ignore_eos=options.ignore_eos, stop_token_ids=options.stop_token_ids
-                ),
-                overflow=options.overflow,
-                logprobs=options.logprobs or options.selects,
-                top_logprobs=options.top_logprobs,
-                prompt_logprobs=options.prompt_logprobs,
-                cache=options.cache,
-            )
-            self._batches.append((first * copies, run))
-            given = [prompt for prompt in request.prompts[batch] for _ in range(copies)]
-            self._outputs += [
-                Continuation(first * copies + row, prompt, used, tokenizer, options.stop, run, row)
-                for row, (prompt, used) in enumerate(zip(given, run.prompts, strict=True))
-            ]
-        self._steps: Iterator[list[Chunk]] | None = None
-        self._done: list[bool] = []  # for each sequence of the first batch
-
-    @property
-    def ended(self) -> bool:
-        return not self._batches
-
-    @property
-    def n_next(self) -> int:
-        if self._steps is not None or not self._batches:
-            return self._done.count(False) or 1
-        return sum(map(len, self._batches[0][1].prompts))
-
-    def step(self) -> list[Chunk]:
-        """Run one step; return its chunks."""
-        if self._steps is None:
-            self._steps = self._chunks(*self._batches[0])
-        chunks = next(self._steps)
-        if all(self._done):
-            self._batches.popleft()
-            self._steps = None
-        return chunks
-
-    def _chunks(self, first: int, run: TokenGenerator) -> Iterator[list[Chunk]]:
-        self._done = [False] * len(run.prompts)
-        for step in run:
-            for row, scores in enumerate(run.prompt_logprobs):
-                self._ticket.prompt_logprobs.setdefault(first + row, scores)
-            chunks = []
-            for token in step:
-                chunk = self._outputs[first + token.sequence].add(token)
-                if chunk.finish_reason is not None:
-                    run.finish(token.sequence)
-                    self._done[token.sequence] = True
-                chunks.append(chunk)
-            yield chunks

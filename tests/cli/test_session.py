@@ -50,10 +50,12 @@ def text_of(model: Model, prompt: str, **options: Any) -> str:
 def test_a_turn_is_a_generation_from_the_text(
     session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, n_cached = session.enter("ROMEO:")
+    first = session.enter("ROMEO:")
+    n_cached = first.cached_tokens
     assert n_cached == 0
     assert str(first) == text_of(session.model, "ROMEO:")
-    second, n_cached = session.enter(" and")
+    second = session.enter(" and")
+    n_cached = second.cached_tokens
     prompt = f"ROMEO:{first} and"
     assert str(second) == text_of(session.model, prompt)
     assert 0 < n_cached < len(session.model.encode(prompt))
@@ -78,21 +80,22 @@ def test_a_line_begins_a_new_one_or_continues_the_last(
     session: Session, text: str, line: str, expected: str
 ) -> None:
     session.turns = [Turn(text, "")] if text else []
-    result, _ = session.enter(line)
+    result = session.enter(line)
     assert session.text == expected + str(result)
 
 
 def test_the_cache_has_the_turn_before(session: Session) -> None:
     """Only the newest token and the entry are computed: an empty entry computes one token."""
     session.enter("ROMEO:")
-    result, n_cached = session.enter("")
+    result = session.enter("")
+    n_cached = result.cached_tokens
     assert n_cached == result.prompt_tokens - 1
 
 
 def test_a_text_longer_than_the_context_slides(session: Session) -> None:
     session.turns = [Turn("ROMEO:\n" * 100, "")]
     assert len(session.model.encode(session.text)) > session.model.config.n_positions
-    result, _ = session.enter("JULIET:")
+    result = session.enter("JULIET:")
     assert len(result.tokens) == 8
 
 
@@ -108,12 +111,13 @@ def test_an_interrupt_keeps_the_output_so_far(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("gptx.cli.streaming.click.echo", echo)
-    result, _ = session.enter("ROMEO:")
+    result = session.enter("ROMEO:")
     assert result.finish_reason == "interrupted"
     assert session.turns == [Turn("ROMEO:", str(result))]
     assert str(result).startswith("".join(written[:3]))
     monkeypatch.undo()
-    again, n_cached = session.enter("")
+    again = session.enter("")
+    n_cached = again.cached_tokens
     assert again.finish_reason == "length"
     assert n_cached > 0
 

@@ -11,15 +11,17 @@ import pytest
 import gptx.generation.batching
 import gptx.generation.engine
 from gptx.backends import Backend, get_backend
+from gptx.config import GPT2Config
 from gptx.errors import NonFiniteError, PromptError
 from gptx.generation.batching import Batch
-from gptx.generation.engine import TokenGenerator, streams_of
+from gptx.generation.engine import TokenGenerator
 from gptx.generation.params import SamplingParams
 from gptx.generation.prompts import check_ids
 from gptx.generation.results import Token
+from gptx.generation.sequences import streams_of
 from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
-from gptx.logits import next_token_logits
+from gptx.logits import next_token_logits, pad
 from gptx.model import Transformer
 from gptx.random_weights import random_weights
 from tests.support.backends import BACKENDS, make_backend
@@ -34,12 +36,16 @@ WARM = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=11)
 
 
 def tokens_of(run: TokenGenerator) -> list[list[int]]:
-    out: list[list[int]] = [[] for _ in run.prompts]
+    out: list[list[int]] = [[] for _ in run.sequences]
     for step in run:
         for token in step:
             if token.id is not None:
                 out[token.sequence].append(token.id)
     return out
+
+
+def prompts_of(run: TokenGenerator) -> list[list[int]]:
+    return [sequence.prompt for sequence in run.sequences]
 
 
 @pytest.fixture
@@ -95,17 +101,17 @@ def test_slide_continues_with_the_newer_half(
 ) -> None:
     prefills = []
 
-    def spy(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Any:
+    def spy(prompts: list[list[int]]) -> Any:
         prefills.append([list(ids) for ids in prompts])
-        return next_token_logits(model, prompts, cache)
+        return pad(prompts)
 
-    monkeypatch.setattr(gptx.generation.batching, "next_token_logits", spy)
+    monkeypatch.setattr(gptx.generation.batching, "pad", spy)
     run = TokenGenerator(counting, [[0, 1, 2], [50]], GREEDY, max_tokens=100, overflow="slide")
     out = tokens_of(run)
     assert out == [[i % 97 for i in range(3, 103)], [i % 97 for i in range(51, 151)]]
-    first, second = prefills[1]
-    assert first == list(range(33, 65))  # the newer half of a context of 64, at the 65th token
-    assert second == [i % 97 for i in range(50, 50 + 63)]  # not full yet
+    # The newer half of a context of 64, at the 65th token of each.
+    assert prefills[1] == [list(range(33, 65))]
+    assert prefills[2] == [[i % 97 for i in range(50 + 33, 50 + 65)]]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_slide_continues_with_the_newer_half(
         ([[1, 2, 3], [4]], 5, "error", [7]),  # the last token of the output takes no position
         ([[4], [1, 2, 3]], 1, "error", [3]),
         ([[1, 2, 3]], None, "error", [64]),
-        ([[0, 1, 2]], 80, "slide", [64, 49]),  # 18 tokens are left after half a context
+        ([[0, 1, 2]], 80, "slide", [64]),
         ([[1] * 200], 10, "truncate", [64]),
     ],
 )
@@ -128,11 +134,11 @@ def test_a_cache_has_the_positions_that_a_run_fills(
 ) -> None:
     capacities = []
 
-    def spy(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Any:
-        capacities.append(cache.capacity)
-        return next_token_logits(model, prompts, cache)
+    def spy(config: GPT2Config, backend: Backend, n_slots: int, capacity: int) -> KVCache:
+        capacities.append(capacity)
+        return KVCache(config, backend, n_slots, capacity)
 
-    monkeypatch.setattr(gptx.generation.batching, "next_token_logits", spy)
+    monkeypatch.setattr(gptx.generation.batching, "KVCache", spy)
     tokens_of(TokenGenerator(counting, prompts, GREEDY, max_tokens=max_tokens, overflow=overflow))
     assert capacities == expected
 
@@ -141,22 +147,22 @@ def test_a_cache_has_the_positions_that_a_run_fills(
 def test_a_long_prompt_keeps_its_newest_tokens(counting: Transformer, overflow: Any) -> None:
     prompt = [i % 97 for i in range(200)]
     run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=10, overflow=overflow)
-    assert run.prompts == [prompt[-55:]]
+    assert prompts_of(run) == [prompt[-55:]]
     assert tokens_of(run)[0][:3] == [i % 97 for i in range(200, 203)]
     run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=60, overflow=overflow)
-    assert run.prompts == [prompt[-32:]]
+    assert prompts_of(run) == [prompt[-32:]]
 
 
 def test_a_long_prompt_without_a_limit_leaves_half_a_context(counting: Transformer) -> None:
     prompt = [i % 97 for i in range(200)]
     run = TokenGenerator(counting, [prompt], GREEDY, max_tokens=None, overflow="truncate")
-    assert run.prompts == [prompt[-32:]]
+    assert prompts_of(run) == [prompt[-32:]]
     assert len(tokens_of(run)[0]) == 33
 
 
 def test_truncate_ends_with_the_context(counting: Transformer) -> None:
     run = TokenGenerator(counting, [[1, 2, 3]], GREEDY, max_tokens=500, overflow="truncate")
-    assert run.prompts == [[1, 2, 3]]
+    assert prompts_of(run) == [[1, 2, 3]]
     assert len(tokens_of(run)[0]) == 62  # 61 positions after the prompt, and a token without one
 
 
@@ -303,13 +309,15 @@ def test_a_decode_step_is_two_calls_to_the_backend(
     class CountedBatch(Batch):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self.backend: Any = Counted(self.backend)
+            self._backend: Any = Counted(self._backend)
 
     monkeypatch.setattr(gptx.generation.engine, "Batch", CountedBatch)
     model = make_model(CASES["tiny"], make_backend(name))
     run = TokenGenerator(model.gpt2, [[1, 2], [3]], params, max_tokens=6, logprobs=logprobs)
     list(run)
-    assert sorted(calls) == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]
+    computing = {"decode", "sample", "read_tokens", "to_numpy", "keep_tokens"}
+    found = sorted(call for call in calls if call in computing)
+    assert found == ["decode"] * 5 + ["read_tokens"] * 6 + ["sample"]
 
 
 def test_the_cache_of_a_run_has_what_the_model_has_read(backend: Backend) -> None:
@@ -349,16 +357,16 @@ def test_an_interrupt_while_a_prompt_is_read_leaves_no_cache(
     counting: Transformer, monkeypatch: pytest.MonkeyPatch, prefills: int
 ) -> None:
     """The new cache has positions whose keys are not computed."""
-    prefill = Batch.prefill
-    calls: list[Any] = []
+    read = Batch._read_chunk
+    calls: list[Batch] = []
 
-    def interrupted(self: Batch, *args: Any) -> Any:
-        calls.append(args)
+    def interrupted(self: Batch) -> Any:
+        calls.append(self)
         if len(calls) == prefills:
             raise KeyboardInterrupt
-        return prefill(self, *args)
+        return read(self)
 
-    monkeypatch.setattr(Batch, "prefill", interrupted)
+    monkeypatch.setattr(Batch, "_read_chunk", interrupted)
     run = TokenGenerator(counting, [[0] * 60], SamplingParams(), max_tokens=80, overflow="slide")
     with pytest.raises(KeyboardInterrupt):
         list(run)

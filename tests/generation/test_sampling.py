@@ -34,7 +34,7 @@ def test_the_own_sampler_of_a_backend_has_precedence(monkeypatch: pytest.MonkeyP
     arguments: Any = (GREEDY, NUMPY, [[1, 2], [3]], [0, 1], 5)
     assert isinstance(sampling.make_sampler(*arguments), sampling.Sampler)
     monkeypatch.setattr(NUMPY, "sampler", lambda params, *rest: (own, params, *rest))
-    assert sampling.make_sampler(*arguments) == (own, GREEDY, [[1, 2], [3]], [0, 1], 5)
+    assert sampling.make_sampler(*arguments) == (own, GREEDY, [[1, 2], [3]], [0, 1], 5, None)
 
 
 @pytest.mark.parametrize(

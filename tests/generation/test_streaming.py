@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Chunk, FinishReason, Score, Token
+from gptx.generation.sequences import Sampling
+from gptx.generation.sequences import Sequence as TokenSequence
 from gptx.generation.streaming import Continuation, StopFinder
 
 # Stop strings
@@ -133,15 +136,11 @@ class Words:
 def make_continuation(
     *words: bytes, stop: Sequence[str] = (), logprobs: bool = False
 ) -> Continuation:
-    run: Any = SimpleNamespace(
-        prefill_seconds=0.5,
-        logprobs=logprobs,
-        top_logprobs=0,
-        prompt_logprobs=[],
-        params=SimpleNamespace(seed=7),
-        model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
-    )
-    return Continuation(0, "prompt", [0] * 10, Words(*words) if words else None, list(stop), run)
+    sampling = Sampling(SamplingParams(seed=7), logprobs=logprobs)
+    sequence = TokenSequence([0] * 10, sampling, 100, prefill_seconds=0.5)
+    backend: Any = SimpleNamespace(peak_memory=lambda: 1000)
+    tokenizer = Words(*words) if words else None
+    return Continuation(0, "prompt", sequence, tokenizer, list(stop), backend)
 
 
 def add_all(

@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 
 from gptx.backends import get_backend
+from gptx.generation.params import SamplingParams
 from gptx.generation.results import Result, Token
+from gptx.generation.sequences import Sampling
+from gptx.generation.sequences import Sequence as TokenSequence
 from gptx.generation.streaming import Continuation
 from gptx.generation.text_model import Model
 from tests.support.golden_tokenizers import NAMES, load
 from tests.support.models import make_model
 from tests.support.random_models import CASES
 
-RUN: Any = SimpleNamespace(
-    prefill_seconds=0.5,
-    logprobs=False,
-    top_logprobs=0,
-    prompt_logprobs=[],
-    params=SimpleNamespace(seed=7),
-    model=SimpleNamespace(backend=SimpleNamespace(peak_memory=lambda: 1000)),
-)
+SAMPLING = Sampling(SamplingParams(seed=7))
+BACKEND: Any = SimpleNamespace(peak_memory=lambda: 1000)
 
 
 def continued(
@@ -33,7 +30,8 @@ def continued(
     """Return the result and the pieces of a continuation by the tokens of a text."""
     tokenizer = load(name)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    output = Continuation(0, prompt, ids, tokenizer, list(stop), RUN)
+    sequence = TokenSequence(ids, SAMPLING, 100)
+    output = Continuation(0, prompt, sequence, tokenizer, list(stop), BACKEND)
     tokens = tokenizer.encode(words)
     pieces = []
     for i, id in enumerate(tokens, start=1):
@@ -95,8 +93,8 @@ def test_a_stop_string_that_a_byte_completes_at_the_end() -> None:
 
 @pytest.mark.parametrize(("seconds", "rate"), [(0.5, 2.0), (0.0, 0.0)])
 def test_the_rate_of_a_prefill_without_measured_time(seconds: float, rate: float) -> None:
-    run: Any = SimpleNamespace(**{**vars(RUN), "prefill_seconds": seconds})
-    output = Continuation(0, [5], [5], None, [], run)
+    sequence = TokenSequence([5], SAMPLING, 100, prefill_seconds=seconds)
+    output = Continuation(0, [5], sequence, None, [], BACKEND)
     result = output.add(Token(0, 7, None, "length")).result
     assert result is not None
     assert (result.prompt_tps, result.time_to_first_token) == (rate, seconds)

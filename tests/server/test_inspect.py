@@ -38,6 +38,11 @@ def inspect(served: Served, **fields: Any) -> dict[str, Any]:
     return answer.json()
 
 
+def patterns(answer: dict[str, Any]) -> np.ndarray:
+    found = answer["attention"]
+    return np.frombuffer(base64.b64decode(found["data"]), "<f2").reshape(found["shape"])
+
+
 def test_the_text_is_longer_than_a_chunk(shakespeare: Model) -> None:
     assert len(shakespeare.encode(TEXT)) > 2 * CHUNK_TOKENS
 
@@ -127,8 +132,7 @@ def test_attention_is_that_of_research(served: Served, shakespeare: Model) -> No
     found = inspect(served, prompt=TEXT, what=["attention"], layers=[3])["attention"]
     maps = research.attention_maps(shakespeare, TEXT, [3]).patterns[0]
     assert (found["layer"], found["dtype"], tuple(found["shape"])) == (3, "float16", maps.shape)
-    data = np.frombuffer(base64.b64decode(found["data"]), "<f2").reshape(maps.shape)
-    np.testing.assert_allclose(data, maps, atol=5e-4)
+    np.testing.assert_allclose(patterns({"attention": found}), maps, atol=5e-4)
 
 
 def test_parts_of_one_answer_are_those_of_each(served: Served) -> None:
@@ -136,15 +140,12 @@ def test_parts_of_one_answer_are_those_of_each(served: Served) -> None:
     parts = ["model", "tokens", "logprobs", "attention", "lens"]
     whole = inspect(served, what=parts, positions=[70, 80], **fields)
     alone = {part: inspect(served, what=[part], **fields)[part] for part in parts}
-    for part in ("model", "tokens", "attention"):
-        assert whole[part] == alone[part]
+    assert whole["model"] == alone["model"]
+    assert whole["tokens"] == alone["tokens"]
+    np.testing.assert_allclose(patterns(whole), patterns(alone), atol=5e-4)
     close = {"atol": TOLERANCE, "rtol": 0}  # attention as three operations rounds differently
-    np.testing.assert_allclose(
-        whole["logprobs"]["next"], alone["logprobs"]["next"], **close
-    )
-    np.testing.assert_allclose(
-        whole["lens"][0]["top"], alone["lens"][0]["top"][70:80], **close
-    )
+    np.testing.assert_allclose(whole["logprobs"]["next"], alone["logprobs"]["next"], **close)
+    np.testing.assert_allclose(whole["lens"][0]["top"], alone["lens"][0]["top"][70:80], **close)
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
@@ -185,9 +186,7 @@ def test_a_bad_field_is_named(
     assert message in error["message"]
 
 
-def test_a_large_attention_is_refused(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_attention_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_PATTERN_BYTES", 2 * 6 * 10**2)
     fields = {"what": ["attention"], "layers": [0]}
     assert "attention" in inspect(served, tokens=[1] * 10, **fields)
@@ -260,13 +259,16 @@ def test_every_backend_reads_the_same(small: Model) -> None:
     size = small.config.n_positions
     ids = [(7 * i) % small.config.vocab_size for i in range(min(size, 70))]
     names = ["h.0.resid_pre", "h.1.resid_post"]
-    reading = Reading(ids, names, attention=1, first=3)
+    reading = Reading(ids, top=2, streams=names, attention=1, first=3)
     for chunk in reading.chunks:
         reading.read(small, chunk)
     maps = research.attention_maps(small, ids, [1]).patterns[0]
     assert reading.patterns is not None
     np.testing.assert_allclose(reading.patterns, maps, atol=2e-3)
     lens = research.logit_lens(small, ids, names, k=1)
+    np.testing.assert_allclose(
+        reading.known.logprobs[:-1], small.score(ids).logprobs[1:], atol=1e-4
+    )
     for row, name in enumerate(names):
         found = [
             max(top.values())

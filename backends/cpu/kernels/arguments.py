@@ -33,8 +33,10 @@ class Run(NamedTuple):
         Addresses of the activations.
     tokens, positions
         Token ids and positions, int64 [B·T].
+    slots
+        Slot of each sequence in the cache, int64 [B].
     keys, values
-        Addresses of each layer's cache [B, H, capacity, D].
+        Addresses of each layer's cache [slots, H, capacity, D].
     prepared
         Workspace for the rows that LINEAR prepares for a product, float32.
     workspace
@@ -51,6 +53,7 @@ class Run(NamedTuple):
     buffers: Any
     tokens: Any
     positions: Any
+    slots: Any
     keys: Any
     values: Any
     prepared: Any
@@ -104,8 +107,10 @@ class AttentionTask(NamedTuple):
         The result, float32, and the length of a row.
     positions
         Position of each row, int64 [B·T].
+    slots
+        Slot of each sequence in the cache, int64 [B].
     keys, values
-        The layer's cache [B, H, capacity, D], flat: float32, or float16 as uint16.
+        The layer's cache [slots, H, capacity, D], flat: float32, or float16 as uint16.
     T, H, D, capacity
         See `Run`.
     scale
@@ -119,6 +124,7 @@ class AttentionTask(NamedTuple):
     y: Any
     y_width: int
     positions: Any
+    slots: Any
     keys: Any
     values: Any
     T: int

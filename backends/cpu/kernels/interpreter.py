@@ -88,13 +88,21 @@ _is_serial = inlined(is_serial)
 
 
 @inlined
+def _cache_start(task: AttentionTask, head: int) -> int:
+    """Return where the cache of a head of B·H begins."""
+    H = task.H
+    return (task.slots[head // H] * H + head % H) * task.capacity * task.D
+
+
+@inlined
 def _write_cache(task: AttentionTask, B: int, thread: int, threads: int) -> None:
     """Copy the keys and values of the new tokens to the cache, for a share of the heads."""
     x, keys, values, positions, D = task.x, task.keys, task.values, task.positions, task.D
     first, last = split_range(B * task.H, thread, threads)
     for head in range(first, last):
+        cache_start = _cache_start(task, head)
         for n in range(head // task.H * task.T, (head // task.H + 1) * task.T):
-            i = (head * task.capacity + positions[n]) * D
+            i = cache_start + positions[n] * D
             j = n * task.x_width + head % task.H * D
             for d in range(0, D - 15, 16):
                 store(keys, i + d, load(x, j + task.H * D + d))
@@ -116,7 +124,7 @@ def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: in
     for item in range(first, last):
         head, row = item // blocks, item % blocks * block_rows
         n, count = head // H * T + row, min(block_rows, T - row)
-        cache_start = head * task.capacity * D
+        cache_start = _cache_start(task, head)
         if T == 1:
             decode_attention(task, head % H, cache_start, n)
             continue
@@ -172,8 +180,8 @@ def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None
         size, scale = B * H * run.capacity * D, np.float32(op.view(np.float64)[SCALE])
         keys, values = cache_array(k, size), cache_array(v, size)
         task = AttentionTask(
-            x, x_width, y, y_width, run.positions, keys, values, T, H, D, run.capacity, scale,
-            run.workspace[thread],
+            x, x_width, y, y_width, run.positions, run.slots, keys, values, T, H, D, run.capacity,
+            scale, run.workspace[thread],
         )  # fmt: skip
         _run_attention(task, stage, B, run.amx, thread, threads)
     elif rows == 1 and stage == 0:

@@ -194,8 +194,8 @@ DEVICE Combined combine(const float* partials, int n) {
 }  // namespace decode
 
 // qkv [B, 3C] -> out [B, C]. Grid (splits of a head, at most 32; H; B), block 256.
-// caches: addresses of the keys of each layer, [n_layer], and of the values, [n_layer]; then S.
-// Keys and values of a layer are [B, H, S, D].
+// caches: addresses of the keys of each layer, [n_layer], and of the values, [n_layer]; then S; then
+// the slot of each sequence, [B]. Keys and values of a layer are [slots, H, S, D].
 // index [B]: position of the new token, which attends to all positions up to that.
 // partial [B, H, gridDim.x, D + 2]: workspace for the results of the splits.
 // arrived [B, H]: zeros before and after a launch.
@@ -212,7 +212,8 @@ extern "C" __global__ void __launch_bounds__(decode::THREADS) attention_decode(
     const REAL* row = qkv + (long long)b * 3 * C + h * HEAD;
 
     trigger_dependent_launch();
-    const long long head = pair * caches[2 * n_layer] * HEAD;  // [S, D] of this sequence and head
+    const long long S = caches[2 * n_layer], slot = caches[2 * n_layer + 1 + b];
+    const long long head = (slot * H + h) * S * HEAD;  // [S, D] of this sequence and head
     CACHE* keys = (CACHE*)caches[layer] + head;
     CACHE* values = (CACHE*)caches[n_layer + layer] + head;
     grid_dependency_sync();  // after the loads: no kernel writes `caches`

@@ -392,7 +392,7 @@ DEVICE void attend(
 
 }  // namespace prefill
 
-// Write keys and values of qkv [B·T, 3C] to the cache [B, H, S, D] at positions index [B, T].
+// Write keys and values of qkv [B·T, 3C] to the cache [slots, H, S, D] at positions index [B, T].
 // Tokens at the same position of a sequence are equal. Grid (B·T), any block. caches: see
 // attention_decode.cu.
 extern "C" __global__ void update_kv(
@@ -402,14 +402,15 @@ extern "C" __global__ void update_kv(
     trigger_dependent_launch();
     grid_dependency_sync();
     const int C = H * HEAD;
-    const long long b = blockIdx.x / T, S = caches[2 * n_layer], p = index[blockIdx.x];
+    const long long S = caches[2 * n_layer], p = index[blockIdx.x];
+    const long long slot = caches[2 * n_layer + 1 + blockIdx.x / T];
     for (int i = threadIdx.x * 8; i < 2 * C; i += blockDim.x * 8) {
         const int is_value = i >= C, h = i % C / HEAD, d = i % HEAD;
         const auto from = *(const Vec<REAL, 8>*)(qkv + (long long)blockIdx.x * 3 * C + C + i);
         Vec<CACHE, 8> to;
         for (int j = 0; j < 8; j++) to.x[j] = from_float<CACHE>(to_float(from.x[j]));
         CACHE* buffer = (CACHE*)caches[is_value * n_layer + layer];
-        *(Vec<CACHE, 8>*)(buffer + ((b * H + h) * S + p) * HEAD + d) = to;
+        *(Vec<CACHE, 8>*)(buffer + ((slot * H + h) * S + p) * HEAD + d) = to;
     }
 }
 
@@ -425,8 +426,9 @@ attention_prefill(
     using namespace prefill;
     trigger_dependent_launch();
     grid_dependency_sync();
-    const int h = blockIdx.x, b = blockIdx.z, C = H * HEAD;
-    const long long first = ((long long)b * H + h) * caches[2 * n_layer] * HEAD;
+    const int h = blockIdx.x, C = H * HEAD;
+    const long long slot = caches[2 * n_layer + 1 + blockIdx.z];
+    const long long first = (slot * H + h) * caches[2 * n_layer] * HEAD;
     const CACHE* keys = (const CACHE*)caches[layer] + first;
     const CACHE* values = (const CACHE*)caches[n_layer + layer] + first;
     const QueryTile query_tile(index, T);

@@ -19,7 +19,8 @@ export function attentionView(panel, session) {
     "p.hint",
     {},
     "A picture for each layer (down) and head (across): rows are tokens, from the first at the " +
-      "top, and blue is where a token looks. Choose a head, then a token.",
+      "top, and blue is where a token looks. Choose a head, then a token. Of a long text, an " +
+      "empty row is read when you press it.",
   );
   const grid = make("div.heads", { role: "group", "aria-label": "Heads by layer" });
   const way = make("select", { id: "attention-way", change: show });
@@ -85,7 +86,7 @@ export function attentionView(panel, session) {
       for (const layer of wanted) {
         if (layers.has(layer)) continue;
         const weights = await engine.attention(ids, layer, { signal });
-        if (signal.aborted) return;
+        if (signal.aborted || store.state.document.places !== shown) return;
         layers.set(layer, weights);
         drawThumbs(layer);
         if (layer === head.layer) show();
@@ -146,6 +147,7 @@ export function attentionView(panel, session) {
     for (const button of grid.querySelectorAll("button"))
       button.setAttribute("aria-pressed", String(button.title === nameOf(head)));
     name.textContent = nameOf(head);
+    map.setAttribute("aria-label", `Pattern of ${nameOf(head)}`);
     const all = layers.get(head.layer);
     const S = shown.length;
     const spans = [...text.children];
@@ -164,7 +166,6 @@ export function attentionView(panel, session) {
     const values = Array.from({ length: S }, (_, i) => weights[to ? token * S + i : i * S + token]);
     spans.forEach((span, i) => shade(span, "weight", Math.sqrt(values[i])));
     paint(map, weights, S, token);
-    map.setAttribute("aria-label", `Pattern of ${nameOf(head)}`);
     store.set({ pointed: pointed(values, to) });
   }
 

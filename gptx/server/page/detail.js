@@ -37,7 +37,7 @@ export function detailView(aside, session) {
   });
   document.addEventListener("pick", ({ detail }) => {
     aside.classList.add("open");
-    document.querySelector(".token.selected")?.scrollIntoView({ block: "center" });
+    document.querySelector(".token.selected")?.scrollIntoView({ block: "nearest" });
     if (detail?.keyboard) list.querySelector("button.row")?.focus();
   });
   document.addEventListener("keydown", (event) => {

@@ -82,7 +82,7 @@ export function lensView(panel, session) {
       const ids = places.map(({ id }) => id);
       for await (const row of engine.lens(ids, { top: TOP, first, last, signal })) {
         await session.describe(row.top.flatMap((top) => top.map(([id]) => id)));
-        if (signal.aborted) return;
+        if (signal.aborted || store.state.document.places !== places) return;
         rows.push(row);
       }
       draw(places, rows, last);

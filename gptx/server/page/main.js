@@ -49,7 +49,7 @@ async function open(model) {
   try {
     engine = createEngine({ model, key: sessionStorage.getItem(KEY) ?? undefined, onProgress });
     const info = await engine.info();
-    session.tokens.clear();
+    session.restart();
     byId("where").textContent =
       `${info.layers} layers, ${info.heads} heads, ${info.context} tokens of context, ` +
       `at ${info.place}`;

@@ -1,6 +1,7 @@
 /** Tokens as the page writes them: marks for what has no glyph, bytes for parts of characters. */
 
 const LINE_END = "↵";
+const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** Return a text with a mark in the place of each control character; `space` is that of a space. */
 export function visible(text, space = " ") {
@@ -26,7 +27,7 @@ export function bytesOf(digits) {
 /** Return the text of bytes, or null if they are no complete characters. */
 export function decoded(bytes) {
   try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    return UTF8.decode(bytes);
   } catch {
     return null;
   }

@@ -15,11 +15,18 @@ export class Session {
     this.engine = engine;
     this.store = store;
     this.onError = onError;
+    this.running = null;
+    this.reading = Promise.resolve();
+    this.restart();
+  }
+
+  /** Forget all texts and tokens, for another model. */
+  restart() {
+    this.stop();
     this.tokens = new Map();
     this.versions = [];
     this.version = -1;
-    this.running = null;
-    this.reading = Promise.resolve();
+    this.store.set({ document: EMPTY, selected: 0 });
   }
 
   get ids() {

@@ -34,11 +34,12 @@ export function textView(panel, session) {
     const pieces = piecesOf(tokens);
     while (text.children.length > pieces.length + 1) text.children[pieces.length].remove();
     drawn.length = Math.min(drawn.length, pieces.length);
+    const before = spans();
     pieces.forEach((piece, i) => {
       const place = document.places[i];
       const key = `${piece.text} ${piece.fragment} ${place.logprob} ${i < document.promptLength}`;
       if (drawn[i] === key) return;
-      const span = drawn[i] === undefined ? make("span.token", { role: "button" }) : spans()[i];
+      const span = drawn[i] === undefined ? make("span.token", { role: "button" }) : before[i];
       if (drawn[i] === undefined) text.insertBefore(span, next);
       draw(span, piece, place, i, document.promptLength);
       drawn[i] = key;
@@ -49,7 +50,7 @@ export function textView(panel, session) {
       span.classList.toggle("selected", i === selected);
       span.tabIndex = i === selected ? 0 : -1;
     });
-    text.classList.toggle("numbers", info?.text === false);
+    text.classList.toggle("ids", info?.text === false);
     empty.hidden = pieces.length > 0;
     summary.textContent = summaryOf(document, info);
   });

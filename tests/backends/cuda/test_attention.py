@@ -64,13 +64,14 @@ class AttentionCase:
         self.scale = 1 / np.sqrt(D)
         self.random, self.size = random, size
         # Positions without a token are NaN: a kernel that reads them returns NaN.
-        shape = LAYERS, self.B * H * self.S * D + 2 * MARGIN
+        self.slots = np.arange(self.B, 0, -1)  # in another order; slot 0 is free
+        shape = LAYERS, (self.B + 1) * H * self.S * D + 2 * MARGIN
         self.keys, self.values = np.full(
             (2, *shape), np.nan, KernelVariant(cache_dtype).array_dtype
         )
         for b, start in enumerate(starts):
             for x in self.layer:
-                x[b, :, :start] = random.normal(size=(H, start, D))
+                x[self.slots[b], :, :start] = random.normal(size=(H, start, D))
         addresses = [x[MARGIN:].ctypes.data for buffer in (self.keys, self.values) for x in buffer]
         macros = {"REAL": CUDA_TYPES[dtype], "CACHE": CUDA_TYPES[cache_dtype], "HEAD": str(D)}
         self.module = compile_module(["attention_decode.cu", "attention_prefill.cu"], macros)
@@ -86,15 +87,15 @@ class AttentionCase:
             B=self.B,
             T=self.T,
             index=np.array(index),
-            caches=np.array([*addresses, self.S]),
+            caches=np.array([*addresses, self.S, *self.slots]),
             partial=np.full((self.B, H, splits, D + 2), np.nan, np.float32),
             arrived=np.zeros((self.B, H), np.uint32),
         )
 
     @property
     def layer(self) -> list[np.ndarray]:
-        """Keys and values of the tested layer, [B, H, S, D]."""
-        shape = self.B, self.H, self.S, self.D
+        """Keys and values of the tested layer, [B + 1, H, S, D]."""
+        shape = self.B + 1, self.H, self.S, self.D
         return [x[LAYER, MARGIN:-MARGIN].reshape(shape) for x in (self.keys, self.values)]
 
     def tokens(self) -> np.ndarray:
@@ -123,13 +124,13 @@ class AttentionCase:
         """Run the kernels with new tokens; compare the result and the whole cache."""
         qkv, index = self.tokens(), self.workspace.index
         q, *new = GENERIC.split_heads(qkv, self.H)  # [B, H, T, D]
-        positions = Positions(index, self.S, False, np.asarray)
+        positions = Positions(index, self.S, False, np.asarray, slots=self.slots)
         after = [x.copy() for x in (self.keys, self.values)]
         exact = []
         for x, buffer, whole in zip(new, self.layer, after, strict=True):
             written = GENERIC.update_kv(buffer, x.astype(buffer.dtype), positions)
             whole[LAYER, MARGIN:-MARGIN] = written.reshape(-1)
-            exact.append(np.nan_to_num(written.astype(np.float64)))
+            exact.append(np.nan_to_num(written.astype(np.float64))[self.slots])
         expected = GENERIC.attention(q.astype(np.float64), *exact, positions, self.scale)
 
         out = self.run(qkv).reshape(expected.shape)
@@ -191,7 +192,7 @@ def test_a_nan_in_the_cache_reaches_the_result(
 ) -> None:
     for part in (0, 1):
         case = AttentionCase(random, dtype, dtype, D, starts=[150], new=[new])
-        case.layer[part][0, 1, 70] = np.nan
+        case.layer[part][case.slots[0], 1, 70] = np.nan
         out = case.run(case.tokens())
         assert np.isfinite(out[:, :D]).all()
         assert np.isnan(out[:, D:].astype(np.float32)).all()
