@@ -221,7 +221,7 @@ class Pieces:
         self.size = 0
         self.buffer = bytearray()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> None:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self.size += len(view)
@@ -231,7 +231,6 @@ class Pieces:
             view = view[room:]
             if len(self.buffer) == PIECE_BYTES:
                 self._end_piece()
-        return self.size
 
     def add_tensor(self, name: str, floats: Array, dtype: str) -> tuple[int, int]:
         """Append a tensor; return its offset and its length in bytes."""
