@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,13 @@ Array = np.ndarray
 
 CHUNK_NUMBERS = 2**20  # converted at a time
 COPY_COLUMNS = 64  # of a transposed array, copied at a time
+
+
+class Writer(Protocol):
+    """An object to which bytes are appended: a file that is open, for one."""
+
+    def write(self, data: Any, /) -> Any:
+        """Append bytes."""
 
 
 class BinaryFile:
@@ -173,7 +180,7 @@ def _bfloat16_bits(x: Array) -> Array:
     return rounded.astype("<u2")
 
 
-def write_array(file: BinaryIO, array: Array, dtype: str, label: str) -> None:
+def write_array(file: Writer, array: Array, dtype: str, label: str) -> None:
     """Append an array in C order, converted as by `cast`, in blocks of rows to limit the memory."""
     for rows in row_chunks(array):
         file.write(cast(rows, dtype, label).data)

@@ -223,7 +223,7 @@ def trace(config: GPT2Config, quantized: Collection[str], head: str) -> onnx.Mod
 
 
 def padded_positions(mask: Array, P: Array, config: GPT2Config) -> PaddedPositions:
-    """Count the tokens whose mask [B, P+S] is 1; P of them, or of the padding, are before the new."""
+    """Count the tokens whose mask [B, P+S] is 1; the new ones follow P tokens and padding."""
     counted = ndonnx.cumulative_sum(mask, axis=1) - 1  # [B, P+S]
     keys = ndonnx.where(mask > 0, counted, config.n_positions)
     index = counted[:, P:]  # [B, S]

@@ -26,7 +26,7 @@ from gptx.conversions.checkpoint import Array, Checkpoint, float_array
 from gptx.conversions.containers.binary import write_array
 from gptx.conversions.converter import Progress, with_progress
 from gptx.conversions.formats.onnx_folder import ALIGNMENT_BYTES, import_tracer, refer_to_data
-from gptx.errors import ParameterError, TokenizerError, argument
+from gptx.errors import ParameterError, StorageError, TokenizerError, argument
 from gptx.files import atomic_path, check_replaceable, create
 from gptx.server.onnx_runtime_web import read_runtime
 from gptx.tokenization.byte_level import byte_of_letter
@@ -107,8 +107,8 @@ def make_site(
     if progress is not None:
         checkpoint = with_progress(checkpoint, progress)
     with atomic_path(folder) as path:
-        for name in ("model", "ort", "page"):
-            (path / name).mkdir(parents=True)
+        for part in (path, path / "model", path / "ort", path / "page"):
+            part.mkdir()
         manifest = {
             "name": Path(source).name,
             "gptx": __version__,
@@ -125,6 +125,8 @@ def make_site(
 
 def _check_destination(folder: Path, overwrite: bool) -> None:
     check_replaceable(folder)
+    if not folder.absolute().parent.is_dir():
+        raise StorageError(f"{folder} cannot be written (its folder does not exist)")
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -219,7 +221,7 @@ class Pieces:
         self.size = 0
         self.buffer = bytearray()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> None:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self.size += len(view)
@@ -229,7 +231,6 @@ class Pieces:
             view = view[room:]
             if len(self.buffer) == PIECE_BYTES:
                 self._end_piece()
-        return self.size
 
     def add_tensor(self, name: str, floats: Array, dtype: str) -> tuple[int, int]:
         """Append a tensor; return its offset and its length in bytes."""

@@ -5,7 +5,7 @@ import { freshSeed, sample } from "./sampler.js";
 import { logSumExp, topTokens } from "./top_tokens.js";
 
 export const MAX_TOP = 50; // alternatives that are kept for each token
-const CHUNK_TOKENS = 32; // of one pass; a signal ends a call between two passes
+const CHUNK_TOKENS = 64; // of one pass; a signal ends a call between two passes
 const MAX_LENS_NUMBERS = 2 ** 24; // logits of one pass of the lens
 
 /**

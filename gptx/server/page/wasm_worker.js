@@ -34,6 +34,7 @@ async function load() {
     postMessage({ progress: { done: Math.min(done, total), total, what: "Loading the model" } });
   });
   const { model, tokenizer } = await loadModel(ort, manifest, (pieces) => downloads.read(pieces));
+  downloads.onBytes = () => {}; // the lens reads pieces again
   await downloads.forgetOthers(Object.values(files));
   return { manifest, model, tokenizer, threads: ort.env.wasm.numThreads };
 }
