@@ -38,7 +38,7 @@ browser_test = pytest.mark.browser
 
 def serve(model: Model, settings: Settings | None = None) -> Served:
     settings = settings or Settings()
-    models = Models(max_queue=settings.max_queue)
+    models = Models(settings=settings)
     models.add("shakespeare", model)
     return Served(models, settings, routes(models, settings))
 
