@@ -42,7 +42,9 @@ def test_calls_join_to_the_answer_of_one(served: Served) -> None:
     for name in ("tokens", "text_offset", "token_logprobs"):
         joined = [value for one in parts for value in one["logprobs"][name]]
         expected = whole["logprobs"][name]
-        assert joined == (pytest.approx(expected, abs=1e-5) if name == "token_logprobs" else expected)
+        assert joined == (
+            pytest.approx(expected, abs=1e-5) if name == "token_logprobs" else expected
+        )
     counts = [one["usage"]["completion_tokens"] for one in answers]
     assert sum(counts) == 40
 
