@@ -240,7 +240,7 @@ SAMPLED: list[dict[str, Any]] = [
     {"temperature": 1, "seed": 6},
     {"temperature": 1, "seed": 6, "n": 3, "presence_penalty": 1.0},
     {"temperature": 1, "seed": 6, "dry_multiplier": 1.0, "no_repeat_ngram_size": 3},
-    {"temperature": 1, "seed": 6, "min_tokens": 50, "stop": ["th"]},
+    {"temperature": 1, "seed": 6, "min_tokens": 20, "stop": ["th"]},
     {"temperature": 30, "seed": 6, "logprobs": 2},
 ]
 
