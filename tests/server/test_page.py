@@ -41,9 +41,9 @@ browser_test = pytest.mark.browser
 
 def serve(model: Model, settings: Settings | None = None) -> Served:
     settings = settings or Settings()
-    models = Models(max_queue=settings.max_queue)
+    models = Models(settings=settings)
     models.add("shakespeare", model)
-    return Served(models, settings, routes(models, settings))
+    return Served(models, settings, routes(models))
 
 
 @pytest.fixture(scope="module")
@@ -555,10 +555,11 @@ def test_an_engine_that_only_generates(browser: Browser, shakespeare: Model) -> 
             return Response(index, media_type="text/html")
         return Response(PLAIN_ENGINE, media_type="text/javascript")
 
-    models, settings = Models(), Settings()
+    settings = Settings()
+    models = Models(settings=settings)
     models.add("shakespeare", shakespeare)
     extra = [Route("/plain", send), Route("/page/plain.js", send)]
-    server = Served(models, settings, [*routes(models, settings), *extra])
+    server = Served(models, settings, [*routes(models), *extra])
     try:
         browser.open(f"{server.url}/plain")
         browser.wait(READ)
