@@ -28,7 +28,6 @@ from gptx.server.page_files import page_routes
 from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
 from gptx.server.reading import EMBEDDINGS, Reading, stream_of
 from gptx.server.scheduler import Scheduler
-from gptx.server.settings import Settings
 from gptx.server.streams import Client
 from gptx.server.writing import token_bytes
 
@@ -90,10 +89,10 @@ def endpoint(models: Models) -> Endpoint:
     return Endpoint("/inspect", about, INSPECT, inspect)
 
 
-def routes(models: Models, settings: Settings | None = None) -> list[BaseRoute]:
+def routes(models: Models) -> list[BaseRoute]:
     """Return the routes of the page: its files, and `POST /inspect`."""
     inspect = endpoint(models)
-    handler = JsonRoute(inspect, settings or Settings())
+    handler = JsonRoute(inspect, models.settings)
     return [Route(inspect.path, handler, methods=["POST"]), *page_routes()]
 
 

@@ -26,9 +26,10 @@ TOLERANCE = 2e-5  # nats; the text is read in chunks
 def served(shakespeare: Model) -> Iterator[Served]:
     """The embedded model with the routes of the page, and with compiled kernels."""
     shakespeare.score("To be")
-    models, settings = Models(), Settings()
+    settings = Settings()
+    models = Models(settings=settings)
     models.add("shakespeare", shakespeare)
-    server = Served(models, settings, page.routes(models, settings))
+    server = Served(models, settings, page.routes(models))
     yield server
     server.close()
 
@@ -241,9 +242,10 @@ def test_other_requests_have_steps_in_between(
 
 
 def test_a_key_is_needed(shakespeare: Model) -> None:
-    models, settings = Models(), Settings(keys=("secret",))
+    settings = Settings(keys=("secret",))
+    models = Models(settings=settings)
     models.add("shakespeare", shakespeare)
-    server = Served(models, settings, page.routes(models, settings))
+    server = Served(models, settings, page.routes(models))
     try:
         body = {"prompt": "a", "what": ["tokens"]}
         assert server.post("/inspect", body).status_code == 200

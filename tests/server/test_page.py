@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import gptx
 from gptx import research
@@ -40,7 +43,7 @@ def serve(model: Model, settings: Settings | None = None) -> Served:
     settings = settings or Settings()
     models = Models(settings=settings)
     models.add("shakespeare", model)
-    return Served(models, settings, routes(models, settings))
+    return Served(models, settings, routes(models))
 
 
 @pytest.fixture(scope="module")
@@ -530,6 +533,50 @@ def test_a_sheet_shows_alternatives_on_a_phone(page: Browser) -> None:
     assert token["y"] - page.run("return scrollY") < top
     page.find("aside .close").click()
     assert page.find("aside").value_of_css_property("position") == "static"
+
+
+PLAIN_ENGINE = """
+import { createEngine as createServerEngine } from "./server_engine.js";
+export function createEngine(options) {
+  const engine = createServerEngine(options);
+  const can = { logprobs: false, attention: false, lens: false };
+  return { ...engine, info: async () => ({ ...(await engine.info()), can }) };
+}
+"""
+
+
+@browser_test
+def test_an_engine_that_only_generates(browser: Browser, shakespeare: Model) -> None:
+    """As in a static site without the graphs of attention and lens."""
+    index = page_files()["index.html"].decode().replace("./server_engine.js", "./plain.js")
+
+    async def send(request: Request) -> Response:
+        if request.url.path == "/plain":
+            return Response(index, media_type="text/html")
+        return Response(PLAIN_ENGINE, media_type="text/javascript")
+
+    settings = Settings()
+    models = Models(settings=settings)
+    models.add("shakespeare", shakespeare)
+    extra = [Route("/plain", send), Route("/page/plain.js", send)]
+    server = Served(models, settings, [*routes(models), *extra])
+    try:
+        browser.open(f"{server.url}/plain")
+        browser.wait(READ)
+        result = shakespeare.generate(PROMPT, max_tokens=1, logprobs=10)
+        assert result.top_logprobs is not None
+        wanted = np.exp(list(result.top_logprobs[0].values()))
+        np.testing.assert_allclose(shares_of(browser), wanted, atol=ROUNDED)
+        write(browser, temperature=0, maxTokens=4)
+        for tab in ("attention", "lens"):
+            browser.find(f"#tab-{tab}").click()
+            assert "needs the server" in browser.find(f"#panel-{tab}").text
+        assert (
+            ids_of(browser)
+            == shakespeare.encode(PROMPT) + shakespeare.generate(PROMPT, max_tokens=4).tokens
+        )
+    finally:
+        server.close()
 
 
 @browser_test
