@@ -89,7 +89,7 @@ def step_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto
     onnx.ModelProto
         The inputs are `input_ids` [1, S], `attention_mask` [1, P+S], `past.i.keys` and
         `past.i.values` [1, H, P, D] of layer i, and the weights. The outputs are `logits`
-        [1, S, V], `new.i.keys` and `new.i.values` [1, H, S, D], `h.i.attn.pattern` [1, H, S, P+S],
+        [1, S, V], `total` [1, S], the logarithm of the sum of their exponentials, `new.i.keys` and `new.i.values` [1, H, S, D], `h.i.attn.pattern` [1, H, S, P+S],
         and the residual stream [1, S, C]: `h.0.resid_pre` and `h.i.resid_post`.
     """
     ids = ndonnx.argument(dtype=ndonnx.int64, shape=(1, "S"))
@@ -108,10 +108,10 @@ def step_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto
     outputs = {name: replay.kept[node] for name, node in kept.items()}
     proto = ndonnx.build(
         {"input_ids": ids, "attention_mask": mask, **cache.past, **arguments},
-        {"logits": logits, **cache.new, **outputs},
+        {"logits": logits, "total": _total(logits), **cache.new, **outputs},
     )
     H, D, C = config.n_head, config.head_dim, config.n_embd
-    shapes: dict[str, Shape] = {"logits": (1, "S", config.vocab_size)}
+    shapes: dict[str, Shape] = {"logits": (1, "S", config.vocab_size), "total": (1, "S")}
     shapes |= dict.fromkeys(cache.new, (1, H, "S", D))
     for name in outputs:
         shapes[name] = (1, H, "S", "P+S") if name.endswith(".pattern") else (1, "S", C)
@@ -120,7 +120,7 @@ def step_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto
 
 
 def lens_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto:
-    """Trace the end of the model: `resid_post` [1, S, C] in, `logits` [1, S, V] out.
+    """Trace the end of the model: `resid_post` [1, S, C] in, `logits` and `total` out.
 
     Its inputs are `resid_post` and those weights that it reads (`lens_weights`).
     """
@@ -129,8 +129,8 @@ def lens_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto
     model = Transformer(config, weights, OnnxBackend())
     logits = logits_from(model, f"h.{config.n_layer - 1}.resid_post", x)
     read = {name: arguments[name] for name in lens_weights(config)}
-    proto = ndonnx.build({"resid_post": x, **read}, {"logits": logits})
-    finish(proto, {"logits": (1, "S", config.vocab_size)}, LENS)
+    proto = ndonnx.build({"resid_post": x, **read}, {"logits": logits, "total": _total(logits)})
+    finish(proto, {"logits": (1, "S", config.vocab_size), "total": (1, "S")}, LENS)
     return proto
 
 
@@ -153,6 +153,12 @@ def _weights(
 
 def _as_float32(x: Array) -> Array:
     return x if x.dtype == ndonnx.float32 else node(operators.cast, x, to=np.float32)
+
+
+def _total(logits: Array) -> Array:
+    """Return the logarithm of the sum of exponentials over the last axis."""
+    # A runtime computes LogSoftmax with vector instructions, and ReduceLogSumExp without.
+    return logits[..., 0] - node(operators.log_softmax, logits, axis=-1)[..., 0]
 
 
 def _activations(config: GPT2Config, graph: Graph) -> dict[str, Node]:

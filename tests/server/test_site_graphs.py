@@ -123,11 +123,12 @@ def test_outputs_of_the_graphs_are_those_of_the_hooks(
     )
 
     lens = session(tmp_path / "site", "lens", tmp_path)
-    (found,) = lens.run(
+    found, total = lens.run(
         None, {"resid_post": np.concatenate([p["h.0.resid_post"] for p in parts], 1)}
     )
     rows = research.logit_lens(model, ids, ["h.0.resid_post"]).logits[0]
     np.testing.assert_allclose(found[0], rows, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(total[0], np.log(np.exp(rows).sum(-1)), rtol=0, atol=2e-5)
 
 
 def test_float16_is_stored_and_float32_computed(

@@ -1,13 +1,4 @@
-/** Log-probabilities of a row of logits. */
-
-/** Return the logarithm of the sum of exponentials: the log-probability of a logit is their difference. */
-export function logSumExp(logits) {
-  let largest = -Infinity;
-  for (const x of logits) if (x > largest) largest = x;
-  let sum = 0;
-  for (const x of logits) sum += Math.exp(x - largest);
-  return largest + Math.log(sum);
-}
+/** The most probable tokens of a row of logits. */
 
 /**
  * Return ids and log-probabilities of the `n` most probable tokens, best first; of equal ones, the
@@ -15,7 +6,7 @@ export function logSumExp(logits) {
  *
  * @param {Float32Array} logits
  * @param {number} n
- * @param {number} total `logSumExp(logits)`
+ * @param {number} total Logarithm of the sum of exponentials of all logits.
  * @returns {[number, number][]}
  */
 export function topTokens(logits, n, total) {

@@ -2,7 +2,7 @@
 
 import { KvCache } from "./kv_cache.js";
 import { freshSeed, sample } from "./sampler.js";
-import { logSumExp, topTokens } from "./top_tokens.js";
+import { topTokens } from "./top_tokens.js";
 
 export const MAX_TOP = 50; // alternatives that are kept for each token
 const CHUNK_TOKENS = 64; // of one pass; a signal ends a call between two passes
@@ -100,10 +100,12 @@ export class WasmModel {
         signal?.throwIfAborted();
         const n = Math.min(rows, last - first - begin);
         const x = new this.ort.Tensor("float32", streams[i].slice(begin * C, (begin + n) * C), [1, n, C]);
-        const { logits } = await this.exclusively(() => this.lensSession.run({ resid_post: x }));
+        const { logits, total } = await this.exclusively(() =>
+          this.lensSession.run({ resid_post: x }),
+        );
         for (let row = 0; row < n; row++) {
           const one = logits.data.subarray(row * V, (row + 1) * V);
-          found.push(topTokens(one, top, logSumExp(one)));
+          found.push(topTokens(one, top, total.data[row]));
         }
       }
       yield { name: names[i], top: found };
@@ -116,10 +118,10 @@ export class WasmModel {
     this.cache = new KvCache(this.config);
     this.topAfter = []; // the most probable tokens after each position
     this.logprobOf = []; // of the token at each position, from 1
-    this.ahead = null; // logits after the last position, and their `logSumExp`
+    this.ahead = null; // logits after the last position, and the logarithm of their sum
   }
 
-  /** Read a sequence, until a signal ends it; return the logits after it, and their `logSumExp`. */
+  /** Read a sequence, until a signal ends it; return what `ahead` is. */
   async read(ids, signal) {
     this.check(ids);
     for (let known = this.keepPrefix(ids); known < ids.length; known += CHUNK_TOKENS) {
@@ -135,10 +137,11 @@ export class WasmModel {
     let n = 0;
     while (n < ids.length && ids[n] === this.ids[n]) n += 1;
     if (n === this.ids.length) return n;
-    // The token after the prefix is another one: its probability needs the logits before it.
+    // The logits after the prefix are gone: its last token is read again, whose own probability
+    // is known.
     n = Math.max(0, n - 1);
     this.ids.length = this.topAfter.length = n;
-    this.logprobOf.length = Math.min(this.logprobOf.length, n);
+    this.logprobOf.length = Math.min(this.logprobOf.length, n + 1);
     this.cache.truncate(n);
     this.ahead = null;
     return n;
@@ -146,12 +149,12 @@ export class WasmModel {
 
   async readChunk(ids, begin) {
     const chunk = ids.slice(begin, begin + CHUNK_TOKENS);
-    const results = await this.pass(this.cache, chunk, ["logits"]);
+    const results = await this.pass(this.cache, chunk, ["logits", "total"]);
     const V = this.config.vocab_size;
     if (this.ahead) this.logprobOf[begin] = this.ahead.logits[chunk[0]] - this.ahead.total;
     chunk.forEach((id, i) => {
       const logits = results.logits.data.subarray(i * V, (i + 1) * V);
-      const total = logSumExp(logits);
+      const total = results.total.data[i];
       if (!Number.isFinite(total)) {
         this.forget();
         throw new RangeError("The model computed a number that is not finite.");
