@@ -252,7 +252,7 @@ def serve(
     uploaded = None if store is None else Store(store)
     models = Models(settings=settings, store=uploaded, load=load_stored)
     models.add(name or Path(model).name, load_model)
-    more = inspect.routes(models, settings)
+    more = inspect.routes(models)
     if uploaded is not None:
         more += uploads.routes(uploaded, models)
     gate = make_app(models, settings, extra_routes=more, preload=True, on_failure=end)
