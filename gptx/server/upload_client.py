@@ -366,7 +366,7 @@ class Upload:
         stored = _require(answer, 200).json()["files"]
         found = {name: (file["length"], file["sha256"]) for name, file in stored.items()}
         if found != {name: (file.length, file.sha256) for name, file in self.files.items()}:
-            _require(self._request("DELETE", ""), 204, 404)
+            _require(self._request("DELETE", ""), 204)
 
     def _await_check(self) -> dict[str, Any]:
         """Wait for the check of the server, and return the model."""

@@ -205,12 +205,14 @@ class _Uploads:
 
     async def list_models(self, request: Request) -> Response:
         """Answer GET /models."""
+        checking = set(self._checks)  # before the files are read: a check can end meanwhile
         models = await run_in_threadpool(self._store.models)
-        return JSONResponse({"models": [self._shown(request, model) for model in models]})
+        shown = [self._shown(request, model, model.name in checking) for model in models]
+        return JSONResponse({"models": shown})
 
     async def show_model(self, request: Request) -> Response:
         """Answer GET /models/NAME."""
-        return JSONResponse(self._shown(request, await self._model(request)))
+        return JSONResponse(await self._current(request))
 
     async def model_offset(self, request: Request) -> Response:
         """Answer HEAD /models/NAME, with the sums over the files."""
@@ -229,11 +231,8 @@ class _Uploads:
         files = _manifest_files(await self._body(request))
         model = await run_in_threadpool(self._store.begin, name, files)
         self.check_if_complete(model)
-        return JSONResponse(
-            self._shown(request, model),
-            200 if model.ready else 201,
-            {"Location": _address(request, name)} | _state(model),
-        )
+        headers = {"Location": _address(request, name)} | _state(model)
+        return JSONResponse(await self._current(request), 200 if model.ready else 201, headers)
 
     async def drop(self, request: Request) -> Response:
         """Answer DELETE /models/NAME."""
@@ -257,7 +256,7 @@ class _Uploads:
             await run_in_threadpool(self._models.setup, name)
         finally:
             self._setups.discard(name)
-        return JSONResponse(self._shown(request, await self._model(request)))
+        return JSONResponse(await self._current(request))
 
     def check_if_complete(self, model: StoredModel) -> None:
         """Check a complete upload in a thread, and publish it."""
@@ -433,12 +432,17 @@ class _Uploads:
     def _is_loading(self, name: str) -> bool:
         return name in self._setups or self._models.is_loading(name)
 
-    def _shown(self, request: Request, model: StoredModel) -> dict[str, Any]:
+    async def _current(self, request: Request) -> dict[str, Any]:
+        """Return the model of a request as JSON."""
+        checking = request.path_params["name"] in self._checks  # before the files are read
+        return self._shown(request, await self._model(request), checking)
+
+    def _shown(self, request: Request, model: StoredModel, checking: bool) -> dict[str, Any]:
         """Return a model as JSON."""
         address = _address(request, model.name)
         found: dict[str, Any] = {
             "name": model.name,
-            "state": self._state_of(model),
+            "state": self._state_of(model, checking),
             "offset": model.offset,
             "length": model.length,
             "files": {
@@ -453,14 +457,14 @@ class _Uploads:
         }
         return found | ({"error": model.error} if model.error is not None else {})
 
-    def _state_of(self, model: StoredModel) -> str:
+    def _state_of(self, model: StoredModel, checking: bool) -> str:
         if model.ready:
             if self._is_loading(model.name):
                 return "loading"
             return "loaded" if model.name in self._models.loaded else "ready"
         if model.error is not None:
             return "failed"
-        return "checking" if model.name in self._checks else "uploading"
+        return "checking" if checking else "uploading"
 
 
 def _address(request: Request, name: str) -> str:

@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 
 from gptx.conversions import convert
+from gptx.errors import (
+    GptxError,
+    HubUnavailableError,
+    NotFoundError,
+    ParameterError,
+    WeightsError,
+)
 from gptx.server import upload_client
+from gptx.server.upload_client import MAX_FAILURES, Upload, find_files, read_files
 from tests.support.cli import run
 from tests.support.conversions import contents
 from tests.support.store_server import (
@@ -85,6 +93,17 @@ def test_a_file_and_a_name(client: Client, root: Path, model: Path, tmp_path: Pa
     assert visible(root).keys() == {"model", "other"}
 
 
+def test_the_name_of_a_folder_with_dots(client: Client, root: Path, tmp_path: Path) -> None:
+    model_files(tmp_path / "gpt2.v1.5")
+    assert run("upload", str(tmp_path / "gpt2.v1.5"), client.url).code == 0
+    assert visible(root).keys() == {"gpt2.v1.5"}
+
+
+def test_a_server_below_a_path(model: Path) -> None:
+    for url in ("https://h/prefix", "https://h/prefix/", "https://h/prefix/models/m"):
+        assert upload_client.model_address(url, model) == "https://h/prefix/models/m"
+
+
 def test_a_folder_with_a_model_in_one_file(client: Client, root: Path, tmp_path: Path) -> None:
     """The tokenizer beside it is uploaded, too."""
     folder = tmp_path / "m"
@@ -104,9 +123,11 @@ def test_again(client: Client, model: Path) -> None:
     proxy = CuttingProxy(client.port, 1 << 60, lambda proxy: None)
     url = f"http://127.0.0.1:{proxy.port}"
     length = sum(map(len, contents(model).values()))
-    for _ in range(2):
-        assert run("upload", str(model), url).code == 0
-        assert proxy.content_bytes == length
+    assert run("upload", str(model), url).code == 0
+    assert proxy.content_bytes == length
+    before = proxy.answers
+    assert run("upload", str(model), url).code == 0
+    assert (proxy.content_bytes, proxy.answers) == (length, before + 2)  # begin, and the state
     proxy.close()
 
 
@@ -260,7 +281,7 @@ class _Scripted(BaseHTTPRequestHandler):
     keys: list[str | None]
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.keys.append(self.headers["Authorization"])
         status, headers, body = self.answers.pop(0)
         data = json.dumps(body).encode()
@@ -268,7 +289,10 @@ class _Scripted(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PATCH = do_DELETE = do_POST
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -311,6 +335,100 @@ def test_errors_of_the_server(
     assert (done.code, message in done.err) == (code, True)
     assert handler.keys == ["Bearer secret"]
     assert "secret" not in done.err
+
+
+@pytest.mark.parametrize("offset", [{}, {"Upload-Offset": "x"}, {"Upload-Offset": ""}])
+@pytest.mark.parametrize("answers_before", [0, 1])
+def test_a_server_without_offsets(
+    scripted: tuple[type[_Scripted], str],
+    model: Path,
+    offset: dict[str, str],
+    answers_before: int,
+) -> None:
+    """Of HEAD, and of PATCH."""
+    handler, url = scripted
+    begun = {"files": {name: {"offset": 0} for name in contents(model)}}
+    handler.answers += [(201, {}, begun), (204, {"Upload-Offset": "0"}, {}), (204, {}, {})]
+    handler.answers[answers_before + 1] = (204, offset, {})
+    done = run("upload", str(model), url)
+    assert (done.code, "sent no offset: check the address" in done.err) == (69, True)
+
+
+def test_an_upload_that_was_deleted_begins_again(client: Client, root: Path, model: Path) -> None:
+    def delete(proxy: CuttingProxy) -> None:
+        assert client("DELETE", "/models/m").status == 204
+
+    proxy = CuttingProxy(client.port, 2, delete, "answers")  # after the first HEAD
+    assert run("upload", str(model), f"http://127.0.0.1:{proxy.port}").code == 0
+    proxy.close()
+    assert visible(root) == {"m": contents(model)}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(404, NotFoundError), (409, ParameterError), (503, HubUnavailableError), (422, WeightsError)],
+)
+def test_a_set_up_is_not_repeated(
+    scripted: tuple[type[_Scripted], str], status: int, kind: type[GptxError]
+) -> None:
+    handler, url = scripted
+    handler.answers.append((status, {}, {"detail": "the reason"}))
+    with pytest.raises(kind, match="the reason"):
+        Upload(f"{url}/models/m", {}).setup()
+    assert handler.answers == []
+
+
+def test_waits_after_failures(
+    scripted: tuple[type[_Scripted], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They double; the server can ask for another one."""
+    handler, url = scripted
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    monkeypatch.setattr(upload_client, "FIRST_WAIT_SECONDS", 0.5)
+    handler.answers += [(503, {}, {})] * 5 + [(503, {"Retry-After": "7"}, {})]
+    handler.answers += [(503, {"Retry-After": "700"}, {}), (503, {}, {})]
+    with pytest.raises(HubUnavailableError, match="failed 8 times in a row"):
+        Upload(f"{url}/models/m", {}).run()
+    assert waits == [0.5, 1, 2, 4, 8, 7, 30]
+    assert handler.answers == []
+
+
+def test_an_append_ends_a_row_of_failures(client: Client, model: Path) -> None:
+    """A connection that is lost now and then does not end the upload."""
+    cuts = iter(range(100))
+
+    def cut(proxy: CuttingProxy) -> None:
+        proxy.cut()
+        proxy.at, proxy.acted = proxy.content_bytes + CHUNK + 1, next(cuts) > 20
+
+    proxy = CuttingProxy(client.port, 1, cut)
+    files = read_files(find_files(model))
+    Upload(f"http://127.0.0.1:{proxy.port}/models/m", files, chunk_bytes=CHUNK).run()
+    proxy.close()
+    assert next(cuts) >= MAX_FAILURES
+
+
+@pytest.mark.parametrize("offset", [None, 500])
+def test_progress(client: Client, model: Path, offset: int | None) -> None:
+    files = read_files(find_files(model))
+    if offset is not None:
+        source = contents(model)
+        client.begin("m", source)
+        client.append("/models/m/files/config.json", 0, source["config.json"])
+        rest = offset - len(source["config.json"])
+        client.append("/models/m/files/model.safetensors", 0, source["model.safetensors"][:rest])
+    calls: list[tuple[str, int, int]] = []
+    upload = Upload(
+        f"{client.url}/models/m", files, chunk_bytes=CHUNK,
+        progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    upload.run(offset)
+    done = [call[1] for call in calls]
+    assert done == sorted(set(done))
+    assert done[0] == (len(contents(model)["config.json"]) if offset is None else offset + CHUNK)
+    assert {call[2] for call in calls} == {upload.length} == {done[-1]}
 
 
 def test_a_busy_server_is_asked_again(scripted: tuple[type[_Scripted], str], model: Path) -> None:

@@ -265,6 +265,7 @@ def test_a_model_of_exactly_the_limit(tmp_path: Path) -> None:
     store.begin("m", stored(FILES))
     store.create("n", "a.bin", 13)
     store.create("n", "b.bin")
+    store.begin("o", stored({f"f{i}": b"" for i in range(MAX_FILES)}))
 
 
 def test_the_free_space_for_the_rest_of_a_file(
