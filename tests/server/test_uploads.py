@@ -556,6 +556,7 @@ def test_a_refused_model(client: Client, root: Path, tmp_path: Path) -> None:
         client.append(f"/models/m/files/{file}", 0, data)
     found = client.state("m")
     assert found["state"] == "failed"
+    assert client("HEAD", "/models/m").headers["upload-complete"] == "?0"
     assert "config.json" in found["error"]
     assert str(root) not in found["error"]
     answer = client("POST", "/models/m/setup")
