@@ -141,6 +141,13 @@ def test_inconsistent_lengths(
     assert client("HEAD", FILE).headers["upload-offset"] == "4"
 
 
+def test_the_end_of_a_request_is_in_the_error(client: Client) -> None:
+    client.begin("m", FILES)
+    client.append(FILE, 0, b"0123")
+    detail = client.append(FILE, 4, b"4567890").json()["detail"]
+    assert detail == "file a.bin has 10 bytes, and the request ends at 11: check the file"
+
+
 def test_bytes_after_the_end(client: Client) -> None:
     client.begin("m", FILES)
     client.append(FILE, 0, FILES["a.bin"])
@@ -476,6 +483,20 @@ def test_setup(client: Client, models: FakeModels, tmp_path: Path) -> None:
     assert models.loaded == ["m"]
 
 
+def test_files_without_a_manifest_wait_for_setup(
+    client: Client, root: Path, tmp_path: Path
+) -> None:
+    source = model_files(tmp_path / "source")
+    for name, data in source.items():
+        fields = {"upload_complete": "?1", "content_disposition": f'inline; filename="{name}"'}
+        assert client("POST", "/models/m", data, **fields).status == 201
+    found = client.state("m")
+    assert (found["state"], found["length"]) == ("uploading", None)
+    assert visible(root) == {}
+    assert client("POST", "/models/m/setup").json()["state"] == "loaded"
+    assert visible(root) == {"m": source}
+
+
 def test_setup_while_it_loads(client: Client, models: FakeModels, tmp_path: Path) -> None:
     upload(client, "m", model_files(tmp_path / "source"))
     models.may_load.clear()
@@ -535,6 +556,7 @@ def test_a_refused_model(client: Client, root: Path, tmp_path: Path) -> None:
         client.append(f"/models/m/files/{file}", 0, data)
     found = client.state("m")
     assert found["state"] == "failed"
+    assert client("HEAD", "/models/m").headers["upload-complete"] == "?0"
     assert "config.json" in found["error"]
     assert str(root) not in found["error"]
     answer = client("POST", "/models/m/setup")
