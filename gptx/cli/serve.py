@@ -164,6 +164,7 @@ def serve(
         -d '{"prompt": "ROMEO:", "max_tokens": 40}'
     """
     try:
+        from gptx.server import inspect
         from gptx.server.app import make_app
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
@@ -226,7 +227,9 @@ def serve(
 
     models = Models(settings=settings)
     models.add(name or Path(model).name, load_model)
-    gate = make_app(models, settings, preload=True, on_failure=end)
+    gate = make_app(
+        models, settings, extra_routes=inspect.routes(models), preload=True, on_failure=end
+    )
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
     if host not in LOOPBACK and not settings.keys:
