@@ -187,11 +187,14 @@ class Models:
             entry = self._entries[found]
         with entry.lock:
             if entry.scheduler is None:
+                scheduler = None
                 try:
                     scheduler = self._scheduler(entry.load())
                     _warm_up(scheduler)
                 except Exception as error:
                     entry.error = error
+                    if scheduler is not None:
+                        scheduler.close()
                     raise
                 entry.error, entry.scheduler = None, scheduler
             return entry.scheduler
