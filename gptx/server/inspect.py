@@ -81,8 +81,10 @@ def endpoint(models: Models) -> Endpoint:
     """Return the endpoint `/inspect`."""
 
     async def inspect(scope: Scope, client: Client, values: dict[str, Any]) -> Response:
-        scheduler = models.get(values.get("model"))
-        answer = await client.wait(inspection(scheduler, values))
+        name = await asyncio.to_thread(models.check_name, values.get("model"))
+        if name not in models.loaded and models.is_stored(name):
+            await asyncio.to_thread(models.setup, name)
+        answer = await client.wait(inspection(models.get(name), values))
         return await asyncio.to_thread(JSONResponse, answer)  # of many megabytes, maybe
 
     about = "Return tokens, probabilities, attention and logit lens of a text."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from gptx.server.inspect import routes
 from gptx.server.models import Models
 from gptx.server.page_files import TYPES, page_files
 from gptx.server.settings import Settings
-from tests.support.serving import Served, held, wait_until
+from tests.support.serving import PATIENCE_SECONDS, Served, held, wait_until
 
 if TYPE_CHECKING:
     from tests.support.browser import Browser
@@ -609,6 +610,30 @@ def test_a_key_is_asked_for(chromium: Browser, shakespeare: Model) -> None:
         server.close()
         messages = chromium.messages()
     assert all("401" in one for one in messages), messages
+
+
+@browser_test
+def test_a_model_that_is_being_loaded_is_waited_for(chromium: Browser, shakespeare: Model) -> None:
+    loaded = threading.Event()
+
+    def load() -> Model:
+        loaded.wait(PATIENCE_SECONDS)
+        return shakespeare
+
+    settings = Settings()
+    models = Models(settings=settings)
+    models.add("shakespeare", load)
+    server = Served(models, settings, routes(models), preload=True)
+    try:
+        chromium.open(server.url)
+        chromium.wait("document.querySelector('#where').textContent.includes('not loaded yet')")
+        loaded.set()
+        chromium.wait(READ)
+    finally:
+        loaded.set()
+        server.close()
+        messages = chromium.messages()
+    assert all("503" in one for one in messages), messages
 
 
 @browser_test
