@@ -91,7 +91,7 @@ async function openCache() {
   return globalThis.caches?.open(CACHE).catch(() => undefined);
 }
 
-/** Test that a name is the begin of the SHA-256 of a content; true where a page cannot compute it. */
+/** Test that a name begins the SHA-256 of a content; true where a page cannot compute it. */
 async function isIntact(name, content) {
   if (!globalThis.crypto?.subtle) return true;
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));

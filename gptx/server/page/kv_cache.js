@@ -1,4 +1,4 @@
-/** The KV cache of one sequence, for a graph that returns the keys and values of new tokens only. */
+/** The KV cache of one sequence, for a graph that returns keys and values of new tokens only. */
 
 const PADDING = 64; // rows by which the buffers grow; the graph copies padding too
 
@@ -11,7 +11,8 @@ export class KvCache {
     this.heads = config.n_head;
     this.width = config.n_embd / config.n_head;
     this.context = config.n_positions;
-    this.names = Array.from({ length: config.n_layer }, (_, i) => [`${i}.keys`, `${i}.values`]).flat();
+    const layers = Array.from({ length: config.n_layer }, (_, i) => i);
+    this.names = layers.flatMap((i) => [`${i}.keys`, `${i}.values`]);
     this.length = 0;
     this.capacity = 0;
     this.buffers = this.names.map(() => new Float32Array(0));

@@ -5,8 +5,17 @@
  * which can know scripts that are newer than the `tokenizers` library.
  */
 
-const SPLIT =
-  /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+const SPLIT = new RegExp(
+  [
+    "'(?:[sdmt]|ll|ve|re)",
+    " ?\\p{L}+",
+    " ?\\p{N}+",
+    " ?[^\\p{White_Space}\\p{L}\\p{N}]+",
+    "\\p{White_Space}+(?!\\P{White_Space})", // leaves the last space to the word after it
+    "\\p{White_Space}+",
+  ].join("|"),
+  "gu",
+);
 const MAX_KNOWN_PIECES = 2 ** 14; // pieces of text whose ids are kept
 
 /** Return the letter of each byte in the files, in the order of the bytes. */

@@ -99,7 +99,8 @@ export class WasmModel {
         await otherEvents();
         signal?.throwIfAborted();
         const n = Math.min(rows, last - first - begin);
-        const x = new this.ort.Tensor("float32", streams[i].slice(begin * C, (begin + n) * C), [1, n, C]);
+        const part = streams[i].slice(begin * C, (begin + n) * C);
+        const x = new this.ort.Tensor("float32", part, [1, n, C]);
         const { logits, total } = await this.exclusively(() =>
           this.lensSession.run({ resid_post: x }),
         );
@@ -166,7 +167,7 @@ export class WasmModel {
     this.ids.push(...chunk);
   }
 
-  /** Read a sequence from its beginning; call a function with outputs of the graph in each chunk. */
+  /** Read a sequence from its beginning; call a function with outputs of each chunk. */
   async observe(ids, names, signal, take) {
     this.check(ids);
     const cache = new KvCache(this.config);
@@ -185,7 +186,8 @@ export class WasmModel {
     const n = ids.length;
     const tensor = new this.ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, n]);
     const fetches = [...names, ...cache.names.map((name) => `new.${name}`)];
-    const results = await this.step.run({ input_ids: tensor, ...cache.feeds(this.ort, n) }, fetches);
+    const feeds = { input_ids: tensor, ...cache.feeds(this.ort, n) };
+    const results = await this.step.run(feeds, fetches);
     cache.append(results, n);
     return results;
   }
@@ -203,7 +205,8 @@ export class WasmModel {
     if (ids.length > context)
       throw new RangeError(`The text has ${ids.length} tokens, the context holds ${context}.`);
     const wrong = ids.find((id) => !(Number.isInteger(id) && id >= 0 && id < V));
-    if (wrong !== undefined) throw new RangeError(`Token ${wrong} is not in the vocabulary of ${V}.`);
+    if (wrong !== undefined)
+      throw new RangeError(`Token ${wrong} is not in the vocabulary of ${V}.`);
   }
 }
 

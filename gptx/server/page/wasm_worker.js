@@ -42,11 +42,11 @@ async function load() {
 const methods = {
   async info({ manifest, tokenizer, threads }) {
     const { config } = manifest;
-    const place = threads > 1 ? `this browser, ${threads} threads` : "this browser";
+    const place = [location.host, "in this browser", threads > 1 ? `${threads} threads` : []];
     return {
       model: manifest.name,
       models: [],
-      place,
+      place: place.flat().join(", "),
       vocabSize: config.vocab_size,
       context: config.n_positions,
       layers: config.n_layer,
@@ -100,7 +100,8 @@ async function answer({ call, method, args }) {
       throw error;
     });
     const result = methods[method](loaded, ...args, controller.signal);
-    if (Symbol.asyncIterator in result) for await (const item of result) postMessage({ call, item });
+    if (Symbol.asyncIterator in result)
+      for await (const item of result) postMessage({ call, item });
     else postMessage({ call, value: await result });
     postMessage({ call, done: true });
   } catch (error) {
