@@ -46,6 +46,8 @@ class Server:
             stderr=subprocess.DEVNULL,
         )
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
         while not self.is_ready():
             assert time.monotonic() < end, "the server is not ready"
@@ -154,6 +156,7 @@ class Load:
 def test_minutes_of_load_leave_nothing_behind() -> None:
     server = Server()
     try:
+        server.wait_until_ready()
         end = time.monotonic() + SECONDS
         n_files = server.n_open_files
         load = Load(server, end)
