@@ -335,11 +335,11 @@ def test_a_request_pauses_in_the_queue(scheduler: Scheduler) -> None:
 
 
 def test_the_least_budget_follows_the_length_of_the_prompt(scheduler: Scheduler) -> None:
-    for n in (4, 100):
-        submit(scheduler, [[5] * n], max_tokens=3)[1].wait()
+    scheduler.pace.add(4, 0.01)
+    scheduler.pace.add(100, 0.1)
     options = check_options(Options(max_tokens=1))
     least = [scheduler.least_budget(Request([[5] * n], options)) for n in (4, 100)]
-    assert 0 < least[0] < least[1]
+    assert least == pytest.approx([0.015, 0.15])
 
 
 def test_the_pace_takes_the_nearest_steps() -> None:
