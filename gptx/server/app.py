@@ -126,7 +126,7 @@ class Api:
                 400, f"best_of is {call.copies}, above n: the best ones are known at the end, "
                 f"which {what} does not wait for", param="best_of", code="invalid_value",
             )  # fmt: skip
-        call.begin()
+        call.begin(state)
         if not streamed:
             deltas = await client.wait(collect(call, limits, self.states, record))
             return JSONResponse(whole_answer(call, deltas))

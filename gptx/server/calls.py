@@ -78,10 +78,12 @@ class Call:
     created: int = 0
     results: dict[int, Result] = field(default_factory=dict)
     state: str | None = None
+    continued: str | None = None
     tokens_before: int = 0  # of the calls before this one
 
-    def begin(self) -> None:
-        """Give the call an id and a time."""
+    def begin(self, continued: str | None = None) -> None:
+        """Give the call an id and a time; `continued` is the state that it continues."""
+        self.continued = continued
         self.id = f"{self.format.prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.state = None
@@ -174,7 +176,12 @@ async def parts(
     """
     left = call.n_ends
     inbox = Inbox(left, eager=eager)
-    ticket = _submit(call, inbox, limits)
+    try:
+        ticket = _submit(call, inbox, limits)
+    except Exception:
+        if call.continued is not None:
+            states.restore(call.continued, call, limits.salt)
+        raise
     end = asyncio.get_running_loop().time() + limits.seconds
     try:
         while left:

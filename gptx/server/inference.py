@@ -58,7 +58,7 @@ async def infer(
             call = make_call(
                 TEXT, scheduler, "", [values["tokens"]], options, settings, may_shorten=True
             )
-        call.begin()
+        call.begin(state)
         [delta] = await collect(call, limits, states, record)
     except (ApiError, GptxError) as error:
         answer = api_error(error)

@@ -72,7 +72,7 @@ class Ticket:
         self.on_event = on_event
         self.prompt_logprobs: dict[int, KnownLogprobs] = {}
         self.cached_tokens = 0
-        self.submitted = time.perf_counter()
+        self.submitted = scheduler.clock()
         self.deadline: float | None = None
         self.n_steps = 0  # since the last pause
         self.canceled = False
@@ -107,6 +107,8 @@ class Scheduler:
     ----------
     pace
         Times of steps so far, from which the time of the next one is expected.
+    clock
+        Function that returns the time in seconds.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Scheduler:
         self._batch: Batch | None = None
         self._owners: dict[TokenSequence, Ticket] = {}
         self.pace = Pace()
+        self.clock: Callable[[], float] = time.perf_counter
         self._changed = threading.Condition()
         self._queue: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -193,7 +196,7 @@ class Scheduler:
         Raises the errors of `submit`.
         """
         ticket.on_event = on_event
-        ticket.submitted = time.perf_counter()
+        ticket.submitted = self.clock()
         ticket.canceled = False
         self._enqueue(ticket, budget)
 
@@ -384,7 +387,7 @@ class Scheduler:
         for ticket in self._running:
             ticket.n_steps += 1
         n_unread, n_running = self._n_unread(), self._n_running()
-        start = time.perf_counter()
+        start = self.clock()
         try:
             made = self._batch.step()
         except Exception as error:
@@ -395,7 +398,7 @@ class Scheduler:
             return
         has_decoded = any(len(sequence.output) > 1 for sequence, _ in made)
         n_read = n_running if has_decoded or not n_unread else n_unread
-        self.pace.add(max(1, n_read), time.perf_counter() - start)
+        self.pace.add(max(1, n_read), self.clock() - start)
         for sequence, token in made:
             if (owner := self._owners.get(sequence)) is not None:
                 self._add(owner, sequence, token)
@@ -439,7 +442,7 @@ class Scheduler:
         if ticket.deadline is None:
             return False
         n_next = max(self._n_running(), self._n_unread(), 1)
-        return time.perf_counter() + MARGIN * self.pace.expect(n_next) > ticket.deadline
+        return self.clock() + MARGIN * self.pace.expect(n_next) > ticket.deadline
 
     def least_budget(self, request: Request, ticket: Ticket | None = None) -> float:
         """Return the smallest budget in which a step of a request fits, in seconds."""

@@ -43,6 +43,11 @@ class States(Generic[Kept]):
                 self._kept.popitem(last=False)
         return id
 
+    def restore(self, id: str, state: Kept, salt: str) -> None:
+        """Keep a state that `take` returned, under its id: it could not continue."""
+        with self._lock:
+            self._kept[id] = (time.monotonic(), salt, state)
+
     def take(self, id: str, salt: str) -> Kept:
         """Return a state and drop it: it continues once.
 

@@ -16,7 +16,7 @@ from gptx.generation.results import Chunk, Result
 from gptx.generation.text_model import Model
 from gptx.server.errors import QueueFull, Unavailable
 from gptx.server.scheduler import Pace, Paused, Scheduler, Ticket
-from tests.support.serving import PATIENCE_SECONDS, held, wait_until
+from tests.support.serving import PATIENCE_SECONDS, held, step_clock, wait_until
 
 ENDLESS = Options(max_tokens=10**6, overflow="slide", ignore_eos=True)
 
@@ -308,16 +308,16 @@ def test_a_paused_request_continues_with_the_same_tokens(
     options = {"max_tokens": 30, **options}
     expected = shakespeare.generate("ROMEO:", **{"n": 1, **options})
     n = len(expected)
-    ticket, listener = submit(scheduler, budget=0.03, **options)
-    pauses = 0
-    while isinstance(listener.wait(n).error, Paused):
-        pauses += 1
-        assert pauses < 1000
-        listener.events = [x for x in listener.events if isinstance(x, Chunk)]
-        other = submit(scheduler, "First Citizen:", max_tokens=3)[1]
-        scheduler.resume(ticket, listener, budget=0.03)
-        other.wait()
-    assert pauses > 0
+    with step_clock(scheduler):
+        ticket, listener = submit(scheduler, budget=0.13, **options)
+        pauses = 0
+        while isinstance(listener.wait(n).error, Paused):
+            pauses += 1
+            assert pauses < 100
+            listener.events = [x for x in listener.events if isinstance(x, Chunk)]
+            submit(scheduler, "First Citizen:", max_tokens=3)[1].wait()
+            scheduler.resume(ticket, listener, budget=0.13)
+    assert pauses > 2
     for i, result in enumerate(expected):
         assert listener.results[i].tokens == result.tokens
         assert listener.results[i].text == result.text
@@ -335,11 +335,11 @@ def test_a_request_pauses_in_the_queue(scheduler: Scheduler) -> None:
 
 
 def test_the_least_budget_follows_the_length_of_the_prompt(scheduler: Scheduler) -> None:
-    for n in (4, 100):
-        submit(scheduler, [[5] * n], max_tokens=3)[1].wait()
+    scheduler.pace.add(4, 0.01)
+    scheduler.pace.add(100, 0.1)
     options = check_options(Options(max_tokens=1))
     least = [scheduler.least_budget(Request([[5] * n], options)) for n in (4, 100)]
-    assert 0 < least[0] < least[1]
+    assert least == pytest.approx([0.015, 0.15])
 
 
 def test_the_pace_takes_the_nearest_steps() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from starlette.routing import BaseRoute
 
+from gptx.generation.batching import Batch
 from gptx.generation.text_model import Model
 from gptx.server.app import make_app
 from gptx.server.gate import Gate
@@ -136,6 +137,40 @@ def serving(model: Model, settings: Settings | None = None, **options: Any) -> I
         yield served
     finally:
         served.close()
+
+
+class StepClock:
+    """A clock on which each step of the batch takes the same time, whatever the machine does."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self.now = 0.0
+        self.step_seconds = step_seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextlib.contextmanager
+def step_clock(scheduler: Scheduler, step_seconds: float = 0.02) -> Iterator[StepClock]:
+    """Let a scheduler use a `StepClock` within a context."""
+    clock, step = StepClock(step_seconds), Batch.step
+
+    def timed_step(batch: Batch) -> Any:
+        clock.now += clock.step_seconds
+        return step(batch)
+
+    before = scheduler.clock
+    wait_until(lambda: scheduler.idle)
+    with held(scheduler):
+        scheduler.pace.clear()
+        scheduler.clock, Batch.step = clock, timed_step  # type: ignore[method-assign]
+    try:
+        yield clock
+    finally:
+        wait_until(lambda: scheduler.idle)
+        with held(scheduler):
+            scheduler.pace.clear()
+            scheduler.clock, Batch.step = before, step  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
