@@ -28,6 +28,8 @@ from gptx.server import upload_client
 from gptx.server.upload_client import MAX_FAILURES, Upload, find_files, read_files
 from tests.support.cli import run
 from tests.support.conversions import contents
+from tests.support.files import burn_bytes
+from tests.support.random_models import CASES
 from tests.support.store_server import (
     Client,
     CuttingProxy,
@@ -97,6 +99,16 @@ def test_the_name_of_a_folder_with_dots(client: Client, root: Path, tmp_path: Pa
     model_files(tmp_path / "gpt2.v1.5")
     assert run("upload", str(tmp_path / "gpt2.v1.5"), client.url).code == 0
     assert visible(root).keys() == {"gpt2.v1.5"}
+
+
+def test_all_files_of_a_format_without_fixed_names(
+    client: Client, root: Path, tmp_path: Path
+) -> None:
+    config = burn_bytes.narrow(CASES["tiny"])
+    burn_bytes.write_burn(tmp_path / "m", config)
+    (tmp_path / "m" / "notes.txt").write_text("a note")
+    assert run("upload", str(tmp_path / "m"), client.url).code == 0
+    assert visible(root) == {"m": contents(tmp_path / "m")}
 
 
 def test_a_server_below_a_path(model: Path) -> None:
@@ -410,10 +422,10 @@ def test_an_append_ends_a_row_of_failures(client: Client, model: Path) -> None:
     assert next(cuts) >= MAX_FAILURES
 
 
-@pytest.mark.parametrize("offset", [None, 500])
+@pytest.mark.parametrize("offset", [None, 0, 500])
 def test_progress(client: Client, model: Path, offset: int | None) -> None:
     files = read_files(find_files(model))
-    if offset is not None:
+    if offset:
         source = contents(model)
         client.begin("m", source)
         client.append("/models/m/files/config.json", 0, source["config.json"])
@@ -427,8 +439,20 @@ def test_progress(client: Client, model: Path, offset: int | None) -> None:
     upload.run(offset)
     done = [call[1] for call in calls]
     assert done == sorted(set(done))
-    assert done[0] == (len(contents(model)["config.json"]) if offset is None else offset + CHUNK)
+    assert done[0] == (offset + CHUNK if offset else len(contents(model)["config.json"]))
     assert {call[2] for call in calls} == {upload.length} == {done[-1]}
+
+
+def test_an_append_that_meets_another_client(
+    scripted: tuple[type[_Scripted], str], model: Path
+) -> None:
+    """The upload asks for the offset again."""
+    handler, url = scripted
+    begun = {"files": {name: {"offset": 0} for name in contents(model)}}
+    handler.answers += [(201, {}, begun), (204, {"Upload-Offset": "0"}, {}), (409, {}, {})]
+    handler.answers.append((400, {}, {"detail": "the end"}))
+    assert "the end" in run("upload", str(model), url).err
+    assert handler.answers == []
 
 
 def test_a_busy_server_is_asked_again(scripted: tuple[type[_Scripted], str], model: Path) -> None:
