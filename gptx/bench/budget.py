@@ -3,6 +3,7 @@
 It answers two questions. How many input tokens leave time for one output token? How many output
 tokens fit after a given input? Each is answered with a cache and without (each new token reads the
 whole text again), with the backend's own ops and with the generic ones. Loading does not count.
+With a cache, each number is that of calls of the server (`gptx serve --budget`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from gptx.bench import tables
 from gptx.bench.machine import describe
-from gptx.bench.setups import GREEDY, Settings, Setup, run_setups
+from gptx.bench.setups import Settings, Setup, run_setups
 from gptx.bench.sources import random_ids
 from gptx.bench.tables import Column
 from gptx.bench.worker import Event, Events
 from gptx.errors import ParameterError, argument
-from gptx.generation.engine import TokenGenerator
+from gptx.generation.options import check_options
+from gptx.generation.request import Request
+from gptx.generation.results import Chunk
 from gptx.generation.text_model import Model
 from gptx.kv_cache import KVCache
 from gptx.logits import next_token_logits
+from gptx.server.scheduler import Paused, Scheduler
 
 PROMPT_TOKENS = (19,)
+WARM_UPS = 2  # calls, the first of which compiles
+WARM_UP_TOKENS = 3
 
 
 def run(settings: Settings) -> Events:
@@ -60,25 +67,24 @@ def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetition
     model = chosen.load()
     n_positions = model.config.n_positions
     [text] = random_ids(model.config, 1, n_positions)
-    for _ in _cached_steps(model, text[:1], 3):  # compiles
-        pass
+    calls = Calls(model)
 
     def fits(n: int) -> bool:
-        times = [_seconds(_cached_steps(model, text[:n], 1)) for _ in range(repetitions)]
-        return statistics.median(times) <= budget
+        counts = [calls.count(text[:n], 1, budget) for _ in range(repetitions)]
+        return statistics.median(counts) >= 1
+
+    def count_uncached(ids: list[int], n: int, budget: float) -> int:
+        return count_steps(_uncached_steps(model, ids, n), budget, time.perf_counter)
 
     yield {"progress": "input tokens for one output token"}
     inputs = largest(fits, n_positions)  # a cache is of no use to a single output token
-    for cache, steps in ((True, _cached_steps), (False, _uncached_steps)):
+    for cache, count in ((True, calls.count), (False, count_uncached)):
         outputs = {}
         for n in prompts:
             name = "with a cache" if cache else "without a cache"
             yield {"progress": f"output tokens for {tables.count(n, 'input token')}, {name}"}
             limit = n_positions - n + 1
-            counts = [
-                count_steps(steps(model, text[:n], limit), budget, time.perf_counter)
-                for _ in range(repetitions)
-            ]
+            counts = [count(text[:n], limit, budget) for _ in range(repetitions)]
             outputs[str(n)] = round(statistics.median(counts))
         yield {
             **chosen.facts,
@@ -89,6 +95,49 @@ def measure(setup: dict[str, Any], prompts: list[int], budget: float, repetition
             "outputs": outputs,
             **describe(model.backend),
         }
+    calls.close()
+
+
+class Calls:
+    """Calls of the server's scheduler with a budget.
+
+    Each call has a salt of its own: none finds its prompt in the prefix cache.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._scheduler = Scheduler(model, max_running=1, prefix_bytes=0)
+        self._n_calls = 0
+        for length in (1, model.config.n_positions // 2):  # compiles, and measures steps
+            for _ in range(WARM_UPS):
+                self.count([0] * length, WARM_UP_TOKENS, math.inf)
+
+    def count(self, ids: list[int], max_tokens: int, budget: float) -> int:
+        """Return the number of tokens that a call returns within its budget in seconds."""
+        options = check_options({"max_tokens": max_tokens, "ignore_eos": True})
+        ended: Future[None] = Future()
+        times: list[float] = []
+
+        def listen(event: Chunk | Exception) -> None:
+            if isinstance(event, Paused):
+                ended.set_result(None)
+            elif isinstance(event, Exception):
+                ended.set_exception(event)
+            else:
+                times.append(time.perf_counter())
+                if event.finish_reason is not None:
+                    ended.set_result(None)
+
+        self._n_calls += 1
+        limit = None if math.isinf(budget) else budget
+        start = time.perf_counter()
+        request = Request([ids], options)
+        self._scheduler.submit(request, listen, salt=str(self._n_calls), budget=limit)
+        ended.result()
+        return sum(moment <= start + budget for moment in times)
+
+    def close(self) -> None:
+        """End the engine thread."""
+        self._scheduler.close()
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -110,10 +159,6 @@ def count_steps(steps: Iterator[Any], budget: float, clock: Callable[[], float])
     return n
 
 
-def _cached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
-    return iter(TokenGenerator(model.gpt2, [ids], GREEDY, max_tokens=n))
-
-
 def _uncached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
     backend = model.backend
     ids = list(ids)
@@ -123,13 +168,6 @@ def _uncached_steps(model: Model, ids: list[int], n: int) -> Iterator[Any]:
             best = backend.xp.argmax(next_token_logits(model.gpt2, [ids], cache), axis=-1)
             ids.append(int(backend.to_numpy(best)[0]))
         yield ids
-
-
-def _seconds(steps: Iterator[Any]) -> float:
-    start = time.perf_counter()
-    for _ in steps:
-        pass
-    return time.perf_counter() - start
 
 
 def columns(records: Sequence[Event]) -> tuple[Column, ...]:

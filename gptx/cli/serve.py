@@ -44,6 +44,7 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
         "Model": "model",
         "Address": "host",
         "Access": "api_key",
+        "Engine": "max_running",
         "Limits": "max_queue",
         "Bounded calls": "budget",
         "Log": "log_format",
@@ -82,6 +83,9 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     multiple=True,
     help="Let web pages of this origin call the server, such as https://example.org.",
 )
+@_count("--max-running", 8, "Continuations that are computed together.")
+@_count("--chunk", 128, "Prompt tokens that are read between two steps of the others.")
+@_count("--prefix-cache", 512, "Memory for prompts that begin like earlier ones, in MiB.")
 @_count("--max-queue", 64, "Requests that wait; a further one gets 429 at once.")
 @click.option(
     "--max-tokens",
@@ -124,6 +128,9 @@ def serve(
     api_key: tuple[str, ...],
     api_key_file: str | None,
     cors: tuple[str, ...],
+    max_running: int,
+    chunk: int,
+    prefix_cache: int,
     max_queue: int,
     max_tokens: int | None,
     max_n: int,
@@ -157,6 +164,7 @@ def serve(
         -d '{"prompt": "ROMEO:", "max_tokens": 40}'
     """
     try:
+        from gptx.server import inspect
         from gptx.server.app import make_app
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
@@ -189,6 +197,9 @@ def serve(
         max_n=max_n,
         max_tokens=max_tokens,
         max_queue=max_queue,
+        max_running=max_running,
+        chunk_tokens=chunk,
+        prefix_bytes=prefix_cache * MIB,
         request_seconds=timeout,
         header_seconds=header_timeout,
         body_seconds=body_timeout,
@@ -214,9 +225,11 @@ def serve(
         failures.append(error)
         listener.should_exit = True
 
-    models = Models(max_queue=max_queue)
+    models = Models(settings=settings)
     models.add(name or Path(model).name, load_model)
-    gate = make_app(models, settings, preload=True, on_failure=end)
+    gate = make_app(
+        models, settings, extra_routes=inspect.routes(models), preload=True, on_failure=end
+    )
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
     if host not in LOOPBACK and not settings.keys:

@@ -19,7 +19,7 @@ from gptx.backends.base import HostTokens, NextTokens
 from gptx.errors import GptxError, ParameterError, argument
 from gptx.generation.logprobs import logprobs_of
 from gptx.generation.results import Token
-from gptx.generation.sampling import ALL_BANNED, NOT_FINITE, make_sampler
+from gptx.generation.sampling import ALL_BANNED, NOT_FINITE, Sampler, make_sampler
 from gptx.generation.sequences import Sampling, Sequence
 from gptx.generation.slots import Slot, Slots, common_prefix
 from gptx.kv_cache import KVCache
@@ -393,6 +393,8 @@ class Batch:
         """Compute the next token of each running sequence."""
         made: list[Made] = []
         if not self._is_ahead:
+            if len(self._groups) > 1:
+                self._merge_groups()
             made = self._compute_next()
         newest = [(group, group.tokens) for group in self._groups if group.sequences]
         # The device computes the next step while the host reads the tokens of this one.
@@ -402,6 +404,22 @@ class Batch:
         for group, tokens in newest:
             made += self._read(group, tokens)
         return made
+
+    def _merge_groups(self) -> None:
+        """Let the groups whose parameters differ in the seed only share a sampler."""
+        merged: list[Group] = []
+        for group in self._groups:
+            own = group.sampling.without_seed
+            other = next((one for one in merged if one.sampling.without_seed == own), None)
+            if other is None or not isinstance(group.sampler, Sampler):
+                merged.append(group)
+            else:
+                other.sampler.join(group.sampler)
+                other.sequences += group.sequences
+                other.slots += group.slots
+                ids = self._backend.xp.concat([other.tokens.ids, group.tokens.ids])
+                other.tokens = NextTokens(ids, None)
+        self._groups = merged
 
     def _compute_next(self) -> list[Made]:
         """Start the step that adds the newest tokens to the sequences, and samples the next."""

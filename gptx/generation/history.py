@@ -167,6 +167,11 @@ class History:
         for row, id in zip(self.ids, ids, strict=True):
             row.append(id)
 
+    def join(self, other: History) -> None:
+        """Add the sequences of another history."""
+        self.ids += other.ids
+        self._n_prompt += other._n_prompt
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all sequences but `rows`."""
         self.ids = [self.ids[row] for row in rows]

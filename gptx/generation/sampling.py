@@ -122,6 +122,7 @@ class Sampler:
         self.params = params
         self.backend = backend
         self.streams = list(streams)
+        self.seeds = [params.seed or 0] * len(prompts)
         outputs = outputs or [[] for _ in prompts]
         self.steps = [len(output) for output in outputs]
         self._bias = self._seen = self._output = None
@@ -145,6 +146,7 @@ class Sampler:
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but `rows`."""
         self.streams = [self.streams[row] for row in rows]
+        self.seeds = [self.seeds[row] for row in rows]
         self.steps = [self.steps[row] for row in rows]
         index = self.backend.asarray(np.asarray(rows))
         if self._seen is not None:
@@ -153,6 +155,19 @@ class Sampler:
             self._output = self.backend.xp.take(self._output, index, axis=0)
         if self.history is not None:
             self.history.keep(rows)
+
+    def join(self, other: Sampler) -> None:
+        """Add the sequences of another sampler, whose parameters differ in the seed only."""
+        concat = self.backend.xp.concat
+        self.streams += other.streams
+        self.seeds += other.seeds
+        self.steps += other.steps
+        if self._seen is not None:
+            self._seen = concat([self._seen, other._seen])
+        if self._output is not None:
+            self._output = concat([self._output, other._output])
+        if self.history is not None and other.history is not None:
+            self.history.join(other.history)
 
     def __call__(self, logits: Array) -> tuple[Array, Any]:
         """Sample a token id from each row of logits [B, V].
@@ -172,8 +187,8 @@ class Sampler:
             tokens = xp.argmax(x, axis=-1)
         else:
             u = [
-                uniform(params.seed or 0, stream, step)
-                for stream, step in zip(self.streams, self.steps, strict=True)
+                uniform(*numbers)
+                for numbers in zip(self.seeds, self.streams, self.steps, strict=True)
             ]
             u_device = self.backend.asarray(np.array(u), "float32")
             tokens = draw(self.backend, self.filter(x), u_device)

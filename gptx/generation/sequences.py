@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from gptx.errors import PromptError, argument
 from gptx.generation.logprobs import KnownLogprobs
@@ -29,6 +31,12 @@ class Sampling:
     end_ids: frozenset[int] = frozenset()
     logprobs: bool = False
     top_logprobs: int = 0
+
+    @cached_property
+    def without_seed(self) -> tuple[Any, ...]:
+        """All parameters but the seed; sequences with equal ones can share a sampler."""
+        params = replace(self.params, seed=None)
+        return params, self.end_ids, self.logprobs, self.top_logprobs
 
 
 @dataclass(eq=False)

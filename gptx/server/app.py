@@ -38,7 +38,8 @@ from gptx.server.states import States
 from gptx.server.streams import Client, Disconnected, EventStream
 
 Make = Callable[[Scheduler, str, dict[str, Any], Settings], Call]
-THREADS = 4  # which encode prompts
+THREADS = 4  # which encode long prompts
+MAX_INLINE_CHARACTERS = 2000  # of a prompt that the event loop encodes, in less than 1 ms
 logger = logging.getLogger("gptx.server")
 
 
@@ -88,11 +89,14 @@ class Api:
         ]  # fmt: skip
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in a thread, so that other clients do not wait for it."""
+        """Run a function in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     async def find(self, name: str | None) -> tuple[str, Scheduler]:
         """Return the name and the scheduler of a model; one of the store is loaded if necessary."""
+        wanted = self.models.default if name is None else name
+        if wanted is not None and (scheduler := self.models.loaded.get(wanted)) is not None:
+            return wanted, scheduler
         found = await self.in_thread(self.models.check_name, name)
         if found not in self.models.loaded and self.models.is_stored(found):
             await self.in_thread(self.models.setup, found)
@@ -108,7 +112,11 @@ class Api:
             check_state(values)
             call = self.states.take(state, salt)
         else:
-            call = await client.wait(self.in_thread(make, scheduler, name, values, settings))
+            # Long prompts are encoded in a thread, so that other clients do not wait for them.
+            if len(str(values.get("prompt", values.get("messages")))) < MAX_INLINE_CHARACTERS:
+                call = make(scheduler, name, values, settings)
+            else:
+                call = await client.wait(self.in_thread(make, scheduler, name, values, settings))
         streamed = values.get("stream", False)
         budget = least(values.get("budget"), settings.budget)
         limits = Limits(salt, settings.request_seconds, budget)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptx.errors import DataError
 from gptx.generation.model_info import ModelInfo
 from gptx.server.calls import Call, Format
 from gptx.server.completions import make_call
@@ -148,9 +147,7 @@ def chat_call(scheduler: Scheduler, name: str, values: dict[str, Any], settings:
     if logprobs is not None:
         options["logprobs"] = logprobs
     info = scheduler.model.info
-    messages = [{"role": one["role"], "content": _text(one["content"])}
-                for one in values["messages"]]  # fmt: skip
-    prompt, is_transcript = chat_prompt(info, messages)
+    prompt, is_transcript = chat_prompt(info, values["messages"])
     if is_transcript:
         given = options.get("stop") or []
         options["stop"] = [*([given] if isinstance(given, str) else given), *ENDS]
@@ -168,11 +165,7 @@ def chat_call(scheduler: Scheduler, name: str, values: dict[str, Any], settings:
     )
 
 
-def _text(content: str | list[dict[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def chat_prompt(info: ModelInfo, messages: list[dict[str, str]]) -> tuple[str | list[int], bool]:
+def chat_prompt(info: ModelInfo, given: list[dict[str, Any]]) -> tuple[str | list[int], bool]:
     """Return the prompt of messages, and True if it is a transcript.
 
     Raises
@@ -180,6 +173,7 @@ def chat_prompt(info: ModelInfo, messages: list[dict[str, str]]) -> tuple[str | 
     ApiError
         The template refuses the messages, or jinja2 is missing.
     """
+    messages = [{"role": one["role"], "content": _text(one["content"])} for one in given]
     template = chat_template(info)
     if template is not None:
         text = _render(template, info, messages)
@@ -189,6 +183,10 @@ def chat_prompt(info: ModelInfo, messages: list[dict[str, str]]) -> tuple[str | 
         ids = [[*info.tokenizer.encode(one["content"]), end] for one in messages]
         return [id for one in ids for id in one], False
     return transcript(messages), True
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def is_dialogpt(info: ModelInfo) -> bool:
@@ -246,7 +244,7 @@ def _render(template: str, info: ModelInfo, messages: list[dict[str, str]]) -> s
             add_generation_prompt=True,
             **{**named, **tokenizer.settings.named_tokens()},
         )
-    except (TemplateError, TypeError, ValueError, DataError) as error:
+    except Exception as error:  # a template is a program
         raise ApiError(
             400, f"the chat template of this model refuses the messages: {error}", param="messages"
         ) from None

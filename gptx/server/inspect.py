@@ -28,7 +28,6 @@ from gptx.server.page_files import page_routes
 from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
 from gptx.server.reading import EMBEDDINGS, Reading, stream_of
 from gptx.server.scheduler import Scheduler
-from gptx.server.settings import Settings
 from gptx.server.streams import Client
 from gptx.server.writing import token_bytes
 
@@ -82,18 +81,20 @@ def endpoint(models: Models) -> Endpoint:
     """Return the endpoint `/inspect`."""
 
     async def inspect(scope: Scope, client: Client, values: dict[str, Any]) -> Response:
-        scheduler = models.get(values.get("model"))
-        answer = await client.wait(inspection(scheduler, values))
+        name = await asyncio.to_thread(models.check_name, values.get("model"))
+        if name not in models.loaded and models.is_stored(name):
+            await asyncio.to_thread(models.setup, name)
+        answer = await client.wait(inspection(models.get(name), values))
         return await asyncio.to_thread(JSONResponse, answer)  # of many megabytes, maybe
 
     about = "Return tokens, probabilities, attention and logit lens of a text."
     return Endpoint("/inspect", about, INSPECT, inspect)
 
 
-def routes(models: Models, settings: Settings | None = None) -> list[BaseRoute]:
+def routes(models: Models) -> list[BaseRoute]:
     """Return the routes of the page: its files, and `POST /inspect`."""
     inspect = endpoint(models)
-    handler = JsonRoute(inspect, settings or Settings())
+    handler = JsonRoute(inspect, models.settings)
     return [Route(inspect.path, handler, methods=["POST"]), *page_routes()]
 
 

@@ -52,18 +52,21 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _arm(self) -> None:
-        shortest = min(self.settings.header_seconds, self.settings.keep_alive_seconds)
+        settings = self.settings
+        shortest = min(settings.header_seconds, settings.keep_alive_seconds, settings.send_seconds)
         self._check = self.loop.call_later(shortest / CHECKS, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
         """Abort a connection that waits for a slow client; `close` would wait for it, too."""
         now, unread = self.loop.time(), self.transport.get_write_buffer_size()
         answers = self.cycle is not None and not self.cycle.response_complete
-        if answers or unread < self._unread:
+        if unread < self._unread or (answers and unread == 0):
             self._idle_since = now
         self._unread = unread
         limit = self.settings.header_seconds
-        if self.cycle is not None:
+        if unread:
+            limit = self.settings.send_seconds
+        elif self.cycle is not None:
             limit += self.settings.keep_alive_seconds
         if now - self._idle_since > limit:
             self.transport.abort()

@@ -15,7 +15,8 @@ from gptx.generation.request import Request
 from gptx.generation.results import Chunk
 from gptx.generation.text_model import Model
 from gptx.server.errors import ApiError, Unavailable
-from gptx.server.scheduler import MAX_QUEUE, Scheduler
+from gptx.server.scheduler import Scheduler
+from gptx.server.settings import Settings
 
 Load = Callable[[], Model]
 WARM_UP_TOKENS = 32  # of the prompt and of the output
@@ -49,8 +50,8 @@ class Models:
 
     Parameters
     ----------
-    max_queue
-        See `Scheduler`.
+    settings
+        Limits of the schedulers.
     store
         Store of uploaded models, or None.
     load
@@ -65,11 +66,11 @@ class Models:
     def __init__(
         self,
         *,
-        max_queue: int = MAX_QUEUE,
+        settings: Settings | None = None,
         store: Store | None = None,
         load: Callable[[Path], Model] | None = None,
     ) -> None:
-        self.max_queue = max_queue
+        self.settings = settings or Settings()
         self.store = store
         self.default: str | None = None
         self._load_path = load
@@ -82,11 +83,21 @@ class Models:
             if isinstance(model, Model):
                 loaded = model
                 entry = _Entry(lambda: loaded)
-                entry.scheduler = Scheduler(loaded, max_queue=self.max_queue)
+                entry.scheduler = self._scheduler(loaded)
             else:
                 entry = _Entry(model)
             self._entries[name] = entry
             self.default = self.default or name
+
+    def _scheduler(self, model: Model) -> Scheduler:
+        settings = self.settings
+        return Scheduler(
+            model,
+            max_queue=settings.max_queue,
+            max_running=settings.max_running,
+            chunk_tokens=settings.chunk_tokens,
+            prefix_bytes=settings.prefix_bytes,
+        )
 
     def names(self) -> list[str]:
         """Return the names of all models, the default first."""
@@ -176,11 +187,14 @@ class Models:
             entry = self._entries[found]
         with entry.lock:
             if entry.scheduler is None:
+                scheduler = None
                 try:
-                    scheduler = Scheduler(entry.load(), max_queue=self.max_queue)
+                    scheduler = self._scheduler(entry.load())
                     _warm_up(scheduler)
                 except Exception as error:
                     entry.error = error
+                    if scheduler is not None:
+                        scheduler.close()
                     raise
                 entry.error, entry.scheduler = None, scheduler
             return entry.scheduler

@@ -24,7 +24,7 @@ EMBEDDINGS = "h.0.resid_pre"
 
 
 class Reading:
-    """What a model computes for one text, read chunk by chunk; its methods run in one thread.
+    """The activations and probabilities of one text; its methods run in one thread.
 
     Parameters
     ----------

@@ -378,7 +378,8 @@ class Scheduler:
                 if ticket.n_steps == 0:
                     self.pace.relax()
                 self._end(ticket, Paused(ticket))
-        if not self._owners or self._batch is None:
+        # Canceled sequences leave in a step, too.
+        if self._batch is None or not (self._owners or self._batch.n_waiting):
             return
         for ticket in self._running:
             ticket.n_steps += 1

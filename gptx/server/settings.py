@@ -29,6 +29,12 @@ class Settings:
         Limit of the most probable tokens in the place of each token.
     max_queue
         Number of requests that wait for the engine; a further one is refused at once.
+    max_running
+        Number of sequences in the running batch.
+    chunk_tokens
+        Number of prompt tokens between two decode steps.
+    prefix_bytes
+        Memory of the prefix cache.
     request_seconds
         Time limit of a request, from its arrival.
     header_seconds, body_seconds
@@ -62,6 +68,9 @@ class Settings:
     max_tokens: int | None = None
     max_logprobs: int = 100
     max_queue: int = 64
+    max_running: int = 8
+    chunk_tokens: int = 128
+    prefix_bytes: int = 512 * MIB
     request_seconds: float = 600.0
     header_seconds: float = 10.0
     body_seconds: float = 30.0

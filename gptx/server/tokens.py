@@ -49,16 +49,7 @@ def tokenize(info: ModelInfo, values: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     text = values[given[0]]
     if given == ["messages"]:
-        messages = [
-            {
-                "role": one["role"],
-                "content": one["content"]
-                if isinstance(one["content"], str)
-                else "".join(part["text"] for part in one["content"]),
-            }
-            for one in text
-        ]
-        text, _ = chat_prompt(info, messages)
+        text, _ = chat_prompt(info, text)
     if isinstance(text, str):
         special = values["allow_special"]
         ids = info.tokenizer.encode(text, allow_special=special) if text else []

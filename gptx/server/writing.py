@@ -208,9 +208,7 @@ def token_bytes(info: ModelInfo, id: int) -> list[int] | None:
     return list(tokenizer.decode([id]).encode())
 
 
-def text_logprobs(
-    info: ModelInfo, rows: Sequence[Row], *, by_id: bool = False
-) -> dict[str, Any]:
+def text_logprobs(info: ModelInfo, rows: Sequence[Row], *, by_id: bool = False) -> dict[str, Any]:
     """Return the log-probabilities in the form of /v1/completions.
 
     `by_id` names each token by its id, such as "token_id:5", in place of its text.

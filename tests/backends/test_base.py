@@ -26,12 +26,13 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
     def x(*shape: int) -> np.ndarray:
         return random.normal(size=shape) * 2
 
-    def positions(first: list[int], counts: list[int]) -> Positions:
+    def positions(first: list[int], counts: list[int], slots: Any = None) -> Positions:
         T, last = max(counts), np.array(first) + counts - 1
         index = np.minimum(np.array(first)[:, None] + np.arange(T), last[:, None])
         stop = int(last.max()) + 1
         aligned = bool((last == stop - 1).all() and len(set(counts)) == 1)
-        return Positions(index, stop, aligned, np.asarray)
+        slots = slots and np.array(slots)
+        return Positions(index, stop, aligned, np.asarray, slots=slots)
 
     starts_counts_and_capacities = [
         ([0], [7], 7),
@@ -57,6 +58,11 @@ def cases(random: np.random.Generator) -> dict[str, list[tuple[Any, ...]]]:
         "split_heads": [(x(2, 3, 30), 5), (x(1, 1, 3), 1)],
         "softmax": [(x(2, 3, 7) * 10,), (np.array([[1e4, 0.0, -np.inf]]),)],
         "update_kv": [
+            (x(len(f) + 3, 2, S + 2, 3), x(len(f), 2, max(c), 3), positions(f, c, slots))
+            for f, c, S in starts_counts_and_capacities
+            for slots in (range(1, len(f) + 1), [2 * (len(f) % 2) + 1, 0, 4, 2][: len(f)])
+        ]
+        + [
             (x(len(f), 2, S + 2, 3), x(len(f), 2, max(c), 3), positions(f, c))
             for f, c, S in starts_counts_and_capacities
         ],

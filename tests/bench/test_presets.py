@@ -40,18 +40,29 @@ def test_the_largest_that_fits(limit: int, answer: int) -> None:
 def test_the_tokens_are_the_same_without_a_cache() -> None:
     model = make_model(CASES["124M"], get_backend("numpy", generic=True, threads=1))
     ids = [3, 1, 4, 1, 5]
-    cached = [token.id for [token] in budget._cached_steps(model, ids, 8)]
     *_, last = budget._uncached_steps(model, ids, 8)
-    assert last == [*ids, *cached]
+    assert last == [*ids, *model.generate(ids, max_tokens=8, ignore_eos=True).tokens]
+
+
+def test_calls_count_the_tokens_in_time() -> None:
+    model = make_model(CASES["124M"], get_backend("numpy", generic=True, threads=1))
+    calls = budget.Calls(model)
+    try:
+        assert calls.count([5, 6], 4, 500.0) == 4
+        assert calls.count([5, 6], 4, 1e-9) == 0
+    finally:
+        calls.close()
 
 
 class FakeMachine(Clock):
     """A machine that takes a second for each token that it computes."""
 
-    def cached_steps(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
-        for work in [len(ids), *itertools.repeat(1, n - 1)]:
-            self.now += work
-            yield
+    def calls(self, model: Any) -> Any:
+        def count(ids: list[int], n: int, limit: float) -> int:
+            works = itertools.accumulate([len(ids), *itertools.repeat(1, n - 1)])
+            return sum(work <= limit for work in works)
+
+        return SimpleNamespace(count=count, close=lambda: None)
 
     def uncached_steps(self, model: Any, ids: list[int], n: int) -> Iterator[None]:
         for length in range(len(ids), len(ids) + n):
@@ -64,7 +75,7 @@ def test_the_budget_on_a_fake_machine(
 ) -> None:
     machine = FakeMachine()
     monkeypatch.setattr(budget, "time", machine)
-    monkeypatch.setattr(budget, "_cached_steps", machine.cached_steps)
+    monkeypatch.setattr(budget, "Calls", machine.calls)
     monkeypatch.setattr(budget, "_uncached_steps", machine.uncached_steps)
     setup = {"model": "m", "path": str(folder("124M")), "threads": 1, "generic": True}
     events = budget.measure(setup, prompts=[5, 30, 50], budget=45.0, repetitions=3)

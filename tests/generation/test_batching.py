@@ -14,6 +14,7 @@ from gptx.errors import GptxError, NonFiniteError, ParameterError
 from gptx.generation.batching import MAX_PASSED_OVER, Batch
 from gptx.generation.params import SamplingParams
 from gptx.generation.results import Token
+from gptx.generation.sampling import Sampler
 from gptx.generation.sequences import Sampling, Sequence, make_sequences
 from gptx.generation.text_model import Model
 from gptx.quantization import Quantization
@@ -187,7 +188,8 @@ def test_in_float64_with_generic_ops_no_token_ever_differs() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("quantization", [None, Quantization(32, 8), Quantization(32, 4)])
 def test_ten_thousand_requests(quantization: Quantization | None) -> None:
-    model = make_model(CONFIG, make_backend("numpy"), quantization=quantization)
+    config = CONFIG if quantization is None else replace(CASES["124M"], n_layer=2, n_head=3)
+    model = make_model(config, make_backend("numpy"), quantization=quantization)
     n = 10_000 if quantization is None else 1000
     for seed in range(n // 500):
         run_requests(model, 500, seed=100 + seed)
@@ -291,6 +293,26 @@ def test_a_copy_that_leaves_while_the_prompt_is_read(model: Model) -> None:
     while batch.sequences:
         batch.step()
     assert [copy.output for copy in copies] == [[], alone[1].output, alone[2].output]
+
+
+def test_requests_that_differ_in_the_seed_share_a_sampler(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    real = Sampler.__call__
+
+    def call(self: Sampler, logits: Any) -> Any:
+        rows.append(logits.shape[0])
+        return real(self, logits)
+
+    monkeypatch.setattr(Sampler, "__call__", call)
+    params = {"temperature": 1.0, "presence_penalty": 0.5, "no_repeat_ngram_size": 3}
+    batch = Batch(model.gpt2, 4, N)
+    for seed in (1, 2, 3):
+        batch.add([Sequence([seed], Sampling(SamplingParams(seed=seed, **params)), 4)])
+    batch.add([Sequence([4], Sampling(SamplingParams(seed=4, top_k=5, **params)), 4)])
+    steps(batch)
+    assert rows == [1, 1, 1, 1] + 3 * [3, 1]
 
 
 # Shared prefixes

@@ -260,3 +260,14 @@ def test_log_probabilities_are_finite_in_json(served: Served, shakespeare: Model
     assert finite(-math.inf) == -9999.0
     assert finite(-1.5) == -1.5
     assert finite(None) is None
+
+
+def test_tokens_are_named_by_their_ids_on_request(served: Served, shakespeare: Model) -> None:
+    result = shakespeare.generate(PROMPT, max_tokens=4, logprobs=3)
+    assert result.top_logprobs is not None
+    fields = {"max_tokens": 4, "logprobs": 3, "return_tokens_as_token_ids": True}
+    logprobs = choices(served, **fields)[0]["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{id}" for id in result.tokens]
+    for found, top in zip(logprobs["top_logprobs"], result.top_logprobs, strict=True):
+        assert list(found) == [f"token_id:{id}" for id in top]
+        assert list(found.values()) == pytest.approx(list(top.values()), abs=1e-5)

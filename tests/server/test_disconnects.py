@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 
 from gptx.generation.text_model import Model
 from gptx.server.settings import Settings
-from tests.support.serving import ENDLESS, Served, held, raw_request, serving, wait_until
+from gptx.server.streams import Client, Disconnected
+from tests.support.serving import (
+    ENDLESS,
+    PATIENCE_SECONDS,
+    Served,
+    held,
+    raw_request,
+    serving,
+    wait_until,
+)
 
 PATH = "/v1/completions"
 
@@ -88,15 +98,30 @@ def test_other_calls_of_a_client_that_hangs_up(served: Served, path: str) -> Non
 
 
 def test_a_client_that_does_not_read_is_dropped(shakespeare: Model) -> None:
-    """Its stream ends, and its connection is closed."""
-    settings = Settings(send_seconds=0.05, header_seconds=0.2, keep_alive_seconds=0.2)
-    with serving(shakespeare, settings) as served:
-        body = {**ENDLESS, "stream": True, "logprobs": 100, "echo": True}
-        connection = served.start(PATH, body)
-        wait_until(lambda: served.scheduler.running == 1)
-        wait_until(lambda: served.scheduler.running == 0)
+    settings = Settings(send_seconds=0.2)
+    with serving(shakespeare, settings) as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        wait_until(lambda: served.gate.active == 1)
         wait_until(lambda: not served.listener.server_state.connections)
-        connection.close()
+        assert served.client.get("/health").status_code == 200
+
+
+def test_a_part_that_is_not_read_in_time_ends_the_request() -> None:
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(PATIENCE_SECONDS)
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        await asyncio.sleep(PATIENCE_SECONDS)
+
+    async def run() -> None:
+        async with Client(receive, send, send_seconds=0.01) as client:
+            with pytest.raises(Disconnected):
+                await client.send({"type": "http.response.body"})
+
+    asyncio.run(run())
 
 
 def test_slow_heads_and_idle_connections_are_closed(shakespeare: Model) -> None:

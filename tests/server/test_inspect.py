@@ -24,10 +24,12 @@ TOLERANCE = 2e-5  # nats; the text is read in chunks
 
 @pytest.fixture(scope="module")
 def served(shakespeare: Model) -> Iterator[Served]:
-    """The embedded model with the routes of the page."""
-    models, settings = Models(), Settings()
+    """The embedded model with the routes of the page, and with compiled kernels."""
+    shakespeare.score("To be")
+    settings = Settings()
+    models = Models(settings=settings)
     models.add("shakespeare", shakespeare)
-    server = Served(models, settings, page.routes(models, settings))
+    server = Served(models, settings, page.routes(models))
     yield server
     server.close()
 
@@ -240,9 +242,10 @@ def test_other_requests_have_steps_in_between(
 
 
 def test_a_key_is_needed(shakespeare: Model) -> None:
-    models, settings = Models(), Settings(keys=("secret",))
+    settings = Settings(keys=("secret",))
+    models = Models(settings=settings)
     models.add("shakespeare", shakespeare)
-    server = Served(models, settings, page.routes(models, settings))
+    server = Served(models, settings, page.routes(models))
     try:
         body = {"prompt": "a", "what": ["tokens"]}
         assert server.post("/inspect", body).status_code == 200

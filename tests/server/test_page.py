@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import gptx
 from gptx import research
@@ -22,7 +26,7 @@ from gptx.server.inspect import routes
 from gptx.server.models import Models
 from gptx.server.page_files import TYPES, page_files
 from gptx.server.settings import Settings
-from tests.support.serving import Served, held, wait_until
+from tests.support.serving import PATIENCE_SECONDS, Served, held, wait_until
 
 if TYPE_CHECKING:
     from tests.support.browser import Browser
@@ -38,14 +42,15 @@ browser_test = pytest.mark.browser
 
 def serve(model: Model, settings: Settings | None = None) -> Served:
     settings = settings or Settings()
-    models = Models(max_queue=settings.max_queue)
+    models = Models(settings=settings)
     models.add("shakespeare", model)
-    return Served(models, settings, routes(models, settings))
+    return Served(models, settings, routes(models))
 
 
 @pytest.fixture(scope="module")
 def served(shakespeare: Model) -> Iterator[Served]:
-    """The embedded model with its page."""
+    """The embedded model with its page, and with compiled kernels."""
+    shakespeare.score(PROMPT)
     server = serve(shakespeare)
     yield server
     server.close()
@@ -531,6 +536,50 @@ def test_a_sheet_shows_alternatives_on_a_phone(page: Browser) -> None:
     assert page.find("aside").value_of_css_property("position") == "static"
 
 
+PLAIN_ENGINE = """
+import { createEngine as createServerEngine } from "./server_engine.js";
+export function createEngine(options) {
+  const engine = createServerEngine(options);
+  const can = { logprobs: false, attention: false, lens: false };
+  return { ...engine, info: async () => ({ ...(await engine.info()), can }) };
+}
+"""
+
+
+@browser_test
+def test_an_engine_that_only_generates(browser: Browser, shakespeare: Model) -> None:
+    """As in a static site without the graphs of attention and lens."""
+    index = page_files()["index.html"].decode().replace("./server_engine.js", "./plain.js")
+
+    async def send(request: Request) -> Response:
+        if request.url.path == "/plain":
+            return Response(index, media_type="text/html")
+        return Response(PLAIN_ENGINE, media_type="text/javascript")
+
+    settings = Settings()
+    models = Models(settings=settings)
+    models.add("shakespeare", shakespeare)
+    extra = [Route("/plain", send), Route("/page/plain.js", send)]
+    server = Served(models, settings, [*routes(models), *extra])
+    try:
+        browser.open(f"{server.url}/plain")
+        browser.wait(READ)
+        result = shakespeare.generate(PROMPT, max_tokens=1, logprobs=10)
+        assert result.top_logprobs is not None
+        wanted = np.exp(list(result.top_logprobs[0].values()))
+        np.testing.assert_allclose(shares_of(browser), wanted, atol=ROUNDED)
+        write(browser, temperature=0, maxTokens=4)
+        for tab in ("attention", "lens"):
+            browser.find(f"#tab-{tab}").click()
+            assert "needs the server" in browser.find(f"#panel-{tab}").text
+        assert (
+            ids_of(browser)
+            == shakespeare.encode(PROMPT) + shakespeare.generate(PROMPT, max_tokens=4).tokens
+        )
+    finally:
+        server.close()
+
+
 @browser_test
 def test_stop_frees_the_place(page: Browser, served: Served) -> None:
     with held(served.scheduler):
@@ -561,6 +610,30 @@ def test_a_key_is_asked_for(chromium: Browser, shakespeare: Model) -> None:
         server.close()
         messages = chromium.messages()
     assert all("401" in one for one in messages), messages
+
+
+@browser_test
+def test_a_model_that_is_being_loaded_is_waited_for(chromium: Browser, shakespeare: Model) -> None:
+    loaded = threading.Event()
+
+    def load() -> Model:
+        loaded.wait(PATIENCE_SECONDS)
+        return shakespeare
+
+    settings = Settings()
+    models = Models(settings=settings)
+    models.add("shakespeare", load)
+    server = Served(models, settings, routes(models), preload=True)
+    try:
+        chromium.open(server.url)
+        chromium.wait("document.querySelector('#where').textContent.includes('not loaded yet')")
+        loaded.set()
+        chromium.wait(READ)
+    finally:
+        loaded.set()
+        server.close()
+        messages = chromium.messages()
+    assert all("503" in one for one in messages), messages
 
 
 @browser_test

@@ -235,12 +235,68 @@ def test_draining_refuses_new_requests_only(scheduler: Scheduler) -> None:
     wait_until(lambda: scheduler.idle)
 
 
+def test_a_long_prompt_is_read_between_the_steps_of_others(shakespeare: Model) -> None:
+    """llama.cpp #4216, #10054: one long prompt stopped the output of everybody."""
+    scheduler = Scheduler(shakespeare, chunk_tokens=16)
+    try:
+        _, short = submit(scheduler, **ENDLESS)
+        short.wait_for_chunks(1)
+        long = Listener()
+        tokens_before: list[int] = []
+
+        def listen(event: Chunk | Exception) -> None:
+            tokens_before.append(len(short.events))
+            long(event)
+
+        with held(scheduler):
+            n = len(short.events)
+            request = Request([list(range(5, 245))], check_options({"max_tokens": 1}))
+            scheduler.submit(request, listen)
+        long.wait()
+        assert tokens_before[0] - n >= 240 // 16 - 1  # a step of it after each chunk
+    finally:
+        scheduler.close()
+
+
+def test_a_request_with_more_copies_than_places(shakespeare: Model) -> None:
+    scheduler = Scheduler(shakespeare, max_running=2)
+    try:
+        options: dict[str, Any] = {"n": 5, "max_tokens": 6, "temperature": 1, "seed": 3}
+        results = submit(scheduler, **options)[1].wait(5).results
+        expected = shakespeare.generate("ROMEO:", **options)
+        assert [results[i].tokens for i in range(5)] == [one.tokens for one in expected]
+    finally:
+        scheduler.close()
+
+
+@pytest.mark.parametrize("overflow", ["slide", "truncate"])
+def test_a_paused_request_slides_as_without_a_pause(
+    scheduler: Scheduler, shakespeare: Model, overflow: str
+) -> None:
+    """A pause after each part of an output that is longer than the context."""
+    options: dict[str, Any] = {
+        "max_tokens": 300, "overflow": overflow, "ignore_eos": True, "temperature": 1, "seed": 1,
+    }  # fmt: skip
+    expected = shakespeare.generate("ROMEO:", **options)
+    ticket, listener = submit(scheduler, **options)
+    for n in (50, 200, 254, 255, 256, 290):
+        if overflow == "truncate" and n > 250:
+            break
+        listener.wait_for_chunks(n)
+        with held(scheduler):
+            ticket.deadline = 0.0
+        listener.wait()
+        assert isinstance(listener.events.pop(), Paused)
+        scheduler.resume(ticket, listener)
+    assert listener.wait().results[0].tokens == expected.tokens
+
+
 SAMPLED: list[dict[str, Any]] = [
     {},
     {"temperature": 1, "seed": 6},
     {"temperature": 1, "seed": 6, "n": 3, "presence_penalty": 1.0},
     {"temperature": 1, "seed": 6, "dry_multiplier": 1.0, "no_repeat_ngram_size": 3},
-    {"temperature": 1, "seed": 6, "min_tokens": 50, "stop": ["th"]},
+    {"temperature": 1, "seed": 6, "min_tokens": 20, "stop": ["th"]},
     {"temperature": 30, "seed": 6, "logprobs": 2},
 ]
 

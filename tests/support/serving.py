@@ -38,10 +38,14 @@ class Served:
     """
 
     def __init__(
-        self, models: Models, settings: Settings, extra_routes: Sequence[BaseRoute] = ()
+        self,
+        models: Models,
+        settings: Settings,
+        extra_routes: Sequence[BaseRoute] = (),
+        preload: bool = False,
     ) -> None:
         self.models = models
-        self.gate: Gate = make_app(models, settings, extra_routes=extra_routes)
+        self.gate: Gate = make_app(models, settings, extra_routes=extra_routes, preload=preload)
         self.listener: Listener = make_listener(self.gate, settings, host="127.0.0.1", port=0)
         self._thread = threading.Thread(target=self.listener.run)
         self._thread.start()
@@ -125,7 +129,7 @@ def read_events(text: str) -> list[Any]:
 def serving(model: Model, settings: Settings | None = None, **options: Any) -> Iterator[Served]:
     """Serve a model on loopback within a context."""
     settings = settings or Settings()
-    models = Models(max_queue=settings.max_queue)
+    models = Models(settings=settings)
     models.add(NAME, model)
     served = Served(models, settings, **options)
     try:

@@ -66,9 +66,16 @@ export function detailView(aside, session) {
     if (index >= 0) buttons[Math.min(index, buttons.length - 1)]?.focus();
   }
 
+  /** Return the position to show: while the end is not read yet, that of the newest token. */
+  function positionOf({ document: text, selected, busy }) {
+    const waits = busy !== "" && selected >= text.places.length && text.next === null;
+    return waits ? Math.max(0, text.places.length - 1) : selected;
+  }
+
   function alternatives(state) {
-    const { document: text, selected, info, settings } = state;
-    const place = text.places[selected];
+    const { document: text, info, settings } = state;
+    const position = positionOf(state);
+    const place = text.places[position];
     const top = place ? place.top : (text.next ?? []);
     const shown = top.slice(0, count);
     session.describe(shown.map(([id]) => id));
@@ -76,10 +83,10 @@ export function detailView(aside, session) {
     more.textContent = count === FEW ? `Show ${top.length}` : `Show ${FEW}`;
     const { probs, others, exact } = rank(top, info?.vocabSize ?? 0, settings);
     const scale = Math.max(Math.exp(top[0]?.[1] ?? 0), probs[0] ?? 0, 1e-9);
-    const rows = shown.map(([id, logprob], i) => row(id, logprob, probs[i], scale));
+    const rows = shown.map(([id, logprob], i) => row(position, id, logprob, probs[i], scale));
     if (place && place.logprob !== null && !shown.some(([id]) => id === place.id)) {
       const index = top.findIndex(([id]) => id === place.id);
-      const its = row(place.id, place.logprob, index < 0 ? 0 : probs[index], scale);
+      const its = row(position, place.id, place.logprob, index < 0 ? 0 : probs[index], scale);
       if (index < 0) its.value = percent(Math.exp(place.logprob));
       rows.push({ ...its, note: index < 0 ? `> ${top.length}` : `${index + 1}.` });
     }
@@ -88,37 +95,35 @@ export function detailView(aside, session) {
       const value = `${exact ? "" : "≈ "}${percent(rest)}`;
       rows.push({ label: "all others", share: null, value, title: exact ? null : ESTIMATE });
     }
-    return { title: titleOf(state, place), note: noteOf(state, place), rows };
+    return { title: titleOf(text, place), note: noteOf(state, place, position), rows };
   }
 
-  function row(id, logprob, prob, scale) {
-    const { selected, document: text } = store.state;
+  function row(position, id, logprob, prob, scale) {
     const name = session.tokens.has(id) ? label(session.tokens.get(id)) : "…";
     return {
       label: name,
       share: prob / scale,
       ghost: Math.exp(logprob) / scale,
       value: percent(prob),
-      marked: text.places[selected]?.id === id,
-      press: () => session.branch(selected, id),
+      marked: store.state.document.places[position]?.id === id,
+      press: () => session.branch(position, id),
       title: `${percent(Math.exp(logprob))} before sampling. Continue from ${name}`,
     };
   }
 
-  function titleOf({ document: text, selected }, place) {
-    if (text.places.length === 0) return "What comes next";
-    if (!place) return "What comes next";
+  function titleOf(text, place) {
+    if (text.places.length === 0 || !place) return "What comes next";
     const token = session.tokens.get(place.id);
     return `In place of ${token ? label(token) : "…"}`;
   }
 
-  function noteOf({ document: text, selected, busy }, place) {
+  function noteOf({ document: text, busy }, place, position) {
     if (text.places.length === 0) return "Alternatives for each token appear here.";
     if (!place && text.next === null) return busy ? "Reading …" : "The text is at its end.";
     if (!place) return "Press one to continue with it.";
     if (place.logprob === null) return "The first token: the model gives it no probability.";
     const surprise = `${bits(place.logprob).toFixed(2)} bits`;
-    return `Token ${selected + 1}, id ${place.id}, ${surprise}. Press another to continue from there.`;
+    return `Token ${position + 1}, id ${place.id}, ${surprise}. Press another to continue from there.`;
   }
 
   store.subscribe((state, before) => {

@@ -45,7 +45,10 @@ function onProgress({ done, total, what }) {
   byId("where").textContent = `${what}${part}`;
 }
 
+let opened = 0; // number of calls of `open`: a later one ends the waiting of one before
+
 async function open(model) {
+  const own = ++opened;
   try {
     engine = createEngine({ model, key: sessionStorage.getItem(KEY) ?? undefined, onProgress });
     const info = await engine.info();
@@ -63,7 +66,12 @@ async function open(model) {
     await session.read(byId("prompt").value);
   } catch (error) {
     store.set({ busy: "" });
-    report(error);
+    if (error.kind === "busy") {
+      byId("where").textContent = error.message;
+      setTimeout(() => own === opened && open(model), 1000 * (error.retryAfter ?? 1));
+    } else {
+      report(error);
+    }
   }
 }
 

@@ -19,7 +19,8 @@ export function textView(panel, session) {
   });
   const summary = make("p.summary");
   const empty = make("p.hint", {}, "Write something: each token appears here on a color.");
-  panel.append(empty, text, legend(), summary);
+  const scale = legend();
+  panel.append(empty, text, scale, summary);
   text.append(next);
 
   const spans = () => [...text.children];
@@ -52,6 +53,7 @@ export function textView(panel, session) {
     });
     text.classList.toggle("ids", info?.text === false);
     empty.hidden = pieces.length > 0;
+    scale.hidden = summary.hidden = pieces.length === 0;
     summary.textContent = summaryOf(document, info);
   });
 }
