@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,49 +117,3 @@ def test_good_clients_beside_a_thousand_hostile_ones(
             connection.close()
         wait_until(lambda: served.scheduler.idle)
         assert served.complete(**BODY)["choices"] == expected
-
-
-def n_open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_long_load_leaves_nothing_behind(shakespeare: Model) -> None:
-    """Requests of all kinds for some minutes: no lost request, no open file, no more memory."""
-    with serving(shakespeare) as served:
-        numbers = random.Random(0)
-        expected = served.complete(**BODY)["choices"]
-
-        def work(seconds: float) -> int:
-            n, end = 0, time.monotonic() + seconds
-            while time.monotonic() < end:
-                kind = numbers.randrange(6)
-                if kind == 0:
-                    events = served.events(PATH, **BODY)
-                    assert events[-1] == "[DONE]"
-                elif kind == 1:
-                    served.start(PATH, {**ENDLESS, "stream": True}).close()
-                elif kind == 2:
-                    served.post("/v1/embeddings", {"input": "a b c"}).raise_for_status()
-                elif kind == 3:
-                    state = served.post(PATH, {**BODY, "max_tokens": 200, "budget": 0.2}).json()
-                    if "state" in state and numbers.random() < 0.5:
-                        served.post(PATH, {"state": state["state"]})
-                else:
-                    assert served.complete(**BODY)["choices"] == expected
-                n += 1
-            return n
-
-        work(SOAK_SECONDS / 4)  # until all caches are full
-        gc.collect()
-        files, memory = n_open_files(), resident_bytes()
-        assert work(SOAK_SECONDS) > 0
-        wait_until(lambda: served.scheduler.idle and served.gate.active == 0)
-        gc.collect()
-        assert n_open_files() <= files + N_GOOD
-        assert resident_bytes() - memory < 40e6
