@@ -89,8 +89,9 @@ def step_graph(config: GPT2Config, dtypes: Mapping[str, str]) -> onnx.ModelProto
     onnx.ModelProto
         The inputs are `input_ids` [1, S], `attention_mask` [1, P+S], `past.i.keys` and
         `past.i.values` [1, H, P, D] of layer i, and the weights. The outputs are `logits`
-        [1, S, V], `total` [1, S], the logarithm of the sum of their exponentials, `new.i.keys` and `new.i.values` [1, H, S, D], `h.i.attn.pattern` [1, H, S, P+S],
-        and the residual stream [1, S, C]: `h.0.resid_pre` and `h.i.resid_post`.
+        [1, S, V], the logarithm of the sum of their exponentials `total` [1, S], `new.i.keys` and
+        `new.i.values` [1, H, S, D], `h.i.attn.pattern` [1, H, S, P+S], and the residual stream
+        [1, S, C]: `h.0.resid_pre` and `h.i.resid_post`.
     """
     ids = ndonnx.argument(dtype=ndonnx.int64, shape=(1, "S"))
     mask = ndonnx.argument(dtype=ndonnx.int64, shape=(1, "P+S"))
