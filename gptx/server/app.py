@@ -53,6 +53,7 @@ class Api:
         self.states: States[Call] = States(settings.max_states, settings.state_seconds)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="gptx-http")
         self.endpoints = self._endpoints()
+        self.documented = list(self.endpoints)
         self._document: dict[str, Any] | None = None
 
     def _endpoints(self) -> list[Endpoint]:
@@ -199,26 +200,26 @@ class Api:
 
     async def show_openapi(self, request: HttpRequest) -> Response:
         """Return the OpenAPI document."""
-        self._document = self._document or openapi(self.endpoints)
+        self._document = self._document or openapi(self.documented)
         return JSONResponse(self._document)
 
     async def show_docs(self, request: HttpRequest) -> Response:
         """Return the page of all fields."""
-        return HTMLResponse(docs_page(self.endpoints))
+        return HTMLResponse(docs_page(self.documented))
 
 
 class JsonRoute:
     """An ASGI application: a JSON object in, checked by a table of fields; JSON or events out."""
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             values = await self._read(scope, receive)
             async with Client(receive, send, send_seconds=self._settings.send_seconds) as client:
-                answer = await self._endpoint.handler(scope, client, values)
+                answer = await self.endpoint.handler(scope, client, values)
                 if isinstance(answer, EventStream):
                     await answer.send()
                 else:
@@ -227,7 +228,7 @@ class JsonRoute:
             scope[RECORD].hung_up = True
 
     async def _read(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        fields = self._endpoint.fields
+        fields = self.endpoint.fields
         values: dict[str, Any] = fields.read(
             BODY, parse(await read_body(scope, receive, self._settings))
         )
@@ -263,6 +264,12 @@ def make_app(
     settings = settings or Settings()
     metrics = Metrics(models)
     api = Api(models, settings, metrics)
+    extra_routes = list(extra_routes)
+    api.documented += [
+        route.endpoint.endpoint
+        for route in extra_routes
+        if isinstance(route, Route) and isinstance(route.endpoint, JsonRoute)
+    ]
 
     def load() -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import threading
@@ -25,7 +24,6 @@ N_GOOD = 8
 N_REQUESTS = 20  # of each good client
 PATH = "/v1/completions"
 BODY: dict[str, Any] = {"prompt": "ROMEO:", "max_tokens": 12, "temperature": 0}
-SOAK_SECONDS = float(os.environ.get("GPTX_SOAK_SECONDS", "120"))
 
 
 def silent(connection: socket.socket) -> None:
