@@ -279,3 +279,8 @@ def test_every_backend_reads_the_same(small: Model) -> None:
             for top in reading.top(small, name, chunk, 1).top_logprobs or []
         ]
         np.testing.assert_allclose(found, lens.top_logprobs[row, 3:, 0], atol=1e-4)
+
+
+def test_the_endpoint_is_documented(served: Served) -> None:
+    document = served.client.get("/openapi.json").json()
+    assert "what" in str(document["paths"]["/inspect"])
