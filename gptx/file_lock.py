@@ -37,17 +37,26 @@ def lock_folder(path: Path) -> Iterator[bool]:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        is_free = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_free = False
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-        yield is_free
+        yield try_lock(descriptor)
     finally:
         os.close(descriptor)  # releases the lock
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; return False if it is locked already.
+
+    Where it cannot be locked (Windows, some file systems), return True.
+    """
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    return True
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

@@ -30,6 +30,7 @@ BROKEN_PIPE = 141  # the code that a shell reports for a process that SIGPIPE en
 # Each command is the function of this name in the file of this name.
 COMMANDS = {
     "backends": "Show which backends work on this machine, and how to install more.",
+    "batch": "Answer a file of requests, and continue where a run has ended.",
     "bench": "Measure the speed of reading (pp) and of generating text (tg).",
     "compile": "Compile the kernels of the numpy backend for this processor, once.",
     "convert": "Convert a model from one file format to another.",
