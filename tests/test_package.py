@@ -98,6 +98,10 @@ ROOMS = [
     "gptx.server.app",
     "gptx.server.listener",
     "gptx.server",
+    "gptx.cluster.items gptx.cluster.in_process",
+    "gptx.cluster.results",
+    "gptx.cluster.runner",
+    "gptx.cluster",
     "gptx.bench",
     "gptx",  # the lazy public names
     "gptx.cli",

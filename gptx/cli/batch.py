@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +16,11 @@ from gptx.cluster.items import Item, parse_shard, read_lines
 from gptx.cluster.results import ResultFile
 from gptx.cluster.runner import IN_FLIGHT, Batch, Progress
 from gptx.errors import BackendError, DataError, GptxError
-from gptx.generation.api import load
+from gptx.generation.api import load_once
 from gptx.generation.options import LoadOptions
 from gptx.generation.text_model import Model
 
+LEAST_TOKENS = 16  # of a line, for the decision to compile: the API's default of max_tokens
 CLEAR_LINE = "\r\x1b[K"  # of a terminal, where the bar is
 
 
@@ -83,7 +86,8 @@ def batch(
         work = Batch(Path(source), results, seed, part)
         progress = work.begin()
         if progress.n_done < progress.n_lines:
-            with load(model, **cast("LoadOptions", options)) as loaded:
+            n_tokens = LEAST_TOKENS * (progress.n_lines - progress.n_done)
+            with load_once(model, n_tokens, **cast("LoadOptions", options)) as loaded:
                 _run(work, loaded, progress, in_flight)
         if not quiet:
             click.echo(_statistics(progress), err=True)
@@ -129,7 +133,27 @@ def _run(work: Batch, model: Model, progress: Progress, in_flight: int) -> None:
             async with Server(model, in_flight) as server:
                 await work.run(server.post, progress, report, in_flight)
 
-        asyncio.run(run())
+        _run_in_thread(run())
+
+
+def _run_in_thread(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in a thread: a signal, which raises in this one, cancels it and waits."""
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
+
+    async def run() -> None:
+        task = asyncio.ensure_future(main)
+        running.append((asyncio.get_running_loop(), task))
+        await task
+
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(asyncio.run, run())
+        try:
+            ended.result()
+        except BaseException:
+            if not ended.done():
+                for loop, task in running:
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _statistics(progress: Progress) -> str:

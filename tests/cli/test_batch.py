@@ -55,7 +55,7 @@ def test_a_finished_batch_loads_no_model(tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "out.jsonl"
     assert run(*BATCH, source, str(output)).code == 0
     data = output.read_bytes()
-    monkeypatch.setattr("gptx.cli.batch.load", None)
+    monkeypatch.setattr("gptx.cli.batch.load_once", None)
     done = run(*BATCH, source, str(output))
     assert (done.code, output.read_bytes()) == (0, data)
     assert "0 completed, 0 failed, 1 done before" in done.err
@@ -104,10 +104,10 @@ def test_a_signal_ends_the_run_and_the_next_one_continues(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     short = {"prompt": "a", "max_tokens": 1}
-    long = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "min_tokens": 250}
+    long = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
     source = write(tmp_path / "in.jsonl", short, *[long] * 200)
     output = tmp_path / "out.jsonl"
-    process = start(*BATCH, "--generic", "-q", source, str(output))
+    process = start(*BATCH, "-q", source, str(output))
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
     process.send_signal(number)
@@ -117,5 +117,5 @@ def test_a_signal_ends_the_run_and_the_next_one_continues(
     done = output.read_bytes()
     assert done.endswith(b"\n")
     write(tmp_path / "in.jsonl", *[short] + [long] * done.count(b"\n"))
-    assert run(*BATCH, "--generic", "-q", source, str(output)).code == 0
+    assert run(*BATCH, "-q", source, str(output)).code == 0
     assert output.read_bytes().startswith(done)

@@ -68,7 +68,7 @@ def test_results_are_in_the_order_in_which_they_finish(tmp_path: Path) -> None:
         return await echo(url, body)
 
     results, _, _ = run(tmp_path, answer)
-    assert [result["line"] for result in results] == [2, 3, 1, 4]
+    assert [result["line"] for result in results] == [2, 3, 4, 1]
 
 
 def test_no_more_items_are_in_flight_than_asked_for(tmp_path: Path) -> None:
