@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gptx.errors import NotFoundError, ParameterError, StorageError, argument, shown
 from gptx.server.errors import ApiError
@@ -35,7 +35,8 @@ ENVELOPE = Record(
 )
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """The part of a batch that one machine computes: each `count`-th line.
 
     Attributes

@@ -170,7 +170,7 @@ class Batch:
                 else:
                     self.results.append(item, _described(item, response), error)
                     progress.count(response, error)
-                report(item, error and error.message)
+                report(item, None if error is None else error.message)
                 await asyncio.sleep(0)  # a run of invalid lines lets the others work
 
         try:

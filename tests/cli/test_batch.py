@@ -43,9 +43,7 @@ def test_invalid_lines_are_reported_and_the_others_computed(tmp_path: Path) -> N
     lines = done.err.splitlines()
     assert lines[0].startswith("Line 1: the line is no JSON")
     assert lines[1].startswith("Line 3: the line has no prompt, messages or input")
-    assert lines[2] == (
-        f"Error: 2 of 3 lines are no valid requests: {output} has their errors"
-    )
+    assert lines[2] == (f"Error: 2 of 3 lines are no valid requests: {output} has their errors")
     errors = [json.loads(line)["error"] for line in output.read_text().splitlines()]
     assert sorted(error["line"] for error in errors if error) == [1, 3]
 

@@ -2,9 +2,9 @@
 
 Arguments: a folder, a seed, and the number of batches. Each batch is ended twice, at seeded points:
 before a request is answered, or before, within or after the write of its result. Then it runs to
-its end. Standard output is a JSON list with the exit codes of the three runs of each batch, and
-`NAME.1` and `NAME.2` are its output after the two kills. A run is a forked child of this process, which has
-no threads.
+its end. Standard output is a JSON list with the exit codes of the three runs of each batch;
+`NAME.1` and `NAME.2` are its output after the two kills. A run is a forked child of this process,
+which has no threads.
 """
 
 from __future__ import annotations
