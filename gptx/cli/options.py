@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 Command = TypeVar("Command", bound=Any)
@@ -160,6 +161,28 @@ def group_size_option(command: Command) -> Command:
         show_default=True,
         help="Weights that share a quantization scale: 32, 64 or 128.",
     )(command)
+
+
+def command_line(ctx: click.Context, *, without: Collection[str]) -> list[str]:
+    """Return the options of a command that were given on its command line, as arguments.
+
+    Parameters
+    ----------
+    without
+        Names of parameters to leave out.
+    """
+    arguments = []
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name in without:
+            continue
+        value, flag = ctx.params[name], max(param.opts, key=len)
+        if isinstance(value, bool):  # a flag without a value
+            arguments.append(flag)
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            arguments += [f"{flag}={one}" for one in values]
+    return arguments
 
 
 class Sections(click.Command):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from gptx.cli.options import Command, Sections, load_options
-from gptx.errors import BackendError, ParameterError, argument
+from gptx.cli.options import Command, Sections, command_line, load_options
+from gptx.errors import BackendError, GptxError, ParameterError, argument
 from gptx.generation.api import load
 from gptx.generation.found_model import find_model
 from gptx.generation.options import LoadOptions
 from gptx.generation.text_model import Model
+from gptx.process import count_cores
+
+if TYPE_CHECKING:
+    from gptx.server.settings import Settings
 
 PORT = 8000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,6 +48,7 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     sections={
         "Model": "model",
         "Address": "host",
+        "Processes": "replicas",
         "Access": "api_key",
         "Engine": "max_running",
         "Limits": "max_queue",
@@ -67,6 +73,8 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     show_default=True,
     help="Port to listen at; 0 takes a free one.",
 )
+@_count("--replicas", 1, "Processes that compute, behind one that listens; they share the weights.")
+@click.option("--listen-fd", type=int, hidden=True)  # of a replica: the socket that it inherits
 @click.option(
     "--api-key",
     metavar="KEY",
@@ -125,6 +133,8 @@ def serve(
     name: str | None,
     host: str,
     port: int,
+    replicas: int,
+    listen_fd: int | None,
     api_key: tuple[str, ...],
     api_key_file: str | None,
     cors: tuple[str, ...],
@@ -215,6 +225,9 @@ def serve(
     _log_to_stderr()
     # A model that does not exist is an error of the command, before the server listens.
     find_model(model, **{name: options[name] for name in FIND_OPTIONS})
+    if replicas > 1:
+        _serve_replicas(replicas, settings, host, port)
+        return
     failures: list[Exception] = []
 
     def load_model() -> Model:
@@ -229,13 +242,51 @@ def serve(
     gate = make_app(models, settings, preload=True, on_failure=end)
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
+    _note_open_address(host, settings)
+    if listen_fd is None:
+        listener.run()
+    else:
+        from gptx.server.replica import inherited_socket
+
+        listener.run([inherited_socket(listen_fd)])
+    if failures:
+        raise failures[0]
+
+
+def _serve_replicas(n: int, settings: Settings, host: str, port: int) -> None:
+    """Run the front process of several replicas, which get the options of this command."""
+    from gptx.server.listener import make_listener, raise_file_limit
+    from gptx.server.replicas import Front
+
+    if not hasattr(os, "fork"):
+        raise ParameterError(f"{argument('replicas')} is {n}, expected 1 on this system")
+    ctx = click.get_current_context()
+    own = ("replicas", "host", "port", "listen_fd")
+    command = [sys.executable, "-m", "gptx", "serve", *command_line(ctx, without=own)]
+    if ctx.params["threads"] is None:
+        command += ["--threads", str(max(1, count_cores() // n))]
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        listener.should_exit = True
+
+    front = Front(command, n, settings, on_failure=end)
+    listener = make_listener(front, settings, host=host, port=port)
+    raise_file_limit(2 * settings.max_connections)  # one more for each, to its replica
+    _note_open_address(host, settings)
+    listener.run()
+    if codes and codes[0] > 0:  # the replica has printed its error
+        ctx.exit(codes[0])
+    if codes:
+        raise GptxError(f"a replica was ended by the signal {-codes[0]} while it started")
+
+
+def _note_open_address(host: str, settings: Settings) -> None:
     if host not in LOOPBACK and not settings.keys:
         click.echo(
             f"Note: {host} is open to other machines, without a key: use --api-key", err=True
         )
-    listener.run()
-    if failures:
-        raise failures[0]
 
 
 def _log_to_stderr() -> None:

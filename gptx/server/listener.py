@@ -10,12 +10,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gptx.server.gate import Gate
 from gptx.server.settings import Settings
 
 CHECKS = 4  # of a connection within its shortest time limit
@@ -74,13 +74,30 @@ class Connection(H11Protocol):
         self._arm()
 
 
+class Application(Protocol):
+    """An ASGI application that a `Listener` ends.
+
+    Attributes
+    ----------
+    draining
+        True to refuse new requests.
+    active
+        Number of requests without their whole answer.
+    """
+
+    draining: bool
+    active: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
 class Listener(uvicorn.Server):
     """A uvicorn server that finishes running requests after a first signal.
 
     New requests get 503 until then. A second signal ends the process at once.
     """
 
-    def __init__(self, gate: Gate, config: uvicorn.Config, settings: Settings) -> None:
+    def __init__(self, gate: Application, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
         self._gate = gate
         self._settings = settings
@@ -91,7 +108,7 @@ class Listener(uvicorn.Server):
         """Listen, and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        for address in self.addresses:
+        for address in self.addresses if sockets is None else []:  # not those of a replica
             logger.info("listening at http://%s, documentation at /docs", address)
 
     @property
@@ -151,7 +168,7 @@ def raise_file_limit(max_connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def make_listener(gate: Gate, settings: Settings, *, host: str, port: int) -> Listener:
+def make_listener(gate: Application, settings: Settings, *, host: str, port: int) -> Listener:
     """Return the server of an application; `run` runs it."""
     protocol = type("Connection", (Connection,), {"settings": settings})
     config = uvicorn.Config(

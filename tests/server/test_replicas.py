@@ -1,0 +1,190 @@
+"""Several replicas behind one front process: answers, balance, failures, the end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from gptx.generation.text_model import Model
+from tests.support.cli import posix, run
+from tests.support.replica_server import (
+    ENDLESS,
+    STREAM_END,
+    ReplicaServer,
+    is_alive,
+    serving,
+    wait_until,
+)
+
+pytestmark = posix
+
+GONE = "the replica of the request has ended: send it again"
+LONG_PROMPT = "To be, or not to be: that is the question: Whether 'tis nobler in the mind to"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ReplicaServer]:
+    """Two replicas that all tests of this file share."""
+    with serving() as found:
+        yield found
+        wait_until(lambda: sum(one["requests"] for one in found.replicas()) == 0)
+
+
+def test_answers_are_those_of_the_model(server: ReplicaServer, shakespeare: Model) -> None:
+    for seed in range(4):
+        options = {"max_tokens": 12, "temperature": 0.8, "seed": seed}
+        expected = shakespeare.generate("ROMEO:", **options).text
+        answer = server.complete(prompt="ROMEO:", **options)
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["text"] == expected
+        with server.stream(prompt="ROMEO:", **options) as events:
+            *chunks, last = events
+        assert last == STREAM_END
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+
+
+def test_other_paths_reach_a_replica(server: ReplicaServer) -> None:
+    assert server.client.get("/v1/models").json()["data"][0]["id"] == "shakespeare"
+    assert server.client.get("/docs").status_code == 200
+    assert server.client.head("/docs").content == b""
+    assert server.client.post("/tokenize", json={"prompt": "ROMEO:"}).json()["count"] == 2
+    assert server.client.get("/nothing?a=1").status_code == 404
+
+
+def test_errors_are_those_of_a_replica(server: ReplicaServer) -> None:
+    answer = server.complete(prompt="a", max_tokenz=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokenz")
+    headers = {"Content-Type": "application/json"}
+    answer = server.client.post("/v1/completions", content=b"nonsense", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    answer = server.client.post("/v1/completions", content=b"{}", headers={"Content-Type": "a/b"})
+    assert answer.status_code == 415
+
+
+def test_requests_at_a_time_are_on_different_replicas(server: ReplicaServer) -> None:
+    with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
+        next(first), next(second)
+        assert [one["requests"] for one in server.replicas()] == [1, 1]
+        running = server.metric("gptx_requests_running")
+        assert running == {"0": 1.0, "1": 1.0}
+        assert server.metric("gptx_replica_requests") == running
+
+
+def test_a_client_that_hangs_up_frees_its_place(server: ReplicaServer) -> None:
+    with server.stream(**ENDLESS) as events:
+        next(events)
+    wait_until(lambda: server.metric("gptx_requests_running") == {"0": 0.0, "1": 0.0})
+
+
+def test_a_client_that_hangs_up_before_the_answer(server: ReplicaServer) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/completions", json=ENDLESS, timeout=0.5)
+    wait_until(lambda: server.metric("gptx_requests_running") == {"0": 0.0, "1": 0.0})
+
+
+def test_a_common_prefix_leads_to_the_same_replica(server: ReplicaServer) -> None:
+    before = server.metric("gptx_generated_tokens_total")
+    with server.stream(prompt="a", max_tokens=1) as events:  # the first replica is not the only one
+        assert list(events)[-1] == STREAM_END
+    for end in ("suffer", "sleep", "dream"):
+        assert server.complete(prompt=f"{LONG_PROMPT} {end}", max_tokens=1).status_code == 200
+    after = server.metric("gptx_generated_tokens_total")
+    assert sorted(after[number] - before[number] for number in after) in ([0, 4], [1, 3])
+
+
+def test_a_state_is_continued_where_it_is(server: ReplicaServer, shakespeare: Model) -> None:
+    options = {"prompt": "ROMEO:", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    answer = server.complete(**options, budget=0.02).json()
+    text = answer["choices"][0]["text"]
+    while (state := answer.get("state")) is not None:
+        answer = server.complete(state=state, budget=0.02).json()
+        text += answer["choices"][0]["text"]
+    assert text == shakespeare.generate("ROMEO:", max_tokens=100, ignore_eos=True).text
+    assert server.complete(state="state-0").status_code == 404
+
+
+def test_keys_are_checked_by_the_replicas() -> None:
+    with serving("--api-key", "secret") as server:
+        assert server.complete(prompt="a", max_tokens=1).status_code == 401
+        assert server.client.get("/metrics").status_code == 401
+        assert server.client.get("/health").status_code == 200
+        server.client.headers["Authorization"] = "Bearer secret"
+        assert server.complete(prompt="a", max_tokens=1).status_code == 200
+        assert server.client.get("/metrics").status_code == 200
+
+
+def test_a_killed_replica_is_started_again_and_the_others_go_on() -> None:
+    with serving() as server:
+        with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
+            next(first), next(second)
+            server.kill(0)
+            *_, last = first
+            assert last["error"]["message"] == GONE
+            assert last["error"]["code"] == "replica_gone"
+            for _ in range(20):
+                assert next(second)["choices"]
+            server.wait_until_ready()
+        assert [one["starts"] for one in server.replicas()] == [2, 1]
+        with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
+            next(first), next(second)
+            assert [one["requests"] for one in server.replicas()] == [1, 1]
+
+
+def test_an_unanswered_request_of_a_killed_replica_is_answered_by_another() -> None:
+    options = {"prompt": "ROMEO:", "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
+    options["overflow"] = "slide"
+    with serving() as server:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(server.complete(**options)))
+        thread.start()
+        wait_until(lambda: [one["requests"] for one in server.replicas()] == [1, 0])
+        server.kill(0)
+        thread.join()
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] == 3000
+
+
+def test_sigterm_drains_all_replicas() -> None:
+    with serving() as server:
+        pids = [server.pid(number) for number in (0, 1)]
+        options = {**ENDLESS, "max_tokens": 400}
+        with server.stream(**options) as first, server.stream(**options) as second:
+            next(first), next(second)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.found("(ending: running requests)"))
+            refused = server.complete(prompt="a", max_tokens=1)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert list(first)[-1] == list(second)[-1] == STREAM_END
+        assert server.process.wait() == 0
+        assert not any(map(is_alive, pids))
+
+
+def test_replicas_end_with_the_front_process() -> None:
+    with serving() as server:
+        pids = [server.pid(number) for number in (0, 1)]
+        server.process.kill()
+        wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_replica_that_cannot_start_ends_the_server() -> None:
+    server = ReplicaServer("--replicas", "2", "--dtype", "bfloat16")  # NumPy has none
+    try:
+        assert server.process.wait() == 2
+    finally:
+        server.close()
+    assert any(line.startswith("Error: ") and "bfloat16" in line for line in server.lines)
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_missing_model_starts_no_replica() -> None:
+    done = run("serve", "-m", "./nothing", "--replicas", "2")
+    assert (done.code, done.out) == (66, "")
+    assert "./nothing" in done.err
+
+
+def test_the_number_of_replicas_is_checked() -> None:
+    assert run("serve", "-m", "shakespeare", "--replicas", "0").code == 2
