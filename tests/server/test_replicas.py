@@ -98,10 +98,10 @@ def test_a_common_prefix_leads_to_the_same_replica(server: ReplicaServer) -> Non
 
 def test_a_state_is_continued_where_it_is(server: ReplicaServer, shakespeare: Model) -> None:
     options = {"prompt": "ROMEO:", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
-    answer = server.complete(**options, budget=0.02).json()
+    answer = server.complete(**options, budget=0.05).json()
     text = answer["choices"][0]["text"]
     while (state := answer.get("state")) is not None:
-        answer = server.complete(state=state, budget=0.02).json()
+        answer = server.complete(state=state, budget=10).json()
         text += answer["choices"][0]["text"]
     assert text == shakespeare.generate("ROMEO:", max_tokens=100, ignore_eos=True).text
     assert server.complete(state="state-0").status_code == 404
@@ -135,7 +135,7 @@ def test_a_killed_replica_is_started_again_and_the_others_go_on() -> None:
 
 
 def test_an_unanswered_request_of_a_killed_replica_is_answered_by_another() -> None:
-    options = {"prompt": "ROMEO:", "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
+    options = {"prompt": "ROMEO:", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
     options["overflow"] = "slide"
     with serving() as server:
         answers: list[httpx.Response] = []
@@ -145,13 +145,13 @@ def test_an_unanswered_request_of_a_killed_replica_is_answered_by_another() -> N
         server.kill(0)
         thread.join()
         assert answers[0].status_code == 200
-        assert answers[0].json()["usage"]["completion_tokens"] == 3000
+        assert answers[0].json()["usage"]["completion_tokens"] == 600
 
 
 def test_sigterm_drains_all_replicas() -> None:
     with serving() as server:
         pids = [server.pid(number) for number in (0, 1)]
-        options = {**ENDLESS, "max_tokens": 400}
+        options = {**ENDLESS, "max_tokens": 200}
         with server.stream(**options) as first, server.stream(**options) as second:
             next(first), next(second)
             server.process.send_signal(signal.SIGTERM)

@@ -79,7 +79,9 @@ class ReplicaServer:
 
     def pid(self, number: int) -> int:
         """Return the newest process of a replica."""
-        return int(self.found(rf"replica {number} is ready, process (\d+)")[-1])
+        pattern = rf"replica {number} is ready, process (\d+)"
+        wait_until(lambda: len(self.found(pattern)) == self.replicas()[number]["starts"])
+        return int(self.found(pattern)[-1])
 
     def kill(self, number: int) -> None:
         """End a replica as `kill -9` does."""
