@@ -109,7 +109,8 @@ def _run(work: Batch, model: Model, progress: Progress, in_flight: int) -> None:
         from gptx.cluster.in_process import Server
     except ModuleNotFoundError as error:
         raise BackendError(
-            f"gptx batch needs {error.name}, run pip install '.[serve]' in a checkout of gptx"
+            f"gptx batch needs the package {error.name}, which is not installed: "
+            "run `pip install '.[serve]'` in a checkout of gptx"
         ) from error
 
     fingerprints = work.results.fingerprints - {f"fp_{model.fingerprint}"}

@@ -74,7 +74,6 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     help="Port to listen at; 0 takes a free one.",
 )
 @_count("--replicas", 1, "Processes that compute, behind one that listens; they share the weights.")
-@click.option("--listen-fd", type=int, hidden=True)  # of a replica: the socket that it inherits
 @click.option(
     "--api-key",
     metavar="KEY",
@@ -134,7 +133,6 @@ def serve(
     host: str,
     port: int,
     replicas: int,
-    listen_fd: int | None,
     api_key: tuple[str, ...],
     api_key_file: str | None,
     cors: tuple[str, ...],
@@ -178,6 +176,7 @@ def serve(
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
         from gptx.server.models import Models
+        from gptx.server.replica import inherited_sockets
         from gptx.server.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("gptx"):
@@ -243,12 +242,7 @@ def serve(
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
     _note_open_address(host, settings)
-    if listen_fd is None:
-        listener.run()
-    else:
-        from gptx.server.replica import inherited_socket
-
-        listener.run([inherited_socket(listen_fd)])
+    listener.run(inherited_sockets())
     if failures:
         raise failures[0]
 
@@ -261,7 +255,7 @@ def _serve_replicas(n: int, settings: Settings, host: str, port: int) -> None:
     if not hasattr(os, "fork"):
         raise ParameterError(f"{argument('replicas')} is {n}, expected 1 on this system")
     ctx = click.get_current_context()
-    own = ("replicas", "host", "port", "listen_fd")
+    own = ("replicas", "host", "port")
     command = [sys.executable, "-m", "gptx", "serve", *command_line(ctx, without=own)]
     if ctx.params["threads"] is None:
         command += ["--threads", str(max(1, count_cores() // n))]

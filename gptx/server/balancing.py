@@ -17,7 +17,7 @@ def blocks_of(text: str, salt: str) -> list[bytes]:
 
     Two texts share as many checksums as they share blocks; texts of other salts share none.
     """
-    found = []
+    found: list[bytes] = []
     checksum = hashlib.blake2b(salt.encode(errors="replace"), digest_size=8)
     for start in range(0, len(text) - BLOCK_CHARACTERS + 1, BLOCK_CHARACTERS):
         if len(found) == MAX_BLOCKS:

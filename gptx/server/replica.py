@@ -27,6 +27,7 @@ ANSWER_SECONDS = 30.0  # for the answer to a look: a replica that needs longer i
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a start, if the last run was short
 LONG_RUN_SECONDS = 60.0
 CHECK_PATH = "/health"
+LISTEN_VARIABLE = "GPTX_LISTEN_FD"  # the number of the socket that a replica inherits
 logger = logging.getLogger("gptx.server")
 
 
@@ -71,7 +72,7 @@ class Replica:
             Function that gets the exit code of a process that never was ready.
         """
         pause = FIRST_PAUSE
-        while not self._ending:
+        while True:
             start = time.monotonic()
             code = await self._run()
             if self._ending:
@@ -92,11 +93,9 @@ class Replica:
         descriptor = self._socket.fileno()
         self.process = process = await asyncio.create_subprocess_exec(
             *self._command,
-            "--listen-fd",
-            str(descriptor),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(descriptor,),
-            env=environment(),
+            env=environment() | {LISTEN_VARIABLE: str(descriptor)},
             start_new_session=True,  # Ctrl-C reaches the front process only
         )
         self.starts += 1
@@ -153,15 +152,18 @@ class Replica:
 # In the replica
 
 
-def inherited_socket(descriptor: int) -> socket.socket:
-    """Return the listening socket that the front process has opened.
+def inherited_sockets() -> list[socket.socket] | None:
+    """Return the listening socket that a front process has opened for this one; None without one.
 
     A thread waits for the end of the front process, and ends this one then. The log leaves out the
     checks of the front process.
     """
+    descriptor = os.environ.pop(LISTEN_VARIABLE, None)
+    if descriptor is None:
+        return None
     logging.getLogger("gptx.server.requests").addFilter(_is_no_check)
     threading.Thread(target=_end_with_front, daemon=True).start()
-    return socket.socket(fileno=descriptor)
+    return [socket.socket(fileno=int(descriptor))]
 
 
 def _is_no_check(record: logging.LogRecord) -> bool:

@@ -26,11 +26,11 @@ from gptx.server.balancing import blocks_of, ranked
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
 from gptx.server.replica import Replica
+from gptx.server.scheduler import MAX_RUNNING
 from gptx.server.settings import Settings
 from gptx.server.streams import Client, Disconnected, encode_event
 from gptx.server.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
 
-SLOTS = 8  # requests that a replica computes at a time
 MAX_ATTEMPTS = 2  # replicas that a request may lose: it may be the cause of their end
 END_SECONDS = 5.0  # for the replicas to end after the last request
 PROMPT_FIELDS = ("prompt", "messages", "input", "tokens", "text")
@@ -47,7 +47,7 @@ class Front:
     Parameters
     ----------
     command
-        Command of a replica; it gets `--listen-fd N`.
+        Command of a replica, which takes the socket of `replica.inherited_sockets`.
     n_replicas
         Number of replicas.
     slots
@@ -69,7 +69,7 @@ class Front:
         n_replicas: int,
         settings: Settings,
         *,
-        slots: int = SLOTS,
+        slots: int = MAX_RUNNING,
         on_failure: Callable[[int], None],
     ) -> None:
         self.replicas = [Replica(number, command) for number in range(n_replicas)]
@@ -99,9 +99,7 @@ class Front:
     async def _live(self, receive: Receive, send: Send) -> None:
         """Run the replicas from the start of the application to its end."""
         await receive()
-        tasks = [
-            asyncio.create_task(replica.keep(self._on_failure)) for replica in self.replicas
-        ]
+        tasks = [asyncio.create_task(replica.keep(self._on_failure)) for replica in self.replicas]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for replica in self.replicas:
@@ -203,7 +201,7 @@ class Front:
                 headers = _headers(scope)
                 if _has_body(scope) and not Read(scope=scope).get("content-length"):
                     headers.append((b"transfer-encoding", b"chunked"))
-                body = _body_of(receive) if _has_body(scope) else _no_body()
+                body = _body_of(receive) if _has_body(scope) else None
                 await upstream.send(scope["method"], _target(scope), headers, body)
                 settings = self._settings
                 async with Client(receive, send, send_seconds=settings.send_seconds) as client:
@@ -266,7 +264,7 @@ class Front:
         if not texts:
             raise _nothing_ready(0)
         return Response(
-            generate_latest(_Collected(texts, self.replicas)),  # type: ignore[arg-type]
+            generate_latest(_Collected(texts, self.replicas)),
             headers={"Content-Type": CONTENT_TYPE_LATEST},
         )
 
@@ -349,8 +347,3 @@ async def _body_of(receive: Receive) -> AsyncIterator[bytes]:
         yield message.get("body", b"")
         if not message.get("more_body", False):
             return
-
-
-async def _no_body() -> AsyncIterator[bytes]:
-    for part in ():
-        yield part

@@ -63,9 +63,9 @@ class Upstream:
             self._writer.transport.abort()  # also an unfinished request
 
     async def send(
-        self, method: str, target: bytes, headers: Headers, body: AsyncIterator[bytes]
+        self, method: str, target: bytes, headers: Headers, body: AsyncIterator[bytes] | None = None
     ) -> None:
-        """Connect, and send a request.
+        """Connect, and send a request; None is no body.
 
         Raises
         ------
@@ -77,9 +77,10 @@ class Upstream:
             raise Unreachable(str(error)) from error
         sent = [*headers, (b"connection", b"close")]
         await self._write(h11.Request(method=method, target=target, headers=sent))
-        async for data in body:
-            if data:
-                await self._write(h11.Data(data=data))
+        if body is not None:
+            async for data in body:
+                if data:
+                    await self._write(h11.Data(data=data))
         await self._write(h11.EndOfMessage())
 
     async def _write(self, event: h11.Event) -> None:
@@ -133,12 +134,7 @@ async def get(port: int, path: str, headers: Headers) -> tuple[int, bytes]:
     ------
     Unreachable, Broken
     """
-
-    async def nothing() -> AsyncIterator[bytes]:
-        for part in ():
-            yield part
-
     async with Upstream(port) as request:
-        await request.send("GET", path.encode(), [(b"host", HOST.encode()), *headers], nothing())
+        await request.send("GET", path.encode(), [(b"host", HOST.encode()), *headers])
         await request.start()
         return request.status, b"".join([part async for part in request.parts()])

@@ -12,7 +12,7 @@ PROMPT = "To be, or not to be: that is the question. " * 10
 
 @dataclass
 class Replica:
-    """What the choice sees of a replica."""
+    """A replica as the choice sees it."""
 
     number: int
     active: int = 0

@@ -127,6 +127,7 @@ def test_a_killed_replica_is_started_again_and_the_others_go_on() -> None:
             assert last["error"]["code"] == "replica_gone"
             for _ in range(20):
                 assert next(second)["choices"]
+            assert server.complete(prompt="a", max_tokens=1).status_code == 200
             server.wait_until_ready()
         assert [one["starts"] for one in server.replicas()] == [2, 1]
         with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
