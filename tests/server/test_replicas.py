@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +20,7 @@ from tests.support.replica_server import (
     STREAM_END,
     ReplicaServer,
     is_alive,
+    read_events,
     serving,
     wait_until,
 )
@@ -128,7 +133,7 @@ def test_a_killed_replica_is_started_again_and_the_others_go_on() -> None:
             for _ in range(20):
                 assert next(second)["choices"]
             assert server.complete(prompt="a", max_tokens=1).status_code == 200
-            server.wait_until_ready()
+            server.wait_for_start(0, 2)
         assert [one["starts"] for one in server.replicas()] == [2, 1]
         with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
             next(first), next(second)
@@ -189,3 +194,65 @@ def test_a_missing_model_starts_no_replica() -> None:
 
 def test_the_number_of_replicas_is_checked() -> None:
     assert run("serve", "-m", "shakespeare", "--replicas", "0").code == 2
+
+
+@pytest.mark.kill
+def test_replicas_that_are_killed_again_and_again_lose_no_request_silently() -> None:
+    """Each request is answered in full, or has an error that says what to do."""
+    draws = random.Random(0)
+    kinds: Counter[str] = Counter()
+    with serving() as server:
+        ended = threading.Event()
+
+        def client(number: int) -> None:
+            while not ended.is_set():
+                options = {**ENDLESS, "max_tokens": 40, "seed": number, "temperature": 0.8}
+                if number % 2:
+                    kinds[answer_of(server, options)] += 1
+                else:
+                    kinds[stream_of(server, options)] += 1
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+        for one in clients:
+            one.start()
+        try:
+            starts = [1, 1]
+            for _ in range(10):
+                ended.wait(draws.random())
+                number = draws.randrange(2)
+                server.kill(number)
+                starts[number] += 1
+                server.wait_for_start(number, starts[number])
+        finally:
+            ended.set()
+            for one in clients:
+                one.join()
+        assert sum(one["starts"] for one in server.replicas()) == 12
+        assert server.complete(prompt="a", max_tokens=1).status_code == 200
+    assert set(kinds) <= {"whole", "error"}
+    assert kinds["whole"] > kinds["error"] > 0
+
+
+def answer_of(server: ReplicaServer, options: dict[str, Any]) -> str:
+    """The kind of an answer: "whole", or "error" for one that says that the replica has ended."""
+    answer = server.complete(**options)
+    if answer.status_code == 503:
+        assert answer.json()["error"]["code"] in ("replica_gone", "loading")
+        assert answer.headers["retry-after"]
+        return "error"
+    assert answer.status_code == 200
+    return "whole" if answer.json()["usage"]["completion_tokens"] == 40 else "part"
+
+
+def stream_of(server: ReplicaServer, options: dict[str, Any]) -> str:
+    """The same of a stream."""
+    body = {**options, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code == 503:
+            assert json.loads(answer.read())["error"]["code"] in ("replica_gone", "loading")
+            return "error"
+        assert answer.status_code == 200
+        events = list(read_events(answer))
+    if events[-1] == STREAM_END:
+        return "whole" if len(events) == 41 else "part"
+    return "error" if events[-1]["error"]["code"] == "replica_gone" else "part"

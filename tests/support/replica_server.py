@@ -29,6 +29,14 @@ def wait_until(is_true: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def read_events(answer: httpx.Response) -> Iterator[Any]:
+    """Yield the events of a stream as they arrive; the last one is "[DONE]"."""
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == STREAM_END else json.loads(data)
+
+
 class ReplicaServer:
     """A front process and its replicas.
 
@@ -87,6 +95,15 @@ class ReplicaServer:
         """End a replica as `kill -9` does."""
         os.kill(self.pid(number), signal.SIGKILL)
 
+    def wait_for_start(self, number: int, starts: int) -> None:
+        """Wait until a process of a replica answers that is at least the `starts`-th one."""
+
+        def is_ready() -> bool:
+            found = self.replicas()
+            return bool(found) and found[number]["ready"] and found[number]["starts"] >= starts
+
+        wait_until(is_ready)
+
     def complete(self, **fields: Any) -> httpx.Response:
         """Return the answer of /v1/completions."""
         return self.client.post("/v1/completions", json=fields)
@@ -97,13 +114,7 @@ class ReplicaServer:
         body = {**fields, "stream": True}
         with self.client.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
-            yield self._events(answer)
-
-    def _events(self, answer: httpx.Response) -> Iterator[Any]:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                data = line.removeprefix("data: ")
-                yield data if data == STREAM_END else json.loads(data)
+            yield read_events(answer)
 
     def metric(self, name: str) -> dict[str, float]:
         """Return the value of a metric without other labels, by replica."""
