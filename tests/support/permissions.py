@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 NOBODY = 65534
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux, see prctl(2)
 
 
 @contextmanager
@@ -35,3 +37,15 @@ def folder_of_another_user() -> Iterator[Path]:
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             os.chown(name, NOBODY, NOBODY)
         yield Path(name)
+
+
+def obey_permissions() -> None:
+    """Let the program that this process runs next obey permissions, also as root.
+
+    It is a `preexec_fn` of a child process. The user stays: another one may not read the Python of
+    this user.
+    """
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl failed")
