@@ -46,6 +46,7 @@ from gptx.bench.tables import NOTHING, Column, duration, markdown
 from gptx.config import SIZES, GPT2Config
 from gptx.embedded import EMBEDDED
 from gptx.generation.found_model import find_model
+from gptx.server.upstream import Broken, Unreachable
 from gptx.tokenization.protocol import Tokenizer
 
 LONG_TOKENS, LONG_OUTPUT = 900, 4
@@ -250,7 +251,7 @@ def measure(folder: Path, work: Path, names: Sequence[str], args: argparse.Names
                 continue
             try:
                 run.records += measure_server(name, server, tokenizer, args, turn)
-            except* (RuntimeError, OSError) as errors:
+            except* (RuntimeError, OSError, Broken, Unreachable) as errors:
                 print(f"{name} is left out: {errors.exceptions[0]}", file=sys.stderr)
             finally:
                 server.close()

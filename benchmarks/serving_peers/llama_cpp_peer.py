@@ -42,6 +42,7 @@ class LlamaServer(Server):
             return [
                 sys.executable, "-m", "llama_cpp.server", *common, "--n_threads", threads,
                 "--n_threads_batch", threads, "--n_ctx", str(CONTEXT),
+                "--interrupt_requests", "false",
             ]  # fmt: skip
         return [
             program, *common, "--threads", threads, "--threads-batch", threads,
