@@ -50,13 +50,11 @@ class Server:
     """
 
     def __init__(self, model: Model, max_queue: int) -> None:
-        models = Models(max_queue=max_queue)
-        models.add(model.name, model)
         settings = Settings(
-            max_body_bytes=MAX_BODY_BYTES,
-            max_queue=max_queue,
-            request_seconds=math.inf,
+            max_body_bytes=MAX_BODY_BYTES, max_queue=max_queue, request_seconds=math.inf
         )
+        models = Models(settings=settings)
+        models.add(model.name, model)
         self._models = models
         self._app = make_app(models, settings)
 
