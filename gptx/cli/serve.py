@@ -272,6 +272,10 @@ def _serve_replicas(n: int, settings: Settings, host: str, port: int) -> None:
     if not hasattr(os, "fork"):
         raise ParameterError(f"{argument('replicas')} is {n}, expected 1 on this system")
     ctx = click.get_current_context()
+    if ctx.params["store"] is not None:  # a deleted model would stay loaded in the others
+        raise ParameterError(
+            f"{argument('replicas')} is {n}, expected 1 with {argument('store')}: omit one of them"
+        )
     own = ("replicas", "host", "port")
     command = [sys.executable, "-m", "gptx", "serve", *command_line(ctx, without=own)]
     if ctx.params["threads"] is None:

@@ -51,9 +51,7 @@ class Server:
 
     def __init__(self, model: Model, max_queue: int) -> None:
         settings = Settings(
-            max_body_bytes=MAX_BODY_BYTES,
-            max_queue=max_queue,
-            request_seconds=math.inf,
+            max_body_bytes=MAX_BODY_BYTES, max_queue=max_queue, request_seconds=math.inf
         )
         models = Models(settings=settings)
         models.add(model.name, model)

@@ -26,7 +26,6 @@ from gptx.server.balancing import blocks_of, ranked
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
 from gptx.server.replica import Replica
-from gptx.server.scheduler import MAX_RUNNING
 from gptx.server.settings import Settings
 from gptx.server.streams import Client, Disconnected, encode_event
 from gptx.server.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
@@ -50,8 +49,6 @@ class Front:
         Command of a replica, which takes the socket of `replica.inherited_sockets`.
     n_replicas
         Number of replicas.
-    slots
-        Number of requests that a replica computes at a time.
     on_failure
         Function that gets the exit code of a replica that cannot start.
 
@@ -69,14 +66,12 @@ class Front:
         n_replicas: int,
         settings: Settings,
         *,
-        slots: int = MAX_RUNNING,
         on_failure: Callable[[int], None],
     ) -> None:
         self.replicas = [Replica(number, command) for number in range(n_replicas)]
         self.draining = False
         self.active = 0
         self._settings = settings
-        self._slots = slots
         self._on_failure = on_failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,7 +139,7 @@ class Front:
         async with Client(receive, send, send_seconds=self._settings.send_seconds) as client:
             while True:
                 left = [one for one in self._ready if one.number not in tried]
-                replica = next(ranked(left, blocks, self._slots), None)
+                replica = next(ranked(left, blocks, self._settings.max_running), None)
                 if replica is None or n_lost == MAX_ATTEMPTS:
                     raise _nothing_ready(n_lost)
                 tried.add(replica.number)
