@@ -137,6 +137,7 @@ def test_a_request_is_a_line_of_the_log(
     settings = Settings(log_format=log_format, log_prompts=log_prompts)
     with serving(shakespeare, settings) as served:
         served.complete("Some secret prompt", max_tokens=3)
+        wait_until(lambda: served.gate.active == 0)  # the line follows the answer
         served.error(prompt="another secret", n=0)
         wait_until(lambda: served.gate.active == 0)
     lines = [one.getMessage() for one in caplog.records if one.name == "gptx.server.requests"]
