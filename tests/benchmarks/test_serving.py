@@ -100,8 +100,9 @@ def test_tables_and_goals() -> None:
     values = {goal.text: goal.value for goal in list_goals(run)}
     assert values["8 clients int8 / llama.cpp Q8_0"] == 2.0
     assert values["8 clients int8 / 1 client"] == 2.5
-    assert values["delay by a long prompt, int8, decode steps"] == pytest.approx(2.0)
-    assert values["delay by a long prompt, int4, decode steps"] is None
+    delay = "delay by a long prompt, {} / 2 decode steps, 1 chunk"
+    assert values[delay.format("int8")] == pytest.approx(1.0)  # 0.4 s later; two steps of 0.2 s
+    assert values[delay.format("int4")] is None
     json.dumps(run.to_dict())
 
 
