@@ -130,6 +130,7 @@ def read_events(text: str) -> list[Any]:
 def serving(model: Model, settings: Settings | None = None, **options: Any) -> Iterator[Served]:
     """Serve a model on loopback within a context."""
     settings = settings or Settings()
+    model.logits([1])  # compiles the kernels: no request waits for that
     models = Models(settings=settings)
     models.add(NAME, model)
     served = Served(models, settings, **options)
