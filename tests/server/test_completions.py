@@ -164,7 +164,7 @@ def test_max_tokens_0_scores_the_prompt(served: Served, shakespeare: Model) -> N
     [choice] = choices(served, max_tokens=0, logprobs=2, echo=True)
     assert choice["text"] == PROMPT
     assert choice["finish_reason"] == "length"
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx(score.logprobs, abs=1e-6)
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(score.logprobs, abs=1e-5)
 
 
 def test_max_tokens_0_without_echo_is_empty(served: Served) -> None:
