@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,8 +144,10 @@ def test_a_conversion_needs_the_memory_of_one_tensor(
     (tmp_path / "warm-up").mkdir()
     to_format(format, source_model("tiny"), tmp_path / "warm-up")  # imports are not measured
     if format == "onnx":  # nor is the graph, which contains no tensor
-        graph = onnx_folder._import_trace()(BIG, (), "logits")
-        monkeypatch.setattr(onnx_folder, "_import_trace", lambda: lambda *_: graph)
+        tracer = onnx_folder.import_tracer("gptx.conversions.formats.onnx_trace")
+        graph = tracer.trace(BIG, (), "logits")
+        traced = SimpleNamespace(trace=lambda *_: graph)
+        monkeypatch.setattr(onnx_folder, "import_tracer", lambda _: traced)
     tracemalloc.start()
     try:
         output = to_format(format, big, tmp_path)
