@@ -131,6 +131,7 @@ def test_a_session_at_a_terminal(tmp_path: Path) -> None:
         user.interrupt("> ")
         user.type("/foo\n")
         user.wait_for("Error: unknown command /foo: see /help")
+        user.wait_for("> ")  # before it, Ctrl-D is not readline's
         user.type("\x04")  # Ctrl-D
         assert user.ended() == 0
     assert "Traceback" not in user.screen
