@@ -147,6 +147,12 @@ class Batch:
         return [sequence for sequence in found if sequence not in self._leaving]
 
     @property
+    def is_idle(self) -> bool:
+        """True if all sequences have ended."""
+        parts: list[Group | Reading] = [*self._groups, *self._reading, *self._waiting]
+        return all(one in self._leaving for part in parts for one in part.sequences)
+
+    @property
     def n_waiting(self) -> int:
         """Number of prompts that wait for slots."""
         return len(self._waiting)

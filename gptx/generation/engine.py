@@ -110,7 +110,7 @@ class TokenGenerator:
         for copies in self._made:
             batch.add(copies, known=self._cache, prompt_logprobs=self._prompt_logprobs)
         self._cache = None
-        while batch.sequences:
+        while not batch.is_idle:
             tokens = []
             for _, made in batch.step():
                 if isinstance(made, GptxError):

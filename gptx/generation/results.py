@@ -124,6 +124,12 @@ class Result:
         end = self.stopped_by
         return [*self.tokens, end] if isinstance(end, int) else self.tokens
 
+    @property
+    def mean_logprob(self) -> float:
+        """Mean of `logprobs`, in nats per token; -inf without any."""
+        logprobs = self.logprobs or [-math.inf]
+        return math.fsum(logprobs) / len(logprobs)
+
     def __str__(self) -> str:
         return self.text or ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -490,16 +489,11 @@ def _best(results: list[Result], options: CheckedOptions) -> list[Result]:
     best = []
     for first in range(0, len(results), options.best_of):
         made = results[first : first + options.best_of]
-        best += sorted(made, key=_mean_logprob, reverse=True)[: options.n or 1]
+        made = sorted(made, key=lambda result: result.mean_logprob, reverse=True)
+        best += made[: options.n or 1]
     if options.logprobs:
         return best
     return [replace(result, logprobs=None) for result in best]
-
-
-def _mean_logprob(result: Result) -> float:
-    """Return the mean log-probability of the tokens, the end token included; -inf of none."""
-    logprobs = result.logprobs or [-math.inf]
-    return math.fsum(logprobs) / len(logprobs)
 
 
 def stream_request(

@@ -123,17 +123,13 @@ class Call:
         best: list[Delta] = []
         for first in range(0, len(deltas), self.copies):
             made = deltas[first : first + self.copies]
-            made = sorted(made, key=lambda one: _mean(self.results[one.index]), reverse=True)
-            best += made[: self.n]
+            best += sorted(made, key=self._mean_logprob, reverse=True)[: self.n]
         for index, delta in enumerate(best):
             delta.index = index
         return best
 
-
-def _mean(result: Result) -> float:
-    """Return the mean log-probability of the tokens, the end token included; -inf of none."""
-    logprobs = result.logprobs or [-math.inf]
-    return math.fsum(logprobs) / len(logprobs)
+    def _mean_logprob(self, delta: Delta) -> float:
+        return self.results[delta.index].mean_logprob
 
 
 @dataclass(frozen=True)

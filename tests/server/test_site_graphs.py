@@ -16,25 +16,11 @@ from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
 from gptx.server import site
 from tests.support.random_models import CASES, random_ids, write_model
-from tests.support.sites import content, write_runtime
+from tests.support.sites import content
 
 pytest.importorskip("ndonnx", reason="pip install '.[test]'")
 
 PROMPT = "To be, or not to be: that is the"
-
-
-@pytest.fixture(scope="session")
-def no_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the names of onnxruntime-web's files."""
-    return write_runtime(tmp_path_factory.mktemp("ort"))
-
-
-@pytest.fixture(scope="session")
-def files_only(tmp_path_factory: pytest.TempPathFactory, no_runtime: Path) -> Path:
-    """A site of the embedded model, without a runtime."""
-    folder = tmp_path_factory.mktemp("site") / "site"
-    site.make_site("shakespeare", folder, ort=no_runtime)
-    return folder
 
 
 def session(folder: Path, graph: str, place: Path) -> Any:
