@@ -33,6 +33,8 @@ class Positions:
         `Backend.asarray`, which copies `host` to the device on demand.
     slots
         Slot of each sequence in the cache, NumPy integers [B]; None if sequence b has slot b.
+    counts
+        Number of new tokens of each sequence, NumPy integers [B]; None if all have T.
     """
 
     host: Array
@@ -40,6 +42,7 @@ class Positions:
     aligned: bool
     asarray: Callable[[Array], Array]
     slots: Array | None = field(default=None, kw_only=True)
+    counts: Array | None = field(default=None, kw_only=True)
 
     @cached_property
     def index(self) -> Array:

@@ -113,7 +113,12 @@ class KVCache:
         self.lengths[rows] = last + 1
         all_slots = np.array_equal(rows, np.arange(len(self.lengths)))
         return Positions(
-            index, stop, aligned, self.backend.asarray, slots=None if all_slots else rows
+            index,
+            stop,
+            aligned,
+            self.backend.asarray,
+            slots=None if all_slots else rows,
+            counts=None if (counts == T).all() else counts,
         )
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:

@@ -44,14 +44,14 @@ class Shape(NamedTuple):
 
     Attributes
     ----------
-    B, T
-        Sequences and new tokens.
+    rows, B
+        New tokens of all sequences, and sequences.
     H, D, capacity
         Heads, head width and positions of the cache; 0 without a cache.
     """
 
-    B: int
-    T: int
+    rows: int
+    B: int = 1
     H: int = 0
     D: int = 0
     capacity: int = 0
@@ -62,8 +62,8 @@ class _Memory(NamedTuple):
 
     Attributes
     ----------
-    key
-        Shape and threads of the run.
+    shape, threads
+        The run; one with fewer rows has room in it, too.
     words
         The words of the run for the mailbox (see `kernels/mailbox.py`).
     addresses
@@ -72,10 +72,16 @@ class _Memory(NamedTuple):
         The arrays that `words` and `addresses` refer to.
     """
 
-    key: tuple[Shape, int]
+    shape: Shape
+    threads: int
     words: Array
     addresses: Array
     arrays: list[Array]
+
+    def has_room(self, shape: Shape, threads: int) -> bool:
+        """Test for enough memory for another run."""
+        same = self.threads == threads and self.shape[2:] == shape[2:]
+        return same and shape.rows <= self.shape.rows
 
 
 class Program:
@@ -101,6 +107,7 @@ class Program:
         self._code: dict[bool, machine_code.Code] = {}  # for a float16 cache or not
         for row, op in zip(self.table, ops, strict=True):
             self._encode(row, op)
+        self._work = self.table[:, columns.WORK].copy()
 
     def run(
         self,
@@ -111,6 +118,7 @@ class Program:
         positions: Array = _NO_INDICES,
         cache: Any = None,
         slots: Array | None = None,
+        first_rows: Array | None = None,
     ) -> None:
         """Run the program.
 
@@ -122,17 +130,24 @@ class Program:
         threads
             Number of threads; None for all.
         ids, positions
-            Token ids and positions, [B, T].
+            Token ids and positions of the rows.
         cache
             The KV cache, for ATTENTION.
         slots
             Slot of each sequence in the cache, [B]; None if sequence b has slot b.
+        first_rows
+            Row of the first new token of each sequence, and the number of rows, [B + 1]; None if
+            all sequences have the same number of new tokens.
         """
         threads = min(threads or self._most_threads, self._most_threads)
         code = self._load_code(cache)
         with POOL.lock:
             memory = self._allocate(shape, threads, buffers)
             words = memory.words
+            words[[run_words.ROWS, run_words.B]] = shape[:2]
+            work = shape.rows * self._work
+            words[run_words.WORK] = work.sum()
+            words[run_words.WORKERS] = 0 if is_serial(int(work.max()), threads) else threads - 1
             for n, x in buffers.items():
                 memory.addresses[n] = _address(x)
             tokens, positions = (
@@ -142,6 +157,10 @@ class Program:
                 _address(tokens),
                 _address(positions),
             )
+            if first_rows is None:
+                first_rows = np.arange(shape.B + 1) * (shape.rows // shape.B)
+            first_rows = np.ascontiguousarray(first_rows, np.int64)
+            words[run_words.FIRST_ROWS] = _address(first_rows)
             if cache is not None:
                 keys, values = _addresses(cache.keys), _addresses(cache.values)
                 words[run_words.KEYS], words[run_words.VALUES] = _address(keys), _address(values)
@@ -161,11 +180,10 @@ class Program:
         return self._code[float16]
 
     def _allocate(self, shape: Shape, threads: int, given: dict[int, Array]) -> _Memory:
-        """Return the memory of a run; small memory is kept for the next run of the same shape."""
-        if self._kept is not None and self._kept.key == (shape, threads):
+        """Return the memory of a run; small memory is kept for the next runs with few rows."""
+        if self._kept is not None and self._kept.has_room(shape, threads):
             return self._kept
-        n_rows = shape.B * shape.T
-        rows = padded_rows(n_rows)
+        rows = padded_rows(shape.rows)
         prepared_size, workspace_size = self._workspace_sizes(shape, threads)
         *buffers, prepared, workspace = arrays = [
             *(
@@ -185,21 +203,17 @@ class Program:
         words[run_words.PREPARED_SIZE] = prepared.size
         words[run_words.WORKSPACE] = _address(workspace)
         words[run_words.WORKSPACE_WIDTH] = workspace.shape[1]
-        words[[run_words.B, run_words.T, run_words.H, run_words.D, run_words.CAPACITY]] = shape
+        words[[run_words.H, run_words.D, run_words.CAPACITY]] = shape[2:]
         words[run_words.AMX] = amx_is_allowed()
         words[run_words.THREADS] = threads
-        work = n_rows * self.table[:, columns.WORK]
-        serial = is_serial(int(work.max()), threads)
-        words[run_words.WORK] = work.sum()
-        words[run_words.WORKERS] = 0 if serial else threads - 1
-        memory = _Memory((shape, threads), words, addresses, arrays)
+        memory = _Memory(shape, threads, words, addresses, arrays)
         if sum(x.nbytes for x in arrays) <= MAX_KEPT_BYTES:
             self._kept = memory
         return memory
 
     def _workspace_sizes(self, shape: Shape, threads: int) -> tuple[int, int]:
         """Return the floats that prepared rows need, and those that each thread needs."""
-        rows = shape.B * shape.T
+        rows = shape.rows
         # A GEMV needs two rows for each thread: the row, and less than another one that
         # `prepare_row` appends with groups of at least 32.
         n_in = int(self.table[:, columns.N_IN].max())

@@ -68,7 +68,7 @@ class QuantizedWeight:
             allocate_aligned((padded_rows(n_rows), width), np.float32) for width in program.widths
         )
         source[:n_rows, :n_in] = rows
-        program.run({0: source, 1: target}, Shape(1, n_rows), threads)
+        program.run({0: source, 1: target}, Shape(n_rows), threads)
         return target[:n_rows, : self.shape[0]].reshape(*x.shape[:-1], -1)
 
     def take_rows(self, ids: Array) -> Array:

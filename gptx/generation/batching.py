@@ -1,9 +1,10 @@
 """The running batch: sequences join and leave between steps; a step computes tokens of many.
 
 A sequence gets the tokens of a separate run, whatever the others do. A step is one pass of the
-model: a decode step of all sequences whose prompts are read, or a chunk of prompts. They alternate,
-so a long prompt does not stop the other sequences. Each sequence has a slot of the KV cache
-(`slots.py`), and leaves without a copy of the others.
+model: the next token of all sequences whose prompts are read, and a chunk of the other prompts, so
+a long prompt does not stop the other sequences. If the model computes padding, the two would be a
+large rectangle of it; there they alternate. Each sequence has a slot of the KV cache (`slots.py`),
+and leaves without a copy of the others.
 """
 
 from __future__ import annotations
@@ -116,6 +117,11 @@ class Batch:
         the others are for running sequences. None: nothing is kept.
     chunk_tokens
         Number of tokens of prompts to read between two decode steps; None reads whole prompts.
+
+    Attributes
+    ----------
+    n_computed
+        Number of tokens that the newest step read.
     """
 
     def __init__(
@@ -136,7 +142,9 @@ class Batch:
         self._reading: list[Reading] = []
         self._groups: list[Group] = []
         self._leaving: set[Sequence] = set()
+        self._mixes = getattr(model.forward, "skips_padding", False)
         self._has_decoded = True  # in the newest step
+        self.n_computed = 0
         self._is_ahead = False  # the device computes the next decode step already
 
     @property
@@ -209,8 +217,8 @@ class Batch:
             self._leave()
             self._slide()
             self._join()
+            self.n_computed = 0
             if self._reading and (self._has_decoded or not self._groups):
-                self._has_decoded = False
                 return self._read_chunk()
             self._has_decoded = True
             return self._decode() if self._groups else []
@@ -286,17 +294,24 @@ class Batch:
     # Prompts
 
     def _read_chunk(self) -> list[Made]:
-        """Read a chunk of prompts; sample the first token after each that is complete."""
+        """Read a chunk of prompts; sample the first token after each that is complete.
+
+        The same pass may compute the next token of the running sequences.
+        """
         picked = self._pick_chunk()
-        parts = [reading.ids[reading.n_done : reading.n_done + n] for reading, n in picked]
-        slots = [reading.slots[0].index for reading, _ in picked]
-        positions = self.cache.extend([n for _, n in picked], slots)
-        ids = self._backend.asarray(pad(parts))
         is_scored = picked[0][0].is_scored
-        logits = self.model.forward(ids, positions, self.cache, last_only=not is_scored)
-        made: list[Made] = []
+        self._has_decoded = self._mixes and not is_scored
+        groups = list(self._merge_groups()) if self._has_decoded else []
+        newest = [[id] for group in groups for id in self._backend.to_numpy(group.tokens.ids)]
+        parts = [reading.ids[reading.n_done : reading.n_done + n] for reading, n in picked]
+        slots = [slot.index for group in groups for slot in group.slots]
+        slots += [reading.slots[0].index for reading, _ in picked]
+        logits = self._forward(newest + parts, slots, last_only=not is_scored)
+        made = self._sample_groups(groups, logits[:, -1, :])
+        for group in groups:
+            made += self._read(group, group.tokens)
         complete: list[tuple[int, Reading]] = []
-        for row, (reading, n) in enumerate(picked):
+        for row, (reading, n) in enumerate(picked, len(newest)):
             failed = self._score(reading, logits[row, :n, :]) if is_scored else []
             made += failed
             reading.n_done += n
@@ -305,6 +320,13 @@ class Batch:
                 complete.append((row, reading))
                 self._reading.remove(reading)
         return made + self._begin(complete, logits[:, -1, :])
+
+    def _forward(self, parts: list[list[int]], slots: list[int], *, last_only: bool) -> Array:
+        """Run a pass over new tokens of the sequences in `slots`."""
+        positions = self.cache.extend([len(part) for part in parts], slots)
+        self.n_computed = sum(map(len, parts))
+        ids = self._backend.asarray(pad(parts))
+        return self.model.forward(ids, positions, self.cache, last_only=last_only)
 
     def _pick_chunk(self) -> list[tuple[Reading, int]]:
         """Return the prompts of the next pass, and the number of tokens to read of each.
@@ -320,15 +342,22 @@ class Batch:
             order = [oldest]
         picked: list[tuple[Reading, int]] = []
         for reading in order:
-            n = min(reading.n_left, self._chunk_tokens)
-            # A pass is a rectangle: the others are padded to the longest one.
-            fits = (len(picked) + 1) * n <= self._chunk_tokens
-            if not picked or (fits and reading.is_scored == picked[0][0].is_scored):
-                picked.append((reading, n))
+            if not picked or reading.is_scored == picked[0][0].is_scored:
+                n = self._fitting(reading, [n for _, n in picked])
+                picked += [(reading, n)] if n else []
         oldest.n_passed_over += 1
         for reading, _ in picked:
             reading.n_passed_over = 0
         return picked
+
+    def _fitting(self, reading: Reading, counts: list[int]) -> int:
+        """Return the number of tokens of a prompt that fit a pass with some of others, maybe 0."""
+        assert self._chunk_tokens is not None
+        if self._mixes and not reading.is_scored:
+            return min(reading.n_left, self._chunk_tokens - sum(counts))
+        # A pass is a rectangle: the others are padded to the longest one.
+        n = min(reading.n_left, self._chunk_tokens)
+        return n if not counts or (len(counts) + 1) * n <= self._chunk_tokens else 0
 
     def _score(self, reading: Reading, logits: Array) -> list[Made]:
         """Add the log-probabilities of the tokens after the next ones, from logits [T, V]."""
@@ -399,8 +428,7 @@ class Batch:
         """Compute the next token of each running sequence."""
         made: list[Made] = []
         if not self._is_ahead:
-            if len(self._groups) > 1:
-                self._merge_groups()
+            self._merge_groups()
             made = self._compute_next()
         newest = [(group, group.tokens) for group in self._groups if group.sequences]
         # The device computes the next step while the host reads the tokens of this one.
@@ -411,8 +439,8 @@ class Batch:
             made += self._read(group, tokens)
         return made
 
-    def _merge_groups(self) -> None:
-        """Let the groups whose parameters differ in the seed only share a sampler."""
+    def _merge_groups(self) -> list[Group]:
+        """Let the groups whose parameters differ in the seed only share a sampler; return all."""
         merged: list[Group] = []
         for group in self._groups:
             own = group.sampling.without_seed
@@ -426,11 +454,13 @@ class Batch:
                 ids = self._backend.xp.concat([other.tokens.ids, group.tokens.ids])
                 other.tokens = NextTokens(ids, None)
         self._groups = merged
+        return merged
 
     def _compute_next(self) -> list[Made]:
         """Start the step that adds the newest tokens to the sequences, and samples the next."""
         groups = self._groups
         slots = [slot.index for group in groups for slot in group.slots]
+        self.n_computed = len(slots)
         positions = self.cache.extend([1] * len(slots), slots)
         if len(groups) == 1:
             ids = groups[0].tokens.ids
@@ -439,6 +469,10 @@ class Batch:
         ids = self._backend.xp.concat([group.tokens.ids for group in groups])
         ids = self._backend.xp.reshape(ids, (-1, 1))
         logits = self.model.forward(ids, positions, self.cache)[:, -1, :]
+        return self._sample_groups(groups, logits)
+
+    def _sample_groups(self, groups: list[Group], logits: Array) -> list[Made]:
+        """Sample the next tokens of groups, whose logits are the first rows of logits [B, V]."""
         made: list[Made] = []
         first = 0
         for group in groups:

@@ -386,7 +386,6 @@ class Scheduler:
             return
         for ticket in self._running:
             ticket.n_steps += 1
-        n_unread, n_running = self._n_unread(), self._n_running()
         start = self.clock()
         try:
             made = self._batch.step()
@@ -396,9 +395,8 @@ class Scheduler:
             for ticket in list(self._running):
                 self._end(ticket, error)
             return
-        has_decoded = any(len(sequence.output) > 1 for sequence, _ in made)
-        n_read = n_running if has_decoded or not n_unread else n_unread
-        self.pace.add(max(1, n_read), self.clock() - start)
+        if self._batch.n_computed:
+            self.pace.add(self._batch.n_computed, self.clock() - start)
         for sequence, token in made:
             if (owner := self._owners.get(sequence)) is not None:
                 self._add(owner, sequence, token)
@@ -441,7 +439,7 @@ class Scheduler:
         """Return True if the next step would end after the budget of a request."""
         if ticket.deadline is None:
             return False
-        n_next = max(self._n_running(), self._n_unread(), 1)
+        n_next = max(self._n_running() + self._n_unread(), 1)
         return self.clock() + MARGIN * self.pace.expect(n_next) > ticket.deadline
 
     def least_budget(self, request: Request, ticket: Ticket | None = None) -> float:

@@ -215,12 +215,36 @@ def model() -> Model:
     return make_model(CONFIG, make_backend("numpy"))
 
 
-def test_chunks_of_a_prompt_and_decode_steps_alternate(model: Model) -> None:
+def test_chunks_of_a_prompt_and_decode_steps_alternate() -> None:
+    """A backend that computes padding takes one or the other in a pass."""
+    model = make_model(CONFIG, make_backend("numpy-generic"))
     batch = Batch(model.gpt2, 2, N, chunk_tokens=4)
     batch.add([one([1, 2], 6, index=0)])
     batch.add([one([1] * 18, 1, index=1)])
     # The short prompt first; then a chunk of the long one between two tokens of the other.
     assert steps(batch) == [[0], [0], [], [0], [], [0], [], [0], [], [0], [1]]
+
+
+def test_chunks_of_a_prompt_and_decode_steps_share_passes(model: Model) -> None:
+    batch = Batch(model.gpt2, 2, N, chunk_tokens=4)
+    batch.add([one([1, 2], 6, index=0)])
+    batch.add([one([1] * 18, 1, index=1)])
+    n_computed = []
+    seen = []
+    while batch.sequences:
+        seen.append([sequence.index for sequence, _ in batch.step()])
+        n_computed.append(batch.n_computed)
+    assert seen == [[0], [0], [0], [0], [0, 1], [0]]
+    assert n_computed == [4, 5, 5, 5, 5, 1]
+
+
+def test_a_prompt_with_log_probabilities_does_not_stop_the_others(model: Model) -> None:
+    """Its logits of all tokens are requested, so it has a pass of its own."""
+    batch = Batch(model.gpt2, 2, N, chunk_tokens=4)
+    batch.add([one([1, 2], 6, index=0)])
+    batch.step()
+    batch.add([one([1] * 10, 1, index=1)], prompt_logprobs=0)
+    assert steps(batch) == [[], [0], [], [0], [1], [0], [0], [0]]
 
 
 def test_a_short_prompt_passes_a_long_one(model: Model) -> None:

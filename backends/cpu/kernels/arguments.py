@@ -13,6 +13,7 @@ from gptx.backends.cpu.interface.instructions import (
     GROUP_SIZE,
     GROUPS,
     INT8,
+    LAST_ONLY,
     N_IN,
     N_OUT,
     OFFSET_BITS,
@@ -32,7 +33,9 @@ class Run(NamedTuple):
     buffers
         Addresses of the activations.
     tokens, positions
-        Token ids and positions, int64 [B·T].
+        Token ids and positions, int64 [rows].
+    first_rows
+        Row of the first new token of each sequence, and the number of rows, int64 [B + 1].
     slots
         Slot of each sequence in the cache, int64 [B].
     keys, values
@@ -41,8 +44,8 @@ class Run(NamedTuple):
         Workspace for the rows that LINEAR prepares for a product, float32.
     workspace
         Workspace of each thread, float32 [threads, ...].
-    B, T, H, D, capacity
-        Sequences, new tokens, heads, head width, positions of the cache.
+    rows, B, H, D, capacity
+        New tokens of all sequences, sequences, heads, head width, positions of the cache.
     amx
         True if the process may use AMX (see `amx/tile_unit.py`).
     threads
@@ -53,13 +56,14 @@ class Run(NamedTuple):
     buffers: Any
     tokens: Any
     positions: Any
+    first_rows: Any
     slots: Any
     keys: Any
     values: Any
     prepared: Any
     workspace: Any
+    rows: int
     B: int
-    T: int
     H: int
     D: int
     capacity: int
@@ -76,9 +80,9 @@ class LinearTask(NamedTuple):
         The instruction, int64 [N_COLUMNS].
     x, y, residual
         Buffers of the source, the target and the residual, float32.
-    rows, stride
-        Number of rows of y; row n is computed from row (n + 1) * stride - 1 of x.
-    prepared, workspace
+    rows
+        Number of rows of y; see `source_row`.
+    first_rows, prepared, workspace
         See `Run`.
     thread, threads
         Number of this thread, and of all threads of the stage.
@@ -89,11 +93,17 @@ class LinearTask(NamedTuple):
     y: Any
     residual: Any
     rows: int
-    stride: int
+    first_rows: Any
     prepared: Any
     workspace: Any
     thread: int
     threads: int
+
+
+@inlined
+def source_row(task: LinearTask, row: int) -> int:
+    """Return the row of x from which a row of y is computed: with LAST_ONLY, that of a sequence."""
+    return task.first_rows[row + 1] - 1 if task.op[LAST_ONLY] else row
 
 
 class AttentionTask(NamedTuple):
@@ -106,12 +116,12 @@ class AttentionTask(NamedTuple):
     y, y_width
         The result, float32, and the length of a row.
     positions
-        Position of each row, int64 [B·T].
-    slots
-        Slot of each sequence in the cache, int64 [B].
+        Position of each row, int64 [rows].
+    first_rows, slots
+        See `Run`.
     keys, values
         The layer's cache [slots, H, capacity, D], flat: float32, or float16 as uint16.
-    T, H, D, capacity
+    rows, B, H, D, capacity
         See `Run`.
     scale
         Factor of the scores, float32.
@@ -124,10 +134,12 @@ class AttentionTask(NamedTuple):
     y: Any
     y_width: int
     positions: Any
+    first_rows: Any
     slots: Any
     keys: Any
     values: Any
-    T: int
+    rows: int
+    B: int
     H: int
     D: int
     capacity: int

@@ -1,7 +1,7 @@
 """The interpreter: a whole forward pass, or one product, in one compiled call.
 
-`run_program` executes a program (see `../interface/instructions.py`) on N = B·T rows, the new
-tokens. LINEAR and ATTENTION have stages, with a barrier between them. `_run_stage` computes one
+`run_program` executes a program (see `../interface/instructions.py`) on rows, the new tokens of B
+sequences, one after the other. LINEAR and ATTENTION have stages, with a barrier between them. `_run_stage` computes one
 thread's share of a stage. Each thread of a run is in `join_runs`, which calls the code of
 `run_program` by its address: threads serve all variants of the code. `../machine_code.py` compiles
 both.
@@ -88,72 +88,100 @@ _is_serial = inlined(is_serial)
 
 
 @inlined
-def _cache_start(task: AttentionTask, head: int) -> int:
-    """Return where the cache of a head of B·H begins."""
-    H = task.H
-    return (task.slots[head // H] * H + head % H) * task.capacity * task.D
+def _cache_start(task: AttentionTask, b: int, head: int) -> int:
+    """Return where the cache of a head of sequence b begins."""
+    return (task.slots[b] * task.H + head) * task.capacity * task.D
 
 
 @inlined
-def _write_cache(task: AttentionTask, B: int, thread: int, threads: int) -> None:
-    """Copy the keys and values of the new tokens to the cache, for a share of the heads."""
-    x, keys, values, positions, D = task.x, task.keys, task.values, task.positions, task.D
-    first, last = split_range(B * task.H, thread, threads)
-    for head in range(first, last):
-        cache_start = _cache_start(task, head)
-        for n in range(head // task.H * task.T, (head // task.H + 1) * task.T):
-            i = cache_start + positions[n] * D
-            j = n * task.x_width + head % task.H * D
-            for d in range(0, D - 15, 16):
-                store(keys, i + d, load(x, j + task.H * D + d))
-                store(values, i + d, load(x, j + 2 * task.H * D + d))
-            for d in range(D // 16 * 16, D):
-                store_scalar(keys, i + d, x[j + task.H * D + d])
-                store_scalar(values, i + d, x[j + 2 * task.H * D + d])
+def _write_cache(task: AttentionTask, thread: int, threads: int) -> None:
+    """Copy the keys and values of the new tokens to the cache, for a share of rows and heads."""
+    x, keys, values, positions = task.x, task.keys, task.values, task.positions
+    first_rows, H, D = task.first_rows, task.H, task.D
+    first, last = split_range(task.rows * H, thread, threads)
+    for b in range(task.B):
+        for n in range(first_rows[b], first_rows[b + 1]):
+            for head in range(max(first - n * H, 0), min(last - n * H, H)):
+                i = _cache_start(task, b, head) + positions[n] * D
+                j = n * task.x_width + head * D
+                for d in range(0, D - 15, 16):
+                    store(keys, i + d, load(x, j + H * D + d))
+                    store(values, i + d, load(x, j + 2 * H * D + d))
+                for d in range(D // 16 * 16, D):
+                    store_scalar(keys, i + d, x[j + H * D + d])
+                    store_scalar(values, i + d, x[j + 2 * H * D + d])
 
 
 @inlined
-def _read_cache(task: AttentionTask, B: int, amx: bool, thread: int, threads: int) -> None:
-    """Compute attention for a share of the heads and, in each, of the blocks of rows."""
-    T, H, D = task.T, task.H, task.D
-    on_amx = HAS_AMX and amx and T >= TILE_ROWS and D % PANEL_OUTPUTS == 0
-    block_rows = TILE_ROWS if on_amx else 1 if T == 1 else QUERIES
-    blocks = (T + block_rows - 1) // block_rows
-    first, last = split_range(B * H * blocks, thread, threads)
+def _uses_amx(task: AttentionTask, rows: int, amx: bool) -> bool:
+    return HAS_AMX and amx and rows >= TILE_ROWS and task.D % PANEL_OUTPUTS == 0
+
+
+@inlined
+def _count_blocks(task: AttentionTask, b: int, amx: bool, single: bool) -> int:
+    """Return the blocks of rows of a sequence; 0 unless it has a single row, or `single` is off."""
+    rows = task.first_rows[b + 1] - task.first_rows[b]
+    if (rows == 1) != single:
+        return 0
+    block_rows = TILE_ROWS if _uses_amx(task, rows, amx) else QUERIES
+    return (rows + block_rows - 1) // block_rows
+
+
+@inlined
+def _read_blocks(task: AttentionTask, b: int, amx: bool, first: int, last: int) -> None:
+    """Compute attention for blocks [first, last) of a sequence, one head after the other."""
+    first_row, end = task.first_rows[b], task.first_rows[b + 1]
+    on_amx = _uses_amx(task, end - first_row, amx)
+    block_rows = TILE_ROWS if on_amx else QUERIES
+    blocks = (end - first_row + block_rows - 1) // block_rows
     length = 0
     for item in range(first, last):
-        head, row = item // blocks, item % blocks * block_rows
-        n, count = head // H * T + row, min(block_rows, T - row)
-        cache_start = _cache_start(task, head)
-        if T == 1:
-            decode_attention(task, head % H, cache_start, n)
+        head, n = item // blocks, first_row + item % blocks * block_rows
+        cache_start, count = _cache_start(task, b, head), min(block_rows, end - n)
+        if end - first_row == 1:
+            decode_attention(task, head, cache_start, n)
             continue
-        if row == 0 or item == first:
-            n_keys = 0
-            for m in range(n - row, n - row + T):
-                n_keys = max(n_keys, task.positions[m] + 1)
+        if n == first_row or item == first:
+            n_keys = task.positions[end - 1] + 1
             if HAS_AMX and on_amx:
                 length = pack_head(task, cache_start, n_keys)
             elif HAS_FLOAT16_CACHE:
                 convert_head(task, cache_start, n_keys)
         if not on_amx:
-            prompt_attention(task, head % H, cache_start, n, count)
+            prompt_attention(task, head, cache_start, n, count)
         elif HAS_AMX:
-            amx_prompt_attention(task, head % H, length, n, count)
+            amx_prompt_attention(task, head, length, n, count)
 
 
 @inlined
-def _run_attention(
-    task: AttentionTask, stage: int, B: int, amx: bool, thread: int, threads: int
-) -> None:
+def _read_cache(task: AttentionTask, amx: bool, single: bool, thread: int, threads: int) -> None:
+    """Compute attention for a share of the heads and, in each, of the blocks of rows.
+
+    `single` selects the sequences with a single row, else the others: a block of them takes longer.
+    """
+    n_blocks = 0
+    for b in range(task.B):
+        n_blocks += task.H * _count_blocks(task, b, amx, single)
+    first, last = split_range(n_blocks, thread, threads)
+    start = 0
+    for b in range(task.B):
+        end = start + task.H * _count_blocks(task, b, amx, single)
+        if start < last and first < end:
+            _read_blocks(task, b, amx, max(first, start) - start, min(last, end) - start)
+        start = end
+
+
+@inlined
+def _run_attention(task: AttentionTask, stage: int, amx: bool, thread: int, threads: int) -> None:
     """Run one stage of ATTENTION.
 
     With one new token to a sequence a thread reads the heads that it has written, in one stage.
     """
     if stage == 0:
-        _write_cache(task, B, thread, threads)
-    if stage == 1 or task.T == 1:
-        _read_cache(task, B, amx, thread, threads)
+        _write_cache(task, thread, threads)
+    if stage == 1 or task.rows == task.B:
+        _read_cache(task, amx, True, thread, threads)
+        _read_cache(task, amx, False, thread, threads)
 
 
 # The program
@@ -162,16 +190,15 @@ def _run_attention(
 @compiled
 def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None:
     """Compute one thread's share of one stage of an instruction."""
-    B, T, H, D = run.B, run.T, run.H, run.D
-    stride = T if op[LAST_ONLY] else 1
-    rows = B * T // stride
-    padded_rows = B * T + TILE_ROWS
+    B, H, D = run.B, run.H, run.D
+    rows = B if op[LAST_ONLY] else run.rows
+    padded_rows = run.rows + TILE_ROWS
     x_width, y_width = op[SOURCE_WIDTH], op[TARGET_WIDTH]
     x = float_array(run.buffers[op[SOURCE]], padded_rows * x_width)
     y = float_array(run.buffers[op[TARGET]], padded_rows * y_width)
     residual = float_array(run.buffers[max(op[RESIDUAL], 0)], padded_rows * y_width)
     linear = LinearTask(
-        op, x, y, residual, rows, stride, run.prepared, run.workspace, thread, threads
+        op, x, y, residual, rows, run.first_rows, run.prepared, run.workspace, thread, threads
     )
     if op[INSTRUCTION] == EMBED:
         embed_tokens(op, run.tokens, run.positions, y)
@@ -180,10 +207,10 @@ def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None
         size, scale = B * H * run.capacity * D, np.float32(op.view(np.float64)[SCALE])
         keys, values = cache_array(k, size), cache_array(v, size)
         task = AttentionTask(
-            x, x_width, y, y_width, run.positions, run.slots, keys, values, T, H, D, run.capacity,
-            scale, run.workspace[thread],
+            x, x_width, y, y_width, run.positions, run.first_rows, run.slots, keys, values,
+            run.rows, B, H, D, run.capacity, scale, run.workspace[thread],
         )  # fmt: skip
-        _run_attention(task, stage, B, run.amx, thread, threads)
+        _run_attention(task, stage, run.amx, thread, threads)
     elif rows == 1 and stage == 0:
         run_gemv(linear)
     elif stage == (1 if rows == 1 else 2):
@@ -207,8 +234,8 @@ def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None
 @compiled
 def _count_stages(op: Any, run: Run, threads: int) -> int:
     """Return the number of stages of an instruction."""
-    rows = run.B if op[LAST_ONLY] else run.B * run.T
-    if op[INSTRUCTION] == EMBED or (op[INSTRUCTION] == ATTENTION and run.T == 1):
+    rows = run.B if op[LAST_ONLY] else run.rows
+    if op[INSTRUCTION] == EMBED or (op[INSTRUCTION] == ATTENTION and run.rows == run.B):
         return 1
     if op[INSTRUCTION] == ATTENTION:
         return 2
@@ -228,7 +255,7 @@ def run_program(address: int, first: int, last: int) -> None:
     target = mailbox[RUN_WORDS + COUNTER_START]
     for i in range(len(run.program)):
         op = run.program[i]
-        threads = 1 if _is_serial(run.B * run.T * op[WORK], run.threads) else run.threads
+        threads = 1 if _is_serial(run.rows * op[WORK], run.threads) else run.threads
         for stage in range(_count_stages(op, run, threads)):
             for thread in range(first, min(last, threads)):
                 _run_stage(op, stage, run, thread, threads)

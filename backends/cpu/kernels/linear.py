@@ -38,6 +38,7 @@ from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
     quantized_matrix,
+    source_row,
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
@@ -86,7 +87,7 @@ def run_gemv(task: LinearTask) -> None:
     thread, threads = task.thread, task.threads
     size = n_in * (n_out + PANEL_OUTPUTS)
     row = task.prepared[thread * (len(task.prepared) // threads) :]
-    normalize_row(op, x, (task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
+    normalize_row(op, x, source_row(task, 0) * op[SOURCE_WIDTH], row, 0, 1)
     if HAS_FLOATS:
         w = float_array(op[WEIGHT], size)
         if op[FORMAT] == FLOAT32_TRANSPOSED:
@@ -134,7 +135,7 @@ def prepare_gemm(task: LinearTask) -> None:
     for block in range(first, last):
         start, end = first_row(block, tall), first_row(block + 1, tall)
         for row in range(start, end):
-            i = ((min(row, rows - 1) + 1) * task.stride - 1) * op[SOURCE_WIDTH]
+            i = source_row(task, min(row, rows - 1)) * op[SOURCE_WIDTH]
             if dots:
                 normalize_row(op, task.x, i, prepared, row * n_in, 1)
             else:

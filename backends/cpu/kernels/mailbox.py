@@ -25,6 +25,7 @@ from gptx.backends.cpu.interface.run_words import (
     COUNTER,
     COUNTER_START,
     EMPTY,
+    FIRST_ROWS,
     FIRST_SLOT,
     JOINED,
     KEYS,
@@ -38,6 +39,7 @@ from gptx.backends.cpu.interface.run_words import (
     PREPARED,
     PREPARED_SIZE,
     PROGRAM,
+    ROWS,
     RUN_WORDS,
     SLOT_WORDS,
     THREADS,
@@ -50,7 +52,6 @@ from gptx.backends.cpu.interface.run_words import (
     B,
     D,
     H,
-    T,
 )
 from gptx.backends.cpu.kernels.arguments import Run
 from gptx.backends.cpu.kernels.atomics import (
@@ -128,19 +129,20 @@ def wait_for_run(mailbox: Any, worker: int) -> None:
 def read_run(mailbox: Any) -> Run:
     """Return the run in the mailbox."""
     words = mailbox[RUN_WORDS : RUN_WORDS + N_WORDS]
-    rows, threads = words[B] * words[T], words[THREADS]
+    rows, threads = words[ROWS], words[THREADS]
     return Run(
         int_matrix(words[PROGRAM], words[N_INSTRUCTIONS], N_COLUMNS),
         int_array(words[BUFFERS], words[N_BUFFERS]),
         int_array(words[TOKENS], rows),
         int_array(words[POSITIONS], rows),
+        int_array(words[FIRST_ROWS], words[B] + 1),
         int_array(words[CACHE_SLOTS], words[B]),
         int_array(words[KEYS], words[N_LAYERS]),
         int_array(words[VALUES], words[N_LAYERS]),
         float_array(words[PREPARED], words[PREPARED_SIZE]),
         float_matrix(words[WORKSPACE], threads, words[WORKSPACE_WIDTH]),
+        rows,
         words[B],
-        words[T],
         words[H],
         words[D],
         words[CAPACITY],

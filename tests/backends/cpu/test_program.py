@@ -37,6 +37,6 @@ def test_products_with_floats(
         for threads in (1, 3):
             source, y = (np.full((144, width), np.nan, np.float32) for width in program.widths)
             source[:rows, :n_in] = x[:rows]
-            program.run({0: source, 1: y}, Shape(1, rows), threads)
+            program.run({0: source, 1: y}, Shape(rows), threads)
             error = np.abs(y[:rows, :n_out] - expected[:rows]) / magnitude[:rows]
             assert np.max(error) < 3e-6, (rows, threads)

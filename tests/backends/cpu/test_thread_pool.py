@@ -51,7 +51,7 @@ class Product:
 
     def run(self, threads: int, rows: int = ROWS) -> np.ndarray:
         y = np.zeros((48, self.program.widths[1]), np.float32)
-        self.program.run({0: self.x, 1: y}, Shape(1, rows), threads)
+        self.program.run({0: self.x, 1: y}, Shape(rows), threads)
         return y[:rows]
 
 

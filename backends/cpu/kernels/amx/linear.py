@@ -38,6 +38,7 @@ from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
     quantized_matrix,
+    source_row,
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
@@ -63,7 +64,7 @@ def prepare_amx(task: LinearTask) -> None:
     n_in, padded_rows = op[N_IN], (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     first, last = split_range(rows, task.thread, task.threads)
     for n in range(first, last):
-        normalize_row(op, task.x, ((n + 1) * task.stride - 1) * op[SOURCE_WIDTH], row, 0, 1)
+        normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], row, 0, 1)
         if HAS_FLOATS and op[FORMAT] == FLOAT32:
             bf16x3.pack_row(row, n_in, prepared.view(np.uint32), n)
         if HAS_QUANTIZED and op[FORMAT] != FLOAT32:

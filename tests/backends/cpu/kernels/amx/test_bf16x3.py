@@ -140,8 +140,9 @@ def test_attention(
     attend(
         AttentionTask(
             x=x.reshape(-1), x_width=6 * D, y=y.reshape(-1), y_width=2 * D, positions=positions,
-            slots=np.zeros(1, np.int64), keys=flat[0], values=flat[1], T=count, H=2, D=D,
-            capacity=n_keys + 9, scale=scale, workspace=workspace,
+            first_rows=np.array([0, count]), slots=np.zeros(1, np.int64), keys=flat[0],
+            values=flat[1], rows=count, B=1, H=2, D=D, capacity=n_keys + 9, scale=scale,
+            workspace=workspace,
         )
     )  # fmt: skip
     k, v = keys[:n_keys].astype(np.float64), values[:n_keys].astype(np.float64)
