@@ -222,6 +222,7 @@ class Program:
         width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
         workspace_size = max(
             sizes.linear_workspace_size(rows, width),
+            sizes.byte_rows_workspace_size(n_in),
             sizes.attention_workspace_size(shape.D, shape.capacity),
         )
         if rows > 1 and amx_is_allowed():

@@ -22,6 +22,9 @@ STRIP_OUTPUTS = STRIP_VECTORS * LANES
 STRIP_INPUTS, SPLIT_STRIP_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
 MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
 
+# GEMM on VNNI
+BYTE_ROWS = 8  # rows of a block
+
 # Attention of a prompt on vectors
 QUERIES = LANES  # of a block, one to a lane
 TALL_KEYS = 8 if HAS_AVX512 else 6  # keys, or numbers of a value, of a product with a block
@@ -56,6 +59,11 @@ def linear_workspace_size(rows: int, width: int) -> int:
     """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
     partial_rows = min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1
     return partial_rows * width + STRIP_INPUTS * PANEL_OUTPUTS
+
+
+def byte_rows_workspace_size(n_in: int) -> int:
+    """Return the floats of a thread's workspace for a row and its bytes."""
+    return n_in + N_DIGITS * n_in // 4
 
 
 def attention_workspace_size(D: int, capacity: int) -> int:

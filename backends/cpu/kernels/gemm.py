@@ -42,7 +42,6 @@ from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
 from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
-    PREFETCH_BYTES,
     bit_field_as_floats,
     broadcast,
     get_vector,
@@ -246,7 +245,10 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
 
     @compiled
     def expand(matrix: QuantizedMatrix, j: int, first: int, depth: int, strip: Any) -> None:
-        """Dequantize inputs [first, first + depth) of the outputs from j on."""
+        """Dequantize inputs [first, first + depth) of the outputs from j on.
+
+        Meanwhile those of the next strip are prefetched.
+        """
         words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
         n_in, group_size = matrix.n_in, matrix.group_size
         for c in range(0, STRIP_OUTPUTS, LANES):
@@ -261,7 +263,7 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
                     put_vector(scales, n, scale * broadcast(factors, n))
                 for k in range(begin, end, per_word):
                     i = (number * n_in + k) // per_word * LANES
-                    prefetch_l1(words, i + PREFETCH_BYTES // 4)
+                    prefetch_l2(words, i + n_in // per_word * LANES)
                     packed = load(words, i)
                     for n in range(per_word):
                         weights = bit_field_as_floats(packed, n, bits) * get_vector(scales, n)

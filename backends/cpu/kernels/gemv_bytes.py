@@ -21,9 +21,12 @@ from gptx.backends.cpu.kernels.byte_products import (
     add_byte_products,
     subtract_128,
 )
-from gptx.backends.cpu.kernels.compilation import compiled
+from gptx.backends.cpu.kernels.compilation import compiled, inlined
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
-from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
+from gptx.backends.cpu.kernels.group_scales import (
+    prefetch_group,
+    scale_and_offset,
+)
 from gptx.backends.cpu.kernels.simd import (
     INTS,
     PREFETCH_BYTES,
@@ -63,6 +66,17 @@ def prepare_row(x: Any, n_in: int, group_size: int, bits: int) -> None:
         store_digits(digits, k, n_in, round_to_even(load(x, k) * splat(inverse)), bits)
 
 
+@inlined
+def add_group(
+    result: Any, sums: Any, first: int, scale: Any, offset: Any, factor: Any, sum_of_x: Any
+) -> Any:
+    """Add a group to 16 results, from the sums of the three digits in the vectors from `first`."""
+    group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, first)))
+    group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, first + 1))) * splat(2.0**8)
+    group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, first + 2))) * splat(2.0**16)
+    return result + (scale * (group_sum * factor) + offset * sum_of_x)
+
+
 def _make_quantized_gemv(bits: int) -> Callable[..., None]:
     per_word = 32 // bits
     subtracts_128 = bits == 8 and not HAS_UNSIGNED_WEIGHTS
@@ -98,13 +112,11 @@ def _make_quantized_gemv(bits: int) -> Callable[..., None]:
                             add_byte_products(sums, d, odd, broadcast(digits, j + 1))
                 entry = strip * n_groups + g
                 prefetch_group(groups, entry, offset_bits)
-                group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, 0)))
-                group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 1))) * splat(2.0**8)
-                group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, 2))) * splat(2.0**16)
                 scale, offset = scale_and_offset(groups, entry, offset_bits)
                 if subtracts_128:
                     offset += scale * splat(128.0)
-                result += scale * (group_sum * factor) + offset * broadcast(x, n_in + g)
+                sum_of_x = broadcast(x, n_in + g)
+                result = add_group(result, sums, 0, scale, offset, factor, sum_of_x)
             store(y, strip * LANES, result)
 
     return multiply

@@ -2,9 +2,9 @@
 
 `run_program` executes a program (see `../interface/instructions.py`) on rows: the new tokens of B
 sequences, one sequence after the other. LINEAR and ATTENTION have stages, with a barrier between
-them. `_run_stage` computes one thread's share of a stage. Each thread of a run is in `join_runs`, which calls the code of
-`run_program` by its address: threads serve all variants of the code. `../machine_code.py` compiles
-both.
+them. `_run_stage` computes one thread's share of a stage. Each thread of a run is in `join_runs`,
+which calls the code of `run_program` by its address: threads serve all variants of the code.
+`../machine_code.py` compiles both.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS
+import numpy as np
+
+from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS, HAS_VNNI
 from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
@@ -25,15 +27,17 @@ from gptx.backends.cpu.interface.instructions import (
 )
 from gptx.backends.cpu.interface.sizes import (
     BLOCK_ROWS,
+    BYTE_ROWS,
     CHUNK_BLOCKS,
     LANES,
     MAX_SPLIT_ROWS,
     PANEL_OUTPUTS,
+    QUANTIZED_CHUNK_ROWS,
     SPLIT_STRIP_INPUTS,
     STRIP_INPUTS,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
-from gptx.backends.cpu.kernels import gemv, gemv_bytes
+from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
@@ -61,6 +65,12 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
 quantized_gemv = gemv_bytes if HAS_BYTE_PRODUCTS else gemv
+
+
+@inlined
+def is_quantized(op: Any) -> bool:
+    """Return True if the matrix is packed."""
+    return op[FORMAT] == INT8 or op[FORMAT] == INT4
 
 
 @inlined
@@ -99,7 +109,7 @@ def run_gemv(task: LinearTask) -> None:
         elif op[FORMAT] == FLOAT32:
             first, last = split_range(n_in, thread, threads)
             gemv.multiply_float32(w, row, first, last, n_out, task.workspace[thread])
-    if HAS_QUANTIZED and op[FORMAT] != FLOAT32 and op[FORMAT] != FLOAT32_TRANSPOSED:
+    if HAS_QUANTIZED and is_quantized(op):
         strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
         first, last = split_range(strips, thread, threads)
         if HAS_INT8 and op[FORMAT] == INT8:
@@ -127,6 +137,9 @@ def prepare_gemm(task: LinearTask) -> None:
     The last row fills up the last block. For dot products the rows stay [rows, I].
     """
     op, prepared, rows = task.op, task.prepared, task.rows
+    if HAS_VNNI and HAS_QUANTIZED and is_quantized(op):
+        _pack_bytes(task)
+        return
     n_in, dots = op[N_IN], uses_dot_products(op, rows)
     tall, short = count_blocks(rows)
     if dots:
@@ -145,7 +158,9 @@ def prepare_gemm(task: LinearTask) -> None:
 @inlined
 def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
-    if not uses_dot_products(task.op, task.rows):
+    if HAS_VNNI and HAS_QUANTIZED and is_quantized(task.op):
+        _run_bytes(task)
+    elif not uses_dot_products(task.op, task.rows):
         _run_strips(task)
     elif HAS_FLOATS:
         _run_dot_products(task)
@@ -199,6 +214,44 @@ def _run_strips(task: LinearTask) -> None:
         for row in range(first_row(begin, tall), min(first_row(end, tall), rows)):
             for j in range(first_output, last_output, PANEL_OUTPUTS):
                 apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
+
+
+# GEMM on VNNI
+
+
+@inlined
+def _pack_bytes(task: LinearTask) -> None:
+    """Normalize and pack a share of the rows."""
+    op, workspace = task.op, task.workspace[task.thread]
+    n_in, bits = op[N_IN], 8 if op[FORMAT] == INT8 else 4
+    digits = workspace[n_in:].view(np.int8)
+    first, last = split_range(task.rows, task.thread, task.threads)
+    for n in range(first, last):
+        normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], workspace, 0, 1)
+        gemm_bytes.pack_row(workspace, n_in, op[GROUP_SIZE], bits, task.prepared, n, digits)
+
+
+@inlined
+def _run_bytes(task: LinearTask) -> None:
+    """Compute a share of the strips, in each chunk of rows."""
+    op, x, y, rows = task.op, task.prepared, task.y, task.rows
+    n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
+    strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
+    chunks = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS
+    first, last = split_range(strips * chunks, task.thread, task.threads)
+    for chunk in range(chunks):
+        begin, end = chunk * QUANTIZED_CHUNK_ROWS, min((chunk + 1) * QUANTIZED_CHUNK_ROWS, rows)
+        first_strip, last_strip = max(first - chunk * strips, 0), min(last - chunk * strips, strips)
+        for strip in range(first_strip, last_strip):
+            for n in range(begin, end, BYTE_ROWS):
+                target = Matrix(y, n * width + strip * LANES, width, 1)
+                if HAS_INT8 and op[FORMAT] == INT8:
+                    gemm_bytes.multiply_int8(matrix, strip, x, rows, n, target)
+                if HAS_INT4 and op[FORMAT] == INT4:
+                    gemm_bytes.multiply_int4(matrix, strip, x, rows, n, target)
+        for row in range(begin, end):
+            i = row * width
+            apply_epilogue(op, y, i, first_strip * LANES, last_strip * LANES, task.residual)
 
 
 # Split-K
