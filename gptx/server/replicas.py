@@ -27,7 +27,7 @@ from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
 from gptx.server.replica import Replica
 from gptx.server.settings import Settings
-from gptx.server.streams import Client, Disconnected, encode_event
+from gptx.server.streams import Client, Disconnected, encode_event, encode_json
 from gptx.server.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
 
 MAX_ATTEMPTS = 2  # replicas that a request may lose: it may be the cause of their end
@@ -148,7 +148,7 @@ class Front:
                 replica.active += 1
                 replica.prefixes.add(blocks)
                 try:
-                    if await client.wait(self._pump(replica, scope, client, body, may_skip)):
+                    if await self._pump(replica, scope, client, body, may_skip):
                         return
                 except Unreachable:
                     replica.fail()
@@ -200,8 +200,8 @@ class Front:
                 await upstream.send(scope["method"], _target(scope), headers, body)
                 settings = self._settings
                 async with Client(receive, send, send_seconds=settings.send_seconds) as client:
-                    await client.wait(upstream.start())
-                    await client.wait(self._reply(upstream, client))
+                    await upstream.start()
+                    await self._reply(upstream, client)
         except (Unreachable, Broken):
             replica.fail()
             raise _nothing_ready(1) from None
@@ -226,7 +226,7 @@ class Front:
         except Broken:
             if not dict(headers).get(b"content-type", b"").startswith(b"text/event-stream"):
                 raise Disconnected from None
-            last = encode_event(_nothing_ready(1).body())
+            last = encode_event(encode_json(_nothing_ready(1).body()))
         await client.send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _health(self) -> Response:
