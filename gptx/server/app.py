@@ -112,8 +112,9 @@ class Api:
             check_state(values)
             call = self.states.take(state, salt)
         else:
-            # Long prompts are encoded in a thread, so that other clients do not wait for them.
-            if len(str(values.get("prompt", values.get("messages")))) < MAX_INLINE_CHARACTERS:
+            # Other clients wait neither for long prompts nor for the templates of chats.
+            prompt = values.get("prompt")
+            if "messages" not in values and len(str(prompt)) < MAX_INLINE_CHARACTERS:
                 call = make(scheduler, name, values, settings)
             else:
                 call = await self.in_thread(make, scheduler, name, values, settings)

@@ -25,6 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gptx.server.balancing import blocks_of, ranked
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
+from gptx.server.origins import check_caller
 from gptx.server.replica import Replica
 from gptx.server.settings import Settings
 from gptx.server.streams import Client, Disconnected, encode_event, encode_json
@@ -114,6 +115,7 @@ class Front:
         return [replica for replica in self.replicas if replica.ready]
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_caller(scope, self._settings)
         path, method = scope["path"], scope["method"]
         if path in ("/health", "/v1/health"):
             await self._health()(scope, receive, send)
