@@ -16,6 +16,7 @@ from gptx.server.errors import api_error
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -105,7 +106,7 @@ class Client:
 
 def encode_json(value: Any) -> bytes:
     """Return a JSON value as UTF-8, without spaces."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return ENCODER.encode(value).encode()
 
 
 def encode_event(data: bytes) -> bytes:

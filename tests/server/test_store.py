@@ -333,17 +333,17 @@ def test_an_abandoned_upload_expires(store: Store, source: dict[str, bytes]) -> 
     grow_old("old")
     store.append("old", "config.json", 0, source["config.json"][:1])  # the last byte counts
     Store(store.root)
-    assert [one.name for one in store.models()] == ["complete", "other", "new", "old"]
+    assert [one.name for one in store.models()] == ["complete", "new", "old", "other"]
     grow_old("old")
     store.begin("old", stored(source))  # it continues
     assert store.model("old").offset == 1
     store.create("another", "a.bin")
-    assert [one.name for one in store.models()] == ["another", "complete", "other", "new"]
+    assert [one.name for one in store.models()] == ["another", "complete", "new", "other"]
     grow_old("another")
     store.create("another", "b.bin")
     grow_old("new")
     store.begin("further", stored(source))
-    assert [one.name for one in store.models()] == ["another", "complete", "other", "further"]
+    assert [one.name for one in store.models()] == ["another", "complete", "further", "other"]
     grow_old("further")
     Store(store.root, upload_seconds=1e12)
     assert store.model("further")
