@@ -7,12 +7,12 @@ The module needs jinja2.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
-from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.nodes import Node
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -24,7 +24,7 @@ MAX_BITS = 2**16  # of an integer
 class _Ticking(CodeGenerator):
     """A compiler that checks the time in each block: loops, macros and conditions."""
 
-    def blockvisit(self, nodes: Sequence[nodes.Node], frame: Frame) -> None:
+    def blockvisit(self, nodes: Iterable[Node], frame: Frame) -> None:
         self.writeline("environment.tick()")
         super().blockvisit(nodes, frame)
 
