@@ -2,7 +2,8 @@
 
     python -m benchmarks.http_overhead --size 124M --threads 2
 
-One client on the same cores asks a server in the same process, in turns with `Model.generate`.
+One client on the same cores asks a server in the same process, in turns with `Model.generate`. Then
+several clients stream, and the processor time of the event loop's thread is divided by the tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,17 @@ def measure(model: gptx.Model, port: int, n: int, rounds: int) -> dict[str, list
     return found
 
 
+def loop_microseconds(thread: threading.Thread, port: int, n: int, clients: int) -> float:
+    """Return the processor time of the event loop for a token of several streams at a time."""
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
+    with ThreadPoolExecutor(clients) as threads:
+        start = time.clock_gettime(clock)
+        for ended in [threads.submit(request, port, n, stream=True) for _ in range(clients)]:
+            ended.result()
+        return (time.clock_gettime(clock) - start) / (clients * n) * 1e6
+
+
 def main() -> None:
     """Print the table of one run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -76,6 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
+    parser.add_argument("--clients", type=int, default=8, help="streams at a time")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="of the weights")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +107,10 @@ def main() -> None:
         port = int(listener.addresses[0].rpartition(":")[2])
         try:
             found = measure(model, port, options.tokens, options.rounds)
+            costs = [
+                loop_microseconds(thread, port, options.tokens, options.clients)
+                for _ in range(options.rounds)
+            ]
         finally:
             listener.should_exit = True
             thread.join()
@@ -102,6 +120,10 @@ def main() -> None:
     for name, rates in found.items():
         low, middle, high = statistics.quantiles(rates, n=4)
         print(f"| {name} | {middle:.1f} | {low:.1f}–{high:.1f} |")
+    print(
+        f"\nThe event loop takes {statistics.median(costs):.0f} us for a token of "
+        f"{options.clients} streams."
+    )
     base = statistics.median(found["generate"])
     print()
     print(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptx.server.settings import Settings
 
 PORT = 8000
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HOST = "127.0.0.1"
 FIND_OPTIONS = ("config", "tokenizer", "ignore_unknown", "revision", "offline")
 MIB = 2**20
 
@@ -62,7 +62,7 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
 @click.option(
     "--host",
     metavar="ADDRESS",
-    default=LOOPBACK[0],
+    default=HOST,
     show_default=True,
     help="Address to listen at; 0.0.0.0 lets other machines in.",
 )
@@ -92,11 +92,19 @@ def _count(name: str, default: int, text: str) -> Decorator[Any]:
     help="Let web pages of this origin call the server, such as https://example.org.",
 )
 @click.option(
+    "--allowed-host",
+    metavar="NAME",
+    multiple=True,
+    help="Answer requests for this host, too. Without a key, a server on loopback answers those "
+    "for loopback only, as a web page can give it any other name.",
+)
+@click.option(
     "--store",
     metavar="DIR",
     type=click.Path(file_okay=False),
     help="Folder of models that come by `gptx upload`.",
 )
+@_seconds("--upload-timeout", 86400.0, "Time without a byte that ends an incomplete upload.")
 @_count("--max-running", 16, "Sequences that are computed together; others wait.")
 @_count("--chunk", 128, "Tokens of prompts that are read between two decode steps.")
 @_count("--prefix-cache", 512, "Memory for prompts that can come again, in MiB.")
@@ -143,7 +151,9 @@ def serve(
     api_key: tuple[str, ...],
     api_key_file: str | None,
     cors: tuple[str, ...],
+    allowed_host: tuple[str, ...],
     store: str | None,
+    upload_timeout: float,
     max_running: int,
     chunk: int,
     prefix_cache: int,
@@ -185,6 +195,7 @@ def serve(
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
         from gptx.server.models import Models
+        from gptx.server.origins import is_loopback
         from gptx.server.replica import inherited_sockets
         from gptx.server.settings import Settings
         from gptx.server.store import Store
@@ -202,13 +213,19 @@ def serve(
         ("keep_alive", keep_alive),
         ("send_timeout", send_timeout),
         ("state_timeout", state_timeout),
+        ("upload_timeout", upload_timeout),
         ("budget", budget),
     ):
         if seconds is not None and not 0 < seconds < 1e9:
             raise ParameterError(f"{argument(flag)} is {seconds}, expected more than 0 seconds")
+    keys = read_keys(api_key, api_key_file)
+    sockets = inherited_sockets()
+    # The front process has checked the hosts of a replica's requests.
+    is_local = sockets is None and is_loopback(host) and not keys
     settings = Settings(
-        keys=read_keys(api_key, api_key_file),
+        keys=keys,
         cors=cors,
+        hosts=(host, *allowed_host) if is_local or (allowed_host and sockets is None) else (),
         max_body_bytes=max_body * MIB,
         max_prompts=max_prompts,
         max_choices=max(max_prompts, max_n),
@@ -249,7 +266,7 @@ def serve(
     def load_stored(path: Path) -> Model:
         return load(str(path), **cast("LoadOptions", options))
 
-    uploaded = None if store is None else Store(store)
+    uploaded = None if store is None else Store(store, upload_seconds=upload_timeout)
     models = Models(settings=settings, store=uploaded, load=load_stored)
     models.add(name or Path(model).name, load_model)
     more = inspect.routes(models)
@@ -259,7 +276,7 @@ def serve(
     listener = make_listener(gate, settings, host=host, port=port)
     raise_file_limit(max_connections)
     _note_open_address(host, settings)
-    listener.run(inherited_sockets())
+    listener.run(sockets)
     if failures:
         raise failures[0]
 
@@ -298,7 +315,9 @@ def _serve_replicas(n: int, settings: Settings, host: str, port: int) -> None:
 
 
 def _note_open_address(host: str, settings: Settings) -> None:
-    if host not in LOOPBACK and not settings.keys:
+    from gptx.server.origins import is_loopback
+
+    if not is_loopback(host) and not settings.keys:
         click.echo(
             f"Note: {host} is open to other machines, without a key: use --api-key", err=True
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -35,9 +35,10 @@ from gptx.server.parameters import check_state, least
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 from gptx.server.states import States
-from gptx.server.streams import Client, Disconnected, EventStream
+from gptx.server.streams import Client, Disconnected, send_events
 
 Make = Callable[[Scheduler, str, dict[str, Any], Settings], Call]
+Answer = Response | AsyncGenerator[bytes, None]  # the events of a stream
 THREADS = 4  # which encode long prompts
 MAX_INLINE_CHARACTERS = 2000  # of a prompt that the event loop encodes, in less than 1 ms
 logger = logging.getLogger("gptx.server")
@@ -103,9 +104,7 @@ class Api:
             await self.in_thread(self.models.setup, found)
         return found, self.models.get(found)
 
-    async def generate(
-        self, make: Make, scope: Scope, client: Client, values: dict[str, Any]
-    ) -> Any:
+    async def generate(self, make: Make, scope: Scope, values: dict[str, Any]) -> Answer:
         """Answer a request of completions or chat; `make` checks its fields."""
         settings, salt, record = self.settings, scope[SALT], scope[RECORD]
         name, scheduler = await self.find(values.get("model"))
@@ -113,11 +112,12 @@ class Api:
             check_state(values)
             call = self.states.take(state, salt)
         else:
-            # Long prompts are encoded in a thread, so that other clients do not wait for them.
-            if len(str(values.get("prompt", values.get("messages")))) < MAX_INLINE_CHARACTERS:
+            # Other clients wait neither for long prompts nor for the templates of chats.
+            prompt = values.get("prompt")
+            if "messages" not in values and len(str(prompt)) < MAX_INLINE_CHARACTERS:
                 call = make(scheduler, name, values, settings)
             else:
-                call = await client.wait(self.in_thread(make, scheduler, name, values, settings))
+                call = await self.in_thread(make, scheduler, name, values, settings)
         streamed = values.get("stream", False)
         budget = least(values.get("budget"), settings.budget)
         limits = Limits(salt, settings.request_seconds, budget)
@@ -129,31 +129,36 @@ class Api:
             )  # fmt: skip
         call.begin(state)
         if not streamed:
-            deltas = await client.wait(collect(call, limits, self.states, record))
+            deltas = await collect(call, limits, self.states, record)
             return JSONResponse(whole_answer(call, deltas))
         usage = values.get("stream_options", {}).get("include_usage", False)
-        events = stream_answer(call, limits, self.states, record, include_usage=usage)
-        return EventStream(client, events, ping_seconds=settings.ping_seconds)
+        return stream_answer(
+            call,
+            limits,
+            self.states,
+            record,
+            include_usage=usage,
+            ping_seconds=settings.ping_seconds,
+        )
 
-    async def embed(self, scope: Scope, client: Client, values: dict[str, Any]) -> Any:
+    async def embed(self, scope: Scope, values: dict[str, Any]) -> Answer:
         """Answer a request of embeddings."""
         name, scheduler = await self.find(values.get("model"))
         try:
-            answer = await client.wait(
-                embeddings(scheduler, name, values), self.settings.request_seconds
-            )
+            async with asyncio.timeout(self.settings.request_seconds):
+                answer = await embeddings(scheduler, name, values)
         except TimeoutError:
             raise too_long(self.settings.request_seconds) from None
         return JSONResponse(answer)
 
-    async def infer(self, scope: Scope, client: Client, values: dict[str, Any]) -> Any:
+    async def infer(self, scope: Scope, values: dict[str, Any]) -> Answer:
         """Answer a call of `model_inference`."""
         _, scheduler = await self.find(values.get("model"))
         settings = self.settings
         budget = least(values.get("budget"), settings.budget)
         limits = Limits(scope[SALT], settings.request_seconds, budget)
-        status, answer = await client.wait(
-            infer(scheduler, values, limits, settings, self.states, scope[RECORD])
+        status, answer = await infer(
+            scheduler, values, limits, settings, self.states, scope[RECORD]
         )
         return JSONResponse(answer, status)
 
@@ -161,12 +166,11 @@ class Api:
         self,
         function: Callable[..., Any],
         scope: Scope,
-        client: Client,
         values: dict[str, Any],
-    ) -> Any:
+    ) -> Answer:
         """Answer a request that needs the tokenizer only."""
         _, scheduler = await self.find(values.get("model"))
-        answer = await client.wait(self.in_thread(function, scheduler.model.info, values))
+        answer = await self.in_thread(function, scheduler.model.info, values)
         return JSONResponse(answer)
 
     async def list_models(self, request: HttpRequest) -> Response:
@@ -219,11 +223,11 @@ class JsonRoute:
         try:
             values = await self._read(scope, receive)
             async with Client(receive, send, send_seconds=self._settings.send_seconds) as client:
-                answer = await self.endpoint.handler(scope, client, values)
-                if isinstance(answer, EventStream):
-                    await answer.send()
-                else:
+                answer = await self.endpoint.handler(scope, values)
+                if isinstance(answer, Response):
                     await answer(scope, receive, client.send)
+                else:
+                    await send_events(client, answer)
         except Disconnected:
             scope[RECORD].hung_up = True
 

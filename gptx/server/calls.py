@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import secrets
@@ -14,10 +13,11 @@ from typing import Any, Protocol
 from gptx.generation.request import Request
 from gptx.generation.results import Result
 from gptx.server.errors import ApiError, too_long
+from gptx.server.inbox import Inbox
 from gptx.server.logs import Record
 from gptx.server.scheduler import Paused, Scheduler, Ticket
 from gptx.server.states import States
-from gptx.server.streams import Inbox
+from gptx.server.streams import encode_event, encode_json
 from gptx.server.writing import Delta, Writer
 
 
@@ -152,7 +152,12 @@ class Limits:
 
 
 async def parts(
-    call: Call, limits: Limits, states: States[Call], record: Record, *, eager: bool
+    call: Call,
+    limits: Limits,
+    states: States[Call],
+    record: Record,
+    *,
+    idle_seconds: float | None = None,
 ) -> AsyncGenerator[list[Delta], None]:
     """Submit a call, or continue it, and yield the parts of its continuations as they grow.
 
@@ -162,8 +167,9 @@ async def parts(
         States of paused calls, to which this call is added if its budget ends.
     record
         Line of the log, which gets the counts.
-    eager
-        True to yield the parts of each step, False to yield all at the end.
+    idle_seconds
+        Time without a part after which an empty list is yielded. None to yield all parts at the
+        end, otherwise those of each step are yielded together.
 
     Raises
     ------
@@ -171,24 +177,21 @@ async def parts(
         The request is refused, fails, or takes too long.
     """
     left = call.n_ends
-    inbox = Inbox(left, eager=eager)
+    inbox = Inbox(call.scheduler.bell, left, idle_seconds=idle_seconds)
     try:
         ticket = _submit(call, inbox, limits)
     except Exception:
+        inbox.close()
         if call.continued is not None:
             states.restore(call.continued, call, limits.salt)
         raise
-    end = asyncio.get_running_loop().time() + limits.seconds
+    inbox.put_later(limits.seconds, too_long(limits.seconds))
     try:
         while left:
-            try:
-                async with asyncio.timeout_at(end):
-                    events = await inbox.take()
-            except TimeoutError:
-                raise too_long(limits.seconds) from None
-            record.first_token()
             deltas: list[Delta] = []
-            for event in events:
+            for event in await inbox.take():
+                if event is None:
+                    continue
                 if isinstance(event, Paused):
                     call.state = states.keep(call, limits.salt)
                     deltas += [
@@ -200,6 +203,7 @@ async def parts(
                     break
                 if isinstance(event, Exception):
                     raise event
+                record.first_token()
                 known = ticket.prompt_logprobs.get(event.sequence)
                 deltas.append(call.writers[event.sequence].add(event, known))
                 if event.result is not None:
@@ -207,6 +211,7 @@ async def parts(
                     left -= 1
             yield deltas
     finally:
+        inbox.close()
         if call.state is None:
             ticket.cancel()
         record.count(call.usage)
@@ -238,7 +243,7 @@ async def collect(call: Call, limits: Limits, states: States[Call], record: Reco
     Raises the errors of `parts`.
     """
     found = [Delta(writer.index, finish_reason=writer.finish_reason) for writer in call.writers]
-    async with contextlib.aclosing(parts(call, limits, states, record, eager=False)) as all_parts:
+    async with contextlib.aclosing(parts(call, limits, states, record)) as all_parts:
         async for deltas in all_parts:
             for delta in deltas:
                 found[delta.index].add(delta)
@@ -256,23 +261,40 @@ def whole_answer(call: Call, deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 async def stream_answer(
-    call: Call, limits: Limits, states: States[Call], record: Record, *, include_usage: bool
-) -> AsyncGenerator[list[dict[str, Any]], None]:
+    call: Call,
+    limits: Limits,
+    states: States[Call],
+    record: Record,
+    *,
+    include_usage: bool,
+    ping_seconds: float,
+) -> AsyncGenerator[bytes, None]:
     """Yield the events of a call that is a stream, those of each step together.
 
-    Raises the errors of `parts`.
+    After `ping_seconds` without one, the bytes are empty. Raises the errors of `parts`.
     """
-    head = call.head(call.format.stream_object)
+    head = encode_json(call.head(call.format.stream_object))[:-1]  # the same in each event
     usage = {"usage": None} if include_usage else {}
-    first = [{**head, "choices": [one], **usage} for one in call.format.first_choices(call)]
-    async with contextlib.aclosing(parts(call, limits, states, record, eager=True)) as all_parts:
+
+    def event(choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
+        return encode_event(head + b"," + encode_json({"choices": choices, **more})[1:])
+
+    first = [event([one], usage) for one in call.format.first_choices(call)]
+    async with contextlib.aclosing(
+        parts(call, limits, states, record, idle_seconds=ping_seconds)
+    ) as all_parts:
         async for deltas in all_parts:
-            state = {} if call.state is None else {"state": call.state}
-            yield first + [
-                {**head, "choices": [call.format.stream_choice(call, delta)], **usage, **state}
+            if not deltas:
+                yield b""
+                continue
+            more = usage if call.state is None else {**usage, "state": call.state}
+            events = first + [
+                event([call.format.stream_choice(call, delta)], more)
                 for delta in deltas
                 if not delta.is_empty
             ]
             first = []
+            if events:
+                yield b"".join(events)
     if include_usage:
-        yield [{**head, "choices": [], "usage": call.usage}]
+        yield event([], {"usage": call.usage})

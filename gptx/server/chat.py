@@ -171,7 +171,7 @@ def chat_prompt(info: ModelInfo, given: list[dict[str, Any]]) -> tuple[str | lis
     Raises
     ------
     ApiError
-        The template refuses the messages, or jinja2 is missing.
+        The template refuses the messages or exceeds a limit, or jinja2 is missing.
     """
     messages = [{"role": one["role"], "content": _text(one["content"])} for one in given]
     template = chat_template(info)
@@ -220,8 +220,7 @@ def chat_template(info: ModelInfo) -> str | None:
 def _render(template: str, info: ModelInfo, messages: list[dict[str, str]]) -> str:
     """Return the text of a template, which runs in a sandbox as in transformers."""
     try:
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from gptx.server.templates import render
     except ImportError:
         raise ApiError(
             501,
@@ -230,20 +229,17 @@ def _render(template: str, info: ModelInfo, messages: list[dict[str, str]]) -> s
             code="not_supported",
         ) from None
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
     tokenizer = info.tokenizer
     assert isinstance(tokenizer, PipelineTokenizer)
-    named = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    values = {
+        "messages": messages,
+        "add_generation_prompt": True,
+        "eos_token": END_OF_TEXT,
+        "bos_token": END_OF_TEXT,
+        **tokenizer.settings.named_tokens(),
+    }
     try:
-        return environment.from_string(template).render(
-            messages=messages,
-            add_generation_prompt=True,
-            **{**named, **tokenizer.settings.named_tokens()},
-        )
+        return render(template, values)
     except Exception as error:  # a template is a program
         raise ApiError(
             400, f"the chat template of this model refuses the messages: {error}", param="messages"

@@ -1,4 +1,4 @@
-"""The gate before all routes: keys, limits of bodies, refusals at the end, one line of the log."""
+"""The gate before all routes: hosts, origins, keys, limits of bodies, the end, lines of the log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gptx.server.errors import ApiError, Unavailable, api_error
 from gptx.server.keys import Keys
 from gptx.server.logs import Record
 from gptx.server.metrics import Metrics
+from gptx.server.origins import check_caller
 from gptx.server.settings import Settings
 from gptx.server.streams import Disconnected
 
@@ -75,6 +76,7 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         scope[RECORD] = record
         try:
+            check_caller(scope, self._settings)
             if scope["path"] != "/health" and self.draining:
                 raise Unavailable("the server ends: send the request to another one", "draining")
             scope[SALT] = self._let_in(scope)

@@ -28,7 +28,6 @@ from gptx.server.page_files import page_routes
 from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
 from gptx.server.reading import EMBEDDINGS, Reading, stream_of
 from gptx.server.scheduler import Scheduler
-from gptx.server.streams import Client
 from gptx.server.writing import token_bytes
 
 T = TypeVar("T")
@@ -80,11 +79,11 @@ INSPECT = Record(
 def endpoint(models: Models) -> Endpoint:
     """Return the endpoint `/inspect`."""
 
-    async def inspect(scope: Scope, client: Client, values: dict[str, Any]) -> Response:
+    async def inspect(scope: Scope, values: dict[str, Any]) -> Response:
         name = await asyncio.to_thread(models.check_name, values.get("model"))
         if name not in models.loaded and models.is_stored(name):
             await asyncio.to_thread(models.setup, name)
-        answer = await client.wait(inspection(models.get(name), values))
+        answer = await inspection(models.get(name), values)
         return await asyncio.to_thread(JSONResponse, answer)  # of many megabytes, maybe
 
     about = "Return tokens, probabilities, attention and logit lens of a text."

@@ -25,9 +25,10 @@ from starlette.types import Message, Receive, Scope, Send
 from gptx.server.balancing import blocks_of, ranked
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
+from gptx.server.origins import check_caller
 from gptx.server.replica import Replica
 from gptx.server.settings import Settings
-from gptx.server.streams import Client, Disconnected, encode_event
+from gptx.server.streams import Client, Disconnected, encode_event, encode_json
 from gptx.server.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
 
 MAX_ATTEMPTS = 2  # replicas that a request may lose: it may be the cause of their end
@@ -114,6 +115,7 @@ class Front:
         return [replica for replica in self.replicas if replica.ready]
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_caller(scope, self._settings)
         path, method = scope["path"], scope["method"]
         if path in ("/health", "/v1/health"):
             await self._health()(scope, receive, send)
@@ -148,7 +150,7 @@ class Front:
                 replica.active += 1
                 replica.prefixes.add(blocks)
                 try:
-                    if await client.wait(self._pump(replica, scope, client, body, may_skip)):
+                    if await self._pump(replica, scope, client, body, may_skip):
                         return
                 except Unreachable:
                     replica.fail()
@@ -200,8 +202,8 @@ class Front:
                 await upstream.send(scope["method"], _target(scope), headers, body)
                 settings = self._settings
                 async with Client(receive, send, send_seconds=settings.send_seconds) as client:
-                    await client.wait(upstream.start())
-                    await client.wait(self._reply(upstream, client))
+                    await upstream.start()
+                    await self._reply(upstream, client)
         except (Unreachable, Broken):
             replica.fail()
             raise _nothing_ready(1) from None
@@ -226,7 +228,7 @@ class Front:
         except Broken:
             if not dict(headers).get(b"content-type", b"").startswith(b"text/event-stream"):
                 raise Disconnected from None
-            last = encode_event(_nothing_ready(1).body())
+            last = encode_event(encode_json(_nothing_ready(1).body()))
         await client.send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _health(self) -> Response:

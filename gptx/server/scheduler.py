@@ -24,6 +24,7 @@ from gptx.generation.sequences import Sequence as TokenSequence
 from gptx.generation.streaming import Continuation
 from gptx.generation.text_model import Model
 from gptx.server.errors import QueueFull, Unavailable
+from gptx.server.inbox import Bell
 
 T = TypeVar("T")
 OnEvent = Callable[[Chunk | Exception], None]
@@ -109,6 +110,8 @@ class Scheduler:
         Times of steps so far, from which the time of the next one is expected.
     clock
         Function that returns the time in seconds.
+    bell
+        Bell that rings after the events of each step.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Scheduler:
         self._owners: dict[TokenSequence, Ticket] = {}
         self.pace = Pace()
         self.clock: Callable[[], float] = time.perf_counter
+        self.bell = Bell()
         self._changed = threading.Condition()
         self._queue: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -273,11 +277,13 @@ class Scheduler:
                 self._call()
                 self._admit()
                 self._advance()
+                self.bell.ring()
         except BaseException:
             logger.exception("the engine has ended")
         finally:
             self._gone = True
             self._refuse_all()
+            self.bell.ring()
 
     def _wait(self) -> bool:
         """Wait for work; return False at the end."""
@@ -386,6 +392,7 @@ class Scheduler:
             return
         for ticket in self._running:
             ticket.n_steps += 1
+        self.bell.ring()  # events before the step do not wait for it
         start = self.clock()
         try:
             made = self._batch.step()

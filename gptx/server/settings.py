@@ -17,6 +17,8 @@ class Settings:
         API keys; without any, every request is answered.
     cors
         Origins whose pages may call the server; none by default.
+    hosts
+        Hosts by which the server may be called, besides loopback; without any, by each.
     max_body_bytes
         Largest body of a request.
     max_prompts, max_choices
@@ -61,6 +63,7 @@ class Settings:
 
     keys: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     max_body_bytes: int = 4 * MIB
     max_prompts: int = 128
     max_choices: int = 128

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -42,6 +43,7 @@ from gptx.server.stored_models import (
     is_model_name,
 )
 
+UPLOAD_SECONDS = 24 * 3600.0  # default time without a byte after which an upload is deleted
 MAX_MODEL_BYTES = 2**36  # 1558M as JSON, the largest format that gptx reads, has about 34 GB
 
 UPLOADS = ".uploads"
@@ -61,6 +63,9 @@ class Store:
         The folder; it is created if it does not exist.
     max_bytes
         Limit of the bytes of one model.
+    upload_seconds
+        Time since its last byte after which an incomplete upload is deleted, when the store is
+        opened or another upload begins.
     check
         Function that raises a `DataError` for the path of an invalid model.
 
@@ -75,10 +80,12 @@ class Store:
         root: str | os.PathLike[str],
         *,
         max_bytes: int = MAX_MODEL_BYTES,
+        upload_seconds: float = UPLOAD_SECONDS,
         check: Callable[[Path], None] = check_apart,
     ) -> None:
         self.root = Path(root).absolute()
         self.max_bytes = max_bytes
+        self._upload_seconds = upload_seconds
         self._check = check
         self._uploads = self.root / UPLOADS
         with _storage_errors(self.root):
@@ -86,6 +93,7 @@ class Store:
         with self._changing():
             for path in self._uploads.glob(f"{_TEMPORARY}*"):  # left by a crash
                 shutil.rmtree(path, ignore_errors=True)
+            self._expire()
 
     # Reading
 
@@ -176,6 +184,7 @@ class Store:
                     manifest.error = None
                     manifest.write(folder)
                 return replace(found, error=None)
+            self._expire()
             self._require_space(name, wanted)
             self._create(name, Manifest(files=wanted, sealed=True))
             return self._describe(folder)
@@ -216,6 +225,8 @@ class Store:
             others = self._sizes(folder, manifest) if manifest else {}
             files = others | {file: new}
             check_files(files)
+            if manifest is None:
+                self._expire()
             self._require_space(name, files)
             if manifest is None:
                 self._create(name, Manifest(files=files))
@@ -479,6 +490,20 @@ class Store:
             (temporary / file).touch()
         temporary.rename(self._uploads / name)
         _sync_folder(self._uploads)
+
+    def _expire(self) -> None:
+        """Delete the incomplete uploads that have got no byte for too long."""
+        oldest = time.time() - self._upload_seconds
+        for folder in self._uploads.iterdir():
+            if not is_model_name(folder.name):
+                continue
+            with suppress(*_ABSENT):
+                is_complete = self._describe(folder).complete
+                last_change = max(path.stat().st_mtime for path in folder.iterdir())
+                if not is_complete and last_change < oldest:
+                    dropped = self._temporary()
+                    folder.rename(dropped)
+                    shutil.rmtree(dropped, ignore_errors=True)
 
     def _temporary(self) -> Path:
         return self._uploads / f"{_TEMPORARY}{os.urandom(6).hex()}"

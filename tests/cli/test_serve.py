@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gptx.server.settings import Settings
 from tests.support.cli import run
 
 
@@ -26,6 +27,29 @@ def test_errors_before_the_server_listens(args: list[str], code: int, message: s
     result = run("serve", *args)
     assert result.code == code
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "hosts"),
+    [
+        ([], ("127.0.0.1",)),
+        (["--host", "localhost", "--allowed-host", "a.example"], ("localhost", "a.example")),
+        (["--api-key", "k"], ()),
+        (["--host", "0.0.0.0"], ()),
+        (["--host", "0.0.0.0", "--allowed-host", "a.example"], ("0.0.0.0", "a.example")),
+    ],
+)
+def test_hosts_are_checked_on_loopback_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, args: list[str], hosts: tuple[str, ...]
+) -> None:
+    def stop(gate: object, settings: Settings, **address: object) -> None:
+        found.append(settings.hosts)
+        raise KeyboardInterrupt
+
+    found: list[tuple[str, ...]] = []
+    monkeypatch.setattr("gptx.server.listener.make_listener", stop)
+    run("serve", "-m", "shakespeare", *args)
+    assert found == [hosts]
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,54 @@ def test_a_template_that_fails_is_an_error(
         chat_prompt(model.info, MESSAGES)
 
 
+ENDLESS = "{% for a in range(100000) %}{% for b in range(100000) %}BODY{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ENDLESS.replace("BODY", ""),
+        ENDLESS.replace("BODY", "a"),
+        "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% block a %}{% if 1 %}{{ self.a() }}{{ self.a() }}{% endif %}{% endblock %}",
+        "{% for a in range(10**9) %}{% endfor %}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 10**9 * [0] }}",
+        "{{ 10**(10**10) }}",
+        "{% set x = namespace(a='a') %}"
+        "{% for _ in range(99) %}{% set x.a = x.a + x.a %}{% endfor %}",
+        "{% for _ in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+    ],
+    ids=range(10),
+)
+def test_a_template_has_limits(
+    shakespeare: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """A template comes with an uploaded model, and runs in the process of the server."""
+    templates = pytest.importorskip("gptx.server.templates")
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)
+    model = copy_with(shakespeare, tmp_path, chat_template=template)
+    start = time.monotonic()
+    with pytest.raises(ApiError, match="refuses the messages: ") as caught:
+        chat_prompt(model.info, MESSAGES)
+    assert time.monotonic() - start < 5
+    assert "\n" not in caught.value.message
+
+
+def test_operators_of_a_template_have_their_results(shakespeare: Model, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    template = "{{ 2 ** 10 }}{{ 'a' * 3 }}{{ [1] + [2] }}{{ 1.5 + 2 }}{{ 'a' + 'b' }}{{ 2 * 2.5 }}"
+    model = copy_with(shakespeare, tmp_path, chat_template=template)
+    ids, _ = chat_prompt(model.info, MESSAGES)
+    assert model.decode(ids) == "1024aaa[1, 2]3.5ab5.0"
+
+
 def test_a_template_without_jinja2_names_it(
     shakespeare: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = copy_with(shakespeare, tmp_path, chat_template=TEMPLATE)
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    monkeypatch.setitem(sys.modules, "jinja2.exceptions", None)
+    monkeypatch.delitem(sys.modules, "gptx.server.templates", raising=False)
     with pytest.raises(ApiError, match="pip install jinja2") as caught:
         chat_prompt(model.info, MESSAGES)
     assert caught.value.status == 501

@@ -117,9 +117,39 @@ def test_a_part_that_is_not_read_in_time_ends_the_request() -> None:
         await asyncio.sleep(PATIENCE_SECONDS)
 
     async def run() -> None:
-        async with Client(receive, send, send_seconds=0.01) as client:
-            with pytest.raises(Disconnected):
+        with pytest.raises(Disconnected):
+            async with Client(receive, send, send_seconds=0.01) as client:
                 await client.send({"type": "http.response.body"})
+
+    asyncio.run(run())
+
+
+def test_a_client_ends_only_what_it_has_to() -> None:
+    """The end of the connection is no end of the task, and the end of the task no hang-up."""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def endless() -> dict[str, str]:
+        await asyncio.sleep(PATIENCE_SECONDS)
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        pass
+
+    async def wait(receive: Any) -> None:
+        async with Client(receive, send, send_seconds=PATIENCE_SECONDS):
+            await asyncio.sleep(PATIENCE_SECONDS)
+
+    async def run() -> None:
+        with pytest.raises(Disconnected):
+            await wait(receive)
+        await asyncio.sleep(0)  # the cancellation is over
+        async with Client(receive, send, send_seconds=PATIENCE_SECONDS) as client:
+            await client.send({"type": "http.response.body"})
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await wait(endless)
 
     asyncio.run(run())
 

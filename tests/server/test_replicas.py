@@ -70,6 +70,20 @@ def test_errors_are_those_of_a_replica(server: ReplicaServer) -> None:
     assert answer.status_code == 415
 
 
+def test_the_front_process_checks_hosts_and_origins(server: ReplicaServer) -> None:
+    """The replicas get its requests, whose hosts it knows."""
+    body = {"prompt": "a", "max_tokens": 1}
+    url = server.client.base_url
+    for name, value, status in (
+        ("Host", "evil.example", 421),
+        ("Origin", "http://evil.example", 403),
+        ("Host", "localhost", 200),
+        ("Origin", f"http://{url.host}:{url.port}", 200),
+    ):
+        answer = server.client.post("/v1/completions", json=body, headers={name: value})
+        assert answer.status_code == status
+
+
 def test_requests_at_a_time_are_on_different_replicas(server: ReplicaServer) -> None:
     with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
         next(first), next(second)

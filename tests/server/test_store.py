@@ -321,6 +321,37 @@ def test_a_new_store_object_continues(store: Store, source: dict[str, bytes]) ->
     assert Store(store.root).path("m") == store.root / "m"
 
 
+def test_an_abandoned_upload_expires(store: Store, source: dict[str, bytes]) -> None:
+    def grow_old(name: str) -> None:
+        for path in (store.root / UPLOADS / name).iterdir():
+            os.utime(path, (0, 0))
+
+    for name in ("old", "new", "complete", "other"):
+        store.begin(name, stored(source))
+    send(store, "complete", source)
+    grow_old("complete")
+    grow_old("old")
+    store.append("old", "config.json", 0, source["config.json"][:1])  # the last byte counts
+    Store(store.root)
+    assert [one.name for one in store.models()] == ["complete", "new", "old", "other"]
+    grow_old("old")
+    store.begin("old", stored(source))  # it continues
+    assert store.model("old").offset == 1
+    store.create("another", "a.bin")
+    assert [one.name for one in store.models()] == ["another", "complete", "new", "other"]
+    grow_old("another")
+    store.create("another", "b.bin")
+    grow_old("new")
+    store.begin("further", stored(source))
+    assert [one.name for one in store.models()] == ["another", "complete", "further", "other"]
+    grow_old("further")
+    Store(store.root, upload_seconds=1e12)
+    assert store.model("further")
+    Store(store.root)
+    assert [one.name for one in store.models()] == ["another", "complete", "other"]
+    assert not list((store.root / UPLOADS).glob(".tmp-*"))
+
+
 def test_a_published_model(store: Store, source: dict[str, bytes]) -> None:
     store.begin("m", stored(source))
     send(store, "m", source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -179,6 +180,21 @@ def test_a_comment_is_sent_while_a_client_waits(shakespeare: Model) -> None:
         ):
             first = next(answer.iter_text())
         assert first == ": ping\n\n"
+
+
+def test_the_role_of_a_chat_comes_once_after_comments(shakespeare: Model) -> None:
+    with serving(shakespeare, Settings(ping_seconds=0.02)) as served:
+        body = {"messages": MESSAGES, "max_tokens": 3, "stream": True, "temperature": 0}
+        with contextlib.ExitStack() as hold:
+            hold.enter_context(held(served.scheduler))
+            with served.client.stream("POST", CHAT, json=body) as answer:
+                parts = answer.iter_text()
+                text = "".join(next(parts) for _ in range(3))
+                assert set(text.split("\n\n")) == {": ping", ""}
+                hold.close()
+                text += "".join(parts)
+        roles = ["role" in one["choices"][0]["delta"] for one in read_events(text)[:-1]]
+        assert roles == [True] + [False] * (len(roles) - 1)
 
 
 def test_best_of_is_no_stream(served: Served) -> None:
