@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -54,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if needs_kernels(item)]
     half = len(items) // 2
     items[:] = others[:half] + [x for x in items if not needs_kernels(x)] + others[half:]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules and the tests themselves out of each run of the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
