@@ -1,4 +1,4 @@
-"""uvicorn's servers in this process, with short waits: they start and end in hundredths of a second.
+"""uvicorn's servers in this process, which start and end in hundredths of a second.
 
 uvicorn looks for the end of a server 10 times a second, and waits as long for its connections.
 """
