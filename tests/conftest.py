@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -11,6 +12,10 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+# Each worker has a core: further threads of OpenBLAS would wait for one, and spin meanwhile.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -54,6 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if needs_kernels(item)]
     half = len(items) // 2
     items[:] = others[:half] + [x for x in items if not needs_kernels(x)] + others[half:]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules and the tests themselves out of each run of the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

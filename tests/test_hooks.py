@@ -363,7 +363,6 @@ def test_a_model_may_be_closed_within_hooks() -> None:
 
 @pytest.mark.parametrize("name", ["numpy", "mlx"])
 def test_the_last_reference_frees_the_weights_of_a_hooked_model(name: str) -> None:
-    gc.collect()
     gc.disable()
     try:
         model = make_model(TINY, make_backend(name), random_weights(TINY))

@@ -72,7 +72,6 @@ def keep_cache(model: Transformer) -> KVCache:
 def test_the_last_reference_frees_the_weights(
     backend: Backend, quantization: Quantization | None, use: Callable[..., Any]
 ) -> None:
-    gc.collect()
     gc.disable()
     try:
         model = make_model(CONFIG, backend, random_weights(CONFIG), quantization).gpt2

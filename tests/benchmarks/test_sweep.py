@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sweep
 from benchmarks.sweep import measure_cases, summarize
 
 
-def test_a_case_is_measured_in_both_passes(folder: Callable[..., Path]) -> None:
+def test_a_case_is_measured_in_both_passes(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
+    monkeypatch.setattr(sweep, "PAUSE", 0.0)
     cases = [[1, 5, 0], [3, 1, 4]]
     records = list(measure_cases(str(folder("124M")), 1, 3, cases))
     assert [record["case"] for record in records] == cases

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import threads
+from benchmarks import sweep, threads
 
 
 def test_each_number_of_threads_is_measured_quiet_and_busy(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
+    monkeypatch.setattr(sweep, "PAUSE", 0.0)
     monkeypatch.setattr(threads, "REPEATS", 1)
     monkeypatch.setattr(threads, "CASES", [(1, 1, 4), (1, 5, 0)])
     records = list(threads.measure_threads(str(folder("124M")), None, [1, 2], 2))

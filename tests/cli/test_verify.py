@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from tests.support.conversions import source_of
 def no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute the logits op by op: a compilation takes long, and is reported on standard error."""
     monkeypatch.setattr("gptx.conversions.verify.get_backend", partial(get_backend, compile=False))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a folder."""
+    folder = tmp_path_factory.mktemp("converted") / "shakespeare"
+    run("convert", "shakespeare", str(folder))
+    return folder
 
 
 def test_identical_models(tmp_path: Path) -> None:
@@ -39,9 +48,11 @@ def test_a_rounded_model_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "named"), [(["b"], ["B"]), (["a"], ["A"]), (["a", "b"], ["A", "B"])]
 )
-def test_a_model_without_a_tokenizer(missing: list[str], named: list[str], tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer(
+    missing: list[str], named: list[str], converted: Path, tmp_path: Path
+) -> None:
     for name in ("a", "b"):
-        run("convert", "shakespeare", str(tmp_path / name))
+        shutil.copytree(converted, tmp_path / name)
         if name in missing:
             for file in ("tokenizer.json", "vocab.json", "merges.txt"):
                 (tmp_path / name / file).unlink()
@@ -73,9 +84,9 @@ def test_json(tmp_path: Path) -> None:
     assert data["logits"] is None
 
 
-def test_tokenizers_that_give_other_ids(tmp_path: Path) -> None:
+def test_tokenizers_that_give_other_ids(converted: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    run("convert", "shakespeare", str(other))
+    shutil.copytree(converted, other)
     definition = json.loads((other / "tokenizer.json").read_text())
     definition["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(definition))

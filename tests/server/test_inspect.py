@@ -34,6 +34,12 @@ def served(shakespeare: Model) -> Iterator[Served]:
     server.close()
 
 
+@pytest.fixture(scope="module")
+def lens(shakespeare: Model) -> Any:
+    """The logit lens of `TEXT`."""
+    return research.logit_lens(shakespeare, TEXT, k=3)
+
+
 def inspect(served: Served, **fields: Any) -> dict[str, Any]:
     answer = served.post("/inspect", fields)
     assert answer.status_code == 200, answer.text
@@ -111,11 +117,10 @@ def test_a_text_of_one_token_has_what_comes_next(served: Served) -> None:
 
 @pytest.mark.parametrize("window", [None, (0, 3), (60, 70), (63, 64), (100, 150)])
 def test_lens_is_that_of_research(
-    served: Served, shakespeare: Model, window: tuple[int, int] | None
+    served: Served, lens: Any, window: tuple[int, int] | None
 ) -> None:
     fields = {} if window is None else {"positions": list(window)}
     rows = inspect(served, prompt=TEXT, what=["lens"], top=3, **fields)["lens"]
-    lens = research.logit_lens(shakespeare, TEXT, k=3)
     first, stop = window or (0, len(lens.ids))
     assert [row["name"] for row in rows] == list(lens.names)
     found = np.array([row["top"] for row in rows])

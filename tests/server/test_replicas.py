@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -136,36 +137,57 @@ def test_keys_are_checked_by_the_replicas() -> None:
         assert server.client.get("/metrics").status_code == 200
 
 
-def test_a_killed_replica_is_started_again_and_the_others_go_on() -> None:
-    with serving() as server:
-        with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
-            next(first), next(second)
-            server.kill(0)
+@contextmanager
+def killed(server: ReplicaServer, number: int) -> Iterator[None]:
+    """Kill a replica; wait at the end of the context until it answers again."""
+    starts = [one["starts"] for one in server.replicas()]
+    server.kill(number)
+    starts[number] += 1
+    try:
+        yield
+    finally:
+        server.wait_for_start(number, starts[number])
+    assert [one["starts"] for one in server.replicas()] == starts
+
+
+def requests_of(server: ReplicaServer) -> list[int]:
+    return [one["requests"] for one in server.replicas()]
+
+
+def test_a_killed_replica_is_started_again_and_the_others_go_on(server: ReplicaServer) -> None:
+    wait_until(lambda: requests_of(server) == [0, 0])
+    with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
+        next(first), next(second)
+        with killed(server, 0):
             *_, last = first
             assert last["error"]["message"] == GONE
             assert last["error"]["code"] == "replica_gone"
             for _ in range(20):
                 assert next(second)["choices"]
-            assert server.complete(prompt="a", max_tokens=1).status_code == 200
-            server.wait_for_start(0, 2)
-        assert [one["starts"] for one in server.replicas()] == [2, 1]
-        with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
-            next(first), next(second)
-            assert [one["requests"] for one in server.replicas()] == [1, 1]
+            answer = server.complete(prompt="a", max_tokens=1)
+            assert answer.status_code == 200, answer.text
+    wait_until(lambda: requests_of(server) == [0, 0])
+    with server.stream(**ENDLESS) as first, server.stream(**ENDLESS) as second:
+        next(first), next(second)
+        assert requests_of(server) == [1, 1]
 
 
-def test_an_unanswered_request_of_a_killed_replica_is_answered_by_another() -> None:
+def test_an_unanswered_request_of_a_killed_replica_is_answered_by_another(
+    server: ReplicaServer,
+) -> None:
     options = {"prompt": "ROMEO:", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
     options["overflow"] = "slide"
-    with serving() as server:
+    wait_until(lambda: requests_of(server) == [0, 0])
+    with server.stream(**ENDLESS) as events:  # of the first replica
+        next(events)
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.complete(**options)))
         thread.start()
-        wait_until(lambda: [one["requests"] for one in server.replicas()] == [1, 0])
-        server.kill(0)
-        thread.join()
-        assert answers[0].status_code == 200
-        assert answers[0].json()["usage"]["completion_tokens"] == 600
+        wait_until(lambda: requests_of(server) == [1, 1])
+        with killed(server, 1):
+            thread.join()
+    assert answers[0].status_code == 200, answers[0].text
+    assert answers[0].json()["usage"]["completion_tokens"] == 600
 
 
 def test_sigterm_drains_all_replicas() -> None:

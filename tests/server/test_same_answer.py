@@ -11,7 +11,7 @@ from gptx.server.settings import Settings
 from tests.support.serving import Served, serving, wait_until
 
 PROMPTS = ["ROMEO:", "ROMEO:\nWhat", "First Citizen:\nBefore we proceed", "a", "KING " * 20]
-N_REQUESTS = 60
+N_REQUESTS = 40
 
 
 def random_fields(numbers: random.Random) -> dict[str, Any]:

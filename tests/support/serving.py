@@ -21,6 +21,9 @@ from gptx.server.listener import Listener, make_listener
 from gptx.server.models import Models
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
+from tests.support import short_ticks
+
+short_ticks.install()
 
 PATIENCE_SECONDS = 60.0  # after which a test gives up
 NAME = "shakespeare"

@@ -22,7 +22,10 @@ from gptx.random_weights import random_weights
 from gptx.server.store import Store
 from gptx.server.stored_models import StoredFile
 from gptx.server.uploads import routes
+from tests.support import short_ticks
 from tests.support.random_models import CASES, write_model
+
+short_ticks.install()
 
 
 class FakeModels:

@@ -19,7 +19,9 @@ pytest.importorskip("numba", reason="the compiled kernels need Numba (pip instal
 
 from gptx.backends.cpu import program as program_module
 from gptx.backends.cpu import thread_pool
+from gptx.backends.cpu.interface.instructions import INT8
 from gptx.backends.cpu.interface.run_words import EMPTY, FIRST_SLOT, PARKED, SLOT_WORDS
+from gptx.backends.cpu.interface.variant import variant_name
 from gptx.backends.cpu.machine_code import load
 from gptx.backends.cpu.program import Program, Shape
 from gptx.backends.cpu.quantized import QuantizedWeight
@@ -175,7 +177,8 @@ def test_a_run_is_withdrawn_from_workers_that_do_not_join(
     for _ in range(3):
         np.testing.assert_array_equal(product.run(3), expected)
         assert state_of(pool, 2) == EMPTY
-    late = threading.Thread(target=pool._work, args=[load("int8")], daemon=True)
+    code = load(variant_name([INT8], float16_cache=False))
+    late = threading.Thread(target=pool._work, args=[code], daemon=True)
     late.start()
     wait_until(lambda: state_of(pool, 2) == PARKED)
     for _ in range(100):
