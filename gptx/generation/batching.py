@@ -137,7 +137,7 @@ class Batch:
         self.max_running = n_slots - (n_prefixes or 0)
         self._chunk_tokens = chunk_tokens
         self.cache = KVCache(model.config, model.backend, n_slots, capacity)
-        self._slots = Slots(self.cache, share=n_prefixes is not None)
+        self._slots = Slots(self.cache, n_prefixes)
         self._waiting: list[Reading] = []
         self._reading: list[Reading] = []
         self._groups: list[Group] = []

@@ -1,7 +1,8 @@
 """Slots of the KV cache: free or in use, and the tokens that each one has.
 
-A slot that a sequence has left keeps its tokens until another sequence needs it. So the slots are
-also the prefix cache: a prompt that begins like one before takes those keys and values.
+A slot that a sequence has left keeps its tokens until another sequence takes it. So the slots are
+also the prefix cache: a prompt that begins like one before takes those keys and values. A slot that
+was never used has no memory of the system yet, so some are used again before it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Slot:
     in_use
         True while a sequence is in it.
     last_used
-        Number of the newest use.
+        Number of the newest use; 0 before the first one.
     """
 
     index: int
@@ -44,12 +45,13 @@ class Slots:
     ----------
     cache
         The KV cache.
-    share
-        Let a prompt take the keys and values of the tokens that it shares with a slot.
+    n_prefixes
+        Number of free slots that keep their tokens while there are unused ones. A prompt takes the
+        keys and values of the tokens that it shares with any slot; None for no such sharing.
     """
 
-    def __init__(self, cache: KVCache, *, share: bool) -> None:
-        self._cache, self._share = cache, share
+    def __init__(self, cache: KVCache, n_prefixes: int | None) -> None:
+        self._cache, self._share, self._n_prefixes = cache, n_prefixes is not None, n_prefixes or 0
         self._slots = [Slot(i) for i in range(len(cache.lengths))]
         self._uses = count(1)
 
@@ -69,7 +71,7 @@ class Slots:
         for slot in self._slots if self._share else ():
             if slot.salt == salt and (shared := common_prefix(slot.tokens, ids)) > n_shared:
                 best, n_shared = slot, shared
-        free = sorted((s for s in self._slots if not s.in_use), key=lambda s: s.last_used)
+        free = self._free()
         if best is not None and not best.in_use:
             free.remove(best)
             # Tokens after the shared ones can serve other prompts: copy, if another slot is free.
@@ -84,6 +86,14 @@ class Slots:
         taken[0].tokens = ids[:n_shared]
         self._cache.lengths[taken[0].index] = n_shared
         return taken, n_shared
+
+    def _free(self) -> list[Slot]:
+        """Return the free slots; the first ones are to be used first."""
+        free = sorted((s for s in self._slots if not s.in_use), key=lambda s: s.last_used)
+        unused = [slot for slot in free if not slot.last_used]
+        used = free[len(unused) :]
+        n_surplus = max(0, len(used) - self._n_prefixes)
+        return used[:n_surplus] + unused + used[n_surplus:]
 
     def release(self, slot: Slot, tokens: list[int]) -> None:
         """Free a slot, which has the keys and values of `tokens`."""

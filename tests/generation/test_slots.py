@@ -14,9 +14,9 @@ from tests.support.random_models import CASES
 CONFIG = CASES["tiny"]
 
 
-def make_slots(n: int, *, share: bool = True) -> tuple[Slots, KVCache]:
+def make_slots(n: int, n_prefixes: int | None = 9) -> tuple[Slots, KVCache]:
     cache = KVCache(CONFIG, get_backend("numpy"), n, 16)
-    return Slots(cache, share=share), cache
+    return Slots(cache, n_prefixes), cache
 
 
 def use(slots: Slots, cache: KVCache, ids: list[int], salt: str = "") -> tuple[int, int]:
@@ -73,6 +73,15 @@ def test_a_running_sequence_shares_its_prompt() -> None:
     assert slots.n_used == 2
 
 
+@pytest.mark.parametrize("n_prefixes", [None, 0, 1, 3])
+def test_slots_are_used_again_beyond_the_number_of_prefixes(n_prefixes: int | None) -> None:
+    """Unused memory stays unused: one sequence at a time needs one slot, and the prefixes."""
+    slots, cache = make_slots(8, n_prefixes)
+    taken = [use(slots, cache, [i, i])[0] for i in range(20)]
+    period = (n_prefixes or 0) + 1
+    assert taken == [i % period for i in range(20)]
+
+
 @pytest.mark.parametrize("salt", ["", "a", "b"])
 def test_only_prompts_with_one_salt_share(salt: str) -> None:
     slots, cache = make_slots(4)
@@ -81,7 +90,7 @@ def test_only_prompts_with_one_salt_share(salt: str) -> None:
 
 
 def test_slots_that_do_not_share_keep_nothing() -> None:
-    slots, cache = make_slots(2, share=False)
+    slots, cache = make_slots(2, None)
     use(slots, cache, [1, 2, 3])
     assert use(slots, cache, [1, 2, 3, 4])[1] == 0
 
