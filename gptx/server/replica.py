@@ -86,6 +86,8 @@ class Replica:
                 "replica %d has ended with %d: it starts again in %g s", self.number, code, pause
             )
             await asyncio.sleep(pause)
+            if self._ending:
+                return
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _run(self) -> int:

@@ -182,9 +182,11 @@ class Front:
                 await upstream.start()
             except Broken as error:
                 raise _Lost from error
+            if upstream.status == HTTPStatus.SERVICE_UNAVAILABLE:  # a process that has just begun
+                raise Unreachable
             if may_skip and upstream.status == HTTPStatus.NOT_FOUND:
                 return False
-            await self._reply(upstream, client)
+            await self._reply(replica, upstream, client)
             return True
 
     async def _forward_to_first(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -203,14 +205,14 @@ class Front:
                 settings = self._settings
                 async with Client(receive, send, send_seconds=settings.send_seconds) as client:
                     await upstream.start()
-                    await self._reply(upstream, client)
+                    await self._reply(replica, upstream, client)
         except (Unreachable, Broken):
             replica.fail()
             raise _nothing_ready(1) from None
         finally:
             replica.active -= 1
 
-    async def _reply(self, upstream: Upstream, client: Client) -> None:
+    async def _reply(self, replica: Replica, upstream: Upstream, client: Client) -> None:
         """Send the answer of a replica to the client, part by part.
 
         Raises
@@ -226,6 +228,7 @@ class Front:
                 await client.send({"type": "http.response.body", "body": part, "more_body": True})
             last = b""
         except Broken:
+            replica.fail()
             if not dict(headers).get(b"content-type", b"").startswith(b"text/event-stream"):
                 raise Disconnected from None
             last = encode_event(encode_json(_nothing_ready(1).body()))

@@ -21,7 +21,7 @@ OF_A_CONNECTION = {
 
 
 class Unreachable(Exception):
-    """The replica did not take the connection: it has seen nothing of the request."""
+    """The replica did not take the connection, or is not ready: it has done nothing."""
 
 
 class Broken(Exception):
