@@ -109,16 +109,17 @@ class KVCache:
                 f"{stop} tokens exceed the cache's capacity of {self.capacity}: make it larger"
             )
         index = np.minimum(first[:, None] + np.arange(T), last[:, None])
-        aligned = bool((last == stop - 1).all() and (counts == T).all())
+        is_rectangle = bool((counts == T).all())
+        aligned = is_rectangle and bool((last == stop - 1).all())
         self.lengths[rows] = last + 1
-        all_slots = np.array_equal(rows, np.arange(len(self.lengths)))
+        all_slots = slots is None or list(slots) == list(range(len(self.lengths)))
         return Positions(
             index,
             stop,
             aligned,
             self.backend.asarray,
             slots=None if all_slots else rows,
-            counts=None if (counts == T).all() else counts,
+            counts=None if is_rectangle else counts,
         )
 
     def update(self, layer: int, k: Array, v: Array, positions: Positions) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -84,6 +85,28 @@ class _Memory(NamedTuple):
         return same and shape.rows <= self.shape.rows
 
 
+class _CacheAddresses:
+    """The addresses of the newest KV cache: asking its arrays again takes 30 µs in each step.
+
+    Weak references do not keep the memory of a cache that is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[weakref.ref[Array]] = []
+        self._addresses = _addresses([])
+
+    def find(self, cache: Any) -> Array:
+        """Return the addresses of all keys and then of all values, int64 [2 L]."""
+        arrays = [*cache.keys, *cache.values]
+        known = self._arrays
+        if len(known) != len(arrays) or any(
+            a() is not b for a, b in zip(known, arrays, strict=True)
+        ):
+            self._arrays = [weakref.ref(x) for x in arrays]
+            self._addresses = _addresses(arrays)
+        return self._addresses
+
+
 class Program:
     """An instruction table and the arrays that it refers to.
 
@@ -104,10 +127,12 @@ class Program:
         self.table = np.zeros((len(ops), columns.N_COLUMNS), np.int64)
         self._most_threads = min(default_threads(), MAX_THREADS)
         self._kept: _Memory | None = None
+        self._cache = _CacheAddresses()
         self._code: dict[bool, machine_code.Code] = {}  # for a float16 cache or not
         for row, op in zip(self.table, ops, strict=True):
             self._encode(row, op)
-        self._work = self.table[:, columns.WORK].copy()
+        work = self.table[:, columns.WORK]
+        self._work, self._most_work = int(work.sum()), int(work.max())
 
     def run(
         self,
@@ -145,9 +170,9 @@ class Program:
             memory = self._allocate(shape, threads, buffers)
             words = memory.words
             words[[run_words.ROWS, run_words.B]] = shape[:2]
-            work = shape.rows * self._work
-            words[run_words.WORK] = work.sum()
-            words[run_words.WORKERS] = 0 if is_serial(int(work.max()), threads) else threads - 1
+            words[run_words.WORK] = shape.rows * self._work
+            is_alone = is_serial(shape.rows * self._most_work, threads)
+            words[run_words.WORKERS] = 0 if is_alone else threads - 1
             for n, x in buffers.items():
                 memory.addresses[n] = _address(x)
             tokens, positions = (
@@ -162,9 +187,10 @@ class Program:
             first_rows = np.ascontiguousarray(first_rows, np.int64)
             words[run_words.FIRST_ROWS] = _address(first_rows)
             if cache is not None:
-                keys, values = _addresses(cache.keys), _addresses(cache.values)
-                words[run_words.KEYS], words[run_words.VALUES] = _address(keys), _address(values)
-                words[run_words.N_LAYERS] = len(keys)
+                n_layers, addresses = len(cache.keys), self._cache.find(cache)
+                words[run_words.KEYS] = addresses.ctypes.data
+                words[run_words.VALUES] = addresses.ctypes.data + n_layers * addresses.itemsize
+                words[run_words.N_LAYERS] = n_layers
                 slots = np.arange(shape.B) if slots is None else slots
                 slots = np.ascontiguousarray(slots, np.int64)
                 words[run_words.CACHE_SLOTS] = _address(slots)
