@@ -47,7 +47,7 @@ from gptx.bench.tables import NOTHING, Column, duration, markdown
 from gptx.config import SIZES, GPT2Config
 from gptx.embedded import EMBEDDED
 from gptx.generation.found_model import find_model
-from gptx.server.upstream import Broken, Unreachable
+from gptx.server.replicas.upstream import Broken, Unreachable
 from gptx.tokenization.protocol import Tokenizer
 
 LONG_TOKENS, LONG_OUTPUT = 900, 4

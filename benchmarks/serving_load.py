@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gptx.server.upstream import HOST, Upstream
+from gptx.server.replicas.upstream import HOST, Upstream
 from gptx.tokenization.protocol import Tokenizer
 
 TEXT = (

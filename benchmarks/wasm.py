@@ -34,7 +34,7 @@ from gptx.config import GPT2Config
 from gptx.conversions import read
 from gptx.conversions.checkpoint import Checkpoint, float_array
 from gptx.process import count_cores
-from gptx.server.site_graphs import step_graph
+from gptx.server.sites.graphs import step_graph
 
 RUNS = Path(__file__).with_name("wasm_runs.mjs")
 PAGE = Path(__file__).parents[1] / "gptx" / "server" / "page"

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.compare.engine_process import THREAD_VARIABLES, LeftOut
 from gptx.process import environment
-from gptx.server.upstream import Broken, Unreachable, get
+from gptx.server.replicas.upstream import Broken, Unreachable, get
 
 START_SECONDS = 300.0  # imports, loading and compilation
 END_SECONDS = 10.0

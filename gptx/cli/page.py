@@ -17,8 +17,8 @@ from gptx.cli.options import (
     revision_option,
     tokenizer_option,
 )
-from gptx.server.onnx_runtime_web import PACKAGE, VERSION
-from gptx.server.site import DTYPES, make_site
+from gptx.server.sites.onnx_runtime_web import PACKAGE, VERSION
+from gptx.server.sites.writer import DTYPES, make_site
 
 
 @click.command()

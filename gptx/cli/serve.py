@@ -190,15 +190,16 @@ def serve(
         -d '{"prompt": "ROMEO:", "max_tokens": 40}'
     """
     try:
-        from gptx.server import inspect, uploads
+        from gptx.server import inspect
         from gptx.server.app import make_app
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit
         from gptx.server.models import Models
         from gptx.server.origins import is_loopback
-        from gptx.server.replica import inherited_sockets
+        from gptx.server.replicas.process import inherited_sockets
         from gptx.server.settings import Settings
-        from gptx.server.store import Store
+        from gptx.server.uploads import routes as uploads
+        from gptx.server.uploads.store import Store
     except ImportError as error:
         if (error.name or "").startswith("gptx"):
             raise
@@ -284,7 +285,7 @@ def serve(
 def _serve_replicas(n: int, settings: Settings, host: str, port: int) -> None:
     """Run the front process of several replicas, which get the options of this command."""
     from gptx.server.listener import make_listener, raise_file_limit
-    from gptx.server.replicas import Front
+    from gptx.server.replicas.front import Front
 
     if not hasattr(os, "fork"):
         raise ParameterError(f"{argument('replicas')} is {n}, expected 1 on this system")

@@ -42,7 +42,7 @@ def upload(
     Example:
       gptx upload models/gpt2 http://127.0.0.1:8000
     """
-    from gptx.server.upload_client import Upload, find_files, model_address, read_files
+    from gptx.server.uploads.client import Upload, find_files, model_address, read_files
 
     address = model_address(url, path)
     files = find_files(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.server.onnx_runtime_web import FILES
+from gptx.server.sites.onnx_runtime_web import FILES
 from tests.support.cli import run
 
 pytest.importorskip("ndonnx", reason="pip install '.[test]'")

@@ -24,8 +24,8 @@ from gptx.errors import (
     ParameterError,
     WeightsError,
 )
-from gptx.server import upload_client
-from gptx.server.upload_client import MAX_FAILURES, Upload, find_files, read_files
+from gptx.server.uploads import client as upload_client
+from gptx.server.uploads.client import MAX_FAILURES, Upload, find_files, read_files
 from tests.support.cli import run
 from tests.support.conversions import contents
 from tests.support.files import burn_bytes

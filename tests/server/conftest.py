@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptx.generation.text_model import Model
-from gptx.server import site
+from gptx.server.sites import writer as site
 from tests.support.serving import Served, serving
 from tests.support.sites import write_runtime
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptx.server.onnx_runtime_web import MODULE
+from gptx.server.sites.onnx_runtime_web import MODULE
 
 PAGE = Path(str(files("gptx.server") / "page"))
 TIMEOUT_SECONDS = 300

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gptx.server import site
-from gptx.server.onnx_runtime_web import FILES
+from gptx.server.sites import writer as site
+from gptx.server.sites.onnx_runtime_web import FILES
 
 
 def write_runtime(folder: Path) -> Path:

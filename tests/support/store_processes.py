@@ -15,9 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gptx.server import upload_client
-from gptx.server.store import Store
-from gptx.server.upload_client import Upload, find_files, model_address, read_files
+from gptx.server.uploads import client as upload_client
+from gptx.server.uploads.client import Upload, find_files, model_address, read_files
+from gptx.server.uploads.store import Store
 from tests.support.store_server import FakeModels, check_here, make_server
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}

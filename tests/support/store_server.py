@@ -19,9 +19,9 @@ from starlette.applications import Starlette
 from gptx.conversions import read
 from gptx.conversions.verify import check
 from gptx.random_weights import random_weights
-from gptx.server.store import Store
-from gptx.server.stored_models import StoredFile
-from gptx.server.uploads import routes
+from gptx.server.uploads.routes import routes
+from gptx.server.uploads.store import Store
+from gptx.server.uploads.stored_models import StoredFile
 from tests.support import short_ticks
 from tests.support.random_models import CASES, write_model
 

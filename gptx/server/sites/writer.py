@@ -28,7 +28,7 @@ from gptx.conversions.converter import Progress, with_progress
 from gptx.conversions.formats.onnx_folder import ALIGNMENT_BYTES, import_tracer, refer_to_data
 from gptx.errors import ParameterError, StorageError, TokenizerError, argument
 from gptx.files import atomic_path, check_replaceable, create
-from gptx.server.onnx_runtime_web import read_runtime
+from gptx.server.sites.onnx_runtime_web import read_runtime
 from gptx.tokenization.byte_level import byte_of_letter
 from gptx.tokenization.saving import is_gpt2
 
@@ -182,7 +182,7 @@ def _write_model(
     checkpoint: Checkpoint, tokenizer: dict[str, Any] | None, folder: Path, dtype: str | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Write the pieces of graphs, weights and tokenizer; return the pieces of each file."""
-    graphs = import_tracer("gptx.server.site_graphs")
+    graphs = import_tracer("gptx.server.sites.graphs")
     config = checkpoint.config
     dtypes = {n: dtype or _stored_type(tensor.dtype) for n, tensor in checkpoint.stored.items()}
     lens = graphs.lens_weights(config)

@@ -15,8 +15,8 @@ import pytest
 import gptx
 from gptx.conversions import convert
 from gptx.errors import IntegrityError, NotFoundError, ParameterError, WeightsError
-from gptx.server.store import UPLOADS, Store
-from gptx.server.stored_models import (
+from gptx.server.uploads.store import UPLOADS, Store
+from gptx.server.uploads.stored_models import (
     MAX_FILES,
     ConflictError,
     DiskFullError,

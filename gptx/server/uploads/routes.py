@@ -29,9 +29,10 @@ from gptx.errors import (
     StorageError,
     shown,
 )
-from gptx.server import upload_headers
-from gptx.server.store import UPLOADS, Store
-from gptx.server.stored_models import (
+from gptx.server.uploads import protocol
+from gptx.server.uploads.protocol import Checksum
+from gptx.server.uploads.store import UPLOADS, Store
+from gptx.server.uploads.stored_models import (
     ChecksumError,
     ConflictError,
     DiskFullError,
@@ -41,7 +42,6 @@ from gptx.server.stored_models import (
     TooLargeError,
     WrongOffsetError,
 )
-from gptx.server.upload_headers import Checksum
 
 JSON = "application/json"
 BLOCK_BYTES = 2**20  # of one append
@@ -131,13 +131,11 @@ def _endpoint(
     limit = f"max-size={store.max_bytes}"
 
     async def endpoint(request: Request) -> Response:
-        tus = upload_headers.is_tus(request.headers)
+        tus = protocol.is_tus(request.headers)
         if request.method == "OPTIONS":
             response = Response(status_code=204, headers=_abilities(store, limit))
-        elif tus and request.headers["tus-resumable"] != upload_headers.TUS_VERSION:
-            response = Response(
-                status_code=412, headers={"Tus-Version": upload_headers.TUS_VERSION}
-            )
+        elif tus and request.headers["tus-resumable"] != protocol.TUS_VERSION:
+            response = Response(status_code=412, headers={"Tus-Version": protocol.TUS_VERSION})
         else:
             try:
                 response = await methods[request.method](request)
@@ -149,7 +147,7 @@ def _endpoint(
                 response.headers["Upload-Limit"] = limit
         response.headers.setdefault("Cache-Control", "no-store")
         if tus or request.method == "OPTIONS":
-            response.headers["Tus-Resumable"] = upload_headers.TUS_VERSION
+            response.headers["Tus-Resumable"] = protocol.TUS_VERSION
         return response
 
     return endpoint
@@ -157,12 +155,12 @@ def _endpoint(
 
 def _abilities(store: Store, limit: str) -> dict[str, str]:
     return {
-        "Accept-Patch": f"{upload_headers.PARTIAL_UPLOAD}, {upload_headers.TUS_CONTENT}",
+        "Accept-Patch": f"{protocol.PARTIAL_UPLOAD}, {protocol.TUS_CONTENT}",
         "Upload-Limit": limit,
-        "Tus-Version": upload_headers.TUS_VERSION,
+        "Tus-Version": protocol.TUS_VERSION,
         "Tus-Extension": TUS_EXTENSIONS,
         "Tus-Max-Size": str(store.max_bytes),
-        "Tus-Checksum-Algorithm": upload_headers.CHECKSUM_ALGORITHMS,
+        "Tus-Checksum-Algorithm": protocol.CHECKSUM_ALGORITHMS,
     }
 
 
@@ -288,10 +286,10 @@ class _Uploads:
     async def append(self, request: Request) -> Response:
         """Answer PATCH /models/NAME/files/FILE."""
         name, file = request.path_params["name"], request.path_params["file"]
-        kinds = (upload_headers.PARTIAL_UPLOAD, upload_headers.TUS_CONTENT)
+        kinds = (protocol.PARTIAL_UPLOAD, protocol.TUS_CONTENT)
         if _media_type(request) not in kinds:
             return Response(status_code=415, headers={"Accept-Patch": ", ".join(kinds)})
-        offset = upload_headers.integer(request.headers, "upload-offset")
+        offset = protocol.integer(request.headers, "upload-offset")
         if offset is None:
             raise ParameterError("Upload-Offset is missing or invalid: give the offset in bytes")
         return Response(
@@ -308,9 +306,9 @@ class _Uploads:
 
     async def _create(self, request: Request) -> Response:
         name, headers = request.path_params["name"], request.headers
-        file = upload_headers.file_name(headers)
-        length = upload_headers.total_length(headers, 0)
-        sha256 = upload_headers.file_sha256(headers)
+        file = protocol.file_name(headers)
+        length = protocol.total_length(headers, 0)
+        sha256 = protocol.file_sha256(headers)
         await run_in_threadpool(self._require_free, name)
         self._turns.pop((name, file), None)
         async with self._appending:
@@ -328,18 +326,18 @@ class _Uploads:
                 found = await run_in_threadpool(self._store.flush, name, file)
             if found.offset != offset:
                 raise WrongOffsetError(offset, found.offset)
-            length = upload_headers.total_length(request.headers, offset)
+            length = protocol.total_length(request.headers, offset)
             if length is not None and length != found.length:
                 await run_in_threadpool(self._store.set_length, name, file, length)
                 found = replace(found, length=length)
-            content = upload_headers.integer(request.headers, "content-length") or 0
+            content = protocol.integer(request.headers, "content-length") or 0
             if found.length is not None and offset + content > found.length:
                 raise LengthError(
                     f"file {file} has {found.length} bytes, and the request ends at "
                     f"{offset + content}: check the file"
                 )
             end = await self._append_content(request, key, offset)
-            if upload_headers.is_last(request.headers) and end != found.length:
+            if protocol.is_last(request.headers) and end != found.length:
                 await run_in_threadpool(self._store.set_length, name, file, end)
         finally:
             if self._turns.get(key) is request:
@@ -356,7 +354,7 @@ class _Uploads:
         If the connection is lost, all that arrived is appended.
         """
         blocks = self._blocks(request)
-        if (checksum := upload_headers.checksum(request.headers)) is not None:
+        if (checksum := protocol.checksum(request.headers)) is not None:
             blocks = self._verified(blocks, checksum)
         arrived = bytearray()
         try:

@@ -14,7 +14,7 @@ from gptx import research
 from gptx.config import GPT2Config
 from gptx.generation.text_model import Model
 from gptx.random_weights import random_weights
-from gptx.server import site
+from gptx.server.sites import writer as site
 from tests.support.random_models import CASES, random_ids, write_model
 from tests.support.sites import content
 

@@ -34,9 +34,9 @@ from gptx.errors import (
     argument,
     shown,
 )
-from gptx.server.model_check import find_model, regular_files
-from gptx.server.stored_models import check_file_name, check_model_name
-from gptx.server.upload_headers import PARTIAL_UPLOAD
+from gptx.server.uploads.model_check import find_model, regular_files
+from gptx.server.uploads.protocol import PARTIAL_UPLOAD
+from gptx.server.uploads.stored_models import check_file_name, check_model_name
 
 Progress = Callable[[str, int, int], None]
 

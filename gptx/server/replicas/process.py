@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from gptx.process import environment
-from gptx.server.balancing import Prefixes
-from gptx.server.upstream import HOST, Broken, Unreachable, get
+from gptx.server.replicas.balancing import Prefixes
+from gptx.server.replicas.upstream import HOST, Broken, Unreachable, get
 
 BACKLOG = 2048
 POLL_SECONDS = 0.1  # between two looks at a replica that loads

@@ -11,7 +11,8 @@ import pytest
 
 from gptx.errors import ParameterError, TokenizerError, WeightsError
 from gptx.random_weights import random_weights
-from gptx.server import onnx_runtime_web, site
+from gptx.server.sites import onnx_runtime_web
+from gptx.server.sites import writer as site
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support.random_models import CASES, write_model
 from tests.support.sites import content

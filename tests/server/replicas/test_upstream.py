@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gptx.server.upstream import Broken, Unreachable, Upstream, forwarded, get
+from gptx.server.replicas.upstream import Broken, Unreachable, Upstream, forwarded, get
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 

@@ -16,7 +16,7 @@ from email.message import Message
 from typing import Any, NamedTuple
 
 from gptx.errors import ParameterError, shown
-from gptx.server.stored_models import LengthError
+from gptx.server.uploads.stored_models import LengthError
 
 PARTIAL_UPLOAD = "application/partial-upload"
 TUS_CONTENT = "application/offset+octet-stream"

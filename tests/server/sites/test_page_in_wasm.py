@@ -16,7 +16,7 @@ import pytest
 from gptx import research
 from gptx.generation.sampling import uniform
 from gptx.generation.text_model import Model
-from gptx.server import site
+from gptx.server.sites import writer as site
 from gptx.tokenization.pipeline import PipelineTokenizer
 from tests.support import node
 from tests.support.static_server import serve
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.wasm
 
-SHARED_GPT2 = Path(__file__).parents[3] / "shared" / "tokenizer" / "gpt2"
+SHARED_GPT2 = Path(__file__).parents[4] / "shared" / "tokenizer" / "gpt2"
 PROMPT = "To be, or not to be: that is the"
 READ = (
     "!document.body.classList.contains('busy') && "

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gptx.server.store import UPLOADS
+from gptx.server.uploads.store import UPLOADS
 from tests.support.cli import posix
 from tests.support.store_processes import CHUNK_BYTES, start_client, start_server
 from tests.support.store_server import CuttingProxy, free_port, model_files, visible

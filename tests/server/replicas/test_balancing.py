@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gptx.server import balancing
-from gptx.server.balancing import BLOCK_CHARACTERS, MAX_BLOCKS, Prefixes, blocks_of, ranked
+from gptx.server.replicas import balancing
+from gptx.server.replicas.balancing import BLOCK_CHARACTERS, MAX_BLOCKS, Prefixes, blocks_of, ranked
 
 PROMPT = "To be, or not to be: that is the question. " * 10
 

@@ -27,8 +27,8 @@ from gptx.errors import (
     shown,
 )
 from gptx.file_lock import lock
-from gptx.server.model_check import check_apart, find_model, regular_files
-from gptx.server.stored_models import (
+from gptx.server.uploads.model_check import check_apart, find_model, regular_files
+from gptx.server.uploads.stored_models import (
     MANIFEST,
     ConflictError,
     DiskFullError,

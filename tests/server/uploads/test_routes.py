@@ -20,8 +20,8 @@ import pytest
 from starlette.applications import Starlette
 
 import gptx
-from gptx.server.store import UPLOADS, Store
-from gptx.server.uploads import BLOCK_BYTES, MAX_MANIFEST_BYTES, routes
+from gptx.server.uploads.routes import BLOCK_BYTES, MAX_MANIFEST_BYTES, routes
+from gptx.server.uploads.store import UPLOADS, Store
 from tests.support.store_server import (
     Client,
     FakeModels,
@@ -34,7 +34,7 @@ from tests.support.store_server import (
 
 FILES = {"a.bin": b"0123456789", "b.bin": b"abc"}
 FILE = "/models/m/files/a.bin"
-TUS_JS_UPLOAD = Path(__file__).parents[1] / "support" / "tus_js_upload.js"
+TUS_JS_UPLOAD = Path(__file__).parents[2] / "support" / "tus_js_upload.js"
 PROBLEM = "https://iana.org/assignments/http-problem-types#"
 
 
@@ -687,7 +687,7 @@ def test_a_full_disk(client: Client, root: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gptx.server.store.os.write", full)
+        patch.setattr("gptx.server.uploads.store.os.write", full)
         answer = client.append(FILE, 0, b"0123")
     assert (answer.status, answer.json()["title"]) == (507, "Insufficient storage")
     assert client("HEAD", FILE).headers["upload-offset"] == "0"

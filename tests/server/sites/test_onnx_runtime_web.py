@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptx.errors import HubUnavailableError, NotFoundError
-from gptx.server import onnx_runtime_web
+from gptx.server.sites import onnx_runtime_web
 from tests.support.sites import write_runtime
 
 

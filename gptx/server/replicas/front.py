@@ -22,14 +22,14 @@ from starlette.datastructures import Headers as Read
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from gptx.server.balancing import blocks_of, ranked
 from gptx.server.errors import ApiError, Unavailable
 from gptx.server.gate import error_response, read_body
 from gptx.server.origins import check_caller
-from gptx.server.replica import Replica
+from gptx.server.replicas.balancing import blocks_of, ranked
+from gptx.server.replicas.process import Replica
+from gptx.server.replicas.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
 from gptx.server.settings import Settings
 from gptx.server.streams import Client, Disconnected, encode_event, encode_json
-from gptx.server.upstream import Broken, Headers, Unreachable, Upstream, forwarded, get
 
 MAX_ATTEMPTS = 2  # replicas that a request may lose: it may be the cause of their end
 END_SECONDS = 5.0  # for the replicas to end after the last request

@@ -1,0 +1,1 @@
+"""The page as a static site, which computes in the browser."""

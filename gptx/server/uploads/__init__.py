@@ -1,0 +1,1 @@
+"""Models that come by upload: the store, its routes, the client."""
