@@ -370,7 +370,9 @@ class Backend:
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
         """Return `forward` (`gptx.model.forward`) with `model` as its first argument, compiled.
 
-        Here it is not compiled. An override traces `forward` (see `gptx.backends.graph`).
+        Here it is not compiled. An override traces `forward` (see `gptx.backends.graph`). If the
+        result has an attribute `skips_padding` that is true, a pass with `last_only` computes the
+        new tokens of ragged sequences only (`Positions.counts`), so any may be batched.
         """
         # A copy: the model stores the result, so a reference to the model would be a cycle, which
         # keeps the weights in memory until Python's garbage collector runs.

@@ -21,7 +21,10 @@ Array = np.ndarray
 class CompiledForward:
     """The forward pass of one model, called as `gptx.model.forward` without the model.
 
-    With `last_only`, it computes no padding.
+    Attributes
+    ----------
+    skips_padding
+        True: see `Backend.compile`.
 
     Raises
     ------
