@@ -52,7 +52,7 @@ from gptx.tokenization.protocol import Tokenizer
 
 LONG_TOKENS, LONG_OUTPUT = 900, 4
 LONG_CLIENTS = 4  # beside a long prompt
-WARM_UP_REQUESTS, WARM_UP_CLIENTS = 32, 4
+WARM_UP_REQUESTS = 4  # of each client
 # Throughput of 8 clients in int8: relative to llama.cpp, and to one client.
 THROUGHPUT_LIMITS = {"AVX2": (1.25, 2.0)}
 WIDE_LIMITS = (1.5, 3.0)  # with VNNI or AMX
@@ -273,8 +273,9 @@ def measure_server(
     """Return the records of one server."""
     target, traffic = Target(server.port, server.model, server.extra), Traffic()
     # As after hours of service: kernels are compiled, and all memory of caches has been used.
-    warm_up = traffic.draw(tokenizer, WARM_UP_REQUESTS, seed + 1000)
-    asyncio.run(run_clients(target, warm_up, WARM_UP_CLIENTS, 0, seed))
+    most = max(args.clients)
+    warm_up = traffic.draw(tokenizer, WARM_UP_REQUESTS * most, seed + 1000)
+    asyncio.run(run_clients(target, warm_up, most, 0, seed))
     records = []
     for n in args.clients:
         jobs = traffic.draw(tokenizer, n * args.requests, seed)

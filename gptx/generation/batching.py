@@ -331,8 +331,9 @@ class Batch:
     def _pick_chunk(self) -> list[tuple[Reading, int]]:
         """Return the prompts of the next pass, and the number of tokens to read of each.
 
-        Without a limit they are all. With one, the shortest come first: they are complete soonest.
-        The oldest has its turn after `MAX_PASSED_OVER` chunks of others.
+        Without a limit they are all. With one, the shortest come first: they are complete soonest,
+        and a part of a long one does not make their pass longer. The oldest has its turn after
+        `MAX_PASSED_OVER` chunks of others.
         """
         if self._chunk_tokens is None:
             return [(reading, reading.n_left) for reading in self._reading]
@@ -353,11 +354,11 @@ class Batch:
     def _fitting(self, reading: Reading, counts: list[int]) -> int:
         """Return the number of tokens of a prompt that fit a pass with some of others, maybe 0."""
         assert self._chunk_tokens is not None
-        if self._mixes and not reading.is_scored:
-            return min(reading.n_left, self._chunk_tokens - sum(counts))
-        # A pass is a rectangle: the others are padded to the longest one.
         n = min(reading.n_left, self._chunk_tokens)
-        return n if not counts or (len(counts) + 1) * n <= self._chunk_tokens else 0
+        # A rectangle has all sequences padded to the longest one.
+        packs = self._mixes and not reading.is_scored
+        total = sum(counts) + n if packs else (len(counts) + 1) * n
+        return n if not counts or total <= self._chunk_tokens else 0
 
     def _score(self, reading: Reading, logits: Array) -> list[Made]:
         """Add the log-probabilities of the tokens after the next ones, from logits [T, V]."""
