@@ -59,7 +59,7 @@ class Replica:
         self.process: asyncio.subprocess.Process | None = None
         self._command = command
         self._was_ready = False
-        self._ending = False
+        self._ending = asyncio.Event()
         self._socket = socket.create_server((HOST, 0), backlog=BACKLOG)
         self.port: int = self._socket.getsockname()[1]
 
@@ -75,7 +75,7 @@ class Replica:
         while True:
             start = time.monotonic()
             code = await self._run()
-            if self._ending:
+            if self._ending.is_set():
                 return
             if not self._was_ready:
                 on_failure(code)
@@ -85,8 +85,10 @@ class Replica:
             logger.error(
                 "replica %d has ended with %d: it starts again in %g s", self.number, code, pause
             )
-            await asyncio.sleep(pause)
-            if self._ending:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._ending.wait()
+            if self._ending.is_set():
                 return
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -134,7 +136,7 @@ class Replica:
 
     def end(self) -> None:
         """Ask the process to end; it is not started again."""
-        self._ending = True
+        self._ending.set()
         self._signal("SIGTERM")
 
     def kill(self) -> None:
