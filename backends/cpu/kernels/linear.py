@@ -201,7 +201,7 @@ def _run_strips(task: LinearTask) -> None:
     for chunk in range(chunks):
         first_output = max(first - chunk * panels, 0) * PANEL_OUTPUTS
         last_output = min(last - chunk * panels, panels) * PANEL_OUTPUTS
-        begin, end = chunk * CHUNK_BLOCKS, min((chunk + 1) * CHUNK_BLOCKS, tall + short)
+        begin, end = split_range(tall + short, chunk, chunks)
         for k in range(0, n_in, STRIP_INPUTS):
             depth = min(STRIP_INPUTS, n_in - k)
             for j in range(first_output, last_output, outputs):
@@ -237,10 +237,12 @@ def _run_bytes(task: LinearTask) -> None:
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
     n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
     strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
+    blocks = (rows + BYTE_ROWS - 1) // BYTE_ROWS
     chunks = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS
     first, last = split_range(strips * chunks, task.thread, task.threads)
     for chunk in range(chunks):
-        begin, end = chunk * QUANTIZED_CHUNK_ROWS, min((chunk + 1) * QUANTIZED_CHUNK_ROWS, rows)
+        first_block, last_block = split_range(blocks, chunk, chunks)
+        begin, end = first_block * BYTE_ROWS, min(last_block * BYTE_ROWS, rows)
         first_strip, last_strip = max(first - chunk * strips, 0), min(last - chunk * strips, strips)
         for strip in range(first_strip, last_strip):
             for n in range(begin, end, BYTE_ROWS):
