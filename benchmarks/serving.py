@@ -5,8 +5,8 @@
 
 The clients of a run send streamed completions of ragged lengths, half of which begin with a shared
 prefix, after exponential pauses; each has sent some before. They run on the same cores.
-`LLAMA_SERVER` names llama.cpp's own server; without it, that of llama-cpp-python runs, which answers
-one request at a time. A server that is not installed is left out.
+`LLAMA_SERVER` names llama.cpp's own server; without it, that of llama-cpp-python runs, which
+answers one request at a time. A server that is not installed is left out.
 """
 
 from __future__ import annotations
