@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sized
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
+from jinja2 import Template
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.nodes import Node
@@ -67,6 +70,14 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
+@lru_cache(maxsize=16)
+def _compile(template: str) -> CodeType:
+    """Return the compiled template, which runs in any environment."""
+    code = _Environment().compile(template)
+    assert isinstance(code, CodeType)
+    return code
+
+
 def render(template: str, values: dict[str, Any]) -> str:
     """Return the text of a template for these variables.
 
@@ -77,7 +88,8 @@ def render(template: str, values: dict[str, Any]) -> str:
     """
     environment = _Environment()
     pieces, size = [], 0
-    for piece in environment.from_string(template).generate(values):
+    made = Template.from_code(environment, _compile(template), environment.make_globals(None))
+    for piece in made.generate(values):
         environment.tick()
         pieces.append(piece)
         size += len(piece)

@@ -26,7 +26,7 @@ MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a fl
 BYTE_ROWS = 8  # rows of a block
 
 # Attention of a prompt on vectors
-QUERIES = LANES  # of a block, one to a lane
+QUERIES = LANES  # of a block, one to a lane; on AMX, the rows of a tile
 TALL_KEYS = 8 if HAS_AVX512 else 6  # keys, or numbers of a value, of a product with a block
 
 # AMX

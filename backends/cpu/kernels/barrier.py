@@ -18,6 +18,13 @@ def split_range(n: int, thread: int, threads: int) -> tuple[int, int]:
 
 
 @compiled
+def split_blocks(n: int, size: int, part: int, parts: int) -> tuple[int, int]:
+    """Return the begin and end of a part of range(n), which has whole blocks of `size`."""
+    begin, end = split_range((n + size - 1) // size, part, parts)
+    return begin * size, min(end * size, n)
+
+
+@compiled
 def wait_at_barrier(counter: Any, target: int) -> None:
     """Add 1 to counter[0] and wait until it is `target`; the next target is `threads` higher.
 

@@ -18,10 +18,7 @@ from gptx.backends.cpu.kernels.byte_products import add_byte_products
 from gptx.backends.cpu.kernels.compilation import compiled
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
 from gptx.backends.cpu.kernels.gemv_bytes import add_group
-from gptx.backends.cpu.kernels.group_scales import (
-    prefetch_group,
-    scale_and_offset,
-)
+from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     PREFETCH_BYTES,
     broadcast,
@@ -100,27 +97,18 @@ def _make_product(rows: int, bits: int) -> Callable[..., None]:
     return multiply
 
 
-_multiply_8x8, _multiply_4x8 = (_make_product(rows, 8) for rows in (BYTE_ROWS, BYTE_ROWS // 2))
-_multiply_8x4, _multiply_4x4 = (_make_product(rows, 4) for rows in (BYTE_ROWS, BYTE_ROWS // 2))
+def _make_quantized_gemm(bits: int) -> Callable[..., None]:
+    whole, half = (_make_product(rows, bits) for rows in (BYTE_ROWS, BYTE_ROWS // 2))
+
+    @compiled
+    def multiply(matrix: QuantizedMatrix, strip: int, x: Any, rows: int, n: int, y: Matrix) -> None:
+        """Compute 16 outputs for the rows from n on, at most 8 of `rows` rows."""
+        if rows - n > BYTE_ROWS // 2:
+            whole(matrix, strip, x, n * matrix.n_in, y)
+        else:
+            half(matrix, strip, x, n * matrix.n_in, y)
+
+    return multiply
 
 
-@compiled
-def multiply_int8(
-    matrix: QuantizedMatrix, strip: int, x: Any, rows: int, n: int, y: Matrix
-) -> None:
-    """Compute 16 outputs for the rows from n on, at most 8 of `rows` rows."""
-    if rows - n > BYTE_ROWS // 2:
-        _multiply_8x8(matrix, strip, x, n * matrix.n_in, y)
-    else:
-        _multiply_4x8(matrix, strip, x, n * matrix.n_in, y)
-
-
-@compiled
-def multiply_int4(
-    matrix: QuantizedMatrix, strip: int, x: Any, rows: int, n: int, y: Matrix
-) -> None:
-    """Compute 16 outputs for the rows from n on, at most 8 of `rows` rows."""
-    if rows - n > BYTE_ROWS // 2:
-        _multiply_8x4(matrix, strip, x, n * matrix.n_in, y)
-    else:
-        _multiply_4x4(matrix, strip, x, n * matrix.n_in, y)
+multiply_int8, multiply_int4 = _make_quantized_gemm(8), _make_quantized_gemm(4)

@@ -23,10 +23,7 @@ from gptx.backends.cpu.kernels.byte_products import (
 )
 from gptx.backends.cpu.kernels.compilation import compiled, inlined
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
-from gptx.backends.cpu.kernels.group_scales import (
-    prefetch_group,
-    scale_and_offset,
-)
+from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     INTS,
     PREFETCH_BYTES,

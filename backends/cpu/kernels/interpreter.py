@@ -113,32 +113,24 @@ def _write_cache(task: AttentionTask, thread: int, threads: int) -> None:
 
 
 @inlined
-def _uses_amx(task: AttentionTask, rows: int, amx: bool) -> bool:
-    return HAS_AMX and amx and rows >= TILE_ROWS and task.D % PANEL_OUTPUTS == 0
-
-
-@inlined
-def _count_blocks(task: AttentionTask, b: int, amx: bool, single: bool) -> int:
+def _count_blocks(task: AttentionTask, b: int, single: bool) -> int:
     """Return the blocks of rows of a sequence; 0 unless it has a single row, or `single` is off."""
     rows = task.first_rows[b + 1] - task.first_rows[b]
-    if (rows == 1) != single:
-        return 0
-    block_rows = TILE_ROWS if _uses_amx(task, rows, amx) else QUERIES
-    return (rows + block_rows - 1) // block_rows
+    return (rows + QUERIES - 1) // QUERIES if (rows == 1) == single else 0
 
 
 @inlined
 def _read_blocks(task: AttentionTask, b: int, amx: bool, first: int, last: int) -> None:
     """Compute attention for blocks [first, last) of a sequence, one head after the other."""
     first_row, end = task.first_rows[b], task.first_rows[b + 1]
-    on_amx = _uses_amx(task, end - first_row, amx)
-    block_rows = TILE_ROWS if on_amx else QUERIES
-    blocks = (end - first_row + block_rows - 1) // block_rows
+    rows = end - first_row
+    on_amx = HAS_AMX and amx and rows >= TILE_ROWS and task.D % PANEL_OUTPUTS == 0
+    blocks = (rows + QUERIES - 1) // QUERIES
     length = 0
     for item in range(first, last):
-        head, n = item // blocks, first_row + item % blocks * block_rows
-        cache_start, count = _cache_start(task, b, head), min(block_rows, end - n)
-        if end - first_row == 1:
+        head, n = item // blocks, first_row + item % blocks * QUERIES
+        cache_start, count = _cache_start(task, b, head), min(QUERIES, end - n)
+        if rows == 1:
             decode_attention(task, head, cache_start, n)
             continue
         if n == first_row or item == first:
@@ -161,11 +153,11 @@ def _read_cache(task: AttentionTask, amx: bool, single: bool, thread: int, threa
     """
     n_blocks = 0
     for b in range(task.B):
-        n_blocks += task.H * _count_blocks(task, b, amx, single)
+        n_blocks += task.H * _count_blocks(task, b, single)
     first, last = split_range(n_blocks, thread, threads)
     start = 0
     for b in range(task.B):
-        end = start + task.H * _count_blocks(task, b, amx, single)
+        end = start + task.H * _count_blocks(task, b, single)
         if start < last and first < end:
             _read_blocks(task, b, amx, max(first, start) - start, min(last, end) - start)
         start = end

@@ -44,7 +44,7 @@ from gptx.backends.cpu.kernels.arguments import (
     quantized_matrix,
     source_row,
 )
-from gptx.backends.cpu.kernels.barrier import split_range
+from gptx.backends.cpu.kernels.barrier import split_blocks, split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import (
@@ -237,12 +237,10 @@ def _run_bytes(task: LinearTask) -> None:
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
     n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
     strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
-    blocks = (rows + BYTE_ROWS - 1) // BYTE_ROWS
     chunks = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS
     first, last = split_range(strips * chunks, task.thread, task.threads)
     for chunk in range(chunks):
-        first_block, last_block = split_range(blocks, chunk, chunks)
-        begin, end = first_block * BYTE_ROWS, min(last_block * BYTE_ROWS, rows)
+        begin, end = split_blocks(rows, BYTE_ROWS, chunk, chunks)
         first_strip, last_strip = max(first - chunk * strips, 0), min(last - chunk * strips, strips)
         for strip in range(first_strip, last_strip):
             for n in range(begin, end, BYTE_ROWS):

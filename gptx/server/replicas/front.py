@@ -47,7 +47,7 @@ class Front:
     Parameters
     ----------
     command
-        Command of a replica, which takes the socket of `replica.inherited_sockets`.
+        Command of a replica, which takes the socket of `process.inherited_sockets`.
     n_replicas
         Number of replicas.
     on_failure

@@ -40,7 +40,7 @@ from gptx.backends.cpu.kernels.arguments import (
     quantized_matrix,
     source_row,
 )
-from gptx.backends.cpu.kernels.barrier import split_range
+from gptx.backends.cpu.kernels.barrier import split_blocks, split_range
 from gptx.backends.cpu.kernels.compilation import float_array, inlined
 from gptx.backends.cpu.kernels.elementwise import apply_epilogue, normalize_row
 from gptx.backends.cpu.kernels.gemm import expand_float32
@@ -58,16 +58,10 @@ def uses_amx(op: Any, rows: int) -> bool:
 
 
 @inlined
-def count_tiles(rows: int) -> int:
-    """Return the number of tiles of 16 rows."""
-    return (rows + TILE_ROWS - 1) // TILE_ROWS
-
-
-@inlined
 def prepare_amx(task: LinearTask) -> None:
     """Normalize and pack a share of the rows."""
     op, prepared, rows, row = task.op, task.prepared, task.rows, task.workspace[task.thread]
-    n_in, padded_rows = op[N_IN], count_tiles(rows) * TILE_ROWS
+    n_in, padded_rows = op[N_IN], (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     first, last = split_range(rows, task.thread, task.threads)
     for n in range(first, last):
         normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], row, 0, 1)
@@ -95,15 +89,14 @@ def _run_float_gemm(task: LinearTask) -> None:
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
     x, panel = task.prepared.view(np.uint32), workspace.view(np.uint32)
     incomplete = workspace[INCOMPLETE_PANEL_START:]
-    chunks, tiles = (rows + FLOAT_CHUNK_ROWS - 1) // FLOAT_CHUNK_ROWS, count_tiles(rows)
+    chunks = (rows + FLOAT_CHUNK_ROWS - 1) // FLOAT_CHUNK_ROWS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
     first, last = split_range(panels * chunks, task.thread, task.threads)
     configure_tiles(workspace)
     for chunk in range(chunks):
         first_panel = max(first - chunk * panels, 0)
         last_panel = min(last - chunk * panels, panels)
-        first_tile, last_tile = split_range(tiles, chunk, chunks)
-        begin, end = first_tile * TILE_ROWS, min(last_tile * TILE_ROWS, rows)
+        begin, end = split_blocks(rows, TILE_ROWS, chunk, chunks)
         for k in range(0, n_in, PACKED_PANEL_INPUTS):
             depth = min(PACKED_PANEL_INPUTS, n_in - k)
             for number in range(first_panel, last_panel):
@@ -129,13 +122,12 @@ def _run_quantized_gemm(task: LinearTask) -> None:
     """Compute the panels of outputs one after the other."""
     op, y, rows, workspace = task.op, task.y, task.rows, task.workspace[task.thread]
     n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
-    chunks, tiles = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS, count_tiles(rows)
+    chunks = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
     first, last = split_range(panels * chunks, task.thread, task.threads)
     for item in range(first, last):
         chunk, number = item // panels, item % panels
-        first_tile, last_tile = split_range(tiles, chunk, chunks)
-        begin, end = first_tile * TILE_ROWS, min(last_tile * TILE_ROWS, rows)
+        begin, end = split_blocks(rows, TILE_ROWS, chunk, chunks)
         j = number * PANEL_OUTPUTS
         target = Matrix(y, j, width, 1)
         quantized_gemm.multiply(matrix, number, task.prepared, rows, begin, end, target, workspace)
