@@ -16,6 +16,7 @@ from gptx.server.errors import api_error
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+TURNS = 4  # of the event loop, after which an end that is in the connection's buffer has an effect
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -33,7 +34,8 @@ class Client:
 
     Use it as an asynchronous context manager in the task of the request, whose body has been read.
     Inside, the end of the connection cancels whatever the task waits for, and the context raises
-    Disconnected. So does a message that the client does not read in time.
+    Disconnected. So does a message that the client does not read in time. Entering raises it for a
+    client that has hung up already: a crowd of those would fill the queue.
 
     Parameters
     ----------
@@ -57,6 +59,12 @@ class Client:
         self._loop = asyncio.get_running_loop()
         self._watcher = asyncio.create_task(self._watch())
         self._timer = self._loop.call_later(self._send_seconds, self._check)
+        try:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            await self.__aexit__(type(error), error, None)
+            raise
         return self
 
     async def __aexit__(

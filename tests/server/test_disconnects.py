@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +35,24 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def loop_held(served: Served) -> Iterator[None]:
+    """Hold the event loop within a context."""
+    assert served.listener._loop is not None
+    reached, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reached.set()
+        go.wait(PATIENCE_SECONDS)
+
+    served.listener._loop.call_soon_threadsafe(wait)
+    assert reached.wait(PATIENCE_SECONDS)
+    try:
+        yield
+    finally:
+        go.set()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_place(served: Served, stream: bool) -> None:
     """llama.cpp #24496; vllm-mlx PR #457 and starlette #297: only streams noticed it."""
@@ -55,6 +76,25 @@ def test_a_client_that_hangs_up_in_the_queue_is_never_computed(
         connection.close()
         wait_until(lambda: scheduler.waiting == 0)
     assert scheduler.running == 0
+
+
+def test_a_crowd_that_has_hung_up_already_takes_no_place(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good clients got "the queue is full": the event loop had read all requests before an end."""
+    submitted = []
+    submit = served.scheduler.submit
+
+    def watched(*args: Any, **options: Any) -> Any:
+        submitted.append(args)
+        return submit(*args, **options)
+
+    monkeypatch.setattr(served.scheduler, "submit", watched)
+    with loop_held(served):
+        for _ in range(50):
+            served.start(PATH, ENDLESS).close()
+    assert served.complete(max_tokens=2)
+    assert len(submitted) == 1
 
 
 def test_a_client_that_hangs_up_while_its_prompt_is_read(
@@ -137,16 +177,26 @@ def test_a_client_ends_only_what_it_has_to() -> None:
     async def send(message: object) -> None:
         pass
 
+    async def late_end() -> dict[str, str]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    entered = []
+
     async def wait(receive: Any) -> None:
         async with Client(receive, send, send_seconds=PATIENCE_SECONDS):
+            entered.append(receive)
             await asyncio.sleep(PATIENCE_SECONDS)
 
     async def run() -> None:
-        with pytest.raises(Disconnected):
-            await wait(receive)
+        for end in (receive, late_end):
+            with pytest.raises(Disconnected):
+                await wait(end)
+        assert entered == [late_end]
         await asyncio.sleep(0)  # the cancellation is over
-        async with Client(receive, send, send_seconds=PATIENCE_SECONDS) as client:
+        async with Client(late_end, send, send_seconds=PATIENCE_SECONDS) as client:
             await client.send({"type": "http.response.body"})
+            await asyncio.sleep(0.02)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await wait(endless)

@@ -96,22 +96,19 @@ def test_good_clients_beside_a_thousand_hostile_ones(
 ) -> None:
     raise_file_limit(4 * N_HOSTILE)
     settings = Settings(header_seconds=5, body_seconds=5, keep_alive_seconds=5, send_seconds=5)
-    with serving(shakespeare, settings) as served:
+    with serving(shakespeare, settings) as served, contextlib.ExitStack() as connections:
         expected = served.complete(**BODY)["choices"]
         alone = good_clients(served, expected)
-        connections = []
         numbers = random.Random(0)
         for _ in range(N_HOSTILE):
-            connection = served.connect()
+            connection = connections.enter_context(served.connect())
             with contextlib.suppress(OSError):  # the server has closed it already
                 numbers.choice(KINDS)(connection)
-            connections.append(connection)
         beside = good_clients(served, expected)
         record_property("seconds alone", alone)
         record_property("seconds beside hostile clients", beside)
         print(f"good clients: {alone:.2f} s alone, {beside:.2f} s beside {N_HOSTILE} hostile ones")
         wait_until(lambda: len(served.listener.server_state.connections) <= N_GOOD + 2)
-        for connection in connections:
-            connection.close()
+        connections.close()
         wait_until(lambda: served.scheduler.idle)
         assert served.complete(**BODY)["choices"] == expected
