@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from types import ModuleType
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,19 @@ class NumpyBackend(Backend):
             return None
         return super().override(name) or getattr(self.on_rows, name, None)
 
+    @cached_property
+    def _has_kernels(self) -> bool:
+        """True if Numba is installed, whose code the modules of this package run for float32."""
+        return self.dtype == "float32" and importlib.util.find_spec("numba") is not None
+
     def has_many_rows(self, x: Array) -> bool:
         """Test for enough rows to split."""
         return x.size >= MIN_ROWS * x.shape[-1] and x.dtype == self.float_dtype
 
     def is_compiled(self) -> bool:
-        if self.dtype != "float32" or not (machine_code := _import_if_numba("machine_code")):
+        if not self._has_kernels:
             return False
+        from gptx.backends.cpu import machine_code
         from gptx.backends.cpu.interface.variant import variant_name
 
         return machine_code.is_compiled(variant_name([FLOAT32], self.cache_dtype == "float16"))
@@ -72,17 +78,21 @@ class NumpyBackend(Backend):
     def compile(self, forward: Callable[..., Array], model: Any) -> Callable[..., Array]:
         # Quantized weights have loaded the kernels already.
         worthwhile = self.compiles or self._has_quantized_weights
-        if self.dtype == "float32" and worthwhile and (compiled := _import_if_numba("compiled")):
+        if worthwhile and self._has_kernels:
+            from gptx.backends.cpu.compiled import CompiledForward
+
             try:
-                return compiled.CompiledForward(forward, model, self.threads)
+                return CompiledForward(forward, model, self.threads)
             except UnsupportedOp:  # the forward pass is not GPT-2's
                 pass
         return super().compile(forward, model)
 
     def pack_quantized(self, q: QuantizedTensor, *, table: bool = False) -> Any:
-        if self.dtype == "float32" and (quantized := _import_if_numba("quantized")):
+        if self._has_kernels:
+            from gptx.backends.cpu.quantized import QuantizedWeight
+
             self._has_quantized_weights = True
-            return quantized.QuantizedWeight(q, self._weights, self.threads)
+            return QuantizedWeight(q, self._weights, self.threads)
         return super().pack_quantized(q, table=table)
 
     def embed(self, ids: Array, table: Any) -> Array:
@@ -175,13 +185,6 @@ class NumpyBackend(Backend):
             np.copyto(scores, -math.inf, where=hidden)
         heads = _softmax(scores) @ v
         return heads.swapaxes(1, 2).reshape(B, T, H * D)
-
-
-def _import_if_numba(module: str) -> ModuleType | None:
-    """Import a module of this package that runs the kernels; None if Numba is not installed."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    return importlib.import_module(f"gptx.backends.cpu.{module}")
 
 
 def _softmax(x: Array) -> Array:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from gptx.backends.cpu.interface.group_words import decode_lanes, encode_words
@@ -18,6 +16,7 @@ from gptx.quantization import QuantizedTensor
 Array = np.ndarray
 
 BLOCK_OUTPUTS = 512  # that a thread packs at a time; whole strips
+BLOCK_GROUPS = 2**16  # that are encoded at a time: they stay in the cache of a core
 
 
 class QuantizedWeight:
@@ -51,7 +50,7 @@ class QuantizedWeight:
         self.bits = q.bits
         self.group_size = q.group_size
         self.words = _pack_strips(pool, threads, q.weight)
-        encoded = _encode_groups(threads, q)
+        encoded = _encode_groups(q)
         self.offset_bits = 0 if encoded is None else q.bits
         parts = (q.scales, q.offsets) if encoded is None else (encoded,)
         self.groups = _pack_strips(pool, threads, *(x.view(np.uint32) for x in parts))
@@ -90,35 +89,31 @@ def _pack_strips(pool: Pool, threads: int, *parts: Array) -> Array:
     strips = pool.allocate((n_strips, n, len(parts) * LANES), parts[0].dtype)
     strips[whole:] = 0
 
-    def pack(rows: slice) -> None:
+    def pack(number: int) -> None:
+        block = slice(number * BLOCK_OUTPUTS, (number + 1) * BLOCK_OUTPUTS)
         for i, x in enumerate(parts):
-            target = strips[rows.start // LANES :, :, i * LANES : (i + 1) * LANES]
-            in_strips, rest = np.split(x[rows], [(rows.stop - rows.start) // LANES * LANES])
+            target = strips[block.start // LANES :, :, i * LANES : (i + 1) * LANES]
+            rows = x[block]
+            in_strips, rest = np.split(rows, [len(rows) // LANES * LANES])
             target[: len(in_strips) // LANES] = in_strips.reshape(-1, LANES, n).swapaxes(1, 2)
             if len(rest):
                 target[len(in_strips) // LANES, :, : len(rest)] = rest.T
 
-    _run_blocks(pack, n_out, threads)
+    WORKERS.run(pack, -(-n_out // BLOCK_OUTPUTS), threads)
     return strips
 
 
-def _encode_groups(threads: int, q: QuantizedTensor) -> Array | None:
-    """Return scales and offsets as words [O, G]; None if a word cannot represent one of them."""
-    words: Array = np.empty(q.scales.shape, np.uint32)
-    failed: list[slice] = []
+def _encode_groups(q: QuantizedTensor) -> Array | None:
+    """Return scales and offsets as words [O, G]; None if a word cannot represent one of them.
 
-    def encode(rows: slice) -> None:
-        encoded = None if failed else encode_words(q.scales[rows], q.offsets[rows], q.bits)
+    One thread computes them: several would wait for the interpreter between the calls of NumPy.
+    """
+    scales, offsets = q.scales.reshape(-1), q.offsets.reshape(-1)
+    words: Array = np.empty(scales.shape, np.uint32)
+    for first in range(0, words.size, BLOCK_GROUPS):
+        block = slice(first, first + BLOCK_GROUPS)
+        encoded = encode_words(scales[block], offsets[block], q.bits)
         if encoded is None:
-            failed.append(rows)
-        else:
-            words[rows] = encoded
-
-    _run_blocks(encode, q.shape[0], threads)
-    return None if failed else words
-
-
-def _run_blocks(function: Callable[[slice], None], n_out: int, threads: int) -> None:
-    """Call a function for each block of outputs, on threads."""
-    blocks = [slice(i, min(i + BLOCK_OUTPUTS, n_out)) for i in range(0, n_out, BLOCK_OUTPUTS)]
-    WORKERS.run(lambda n: function(blocks[n]), len(blocks), threads)
+            return None
+        words[block] = encoded
+    return words.reshape(q.scales.shape)
