@@ -27,11 +27,13 @@ FLOATS, WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
 MATRIX = types.NamedTuple([FLOATS, int64, int64, int64], Matrix)
 QUANTIZED = types.NamedTuple([WORDS, WORDS, int64, int64, int64, int64], QuantizedMatrix)
 GEMV = void(QUANTIZED, int64, int64, FLOATS, FLOATS)
-GEMM = void(FLOATS, *[int64] * 5, FLOATS, int64, int64, MATRIX, boolean, MATRIX)
+GEMM = void(
+    FLOATS, *[int64] * 5, MATRIX, int64, MATRIX, boolean, FLOATS, MATRIX, int64
+)  # fmt: skip
 KERNELS = {
     "int8": (gemv_bytes.multiply_int8, GEMV),
     "int4": (gemv_bytes.multiply_int4, GEMV),
-    "strips": (gemm.multiply_strips, GEMM),
+    "strips": (gemm.multiply_strip, GEMM),
 }
 
 

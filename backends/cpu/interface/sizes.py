@@ -17,10 +17,8 @@ PANEL_OUTPUTS = 64  # outputs of a panel: rows of matrices are padded to whole o
 # GEMM on vectors: a tile of the result has the rows of a tall block by vectors of 16 outputs.
 TALL_ROWS, STRIP_VECTORS = (4, 4) if HAS_AVX512 else (6, 1)
 STRIP_OUTPUTS = STRIP_VECTORS * LANES
-# Inputs of a strip, of a strip of `run_split_gemm` (whose rows are streams that the processor
-# prefetches), and blocks of rows that are multiplied by a strip while they are in the cache.
-STRIP_INPUTS, SPLIT_STRIP_INPUTS, CHUNK_BLOCKS = (128, 16, 32) if HAS_AVX512 else (384, 32, 43)
-MAX_SPLIT_ROWS = 64  # rows up to which the threads may split the inputs of a float matrix
+# Inputs of a strip, and blocks of rows that are multiplied by it while it is in the cache.
+STRIP_INPUTS, CHUNK_BLOCKS = (128, 32) if HAS_AVX512 else (384, 43)
 
 # GEMM on VNNI
 BYTE_ROWS = 8  # rows of a block
@@ -57,8 +55,7 @@ QUANTIZED_WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
 
 def linear_workspace_size(rows: int, width: int) -> int:
     """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
-    partial_rows = min(rows, MAX_SPLIT_ROWS) + BLOCK_ROWS - 1
-    return partial_rows * width + STRIP_INPUTS * PANEL_OUTPUTS
+    return max(width if rows == 1 else 0, STRIP_INPUTS * STRIP_OUTPUTS)
 
 
 def byte_rows_workspace_size(n_in: int) -> int:

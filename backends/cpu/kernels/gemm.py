@@ -38,6 +38,7 @@ from gptx.backends.cpu.kernels.arguments import (
     QuantizedMatrix,
     quantized_matrix,
 )
+from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
 from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
@@ -64,16 +65,35 @@ PREFETCH_INPUTS = 16  # inputs by which kernels for a single row prefetch
 @lru_cache
 def make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
     """Return a kernel for a tile of `rows` rows and `vectors` vectors of outputs."""
-    size = rows * vectors
+    streaming_product = _make_streaming_product(rows, vectors, False)
 
-    @compiled
+    @inlined
     def outer_product(x: Matrix, w: Matrix, depth: int, y: Matrix, overwrite: bool) -> None:
         """Compute y += x·w (y = x·w to overwrite), as a sum of outer products over the inputs.
 
         x is [rows, depth]; w is [depth, 16·vectors] and y is [rows, 16·vectors], with contiguous
         rows.
         """
-        numbers, weights, result = x.array, w.array, y.array
+        streaming_product(x, w, depth, y, overwrite, w.array, w, 0)
+
+    return outer_product
+
+
+@lru_cache
+def _make_streaming_product(rows: int, vectors: int, keeps: bool) -> Callable[..., None]:
+    size = rows * vectors
+
+    @compiled
+    def streaming_product(
+        x: Matrix, w: Matrix, depth: int, y: Matrix, overwrite: bool, kept: Any, ahead: Matrix,
+        n_ahead: int,
+    ) -> None:  # fmt: skip
+        """Compute an outer product, and prefetch rows [0, n_ahead) of `ahead`, 64 numbers each.
+
+        The prefetches are spread over the inputs: more of them at a time than the processor has
+        buffers for would make it wait. With `keeps`, w is copied to `kept` [depth, 16·vectors].
+        """
+        numbers, weights, result, later = x.array, w.array, y.array, ahead.array
         sums = stack_vectors(size)
         for r in range(rows):
             for c in range(vectors):
@@ -82,26 +102,37 @@ def make_outer_product(rows: int, vectors: int) -> Callable[..., None]:
                 else:
                     yi = y.start + r * y.row_stride + 16 * c
                     put_vector(sums, r * vectors + c, load(result, yi))
-        for k in range(depth):
-            for c in range(vectors):
-                if rows == 1:  # bound by memory latency
-                    ahead = min(k + PREFETCH_INPUTS, depth - 1)
-                    prefetch_l1(weights, w.start + ahead * w.row_stride + 16 * c)
-                column = load(weights, w.start + k * w.row_stride + 16 * c)
-                for r in range(rows):
-                    n = r * vectors + c
-                    number = broadcast(numbers, x.start + r * x.row_stride + k * x.column_stride)
-                    put_vector(sums, n, get_vector(sums, n) + column * number)
+        pieces = max(n_ahead, 1)
+        for piece in range(pieces):
+            if piece < n_ahead:
+                for c in range(0, PANEL_OUTPUTS, LANES):
+                    prefetch_l2(later, ahead.start + piece * ahead.row_stride + c)
+            first, last = split_range(depth, piece, pieces)
+            for k in range(first, last):
+                for c in range(vectors):
+                    if rows == 1:  # bound by memory latency
+                        near = min(k + PREFETCH_INPUTS, depth - 1)
+                        prefetch_l1(weights, w.start + near * w.row_stride + 16 * c)
+                    column = load(weights, w.start + k * w.row_stride + 16 * c)
+                    if keeps:
+                        store(kept, (k * vectors + c) * 16, column)
+                    for r in range(rows):
+                        n = r * vectors + c
+                        i = x.start + r * x.row_stride + k * x.column_stride
+                        number = broadcast(numbers, i)
+                        put_vector(sums, n, get_vector(sums, n) + column * number)
         for r in range(rows):
             for c in range(vectors):
                 yi = y.start + r * y.row_stride + 16 * c
                 store(result, yi, get_vector(sums, r * vectors + c))
 
-    return outer_product
+    return streaming_product
 
 
-_multiply_tall = make_outer_product(TALL_ROWS, STRIP_VECTORS)
-_multiply_short = make_outer_product(BLOCK_ROWS, STRIP_VECTORS)
+_multiply_tall = _make_streaming_product(TALL_ROWS, STRIP_VECTORS, False)
+_multiply_short = _make_streaming_product(BLOCK_ROWS, STRIP_VECTORS, False)
+_multiply_tall_and_keep = _make_streaming_product(TALL_ROWS, STRIP_VECTORS, True)
+_multiply_short_and_keep = _make_streaming_product(BLOCK_ROWS, STRIP_VECTORS, True)
 
 
 @inlined
@@ -122,34 +153,37 @@ def first_row(block: int, tall: int) -> int:
 
 
 @compiled
-def multiply_strips(
-    x: Any, n_in: int, k: int, rows: int, first: int, last: int, strips: Any, outputs: int,
-    depth: int, y: Matrix, overwrite: bool, ahead: Matrix,
+def multiply_strip(
+    x: Any, n_in: int, k: int, rows: int, first: int, last: int, w: Matrix, depth: int, y: Matrix,
+    overwrite: bool, strip: Any, ahead: Matrix, n_ahead: int,
 ) -> None:  # fmt: skip
-    """Compute `outputs` columns of y += x·w (y = x·w to overwrite), blocks [first, last) of rows.
+    """Compute STRIP_OUTPUTS columns of y += x·w (y = x·w to overwrite), blocks [first, last).
 
-    x are the packed rows, [n_in, rows] for each block, of which the inputs from k on are used. The
-    strips are w, [outputs / STRIP_OUTPUTS, depth, STRIP_OUTPUTS]. y begins at row 0. Meanwhile
-    `ahead` [depth, outputs], weights that are needed later, is prefetched, unless it is empty.
+    x are the packed rows, [n_in, rows] for each block, of which the inputs from k on are used. w is
+    [depth, STRIP_OUTPUTS]: the strip, or a part of a matrix, which the first block copies to the
+    strip for the others. y begins at row 0. Meanwhile rows [0, n_ahead) of `ahead`, weights that
+    are needed later, are prefetched.
     """
-    tall, steps = count_blocks(rows)[0], outputs // STRIP_OUTPUTS * (last - first)
-    fetched, share = 0, (depth + steps - 1) // steps
-    end = depth if ahead.row_stride > 0 else 0
-    for strip in range(0, outputs, STRIP_OUTPUTS):
-        w = Matrix(strips, strip * depth, STRIP_OUTPUTS, 1)
-        for block in range(first, last):
-            for n in range(fetched, min(fetched + share, end)):
-                for c in range(0, outputs, LANES):
-                    prefetch_l2(ahead.array, ahead.start + n * ahead.row_stride + c)
-            fetched += share
-            row = first_row(block, tall)
-            target = Matrix(y.array, y.start + strip + row * y.row_stride, y.row_stride, 1)
-            if block < tall:
-                source = Matrix(x, row * n_in + k * TALL_ROWS, 1, TALL_ROWS)
-                _multiply_tall(source, w, depth, target, overwrite)
+    tall = count_blocks(rows)[0]
+    in_strip = Matrix(strip, 0, STRIP_OUTPUTS, 1)
+    for block in range(first, last):
+        begin, end = split_range(n_ahead, block - first, last - first)
+        later = Matrix(ahead.array, ahead.start + begin * ahead.row_stride, ahead.row_stride, 1)
+        row, count = first_row(block, tall), end - begin
+        target = Matrix(y.array, y.start + row * y.row_stride, y.row_stride, 1)
+        keep = HAS_FLOATS and block == first and w.row_stride != STRIP_OUTPUTS
+        if block < tall:
+            source = Matrix(x, row * n_in + k * TALL_ROWS, 1, TALL_ROWS)
+            if keep:
+                _multiply_tall_and_keep(source, w, depth, target, overwrite, strip, later, count)
             else:
-                source = Matrix(x, row * n_in + k * BLOCK_ROWS, 1, BLOCK_ROWS)
-                _multiply_short(source, w, depth, target, overwrite)
+                _multiply_tall(source, in_strip, depth, target, overwrite, strip, later, count)
+        else:
+            source = Matrix(x, row * n_in + k * BLOCK_ROWS, 1, BLOCK_ROWS)
+            if keep:
+                _multiply_short_and_keep(source, w, depth, target, overwrite, strip, later, count)
+            else:
+                _multiply_short(source, in_strip, depth, target, overwrite, strip, later, count)
 
 
 def _make_dot_product(rows: int, columns: int) -> Callable[..., None]:
@@ -202,20 +236,20 @@ multiply_columns = _make_dot_product(BLOCK_ROWS, 4) if HAS_AVX512 else dot_produ
 
 
 @compiled
-def expand_float32(w: Any, n_out: int, j: int, first: int, depth: int, strips: Any) -> None:
-    """Copy inputs [first, first + depth) of 64 outputs from j on of w [I, O].
+def expand_float32(w: Any, n_out: int, j: int, first: int, depth: int, strip: Any) -> None:
+    """Copy inputs [first, first + depth) of the outputs from j on of w [I, O].
 
     Outputs past the last one are zero.
     """
     for k in range(depth):
         i = (first + k) * n_out + j
-        for c in range(0, PANEL_OUTPUTS, LANES):
-            p = c // STRIP_OUTPUTS * depth * STRIP_OUTPUTS + k * STRIP_OUTPUTS + c % STRIP_OUTPUTS
-            if n_out - j >= PANEL_OUTPUTS:
-                store(strips, p, load(w, i + c))
+        for c in range(0, STRIP_OUTPUTS, LANES):
+            p = k * STRIP_OUTPUTS + c
+            if n_out - j - c >= LANES:
+                store(strip, p, load(w, i + c))
             else:
                 for n in range(LANES):
-                    strips[p + n] = w[i + c + n] if j + c + n < n_out else np.float32(0)
+                    strip[p + n] = w[i + c + n] if j + c + n < n_out else np.float32(0)
 
 
 @compiled
@@ -276,28 +310,19 @@ def _make_expand_quantized(bits: int) -> Callable[..., None]:
 _expand_int8, _expand_int4 = _make_expand_quantized(8), _make_expand_quantized(4)
 
 
-@inlined
-def outputs_at_a_time(op: Any) -> int:
-    """Return the number of outputs that `expand_weights` expands.
-
-    Floats are read in longer pieces of their rows, quantized weights are stored in strips.
-    """
-    return PANEL_OUTPUTS if op[FORMAT] == FLOAT32 else STRIP_OUTPUTS
-
-
 @compiled
-def expand_weights(op: Any, j: int, first: int, depth: int, strips: Any) -> None:
-    """Expand weights of an instruction's matrix to floats, strips [depth, STRIP_OUTPUTS].
+def expand_weights(op: Any, j: int, first: int, depth: int, strip: Any) -> None:
+    """Expand weights of an instruction's matrix to floats, a strip [depth, STRIP_OUTPUTS].
 
     They are those of the inputs [first, first + depth) and of the outputs from j on.
     """
     if HAS_FLOATS:
         w = float_array(op[WEIGHT], op[N_IN] * (op[N_OUT] + PANEL_OUTPUTS))
         if op[FORMAT] == FLOAT32:
-            expand_float32(w, op[N_OUT], j, first, depth, strips)
+            expand_float32(w, op[N_OUT], j, first, depth, strip)
         elif op[FORMAT] == FLOAT32_TRANSPOSED:
-            _expand_transposed(w, op, j, first, depth, strips)
+            _expand_transposed(w, op, j, first, depth, strip)
     if HAS_INT8 and op[FORMAT] == INT8:
-        _expand_int8(quantized_matrix(op), j, first, depth, strips)
+        _expand_int8(quantized_matrix(op), j, first, depth, strip)
     if HAS_INT4 and op[FORMAT] == INT4:
-        _expand_int4(quantized_matrix(op), j, first, depth, strips)
+        _expand_int4(quantized_matrix(op), j, first, depth, strip)

@@ -20,6 +20,8 @@ from gptx.backends.cpu.interface.cpu_features import HAS_AMX
 from gptx.backends.cpu.interface.instructions import (
     ATTENTION,
     EMBED,
+    FLOAT32,
+    FORMAT,
     INSTRUCTION,
     LAST_ONLY,
     LAYER,
@@ -73,8 +75,6 @@ from gptx.backends.cpu.kernels.linear import (
     prepare_gemm,
     run_gemm,
     run_gemv,
-    run_split_gemm,
-    splits_inputs,
     sum_partial_results,
 )
 from gptx.backends.cpu.kernels.mailbox import post_run, read_run, wait_for_run
@@ -205,35 +205,27 @@ def _run_stage(op: Any, stage: int, run: Run, thread: int, threads: int) -> None
         _run_attention(task, stage, run.amx, thread, threads)
     elif rows == 1 and stage == 0:
         run_gemv(linear)
-    elif stage == (1 if rows == 1 else 2):
+    elif rows == 1:
         if HAS_FLOATS:
             sum_partial_results(linear)
-    else:
-        if HAS_AMX and run.amx and uses_amx(op, rows):
-            if stage == 0:
-                prepare_amx(linear)
-            else:
-                run_amx(linear)
-            return
+    elif HAS_AMX and run.amx and uses_amx(op, rows):
         if stage == 0:
-            prepare_gemm(linear)
-        elif not splits_inputs(op, rows, threads):
-            run_gemm(linear)
-        elif HAS_FLOATS:
-            run_split_gemm(linear)
+            prepare_amx(linear)
+        else:
+            run_amx(linear)
+    elif stage == 0:
+        prepare_gemm(linear)
+    else:
+        run_gemm(linear)
 
 
 @compiled
-def _count_stages(op: Any, run: Run, threads: int) -> int:
+def _count_stages(op: Any, run: Run) -> int:
     """Return the number of stages of an instruction."""
     rows = run.B if op[LAST_ONLY] else run.rows
     if op[INSTRUCTION] == EMBED or (op[INSTRUCTION] == ATTENTION and run.rows == run.B):
         return 1
-    if op[INSTRUCTION] == ATTENTION:
-        return 2
-    if HAS_AMX and run.amx and rows > 1 and uses_amx(op, rows):
-        return 2
-    return (1 if rows == 1 else 2) + splits_inputs(op, rows, threads)
+    return 2 if op[INSTRUCTION] == ATTENTION or rows > 1 or op[FORMAT] == FLOAT32 else 1
 
 
 @compiled
@@ -248,7 +240,7 @@ def run_program(address: int, first: int, last: int) -> None:
     for i in range(len(run.program)):
         op = run.program[i]
         threads = 1 if _is_serial(run.rows * op[WORK], run.threads) else run.threads
-        for stage in range(_count_stages(op, run, threads)):
+        for stage in range(_count_stages(op, run)):
             for thread in range(first, min(last, threads)):
                 _run_stage(op, stage, run, thread, threads)
             if last - first < run.threads:

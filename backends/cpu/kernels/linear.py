@@ -1,8 +1,7 @@
 """The stages of LINEAR on vectors (AVX2, AVX-512, VNNI, NEON): one thread's share of each.
 
-A GEMV has the stages `run_gemv` and, for a float matrix [I, O], `sum_partial_results`. A GEMM has
-`prepare_gemm` and `run_gemm`. For up to `MAX_SPLIT_ROWS` rows and a float matrix, the threads split
-the inputs (split-K): `prepare_gemm`, `run_split_gemm`, `sum_partial_results`.
+A GEMV has the stages `run_gemv` and, for a float matrix [I, O], of which the threads split the
+inputs, `sum_partial_results`. A GEMM has `prepare_gemm` and `run_gemm`.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from gptx.backends.cpu.interface.sizes import (
     BYTE_ROWS,
     CHUNK_BLOCKS,
     LANES,
-    MAX_SPLIT_ROWS,
     PANEL_OUTPUTS,
     QUANTIZED_CHUNK_ROWS,
-    SPLIT_STRIP_INPUTS,
     STRIP_INPUTS,
+    STRIP_OUTPUTS,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
 from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes
@@ -53,12 +51,10 @@ from gptx.backends.cpu.kernels.gemm import (
     dot_product_1x1,
     dot_product_1x4,
     dot_product_4x1,
-    expand_float32,
     expand_weights,
     first_row,
     multiply_columns,
-    multiply_strips,
-    outputs_at_a_time,
+    multiply_strip,
 )
 from gptx.backends.cpu.kernels.simd import load, splat, store
 
@@ -71,16 +67,6 @@ quantized_gemv = gemv_bytes if HAS_BYTE_PRODUCTS else gemv
 def is_quantized(op: Any) -> bool:
     """Return True if the matrix is packed."""
     return op[FORMAT] == INT8 or op[FORMAT] == INT4
-
-
-@inlined
-def splits_inputs(op: Any, rows: int, threads: int) -> bool:
-    """Return True if each thread takes a share of the inputs, for all outputs.
-
-    For more than one row the partial results of all threads must be small beside the matrix.
-    """
-    small = rows <= MAX_SPLIT_ROWS and rows * threads * 8 <= op[N_IN]
-    return op[FORMAT] == FLOAT32 and (rows == 1 or small)
 
 
 # GEMV
@@ -119,6 +105,21 @@ def run_gemv(task: LinearTask) -> None:
             quantized_gemv.prepare_row(row, n_in, group_size, 4)
             quantized_gemv.multiply_int4(quantized_matrix(op), first, last, row, y)
         apply_epilogue(op, y, 0, first * LANES, last * LANES, task.residual)
+
+
+@inlined
+def sum_partial_results(task: LinearTask) -> None:
+    """Sum the threads' partial results for a share of the outputs, and apply the epilogue."""
+    op, y, workspace = task.op, task.y, task.workspace
+    panels = (op[N_OUT] + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
+    first, last = split_range(panels, task.thread, task.threads)
+    first, last = first * PANEL_OUTPUTS, last * PANEL_OUTPUTS
+    for j in range(first, last, LANES):
+        s = splat(0.0)
+        for n in range(task.threads):
+            s += load(workspace[n], j)
+        store(y, j, s)
+    apply_epilogue(op, y, 0, first, last, task.residual)
 
 
 # GEMM
@@ -187,13 +188,11 @@ def _run_dot_products(task: LinearTask) -> None:
 def _run_strips(task: LinearTask) -> None:
     """Compute all outputs of the share from `STRIP_INPUTS` inputs at a time, in each chunk of rows.
 
-    Thus the thread reads that many rows of a float matrix at a time, almost in memory order.
+    While a strip is multiplied, weights of the next panel of a float matrix are prefetched.
     """
-    op, x, y, rows, strips = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
+    op, x, y, rows, strip = task.op, task.prepared, task.y, task.rows, task.workspace[task.thread]
     n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
     w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
-    outputs = outputs_at_a_time(op)
-    row_stride = n_out if op[FORMAT] == FLOAT32 else 0
     tall, short = count_blocks(rows)
     chunks = (tall + short + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     panels = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
@@ -204,13 +203,24 @@ def _run_strips(task: LinearTask) -> None:
         begin, end = split_range(tall + short, chunk, chunks)
         for k in range(0, n_in, STRIP_INPUTS):
             depth = min(STRIP_INPUTS, n_in - k)
-            for j in range(first_output, last_output, outputs):
-                expand_weights(op, j, k, depth, strips)
+            for j in range(first_output, last_output, STRIP_OUTPUTS):
+                weights = Matrix(w, k * n_out + j, n_out, 1)
+                if op[FORMAT] != FLOAT32 or j + STRIP_OUTPUTS > n_out:
+                    weights = Matrix(strip, 0, STRIP_OUTPUTS, 1)
+                    expand_weights(op, j, k, depth, strip)
+                at, panel = k, j // PANEL_OUTPUTS * PANEL_OUTPUTS + PANEL_OUTPUTS
+                if panel >= last_output:
+                    at, panel = k + depth, first_output
+                part = j % PANEL_OUTPUTS // STRIP_OUTPUTS
+                top, bottom = split_range(depth, part, PANEL_OUTPUTS // STRIP_OUTPUTS)
+                if op[FORMAT] != FLOAT32:
+                    bottom = top
                 target = Matrix(y, j, width, 1)
-                ahead = Matrix(w, k * n_out + j + outputs, row_stride, 1)
-                multiply_strips(
-                    x, n_in, k, rows, begin, end, strips, outputs, depth, target, k == 0, ahead
-                )
+                ahead = Matrix(w, (at + top) * n_out + panel, n_out, 1)
+                multiply_strip(
+                    x, n_in, k, rows, begin, end, weights, depth, target, k == 0, strip, ahead,
+                    bottom - top,
+                )  # fmt: skip
         for row in range(first_row(begin, tall), min(first_row(end, tall), rows)):
             for j in range(first_output, last_output, PANEL_OUTPUTS):
                 apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
@@ -252,50 +262,3 @@ def _run_bytes(task: LinearTask) -> None:
         for row in range(begin, end):
             i = row * width
             apply_epilogue(op, y, i, first_strip * LANES, last_strip * LANES, task.residual)
-
-
-# Split-K
-
-
-@inlined
-def run_split_gemm(task: LinearTask) -> None:
-    """Compute partial results of all rows from a share of the inputs of a FLOAT32 matrix.
-
-    Thus a thread reads whole rows of the matrix, in memory order. While some weights are multiplied
-    by one block of rows after the other, those below them are prefetched.
-    """
-    op, x, partial = task.op, task.prepared, task.workspace[task.thread]
-    n_in, n_out, width = op[N_IN], op[N_OUT], op[TARGET_WIDTH]
-    w = float_array(op[WEIGHT], n_in * (n_out + PANEL_OUTPUTS))
-    tall, short = count_blocks(task.rows)
-    blocks = tall + short
-    padded = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS
-    strips = partial[first_row(blocks, tall) * width :]
-    first, last = split_range(n_in, task.thread, task.threads)
-    for k in range(first, last, SPLIT_STRIP_INPUTS):
-        depth = min(SPLIT_STRIP_INPUTS, last - k)
-        for j in range(0, padded, PANEL_OUTPUTS):
-            expand_float32(w, n_out, j, k, depth, strips)
-            target = Matrix(partial, j, width, 1)
-            ahead = Matrix(w, (k + depth) * n_out + j, n_out, 1)
-            multiply_strips(
-                x, n_in, k, task.rows, 0, blocks, strips, PANEL_OUTPUTS, depth, target, k == first,
-                ahead,
-            )  # fmt: skip
-
-
-@inlined
-def sum_partial_results(task: LinearTask) -> None:
-    """Sum the threads' partial results for a share of the outputs, and apply the epilogue."""
-    op, y, workspace = task.op, task.y, task.workspace
-    width, panels = op[TARGET_WIDTH], (op[N_OUT] + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS
-    first, last = split_range(panels, task.thread, task.threads)
-    for row in range(task.rows):
-        for number in range(first, last):
-            begin = number * PANEL_OUTPUTS
-            for j in range(row * width + begin, row * width + begin + PANEL_OUTPUTS, LANES):
-                s = splat(0.0)
-                for n in range(task.threads):
-                    s += load(workspace[n], j)
-                store(y, j, s)
-            apply_epilogue(op, y, row * width, begin, begin + PANEL_OUTPUTS, task.residual)
