@@ -28,7 +28,7 @@ MATRIX = types.NamedTuple([FLOATS, int64, int64, int64], Matrix)
 QUANTIZED = types.NamedTuple([WORDS, WORDS, int64, int64, int64, int64], QuantizedMatrix)
 GEMV = void(QUANTIZED, int64, int64, FLOATS, FLOATS)
 GEMM = void(
-    FLOATS, *[int64] * 5, MATRIX, int64, MATRIX, boolean, FLOATS, MATRIX, int64
+    FLOATS, *[int64] * 5, MATRIX, boolean, int64, MATRIX, boolean, FLOATS, MATRIX, int64
 )  # fmt: skip
 KERNELS = {
     "int8": (gemv_bytes.multiply_int8, GEMV),

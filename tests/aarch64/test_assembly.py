@@ -34,8 +34,9 @@ def inner_loops(features: str, *kernels: str) -> list[str]:
 
 def test_a_tile_stays_in_registers() -> None:
     loops = inner_loops("+neon", "strips")
-    tall, short = sorted((x for x in loops if "fmla" in x), key=len, reverse=True)
-    for loop, rows in ((tall, 6), (short, 4)):
+    loops = sorted((x for x in loops if "fmla" in x), key=len, reverse=True)
+    assert len(loops) == 4  # two heights, each of which copies the weights or does not
+    for loop, rows in zip(loops, (6, 6, 4, 4), strict=True):
         assert loop.count("fmla") == 4 * rows  # 16 outputs are four registers
         assert re.search(r"fmla\s.*\.s\[\d\]$", loop, re.MULTILINE)  # by a lane of a register
         assert "[sp" not in loop

@@ -1,7 +1,7 @@
 """GEMM kernels on vectors (AVX2, AVX-512, NEON): several rows times a matrix, in registers.
 
 A product with several rows is bound by arithmetic. `expand_weights` turns weights of any format
-into strips of floats, which fit the caches. `multiply_strips` multiplies them by blocks of rows, a
+into strips of floats, which fit the caches. `multiply_strip` multiplies one by blocks of rows, a
 tile of the result at a time, which stays in registers. Arrays are flat.
 """
 
@@ -154,8 +154,8 @@ def first_row(block: int, tall: int) -> int:
 
 @compiled
 def multiply_strip(
-    x: Any, n_in: int, k: int, rows: int, first: int, last: int, w: Matrix, depth: int, y: Matrix,
-    overwrite: bool, strip: Any, ahead: Matrix, n_ahead: int,
+    x: Any, n_in: int, k: int, rows: int, first: int, last: int, w: Matrix, is_strip: bool,
+    depth: int, y: Matrix, overwrite: bool, strip: Any, ahead: Matrix, n_ahead: int,
 ) -> None:  # fmt: skip
     """Compute STRIP_OUTPUTS columns of y += x·w (y = x·w to overwrite), blocks [first, last).
 
@@ -171,7 +171,7 @@ def multiply_strip(
         later = Matrix(ahead.array, ahead.start + begin * ahead.row_stride, ahead.row_stride, 1)
         row, count = first_row(block, tall), end - begin
         target = Matrix(y.array, y.start + row * y.row_stride, y.row_stride, 1)
-        keep = HAS_FLOATS and block == first and w.row_stride != STRIP_OUTPUTS
+        keep = HAS_FLOATS and block == first and not is_strip
         if block < tall:
             source = Matrix(x, row * n_in + k * TALL_ROWS, 1, TALL_ROWS)
             if keep:

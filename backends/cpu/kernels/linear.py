@@ -204,26 +204,39 @@ def _run_strips(task: LinearTask) -> None:
         for k in range(0, n_in, STRIP_INPUTS):
             depth = min(STRIP_INPUTS, n_in - k)
             for j in range(first_output, last_output, STRIP_OUTPUTS):
+                is_strip = op[FORMAT] != FLOAT32 or j + STRIP_OUTPUTS > n_out
                 weights = Matrix(w, k * n_out + j, n_out, 1)
-                if op[FORMAT] != FLOAT32 or j + STRIP_OUTPUTS > n_out:
+                if is_strip:
                     weights = Matrix(strip, 0, STRIP_OUTPUTS, 1)
                     expand_weights(op, j, k, depth, strip)
-                at, panel = k, j // PANEL_OUTPUTS * PANEL_OUTPUTS + PANEL_OUTPUTS
-                if panel >= last_output:
-                    at, panel = k + depth, first_output
-                part = j % PANEL_OUTPUTS // STRIP_OUTPUTS
-                top, bottom = split_range(depth, part, PANEL_OUTPUTS // STRIP_OUTPUTS)
-                if op[FORMAT] != FLOAT32:
-                    bottom = top
-                target = Matrix(y, j, width, 1)
-                ahead = Matrix(w, (at + top) * n_out + panel, n_out, 1)
+                ahead, n_ahead = _weights_ahead(op, w, j, k, depth, first_output, last_output)
                 multiply_strip(
-                    x, n_in, k, rows, begin, end, weights, depth, target, k == 0, strip, ahead,
-                    bottom - top,
+                    x, n_in, k, rows, begin, end, weights, is_strip, depth,
+                    Matrix(y, j, width, 1), k == 0, strip, ahead, n_ahead,
                 )  # fmt: skip
         for row in range(first_row(begin, tall), min(first_row(end, tall), rows)):
             for j in range(first_output, last_output, PANEL_OUTPUTS):
                 apply_epilogue(op, y, row * width, j, j + PANEL_OUTPUTS, task.residual)
+
+
+@inlined
+def _weights_ahead(
+    op: Any, w: Any, j: int, k: int, depth: int, first_output: int, last_output: int
+) -> tuple[Matrix, int]:
+    """Return the rows to prefetch at strip j of inputs [k, k + depth), and their number.
+
+    They are a part of the next panel of the share: each strip of a panel prefetches its own.
+    """
+    n_out, part, parts = (
+        op[N_OUT],
+        j % PANEL_OUTPUTS // STRIP_OUTPUTS,
+        PANEL_OUTPUTS // STRIP_OUTPUTS,
+    )
+    first, last = split_range(depth if op[FORMAT] == FLOAT32 else 0, part, parts)
+    j += PANEL_OUTPUTS - j % PANEL_OUTPUTS
+    if j >= last_output:
+        j, k = first_output, k + depth
+    return Matrix(w, (k + first) * n_out + j, n_out, 1), last - first
 
 
 # GEMM on VNNI
