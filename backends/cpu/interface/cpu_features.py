@@ -101,10 +101,11 @@ def has_feature(name: str) -> bool:
 
 # Conversion of float16 in registers. Without, LLVM calls a function that Numba does not link.
 HAS_FLOAT16 = ARM or has_feature("f16c")
-HAS_AVX512 = has_feature("avx512f")
+HAS_AVX2, HAS_AVX512 = has_feature("avx2"), has_feature("avx512f")
 HAS_VNNI = has_feature("avx512vnni")
 HAS_DOTPROD, HAS_I8MM = has_feature("dotprod"), has_feature("i8mm")  # NEON's sdot and usdot
 HAS_BYTE_PRODUCTS = HAS_VNNI or HAS_DOTPROD
+HAS_PAIR_PRODUCTS = X86  # pmaddwd, of SSE2
 HAS_AMX = has_feature("amx-int8") and has_feature("amx-bf16")
 
 

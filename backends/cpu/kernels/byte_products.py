@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from gptx.backends.cpu.interface.cpu_features import HAS_I8MM, HAS_VNNI
 from gptx.backends.cpu.interface.sizes import LANES
 from gptx.backends.cpu.kernels.compilation import I8, I32, call, to_int64
-from gptx.backends.cpu.kernels.simd import INTS, ints
+from gptx.backends.cpu.kernels.simd import INTS, ints, join
 
 HAS_UNSIGNED_WEIGHTS = HAS_VNNI or HAS_I8MM
 QUARTER, QUARTER_BYTES = ir.VectorType(I32, LANES // 4), ir.VectorType(I8, LANES)
@@ -28,10 +28,6 @@ def _emit_vnni(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
 def _emit_neon(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
     """Emit an instruction for each quarter: a register of NEON has 4 ints or 16 bytes."""
 
-    def join(a: Any, b: Any) -> Any:
-        lanes = list(range(2 * a.type.count))
-        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
     name = f"llvm.aarch64.neon.{'usdot' if HAS_I8MM else 'sdot'}.v4i32.v16i8"
     quarters = []
     for n in range(0, LANES, 4):
@@ -39,7 +35,7 @@ def _emit_neon(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
         parts = [builder.shuffle_vector(vector, vector, lanes) for vector in (sums, weights, x)]
         factors = (builder.bitcast(part, QUARTER_BYTES) for part in parts[1:])
         quarters.append(call(builder, name, QUARTER, parts[0], *factors))
-    return join(join(*quarters[:2]), join(*quarters[2:]))
+    return join(builder, join(builder, *quarters[:2]), join(builder, *quarters[2:]))
 
 
 _emit_products = _emit_vnni if HAS_VNNI else _emit_neon

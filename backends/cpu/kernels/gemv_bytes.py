@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba.extending import intrinsic
 
 from gptx.backends.cpu.interface.sizes import LANES, N_DIGITS
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
@@ -25,11 +24,10 @@ from gptx.backends.cpu.kernels.compilation import compiled, inlined
 from gptx.backends.cpu.kernels.fixed_point import measure_row, store_digits
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
-    INTS,
     PREFETCH_BYTES,
+    bits_as_ints,
     broadcast,
     get_vector,
-    ints,
     ints_to_floats,
     load,
     nibbles_as_bytes,
@@ -40,16 +38,6 @@ from gptx.backends.cpu.kernels.simd import (
     stack_vectors,
     store,
 )
-
-
-@intrinsic
-def _bits_as_ints(context: Any, x: Any) -> Any:
-    """Reinterpret the bits of floats as ints."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], INTS)
-
-    return ints(x), generate
 
 
 @compiled
@@ -68,9 +56,9 @@ def add_group(
     result: Any, sums: Any, first: int, scale: Any, offset: Any, factor: Any, sum_of_x: Any
 ) -> Any:
     """Add a group to 16 results, from the sums of the three digits in the vectors from `first`."""
-    group_sum = ints_to_floats(_bits_as_ints(get_vector(sums, first)))
-    group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, first + 1))) * splat(2.0**8)
-    group_sum += ints_to_floats(_bits_as_ints(get_vector(sums, first + 2))) * splat(2.0**16)
+    group_sum = ints_to_floats(bits_as_ints(get_vector(sums, first)))
+    group_sum += ints_to_floats(bits_as_ints(get_vector(sums, first + 1))) * splat(2.0**8)
+    group_sum += ints_to_floats(bits_as_ints(get_vector(sums, first + 2))) * splat(2.0**16)
     return result + (scale * (group_sum * factor) + offset * sum_of_x)
 
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS, HAS_VNNI
+from gptx.backends.cpu.interface.cpu_features import (
+    HAS_AVX512,
+    HAS_BYTE_PRODUCTS,
+    HAS_PAIR_PRODUCTS,
+    HAS_VNNI,
+)
 from gptx.backends.cpu.interface.instructions import (
     FLOAT32,
     FLOAT32_TRANSPOSED,
@@ -35,7 +40,7 @@ from gptx.backends.cpu.interface.sizes import (
     STRIP_OUTPUTS,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
-from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes
+from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes, gemv_pairs
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
@@ -60,7 +65,11 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
-quantized_gemv = gemv_bytes if HAS_BYTE_PRODUCTS else gemv
+quantized_gemv: Any = gemv
+if HAS_BYTE_PRODUCTS:
+    quantized_gemv = gemv_bytes
+elif HAS_PAIR_PRODUCTS and not HAS_AVX512:
+    quantized_gemv = gemv_pairs
 
 
 @inlined

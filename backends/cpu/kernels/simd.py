@@ -59,6 +59,12 @@ def fill_lanes(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, vector.count), None))
 
 
+def join(builder: Any, a: Any, b: Any) -> Any:
+    """Emit the vector with the lanes of a, then those of b."""
+    lanes = list(range(2 * a.type.count))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
 @intrinsic
 def load(context: Any, array: Any, i: Any) -> Any:
     """Return array[i : i + 16]: float32 and float16 (uint16) as floats, other integers as ints."""
@@ -378,6 +384,16 @@ def sum_lanes_of_16(context: Any, vectors: Any) -> Any:
 
 
 # Integers
+
+
+@intrinsic
+def bits_as_ints(context: Any, x: Any) -> Any:
+    """Reinterpret the bits of floats as ints."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], INTS)
+
+    return ints(x), generate
 
 
 @intrinsic

@@ -1,4 +1,4 @@
-"""GEMV with quantized weights: on vectors, and by products of bytes if the processor has them."""
+"""GEMV with quantized weights: as floats, and by products of integers that the processor has."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gptx.quantization import dequantize, quantize
 
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
-from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS
-from gptx.backends.cpu.kernels import gemv, gemv_bytes
+from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS, HAS_PAIR_PRODUCTS
+from gptx.backends.cpu.kernels import gemv, gemv_bytes, gemv_pairs
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import cached, with_encoded_scales, with_float16_scales
@@ -25,12 +25,14 @@ def _kernels(module: Any) -> tuple[Any, Any, Any]:
     return cached(module.prepare_row), cached(module.multiply_int8), cached(module.multiply_int4)
 
 
-@pytest.fixture(params=["vectors", "bytes"])
+@pytest.fixture(params=["floats", "pairs", "bytes"])
 def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, QuantizedWeight], np.ndarray]:
     """Multiply a row [I] by a matrix: outputs [O]."""
     if request.param == "bytes" and not HAS_BYTE_PRODUCTS:
         pytest.skip("this processor has neither AVX-512 VNNI nor NEON's dot products")
-    module = gemv if request.param == "vectors" else gemv_bytes
+    if request.param == "pairs" and not HAS_PAIR_PRODUCTS:
+        pytest.skip("this processor has no pmaddwd")
+    module = {"floats": gemv, "pairs": gemv_pairs, "bytes": gemv_bytes}[request.param]
     prepare_row, multiply_int8, multiply_int4 = _kernels(module)
 
     def multiply(row: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
