@@ -190,7 +190,7 @@ def serve(
         -d '{"prompt": "ROMEO:", "max_tokens": 40}'
     """
     try:
-        from gptx.server import inspect
+        from gptx.server.api import inspect
         from gptx.server.app import make_app
         from gptx.server.keys import read_keys
         from gptx.server.listener import make_listener, raise_file_limit

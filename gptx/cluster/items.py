@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gptx.errors import NotFoundError, ParameterError, StorageError, argument, shown
+from gptx.server.api.fields import BODY, Anything, Choice, Field, Record, Text, parse
 from gptx.server.errors import ApiError
-from gptx.server.fields import BODY, Anything, Choice, Field, Record, Text, parse
 
 # Endpoint -> the field that a body of its kind has, by which a line without a url is recognized.
 ENDPOINTS = {

@@ -19,19 +19,19 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptx.errors import GptxError
-from gptx.server import tokens
-from gptx.server.calls import Call, Limits, collect, stream_answer, whole_answer
-from gptx.server.chat import chat_call, chat_fields
-from gptx.server.completions import completion_call, completion_fields
-from gptx.server.embeddings import embedding_fields, embeddings
+from gptx.server.api import tokens
+from gptx.server.api.calls import Call, Limits, collect, stream_answer, whole_answer
+from gptx.server.api.chat import chat_call, chat_fields
+from gptx.server.api.completions import completion_call, completion_fields
+from gptx.server.api.embeddings import embedding_fields, embeddings
+from gptx.server.api.fields import BODY, parse
+from gptx.server.api.inference import INFERENCE, infer
+from gptx.server.api.openapi import Endpoint, docs_page, openapi
+from gptx.server.api.parameters import check_state, least
 from gptx.server.errors import ApiError, Unavailable, too_long
-from gptx.server.fields import BODY, parse
 from gptx.server.gate import RECORD, SALT, Gate, error_response, read_body, shown_prompt
-from gptx.server.inference import INFERENCE, infer
 from gptx.server.metrics import CONTENT_TYPE, Metrics
 from gptx.server.models import Models
-from gptx.server.openapi import Endpoint, docs_page, openapi
-from gptx.server.parameters import check_state, least
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 from gptx.server.states import States

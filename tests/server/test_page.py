@@ -22,7 +22,7 @@ from gptx.generation.filters import keep_min_p, keep_top_k, keep_top_p
 from gptx.generation.params import SamplingParams
 from gptx.generation.sampling import Sampler
 from gptx.generation.text_model import Model
-from gptx.server.inspect import routes
+from gptx.server.api.inspect import routes
 from gptx.server.models import Models
 from gptx.server.page_files import TYPES, page_files
 from gptx.server.settings import Settings

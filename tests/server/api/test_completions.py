@@ -256,7 +256,7 @@ def test_null_is_absent_and_some_fields_are_ignored(served: Served) -> None:
 
 
 def test_log_probabilities_are_finite_in_json(served: Served, shakespeare: Model) -> None:
-    from gptx.server.writing import finite
+    from gptx.server.api.writing import finite
 
     assert finite(-math.inf) == -9999.0
     assert finite(-1.5) == -1.5

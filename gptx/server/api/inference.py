@@ -6,18 +6,18 @@ from typing import Any
 
 from gptx.errors import GptxError
 from gptx.generation.options import Options
-from gptx.server.calls import Call, Limits, collect
-from gptx.server.completions import TEXT, make_call
-from gptx.server.errors import ApiError, api_error
-from gptx.server.fields import Field, Many, Number, Record, Text, Whole
-from gptx.server.logs import Record as LogRecord
-from gptx.server.parameters import (
+from gptx.server.api.calls import Call, Limits, collect
+from gptx.server.api.completions import TEXT, make_call
+from gptx.server.api.fields import Field, Many, Number, Record, Text, Whole
+from gptx.server.api.parameters import (
     MAX_BUDGET_SECONDS,
     MAX_COUNT,
     MAX_IDS,
     check_state,
     model_field,
 )
+from gptx.server.errors import ApiError, api_error
+from gptx.server.logs import Record as LogRecord
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 from gptx.server.states import States

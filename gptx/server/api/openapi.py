@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptx._version import __version__
-from gptx.server.fields import Record
+from gptx.server.api.fields import Record
 
 ERROR_SCHEMA = {
     "type": "object",

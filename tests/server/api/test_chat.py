@@ -12,7 +12,7 @@ import pytest
 
 import gptx
 from gptx.generation.text_model import Model
-from gptx.server.chat import ENDS, chat_prompt, transcript
+from gptx.server.api.chat import ENDS, chat_prompt, transcript
 from gptx.server.errors import ApiError
 from tests.support.serving import Served
 
@@ -174,7 +174,7 @@ def test_a_template_has_limits(
     shakespeare: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     """A template comes with an uploaded model, and runs in the process of the server."""
-    templates = pytest.importorskip("gptx.server.templates")
+    templates = pytest.importorskip("gptx.server.api.templates")
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)
     model = copy_with(shakespeare, tmp_path, chat_template=template)
     start = time.monotonic()
@@ -197,7 +197,7 @@ def test_a_template_without_jinja2_names_it(
 ) -> None:
     model = copy_with(shakespeare, tmp_path, chat_template=TEMPLATE)
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    monkeypatch.delitem(sys.modules, "gptx.server.templates", raising=False)
+    monkeypatch.delitem(sys.modules, "gptx.server.api.templates", raising=False)
     with pytest.raises(ApiError, match="pip install jinja2") as caught:
         chat_prompt(model.info, MESSAGES)
     assert caught.value.status == 501

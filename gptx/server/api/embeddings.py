@@ -12,9 +12,9 @@ from gptx.generation.prompts import check_ids
 from gptx.generation.request import encode_prompt
 from gptx.generation.text_model import Model
 from gptx.research.activations import pooled
+from gptx.server.api.fields import Choice, Field, Flag, Prompts, Record, Whole
+from gptx.server.api.parameters import MAX_COUNT, ignored_fields, model_field
 from gptx.server.errors import ApiError
-from gptx.server.fields import Choice, Field, Flag, Prompts, Record, Whole
-from gptx.server.parameters import MAX_COUNT, ignored_fields, model_field
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
 

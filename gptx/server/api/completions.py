@@ -7,19 +7,19 @@ from typing import Any
 from gptx.generation.options import Options, check_options
 from gptx.generation.request import Request
 from gptx.generation.sequences import fit_prompt
-from gptx.server.calls import Call, Format
-from gptx.server.errors import ApiError
-from gptx.server.fields import Field, Flag, Prompts, Record, Whole
-from gptx.server.parameters import (
+from gptx.server.api.calls import Call, Format
+from gptx.server.api.fields import Field, Flag, Prompts, Record, Whole
+from gptx.server.api.parameters import (
     MAX_COUNT,
     model_field,
     read_max_tokens,
     sampling_fields,
     to_options,
 )
+from gptx.server.api.writing import Delta, Writer, text_logprobs
+from gptx.server.errors import ApiError
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
-from gptx.server.writing import Delta, Writer, text_logprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

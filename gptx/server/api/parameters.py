@@ -6,8 +6,7 @@ from typing import Any
 
 from gptx.generation.options import Options
 from gptx.generation.params import RANGES
-from gptx.server.errors import ApiError
-from gptx.server.fields import (
+from gptx.server.api.fields import (
     Anything,
     Biases,
     Choice,
@@ -21,6 +20,7 @@ from gptx.server.fields import (
     Text,
     Whole,
 )
+from gptx.server.errors import ApiError
 from gptx.server.settings import Settings
 
 MAX_COUNT = 2**31 - 1

@@ -19,16 +19,16 @@ from starlette.types import Scope
 from gptx.generation.logprobs import Top
 from gptx.generation.model_info import ModelInfo
 from gptx.generation.text_model import Model
+from gptx.server.api.fields import Choice, Field, Many, Record, Text, Whole
+from gptx.server.api.openapi import Endpoint
+from gptx.server.api.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
+from gptx.server.api.reading import EMBEDDINGS, Reading, stream_of
+from gptx.server.api.writing import token_bytes
 from gptx.server.app import JsonRoute
 from gptx.server.errors import ApiError
-from gptx.server.fields import Choice, Field, Many, Record, Text, Whole
 from gptx.server.models import Models
-from gptx.server.openapi import Endpoint
 from gptx.server.page_files import page_routes
-from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
-from gptx.server.reading import EMBEDDINGS, Reading, stream_of
 from gptx.server.scheduler import Scheduler
-from gptx.server.writing import token_bytes
 
 T = TypeVar("T")
 Pairs = list[tuple[int, float]]  # token ids and log-probabilities, the most probable first

@@ -18,20 +18,20 @@ from __future__ import annotations
 from typing import Any
 
 from gptx.generation.model_info import ModelInfo
-from gptx.server.calls import Call, Format
-from gptx.server.completions import make_call
-from gptx.server.errors import ApiError
-from gptx.server.fields import Choice, Either, Field, Flag, Many, Record, Text, Whole
-from gptx.server.parameters import (
+from gptx.server.api.calls import Call, Format
+from gptx.server.api.completions import make_call
+from gptx.server.api.fields import Choice, Either, Field, Flag, Many, Record, Text, Whole
+from gptx.server.api.parameters import (
     MAX_COUNT,
     model_field,
     read_max_tokens,
     sampling_fields,
     to_options,
 )
+from gptx.server.api.writing import Delta, chat_logprobs
+from gptx.server.errors import ApiError
 from gptx.server.scheduler import Scheduler
 from gptx.server.settings import Settings
-from gptx.server.writing import Delta, chat_logprobs
 from gptx.tokenization.byte_level import END_OF_TEXT
 from gptx.tokenization.pipeline import PipelineTokenizer
 
@@ -220,7 +220,7 @@ def chat_template(info: ModelInfo) -> str | None:
 def _render(template: str, info: ModelInfo, messages: list[dict[str, str]]) -> str:
     """Return the text of a template, which runs in a sandbox as in transformers."""
     try:
-        from gptx.server.templates import render
+        from gptx.server.api.templates import render
     except ImportError:
         raise ApiError(
             501,

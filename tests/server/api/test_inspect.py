@@ -12,9 +12,9 @@ import pytest
 
 from gptx import research
 from gptx.generation.text_model import Model
-from gptx.server import inspect as page
+from gptx.server.api import inspect as page
+from gptx.server.api.reading import CHUNK_TOKENS, Reading
 from gptx.server.models import Models
-from gptx.server.reading import CHUNK_TOKENS, Reading
 from gptx.server.settings import Settings
 from tests.support.serving import PATIENCE_SECONDS, Served, held, wait_until
 

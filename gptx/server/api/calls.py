@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from gptx.generation.request import Request
 from gptx.generation.results import Result
+from gptx.server.api.writing import Delta, Writer
 from gptx.server.errors import ApiError, too_long
 from gptx.server.inbox import Inbox
 from gptx.server.logs import Record
 from gptx.server.scheduler import Paused, Scheduler, Ticket
 from gptx.server.states import States
 from gptx.server.streams import encode_event, encode_json
-from gptx.server.writing import Delta, Writer
 
 
 class Format(Protocol):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from gptx.generation.model_info import ModelInfo
-from gptx.server.chat import MAX_MESSAGES, MESSAGE, chat_prompt, chat_template
+from gptx.server.api.chat import MAX_MESSAGES, MESSAGE, chat_prompt, chat_template
+from gptx.server.api.fields import Field, Flag, Many, Record, Text, Whole
+from gptx.server.api.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
+from gptx.server.api.writing import token_name
 from gptx.server.errors import ApiError
-from gptx.server.fields import Field, Flag, Many, Record, Text, Whole
-from gptx.server.parameters import MAX_COUNT, MAX_IDS, ignored_fields, model_field
-from gptx.server.writing import token_name
 from gptx.tokenization.byte_level import END_OF_TEXT
 
 TOKENIZE = Record(

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptx.server.app import Api
-from gptx.server.errors import ApiError
-from gptx.server.fields import (
+from gptx.server.api.fields import (
     BODY,
     Biases,
     Choice,
@@ -24,9 +22,11 @@ from gptx.server.fields import (
     Whole,
     parse,
 )
+from gptx.server.api.openapi import docs_page, openapi
+from gptx.server.app import Api
+from gptx.server.errors import ApiError
 from gptx.server.metrics import Metrics
 from gptx.server.models import Models
-from gptx.server.openapi import docs_page, openapi
 from gptx.server.settings import Settings
 
 KINDS: list[tuple[Kind, list[Any], list[Any]]] = [
