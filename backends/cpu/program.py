@@ -247,7 +247,7 @@ class Program:
         matrices = self.table[:, columns.FORMAT] == columns.FLOAT32
         width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
         workspace_size = max(
-            sizes.linear_workspace_size(rows, width),
+            sizes.linear_workspace_size(width),
             sizes.byte_rows_workspace_size(n_in),
             sizes.attention_workspace_size(shape.D, shape.capacity),
         )

@@ -53,9 +53,9 @@ SUMS_START = UNPACKED_START + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
 QUANTIZED_WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
 
 
-def linear_workspace_size(rows: int, width: int) -> int:
+def linear_workspace_size(width: int) -> int:
     """Return the floats of a thread's workspace; `width` is that of the widest FLOAT32 target."""
-    return max(width if rows == 1 else 0, STRIP_INPUTS * STRIP_OUTPUTS)
+    return max(width, STRIP_INPUTS * STRIP_OUTPUTS)
 
 
 def byte_rows_workspace_size(n_in: int) -> int:

@@ -24,6 +24,7 @@ from gptx.backends.cpu.program import Program, Shape
         (40, 63),
         (70, 64),
         (50, 16),
+        (768, 8300),
         (7, 1),
     ],
     ids=lambda n: str(n),
@@ -31,7 +32,7 @@ from gptx.backends.cpu.program import Program, Shape
 def test_products_with_floats(
     n_in: int, n_out: int, is_head: bool, unit: str, random: np.random.Generator
 ) -> None:
-    """One row, blocks of both heights, chunks of rows; unaligned weights."""
+    """One row in the memory of many, blocks of both heights, chunks; unaligned weights."""
     shape = (n_out, n_in) if is_head else (n_in, n_out)
     weight = np.empty(n_in * n_out * 4 + 8, np.uint8)[8:].view(np.float32).reshape(shape)
     weight[:] = random.standard_normal(shape)
@@ -43,8 +44,8 @@ def test_products_with_floats(
         expected, magnitude = expected + bias, magnitude + np.abs(bias)
     op = FusedOp("linear", 0, 1, weight=weight, bias=bias, is_head=is_head)
     program = Program([op], inputs=[n_in])
-    for rows in (1, 2, 5, 8, 12, 19, 32, 33, 48, 64, 130, 270):
-        for threads in (1, 3):
+    for threads in (1, 3):
+        for rows in (270, 1, 2, 5, 8, 12, 19, 32, 33, 48, 64, 130):
             source, y = (np.full((272, width), np.nan, np.float32) for width in program.widths)
             source[:rows, :n_in] = x[:rows]
             program.run({0: source, 1: y}, Shape(rows), threads)
