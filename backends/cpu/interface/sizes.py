@@ -23,6 +23,15 @@ STRIP_INPUTS, CHUNK_BLOCKS = (128, 32) if HAS_AVX512 else (384, 43)
 # GEMM on VNNI
 BYTE_ROWS = 8  # rows of a block
 
+# Products of 16-bit integers on AVX2
+MAX_PAIR_ROWS = 5  # for more rows, products of floats are as fast
+
+
+def pair_row_size(n_in: int) -> int:
+    """Return the floats of a row for `pair_products.py`: digits, sums of groups, a factor."""
+    return n_in + n_in // 16
+
+
 # Attention of a prompt on vectors
 QUERIES = LANES  # of a block, one to a lane; on AMX, the rows of a tile
 TALL_KEYS = 8 if HAS_AVX512 else 6  # keys, or numbers of a value, of a product with a block

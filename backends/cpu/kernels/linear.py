@@ -34,13 +34,15 @@ from gptx.backends.cpu.interface.sizes import (
     BYTE_ROWS,
     CHUNK_BLOCKS,
     LANES,
+    MAX_PAIR_ROWS,
     PANEL_OUTPUTS,
     QUANTIZED_CHUNK_ROWS,
     STRIP_INPUTS,
     STRIP_OUTPUTS,
+    pair_row_size,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
-from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes, gemv_pairs
+from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes, pair_products
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
@@ -65,11 +67,13 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
+USES_PAIRS = HAS_PAIR_PRODUCTS and not HAS_AVX512
 quantized_gemv: Any = gemv
 if HAS_BYTE_PRODUCTS:
     quantized_gemv = gemv_bytes
-elif HAS_PAIR_PRODUCTS and not HAS_AVX512:
-    quantized_gemv = gemv_pairs
+elif USES_PAIRS:
+    quantized_gemv = pair_products
+_pair_row_size = inlined(pair_row_size)
 
 
 @inlined
@@ -150,6 +154,9 @@ def prepare_gemm(task: LinearTask) -> None:
     if HAS_VNNI and HAS_QUANTIZED and is_quantized(op):
         _pack_bytes(task)
         return
+    if USES_PAIRS and HAS_QUANTIZED and is_quantized(op) and rows <= MAX_PAIR_ROWS:
+        _pack_pairs(task)
+        return
     n_in, dots = op[N_IN], uses_dot_products(op, rows)
     tall, short = count_blocks(rows)
     if dots:
@@ -170,6 +177,8 @@ def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
     if HAS_VNNI and HAS_QUANTIZED and is_quantized(task.op):
         _run_bytes(task)
+    elif USES_PAIRS and HAS_QUANTIZED and is_quantized(task.op) and task.rows <= MAX_PAIR_ROWS:
+        _run_pairs(task)
     elif not uses_dot_products(task.op, task.rows):
         _run_strips(task)
     elif HAS_FLOATS:
@@ -284,3 +293,36 @@ def _run_bytes(task: LinearTask) -> None:
         for row in range(begin, end):
             i = row * width
             apply_epilogue(op, y, i, first_strip * LANES, last_strip * LANES, task.residual)
+
+
+# GEMM of a few rows on products of 16-bit integers
+
+
+@inlined
+def _pack_pairs(task: LinearTask) -> None:
+    """Normalize and pack a share of the rows."""
+    op, prepared = task.op, task.prepared
+    n_in, bits = op[N_IN], 8 if op[FORMAT] == INT8 else 4
+    size = _pair_row_size(n_in)
+    first, last = split_range(task.rows, task.thread, task.threads)
+    for n in range(first, last):
+        normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], prepared, n * size, 1)
+        pair_products.prepare_row(prepared[n * size :], n_in, op[GROUP_SIZE], bits)
+
+
+@inlined
+def _run_pairs(task: LinearTask) -> None:
+    """Compute a share of the strips."""
+    op, x, y, rows = task.op, task.prepared, task.y, task.rows
+    n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
+    size = _pair_row_size(op[N_IN])
+    strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
+    first, last = split_range(strips, task.thread, task.threads)
+    target = Matrix(y, 0, width, 1)
+    for strip in range(first, last):
+        if HAS_INT8 and op[FORMAT] == INT8:
+            pair_products.multiply_rows_int8(matrix, strip, x, size, rows, target)
+        if HAS_INT4 and op[FORMAT] == INT4:
+            pair_products.multiply_rows_int4(matrix, strip, x, size, rows, target)
+    for row in range(rows):
+        apply_epilogue(op, y, row * width, first * LANES, last * LANES, task.residual)
