@@ -67,11 +67,12 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
-USES_PAIRS = HAS_PAIR_PRODUCTS and not HAS_AVX512
+MULTIPLIES_BYTES = HAS_VNNI and HAS_QUANTIZED
+MULTIPLIES_PAIRS = HAS_PAIR_PRODUCTS and not HAS_AVX512 and HAS_QUANTIZED
 quantized_gemv: Any = gemv
 if HAS_BYTE_PRODUCTS:
     quantized_gemv = gemv_bytes
-elif USES_PAIRS:
+elif MULTIPLIES_PAIRS:
     quantized_gemv = pair_products
 _pair_row_size = inlined(pair_row_size)
 
@@ -80,6 +81,12 @@ _pair_row_size = inlined(pair_row_size)
 def is_quantized(op: Any) -> bool:
     """Return True if the matrix is packed."""
     return op[FORMAT] == INT8 or op[FORMAT] == INT4
+
+
+@inlined
+def count_strips(op: Any) -> int:
+    """Return the number of strips of 16 outputs in a packed matrix."""
+    return (op[N_OUT] + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
 
 
 # GEMV
@@ -109,8 +116,7 @@ def run_gemv(task: LinearTask) -> None:
             first, last = split_range(n_in, thread, threads)
             gemv.multiply_float32(w, row, first, last, n_out, task.workspace[thread])
     if HAS_QUANTIZED and is_quantized(op):
-        strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
-        first, last = split_range(strips, thread, threads)
+        first, last = split_range(count_strips(op), thread, threads)
         if HAS_INT8 and op[FORMAT] == INT8:
             quantized_gemv.prepare_row(row, n_in, group_size, 8)
             quantized_gemv.multiply_int8(quantized_matrix(op), first, last, row, y)
@@ -145,16 +151,22 @@ def uses_dot_products(op: Any, rows: int) -> bool:
 
 
 @inlined
+def uses_pairs(op: Any, rows: int) -> bool:
+    """Return True if quantized weights are multiplied as 16-bit integers, where that is faster."""
+    return is_quantized(op) and rows <= MAX_PAIR_ROWS
+
+
+@inlined
 def prepare_gemm(task: LinearTask) -> None:
     """Normalize a share of the rows, and pack each block of rows as [I, rows] for outer products.
 
     The last row fills up the last block. For dot products the rows stay [rows, I].
     """
     op, prepared, rows = task.op, task.prepared, task.rows
-    if HAS_VNNI and HAS_QUANTIZED and is_quantized(op):
+    if MULTIPLIES_BYTES and is_quantized(op):
         _pack_bytes(task)
         return
-    if USES_PAIRS and HAS_QUANTIZED and is_quantized(op) and rows <= MAX_PAIR_ROWS:
+    if MULTIPLIES_PAIRS and uses_pairs(op, rows):
         _pack_pairs(task)
         return
     n_in, dots = op[N_IN], uses_dot_products(op, rows)
@@ -175,9 +187,9 @@ def prepare_gemm(task: LinearTask) -> None:
 @inlined
 def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
-    if HAS_VNNI and HAS_QUANTIZED and is_quantized(task.op):
+    if MULTIPLIES_BYTES and is_quantized(task.op):
         _run_bytes(task)
-    elif USES_PAIRS and HAS_QUANTIZED and is_quantized(task.op) and task.rows <= MAX_PAIR_ROWS:
+    elif MULTIPLIES_PAIRS and uses_pairs(task.op, task.rows):
         _run_pairs(task)
     elif not uses_dot_products(task.op, task.rows):
         _run_strips(task)
@@ -245,12 +257,9 @@ def _weights_ahead(
 
     They are a part of the next panel of the share: each strip of a panel prefetches its own.
     """
-    n_out, part, parts = (
-        op[N_OUT],
-        j % PANEL_OUTPUTS // STRIP_OUTPUTS,
-        PANEL_OUTPUTS // STRIP_OUTPUTS,
-    )
-    first, last = split_range(depth if op[FORMAT] == FLOAT32 else 0, part, parts)
+    n_out, n_rows = op[N_OUT], depth if op[FORMAT] == FLOAT32 else 0
+    strip = j % PANEL_OUTPUTS // STRIP_OUTPUTS
+    first, last = split_range(n_rows, strip, PANEL_OUTPUTS // STRIP_OUTPUTS)
     j += PANEL_OUTPUTS - j % PANEL_OUTPUTS
     if j >= last_output:
         j, k = first_output, k + depth
@@ -276,8 +285,7 @@ def _pack_bytes(task: LinearTask) -> None:
 def _run_bytes(task: LinearTask) -> None:
     """Compute a share of the strips, in each chunk of rows."""
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
-    n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
-    strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
+    width, matrix, strips = op[TARGET_WIDTH], quantized_matrix(op), count_strips(op)
     chunks = (rows + QUANTIZED_CHUNK_ROWS - 1) // QUANTIZED_CHUNK_ROWS
     first, last = split_range(strips * chunks, task.thread, task.threads)
     for chunk in range(chunks):
@@ -314,10 +322,8 @@ def _pack_pairs(task: LinearTask) -> None:
 def _run_pairs(task: LinearTask) -> None:
     """Compute a share of the strips."""
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
-    n_out, width, matrix = op[N_OUT], op[TARGET_WIDTH], quantized_matrix(op)
-    size = _pair_row_size(op[N_IN])
-    strips = (n_out + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS * PANEL_OUTPUTS // LANES
-    first, last = split_range(strips, task.thread, task.threads)
+    width, matrix, size = op[TARGET_WIDTH], quantized_matrix(op), _pair_row_size(op[N_IN])
+    first, last = split_range(count_strips(op), task.thread, task.threads)
     target = Matrix(y, 0, width, 1)
     for strip in range(first, last):
         if HAS_INT8 and op[FORMAT] == INT8:

@@ -106,6 +106,13 @@ class Call:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    def ids(self, delta: Delta) -> dict[str, Any]:
+        """Return the token ids of a part for its item of `choices`, if they are requested."""
+        if not self.has_ids:
+            return {}
+        prompt = {} if delta.prompt_ids is None else {"prompt_token_ids": delta.prompt_ids}
+        return {"token_ids": delta.ids, **prompt}
+
     def head(self, object: str) -> dict[str, Any]:
         """Return the fields of each answer and each part of a stream."""
         return {

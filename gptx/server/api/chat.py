@@ -118,11 +118,7 @@ class ChatFormat:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stopped_by,
         }
-        if call.has_ids:
-            choice["token_ids"] = delta.ids
-            if delta.prompt_ids is not None:
-                choice["prompt_token_ids"] = delta.prompt_ids
-        return choice
+        return choice | call.ids(delta)
 
 
 CHAT: Format = ChatFormat()
