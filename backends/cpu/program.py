@@ -240,10 +240,10 @@ class Program:
     def _workspace_sizes(self, shape: Shape, threads: int) -> tuple[int, int]:
         """Return the floats that prepared rows need, and those that each thread needs."""
         rows = shape.rows
-        # A GEMV needs two rows for each thread: the row, and less than another one that
-        # `prepare_row` appends with groups of at least 32.
+        # A GEMV needs two rows for each thread: the row, and less than another one of sums and
+        # digits.
         n_in = int(self.table[:, columns.N_IN].max())
-        prepared_size = max(padded_rows(rows), 2 * threads) * n_in
+        prepared_size = max(padded_rows(rows), 2 * threads) * sizes.prepared_row_size(n_in)
         matrices = self.table[:, columns.FORMAT] == columns.FLOAT32
         width = int(self.table[matrices, columns.TARGET_WIDTH].max(initial=0))
         workspace_size = max(

@@ -20,8 +20,10 @@ llvm.initialize_all_asmprinters()
 
 from numba import boolean, float32, int64, types, uint32, void
 
+from gptx.backends.cpu.interface.sizes import WORD_ROWS
 from gptx.backends.cpu.kernels import gemm, gemv_bytes
 from gptx.backends.cpu.kernels.arguments import Matrix, QuantizedMatrix
+from gptx.backends.cpu.kernels.gemv_words import make_word_product
 
 FLOATS, WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
 MATRIX = types.NamedTuple([FLOATS, int64, int64, int64], Matrix)
@@ -30,10 +32,12 @@ GEMV = void(QUANTIZED, int64, int64, FLOATS, FLOATS)
 GEMM = void(
     FLOATS, *[int64] * 5, MATRIX, boolean, int64, MATRIX, boolean, FLOATS, MATRIX, int64
 )  # fmt: skip
+BLOCK = void(QUANTIZED, int64, int64, FLOATS, int64, MATRIX)
 KERNELS = {
     "int8": (gemv_bytes.multiply_int8, GEMV),
     "int4": (gemv_bytes.multiply_int4, GEMV),
     "strips": (gemm.multiply_strip, GEMM),
+    "words": (make_word_product(4, WORD_ROWS), BLOCK),
 }
 
 

@@ -42,6 +42,12 @@ def test_a_tile_stays_in_registers() -> None:
         assert "[sp" not in loop
 
 
+def test_a_block_of_rows_stays_in_registers() -> None:
+    (loop,) = (x for x in inner_loops("+neon", "words") if "fmla" in x and "ucvtf" in x)
+    assert loop.count("fmla") == 4 * 4 * 8  # rows, registers, values of a word
+    assert "[sp" not in loop
+
+
 @pytest.mark.parametrize(("features", "instruction"), [("", "sdot"), (",+i8mm", "usdot")])
 def test_products_of_bytes(features: str, instruction: str) -> None:
     loops = inner_loops(f"+neon,+dotprod{features}", "int8", "int4")

@@ -7,7 +7,7 @@ takes 24 of the 32 registers, and a vector of weights four.
 
 from __future__ import annotations
 
-from gptx.backends.cpu.interface.cpu_features import HAS_AVX512
+from gptx.backends.cpu.interface.cpu_features import ARM, HAS_AVX512
 
 LANES = 16  # numbers of a vector
 
@@ -23,14 +23,9 @@ STRIP_INPUTS, CHUNK_BLOCKS = (128, 32) if HAS_AVX512 else (384, 43)
 # GEMM on VNNI
 BYTE_ROWS = 8  # rows of a block
 
-# Products of 16-bit integers on AVX2
-MAX_PAIR_ROWS = 5  # for more rows, products of floats are as fast
-
-
-def pair_row_size(n_in: int) -> int:
-    """Return the floats of a row for `pair_products.py`: digits, sums of groups, a factor."""
-    return n_in + n_in // 16
-
+# GEMM that converts quantized weights in registers: rows of a block, and of a product. For more,
+# `gemm.py` is as fast; on NEON, by the number of instructions.
+WORD_ROWS, MAX_WORD_ROWS = (8, 22) if HAS_AVX512 else (4, 8) if ARM else (6, 22)
 
 # Attention of a prompt on vectors
 QUERIES = LANES  # of a block, one to a lane; on AMX, the rows of a tile
@@ -60,6 +55,11 @@ INT_SUMS_SIZE = PANEL_TILES * N_DIGITS * TILE_WORDS
 UNPACKED_START = INT_SUMS_SIZE
 SUMS_START = UNPACKED_START + PANEL_OUTPUTS * MAX_GROUP_SIZE // 4
 QUANTIZED_WORKSPACE_SIZE = SUMS_START + QUANTIZED_CHUNK_ROWS * PANEL_OUTPUTS
+
+
+def prepared_row_size(n_in: int) -> int:
+    """Return the floats of a prepared row: numbers, and the sums of groups of at least 32."""
+    return n_in + n_in // 32
 
 
 def linear_workspace_size(width: int) -> int:

@@ -40,7 +40,7 @@ from gptx.backends.cpu.kernels.arguments import (
 )
 from gptx.backends.cpu.kernels.barrier import split_range
 from gptx.backends.cpu.kernels.compilation import compiled, float_array, inlined
-from gptx.backends.cpu.kernels.gemv import FIELD_FACTORS
+from gptx.backends.cpu.kernels.gemv_words import FIELD_FACTORS
 from gptx.backends.cpu.kernels.group_scales import scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     bit_field_as_floats,

@@ -34,15 +34,21 @@ from gptx.backends.cpu.interface.sizes import (
     BYTE_ROWS,
     CHUNK_BLOCKS,
     LANES,
-    MAX_PAIR_ROWS,
+    MAX_WORD_ROWS,
     PANEL_OUTPUTS,
     QUANTIZED_CHUNK_ROWS,
     STRIP_INPUTS,
     STRIP_OUTPUTS,
-    pair_row_size,
 )
 from gptx.backends.cpu.interface.variant import HAS_FLOATS, HAS_INT4, HAS_INT8, HAS_QUANTIZED
-from gptx.backends.cpu.kernels import gemm_bytes, gemv, gemv_bytes, pair_products
+from gptx.backends.cpu.kernels import (
+    gemm_bytes,
+    gemm_words,
+    gemv,
+    gemv_bytes,
+    gemv_pairs,
+    gemv_words,
+)
 from gptx.backends.cpu.kernels.arguments import (
     LinearTask,
     Matrix,
@@ -68,13 +74,11 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
 MULTIPLIES_BYTES = HAS_VNNI and HAS_QUANTIZED
-MULTIPLIES_PAIRS = HAS_PAIR_PRODUCTS and not HAS_AVX512 and HAS_QUANTIZED
-quantized_gemv: Any = gemv
+quantized_gemv: Any = gemv_words
 if HAS_BYTE_PRODUCTS:
     quantized_gemv = gemv_bytes
-elif MULTIPLIES_PAIRS:
-    quantized_gemv = pair_products
-_pair_row_size = inlined(pair_row_size)
+elif HAS_PAIR_PRODUCTS and not HAS_AVX512:
+    quantized_gemv = gemv_pairs
 
 
 @inlined
@@ -151,9 +155,9 @@ def uses_dot_products(op: Any, rows: int) -> bool:
 
 
 @inlined
-def uses_pairs(op: Any, rows: int) -> bool:
-    """Return True if quantized weights are multiplied as 16-bit integers, where that is faster."""
-    return is_quantized(op) and rows <= MAX_PAIR_ROWS
+def uses_words(op: Any, rows: int) -> bool:
+    """Return True if quantized weights become floats in registers, not strips of floats."""
+    return is_quantized(op) and rows <= MAX_WORD_ROWS
 
 
 @inlined
@@ -166,8 +170,8 @@ def prepare_gemm(task: LinearTask) -> None:
     if MULTIPLIES_BYTES and is_quantized(op):
         _pack_bytes(task)
         return
-    if MULTIPLIES_PAIRS and uses_pairs(op, rows):
-        _pack_pairs(task)
+    if HAS_QUANTIZED and uses_words(op, rows):
+        _pack_words(task)
         return
     n_in, dots = op[N_IN], uses_dot_products(op, rows)
     tall, short = count_blocks(rows)
@@ -189,8 +193,8 @@ def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
     if MULTIPLIES_BYTES and is_quantized(task.op):
         _run_bytes(task)
-    elif MULTIPLIES_PAIRS and uses_pairs(task.op, task.rows):
-        _run_pairs(task)
+    elif HAS_QUANTIZED and uses_words(task.op, task.rows):
+        _run_words(task)
     elif not uses_dot_products(task.op, task.rows):
         _run_strips(task)
     elif HAS_FLOATS:
@@ -303,32 +307,32 @@ def _run_bytes(task: LinearTask) -> None:
             apply_epilogue(op, y, i, first_strip * LANES, last_strip * LANES, task.residual)
 
 
-# GEMM of a few rows on products of 16-bit integers
+# GEMM of a few rows with quantized weights that become floats in registers
 
 
 @inlined
-def _pack_pairs(task: LinearTask) -> None:
-    """Normalize and pack a share of the rows."""
-    op, prepared = task.op, task.prepared
-    n_in, bits = op[N_IN], 8 if op[FORMAT] == INT8 else 4
-    size = _pair_row_size(n_in)
-    first, last = split_range(task.rows, task.thread, task.threads)
+def _pack_words(task: LinearTask) -> None:
+    """Normalize a share of the rows, and pack each block of prepared rows as [I + G, rows]."""
+    op, rows, row = task.op, task.rows, task.workspace[task.thread]
+    n_in, group_size, bits = op[N_IN], op[GROUP_SIZE], 8 if op[FORMAT] == INT8 else 4
+    first, last = split_range(rows, task.thread, task.threads)
     for n in range(first, last):
-        normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], prepared, n * size, 1)
-        pair_products.prepare_row(prepared[n * size :], n_in, op[GROUP_SIZE], bits)
+        normalize_row(op, task.x, source_row(task, n) * op[SOURCE_WIDTH], row, 0, 1)
+        gemv_words.prepare_row(row, n_in, group_size, bits)
+        gemm_words.pack_row(row, n_in + n_in // group_size, n, rows, task.prepared)
 
 
 @inlined
-def _run_pairs(task: LinearTask) -> None:
+def _run_words(task: LinearTask) -> None:
     """Compute a share of the strips."""
     op, x, y, rows = task.op, task.prepared, task.y, task.rows
-    width, matrix, size = op[TARGET_WIDTH], quantized_matrix(op), _pair_row_size(op[N_IN])
+    width, matrix = op[TARGET_WIDTH], quantized_matrix(op)
     first, last = split_range(count_strips(op), task.thread, task.threads)
     target = Matrix(y, 0, width, 1)
     for strip in range(first, last):
         if HAS_INT8 and op[FORMAT] == INT8:
-            pair_products.multiply_rows_int8(matrix, strip, x, size, rows, target)
+            gemm_words.multiply_int8(matrix, strip, x, rows, target)
         if HAS_INT4 and op[FORMAT] == INT4:
-            pair_products.multiply_rows_int4(matrix, strip, x, size, rows, target)
+            gemm_words.multiply_int4(matrix, strip, x, rows, target)
     for row in range(rows):
         apply_epilogue(op, y, row * width, first * LANES, last * LANES, task.residual)

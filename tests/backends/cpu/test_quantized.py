@@ -23,7 +23,7 @@ MATRICES = [
     (160, 65),
     (224, 130),
 ]
-ROWS = [1, 2, 3, 4, 5, 19, 300]
+ROWS = [*range(1, 9), 19, 24, 300]
 
 
 def assert_close(found: np.ndarray, exact: np.ndarray, magnitude: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from gptx.quantization import dequantize, quantize
 pytest.importorskip("numba", reason="the compiled kernels need Numba (pip install '.[fast]')")
 
 from gptx.backends.cpu.interface.cpu_features import HAS_BYTE_PRODUCTS, HAS_PAIR_PRODUCTS
-from gptx.backends.cpu.kernels import gemv, gemv_bytes, pair_products
+from gptx.backends.cpu.kernels import gemv_bytes, gemv_pairs, gemv_words
 from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.quantized import QuantizedWeight
 from tests.support.kernels import cached, with_encoded_scales, with_float16_scales
@@ -32,7 +32,7 @@ def product(request: pytest.FixtureRequest) -> Callable[[np.ndarray, QuantizedWe
         pytest.skip("this processor has neither AVX-512 VNNI nor NEON's dot products")
     if request.param == "pairs" and not HAS_PAIR_PRODUCTS:
         pytest.skip("this processor has no pmaddwd")
-    module = {"floats": gemv, "pairs": pair_products, "bytes": gemv_bytes}[request.param]
+    module = {"floats": gemv_words, "pairs": gemv_pairs, "bytes": gemv_bytes}[request.param]
     prepare_row, multiply_int8, multiply_int4 = _kernels(module)
 
     def multiply(row: np.ndarray, weight: QuantizedWeight) -> np.ndarray:

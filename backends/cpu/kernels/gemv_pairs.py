@@ -1,16 +1,15 @@
-"""Quantized weights times few rows on x86 without AVX-512: 16-bit products, added in pairs.
+"""GEMV kernels for quantized weights on x86 without AVX-512: 16-bit products, added in pairs.
 
 `pmaddwd` multiplies 16-bit integers by others and adds the products by twos, as 32-bit integers.
 Quantized values become 16-bit integers by a shift and a mask; the row is split into two of them to
 a number, as exact as `fixed_point.py` is. That takes fewer instructions and registers than
-`gemv.py`, which converts the quantized values to floats; for two rows it takes half the time of
-`gemm.py`. On AVX-512 a GEMV takes the same time both ways.
+`gemv_words.py`, which converts the quantized values to floats. On AVX-512 both take the same
+time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numba.extending import intrinsic
 
 from gptx.backends.cpu.interface.cpu_features import HAS_AVX2
 from gptx.backends.cpu.interface.sizes import LANES
-from gptx.backends.cpu.kernels.arguments import Matrix, QuantizedMatrix
+from gptx.backends.cpu.kernels.arguments import QuantizedMatrix
 from gptx.backends.cpu.kernels.compilation import I32, call, compiled, element_pointer, to_int64
 from gptx.backends.cpu.kernels.fixed_point import measure_row
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
@@ -141,93 +140,41 @@ def prepare_row(x: Any, n_in: int, group_size: int, bits: int) -> None:
         _store_pairs(x, k, round_to_even(load(x, k) * splat(inverse)), bits)
 
 
-@lru_cache
-def _make_product(bits: int, rows: int) -> Callable[..., None]:
-    """Make the product of `rows` rows, at most three: sums of more do not fit 16 registers."""
-    per_word, per_half, size = 32 // bits, 16 // bits, rows * N_DIGITS
+def _make_quantized_gemv(bits: int) -> Callable[..., None]:
+    per_word, per_half = 32 // bits, 16 // bits
 
     @compiled
-    def multiply(
-        matrix: QuantizedMatrix, first: int, last: int, x: Any, start: int, stride: int, y: Matrix
-    ) -> None:
-        """Compute strips [first, last) of y = x·W for prepared rows at x[start], `stride` apart."""
+    def multiply(matrix: QuantizedMatrix, first: int, last: int, x: Any, y: Any) -> None:
+        """Compute strips [first, last) of y = W·x; x is the result of `prepare_row`."""
         words, groups, offset_bits = matrix.words, matrix.groups, matrix.offset_bits
-        n_in, group_size, target = matrix.n_in, matrix.group_size, y.array
-        n_groups, pairs = n_in // group_size, x.view(np.uint32)
-        results = stack_vectors(rows)
+        n_in, group_size, pairs = matrix.n_in, matrix.group_size, x.view(np.uint32)
+        n_groups = n_in // group_size
+        factor = broadcast(x, n_in + n_groups)
         for strip in range(first, last):
-            for r in range(rows):
-                put_vector(results, r, splat(0.0))
+            result = splat(0.0)
             for g in range(n_groups):
-                sums = stack_vectors(size)
-                for n in range(size):
-                    put_vector(sums, n, splat(0.0))  # the bits of the integer 0
+                sums = stack_vectors(N_DIGITS)
+                for d in range(N_DIGITS):
+                    put_vector(sums, d, splat(0.0))  # the bits of the integer 0
                 for k in range(g * group_size, (g + 1) * group_size, per_word):
                     i = (strip * n_in + k) // per_word * LANES
                     prefetch_l2(words, i + PREFETCH_BYTES // 4)
                     packed = load(words, i)
                     for n in range(per_half):
                         weights = _half_fields(packed, n, bits)
-                        for r in range(rows):
-                            for d in range(N_DIGITS):
-                                at = start + r * stride + k + d * per_half + n
-                                _add_pair_products(
-                                    sums, r * N_DIGITS + d, weights, broadcast(pairs, at)
-                                )
+                        for d in range(N_DIGITS):
+                            numbers = broadcast(pairs, k + d * per_half + n)
+                            _add_pair_products(sums, d, weights, numbers)
                 entry = strip * n_groups + g
                 prefetch_group(groups, entry, offset_bits)
                 scale, offset = scale_and_offset(groups, entry, offset_bits)
-                for r in range(rows):
-                    i = start + r * stride + n_in
-                    low = ints_to_floats(bits_as_ints(get_vector(sums, r * N_DIGITS)))
-                    high = ints_to_floats(bits_as_ints(get_vector(sums, r * N_DIGITS + 1)))
-                    group_sum = low + high * splat(2.0**16)
-                    group_sum = scale * (group_sum * broadcast(x, i + n_groups))
-                    group_sum += offset * broadcast(x, i + g)
-                    put_vector(results, r, get_vector(results, r) + group_sum)
-            for r in range(rows):
-                store(target, y.start + r * y.row_stride + strip * LANES, get_vector(results, r))
-
-    return multiply
-
-
-def _make_quantized_gemv(bits: int) -> Callable[..., None]:
-    product = _make_product(bits, 1)
-
-    @compiled
-    def multiply(matrix: QuantizedMatrix, first: int, last: int, x: Any, y: Any) -> None:
-        """Compute strips [first, last) of y = W·x; x is the result of `prepare_row`."""
-        product(matrix, first, last, x, 0, 0, Matrix(y, 0, 0, 1))
+                low = ints_to_floats(bits_as_ints(get_vector(sums, 0)))
+                high = ints_to_floats(bits_as_ints(get_vector(sums, 1)))
+                group_sum = (low + high * splat(2.0**16)) * factor
+                result += scale * group_sum + offset * broadcast(x, n_in + g)
+            store(y, strip * LANES, result)
 
     return multiply
 
 
 multiply_int8, multiply_int4 = _make_quantized_gemv(8), _make_quantized_gemv(4)
-
-
-def _make_quantized_gemm(bits: int) -> Callable[..., None]:
-    one, two, three = (_make_product(bits, rows) for rows in (1, 2, 3))
-
-    @compiled
-    def multiply(
-        matrix: QuantizedMatrix, strip: int, x: Any, stride: int, rows: int, y: Matrix
-    ) -> None:
-        """Compute 16 outputs of y = x·W for some prepared rows, `stride` apart."""
-        row = 0
-        while row < rows:
-            start, left = row * stride, rows - row
-            target = Matrix(y.array, y.start + row * y.row_stride, y.row_stride, 1)
-            if left == 1:
-                one(matrix, strip, strip + 1, x, start, stride, target)
-                row += 1
-            elif left == 2 or left == 4:
-                two(matrix, strip, strip + 1, x, start, stride, target)
-                row += 2
-            else:
-                three(matrix, strip, strip + 1, x, start, stride, target)
-                row += 3
-
-    return multiply
-
-
-multiply_rows_int8, multiply_rows_int4 = _make_quantized_gemm(8), _make_quantized_gemm(4)
