@@ -99,26 +99,27 @@ class KVCache:
         ParameterError
             The tokens exceed the capacity.
         """
-        counts = np.asarray(counts)
-        rows = np.arange(len(self.lengths)) if slots is None else np.asarray(slots)
+        if slots is not None and list(slots) == list(range(len(self.lengths))):
+            slots = None
+        counts, rows = np.asarray(counts), slice(None) if slots is None else np.asarray(slots)
         first = self.lengths[rows]
-        last = first + counts - 1
-        stop, T = int(last.max()) + 1, int(counts.max())
+        ends = first + counts
+        T, stop = int(counts.max()), int(ends.max())
         if stop > self.capacity:
             raise ParameterError(
                 f"{stop} tokens exceed the cache's capacity of {self.capacity}: make it larger"
             )
-        index = np.minimum(first[:, None] + np.arange(T), last[:, None])
-        is_rectangle = bool((counts == T).all())
-        aligned = is_rectangle and bool((last == stop - 1).all())
-        self.lengths[rows] = last + 1
-        all_slots = slots is None or list(slots) == list(range(len(self.lengths)))
+        is_rectangle = int(counts.min()) == T
+        host = first[:, None] + np.arange(T)
+        if not is_rectangle:
+            host = np.minimum(host, ends[:, None] - 1)
+        self.lengths[rows] = ends
         return Positions(
-            index,
+            host,
             stop,
-            aligned,
+            is_rectangle and int(ends.min()) == stop,
             self.backend.asarray,
-            slots=None if all_slots else rows,
+            slots=None if slots is None else rows,
             counts=None if is_rectangle else counts,
         )
 

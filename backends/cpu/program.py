@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,12 @@ Array = np.ndarray
 MAX_KEPT_BYTES = 2**26  # of buffers and workspace that a program keeps for the next call
 
 _NO_INDICES = np.zeros(0, np.int64)
+_INTEGER_WORDS = (
+    run_words.TOKENS,
+    run_words.POSITIONS,
+    run_words.FIRST_ROWS,
+    run_words.CACHE_SLOTS,
+)
 
 
 class PackedWeight(Protocol):
@@ -169,31 +176,26 @@ class Program:
         with POOL.lock:
             memory = self._allocate(shape, threads, buffers)
             words = memory.words
-            words[[run_words.ROWS, run_words.B]] = shape[:2]
+            words[run_words.ROWS], words[run_words.B] = shape.rows, shape.B
             words[run_words.WORK] = shape.rows * self._work
             is_alone = is_serial(shape.rows * self._most_work, threads)
             words[run_words.WORKERS] = 0 if is_alone else threads - 1
             for n, x in buffers.items():
                 memory.addresses[n] = _address(x)
-            tokens, positions = (
-                np.ascontiguousarray(x, np.int64).reshape(-1) for x in (ids, positions)
-            )
-            words[run_words.TOKENS], words[run_words.POSITIONS] = (
-                _address(tokens),
-                _address(positions),
-            )
             if first_rows is None:
-                first_rows = np.arange(shape.B + 1) * (shape.rows // shape.B)
-            first_rows = np.ascontiguousarray(first_rows, np.int64)
-            words[run_words.FIRST_ROWS] = _address(first_rows)
+                first_rows = _equal_shares(shape.rows, shape.B)
+            if slots is None:
+                slots = _equal_shares(shape.B, shape.B)
+            integers = [
+                np.ascontiguousarray(x, np.int64) for x in (ids, positions, first_rows, slots)
+            ]
+            for word, x in zip(_INTEGER_WORDS, integers, strict=True):
+                words[word] = _address(x)
             if cache is not None:
                 n_layers, addresses = len(cache.keys), self._cache.find(cache)
                 words[run_words.KEYS] = addresses.ctypes.data
                 words[run_words.VALUES] = addresses.ctypes.data + n_layers * addresses.itemsize
                 words[run_words.N_LAYERS] = n_layers
-                slots = np.arange(shape.B) if slots is None else slots
-                slots = np.ascontiguousarray(slots, np.int64)
-                words[run_words.CACHE_SLOTS] = _address(slots)
             POOL.run(words, code)
 
     def _load_code(self, cache: Any) -> machine_code.Code:
@@ -335,6 +337,12 @@ def default_threads() -> int:
             raise BackendError(f"NUMBA_NUM_THREADS is {value!r}, expected a positive integer")
         return int(value)
     return count_cores()
+
+
+@lru_cache(maxsize=64)
+def _equal_shares(n: int, parts: int) -> Array:
+    """Return the beginnings of equal shares of range(n), and its end, [parts + 1]."""
+    return np.arange(parts + 1) * (n // parts)
 
 
 def _addresses(arrays: Sequence[Array]) -> Array:
