@@ -19,7 +19,7 @@ ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
 VARIABLE = "GPTX_ISA"
 # LLVM's name of a processor that has each set, the feature that stands for it, and the beginnings
 # of the names of all features beyond it.
-_BEYOND_AVX2 = ("amx", "avx10", "avx512", "avxifma", "avxneconvert", "avxvnni")
+_BEYOND_AVX2 = ("amx", "avx10", "avx512", "avxifma", "avxneconvert", "avxvnni", "gfni")
 _BEYOND_VNNI = ("amx", "avx10", "avx512fp16", "avxifma", "avxneconvert", "avxvnni")
 _BEYOND_AVX512 = (
     *_BEYOND_VNNI, "avx512bf16", "avx512bitalg", "avx512ifma", "avx512vbmi", "avx512vnni",
