@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -55,8 +56,7 @@ def test_formats(tmp_path: Path, files: tuple[str, ...]) -> None:
 
 
 def test_pointers_that_no_reader_needs(tmp_path: Path) -> None:
-    for path in EMBEDDED["shakespeare"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copytree(EMBEDDED["shakespeare"], tmp_path, dirs_exist_ok=True)
     for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
         (tmp_path / name).write_bytes(HEAD)
     assert read(tmp_path)[0] == "safetensors"
