@@ -74,6 +74,7 @@ from gptx.backends.cpu.kernels.simd import load, splat, store
 MIN_STRIP_ROWS = 24  # for fewer rows, a matrix [O, I] is not transposed
 
 MULTIPLIES_BYTES = HAS_VNNI and HAS_QUANTIZED
+MULTIPLIES_WORDS = HAS_QUANTIZED and not MULTIPLIES_BYTES
 quantized_gemv: Any = gemv_words
 if HAS_BYTE_PRODUCTS:
     quantized_gemv = gemv_bytes
@@ -170,7 +171,7 @@ def prepare_gemm(task: LinearTask) -> None:
     if MULTIPLIES_BYTES and is_quantized(op):
         _pack_bytes(task)
         return
-    if HAS_QUANTIZED and uses_words(op, rows):
+    if MULTIPLIES_WORDS and uses_words(op, rows):
         _pack_words(task)
         return
     n_in, dots = op[N_IN], uses_dot_products(op, rows)
@@ -193,7 +194,7 @@ def run_gemm(task: LinearTask) -> None:
     """Compute a share of the product: of its outputs, or of its strips in each chunk of rows."""
     if MULTIPLIES_BYTES and is_quantized(task.op):
         _run_bytes(task)
-    elif HAS_QUANTIZED and uses_words(task.op, task.rows):
+    elif MULTIPLIES_WORDS and uses_words(task.op, task.rows):
         _run_words(task)
     elif not uses_dot_products(task.op, task.rows):
         _run_strips(task)
