@@ -1,8 +1,8 @@
 """GEMV kernels for quantized weights, which become floats in registers, on any processor.
 
-A word has 8 or 4 values, the bit fields, of an output. A field keeps its place in the word, which
-saves a shift: it is the value times a power of two, by which the numbers of the row are divided.
-Scales and offsets are applied to the sums of a group. `gemm_words.py` is the same for few rows.
+A word has 8 or 4 values, the bit fields, of an output. A field is the value times a power of two
+(`emit_bit_field`), by which the numbers of the row are divided. Scales and offsets are applied to
+the sums of a group. `gemm_words.py` is the same for few rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -22,9 +21,9 @@ from gptx.backends.cpu.kernels.compilation import I32, compiled, element_pointer
 from gptx.backends.cpu.kernels.group_scales import prefetch_group, scale_and_offset
 from gptx.backends.cpu.kernels.simd import (
     FLOATS,
-    INTS,
     PREFETCH_BYTES,
     broadcast,
+    emit_bit_field,
     fill_lanes,
     get_vector,
     load,
@@ -36,8 +35,7 @@ from gptx.backends.cpu.kernels.simd import (
     sum_lanes,
 )
 
-# Factors that cancel the powers of two of 16 fields, by bits. The last field of a word, which would
-# set the sign bit, is shifted.
+# Factors that cancel the powers of two of 16 fields, by bits.
 FIELD_FACTORS = {
     bits: np.tile([2.0 ** (-bits * n) for n in range(32 // bits - 1)] + [1.0], LANES * bits // 32)
     .astype(np.float32)
@@ -71,18 +69,11 @@ def _make_add_products(bits: int, rows: int, parts: int) -> Any:
         """
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            def constant(value: int) -> Any:
-                return ir.Constant(INTS, [value] * LANES)
-
             numbers = element_pointer(context, builder, sig.args[2:], args[2:])
             pointers = [builder.gep(args[0], [I32(n)]) for n in range(parts * rows)]
             results = [builder.load(pointer) for pointer in pointers]
             for n in range(per_word):
-                if n < per_word - 1:
-                    field = builder.and_(args[1], constant((2**bits - 1) << bits * n))
-                else:
-                    field = builder.lshr(args[1], constant(bits * n))
-                weights = builder.sitofp(field, FLOATS)
+                weights = emit_bit_field(builder, args[1], I32(n), I32(bits))
                 for r in range(rows):
                     number = builder.load(builder.gep(numbers, [I32(n * rows + r)]))
                     number = fill_lanes(builder, number, FLOATS)

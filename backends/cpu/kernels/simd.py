@@ -406,25 +406,31 @@ def ints_to_floats(context: Any, x: Any) -> Any:
     return floats(x), generate
 
 
+def emit_bit_field(builder: Any, words: Any, n: Any, bits: Any) -> Any:
+    """Emit bit field n, of `bits` bits (of LLVM type i32), of each of 16 words, as floats.
+
+    A field keeps its place in the word, which saves a shift: it is its value times 2**(bits * n),
+    and the caller scales the other factor. The last field would set the sign bit; it is shifted, so
+    its factor is 1.
+    """
+    shift = builder.mul(n, bits)
+    mask = builder.shl(builder.sub(builder.shl(I32(1), bits), I32(1)), shift)
+    unshifted = builder.and_(words, fill_lanes(builder, mask, INTS))
+    shifted = builder.lshr(words, fill_lanes(builder, shift, INTS))
+    is_last = builder.icmp_unsigned("==", builder.add(shift, bits), I32(32))
+    return builder.sitofp(builder.select(is_last, shifted, unshifted), FLOATS)
+
+
 @intrinsic
 def bit_field_as_floats(context: Any, words: Any, n: Any, bits: Any) -> Any:
-    """Return bit field n, of 8 or 4 bits, of each of 16 words, times 2**(bits * n), as floats.
-
-    A field that keeps its place in the word needs no shift: the caller scales the other factor. The
-    last field would set the sign bit; it is shifted, so its factor is 1.
-    """
+    """Return `emit_bit_field` of 16 words."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        at, width = (
+        numbers = (
             builder.trunc(to_int64(context, builder, value, kind), I32)
             for value, kind in zip(args[1:], sig.args[1:], strict=True)
         )
-        shift = builder.mul(at, width)
-        mask = builder.shl(builder.sub(builder.shl(I32(1), width), I32(1)), shift)
-        unshifted = builder.and_(args[0], fill_lanes(builder, mask, INTS))
-        shifted = builder.lshr(args[0], fill_lanes(builder, shift, INTS))
-        is_last = builder.icmp_unsigned("==", builder.add(shift, width), I32(32))
-        return builder.sitofp(builder.select(is_last, shifted, unshifted), FLOATS)
+        return emit_bit_field(builder, args[0], *numbers)
 
     return floats(words, n, bits), generate
 
